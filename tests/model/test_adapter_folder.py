@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from bessemer.core.errors import ArtefactError
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, write_adapter
-from bessemer.model.adapters.trained import adapter_of, add_adapters
+from bessemer.model.adapters.trained import adapter_of, add_adapters, merged
 from bessemer.model.families import layout as file_patterns
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
@@ -125,6 +125,31 @@ def test_peft_opens_what_is_written(case, magnitudes, tmp_path):
         expected = theirs(tokens_of(ours)).logits
     found = logits_with(ours, adapter)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_modules_trained_whole_are_those_of_peft_in_both_directions(tmp_path):
+    base = make("llama")
+    base.save_pretrained(tmp_path / "model")
+    ours = load_model(tmp_path / "model")
+    theirs = peft_model(base, target_modules=["q_proj"], modules_to_save=["lm_head", "model.norm"])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        expected = theirs(tokens_of(ours)).logits
+    theirs.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter", ours)
+    assert set(adapter.whole) == {"lm_head.weight", "norm.weight"}
+    with torch.no_grad():
+        found = merged(ours, adapter)(tokens_of(ours))
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        write_adapter(adapter, ours, tmp_path / "ours")
+        opened = PeftModel.from_pretrained(make("llama"), tmp_path / "ours").eval()
+        assert (opened(tokens_of(ours)).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+        # beside a model that is not merged its tensors are put into the model first
+        within = logits_with(ours, adapter.put_whole(ours))
+    assert (within - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_an_adapter_is_read_as_it_was_written(model, tmp_path):
@@ -296,7 +321,7 @@ def test_an_adapter_of_a_deeper_model_is_refused(folders, model):
         ({"peft_type": "LOHA"}, r"an adapter of the kind 'LOHA'; supported: 'LORA'"),
         ({"bias": "all"}, "has trained biases, which are not supported"),
         ({"use_dora": True}, "has no lora_magnitude_vector, and has lora_A and lora_B"),
-        ({"modules_to_save": ["lm_head"]}, r"has layers trained whole \(modules_to_save\), which is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "says that lm_head was trained whole, and its weights are not there"),
         ({"trainable_token_indices": [1]}, "has trained embeddings"),
         ({"init_lora_weights": "pissa"}, "began as 'pissa', which changes the base; save it as plain LoRA"),
         ({"r": 5}, "has rank 4 and 4, adapter_config.json says 5"),

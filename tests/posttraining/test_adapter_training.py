@@ -54,6 +54,36 @@ def data(tmp_path_factory):
     return path
 
 
+def test_modules_are_trained_whole_beside_an_adapter(model_folder, data, tmp_path):
+    settings = SETTINGS | {"data": [str(data)], "steps": 4}
+    adapter = {"rank": 4, "modules": ["q_proj"], "modules_to_save": ["norm", "embed_tokens"]}
+    config = SFTConfig.parse(settings | {"adapter": adapter}, "sft")
+    for name in ("whole", "clash"):
+        (tmp_path / name).mkdir()
+    sft(config, model_folder, None, tmp_path / "whole", seed=1, device="cpu")
+    base, tuned = load_model(model_folder), load_model(tmp_path / "whole" / "model")
+    found = read_adapter(tmp_path / "whole" / "adapter", base)
+    assert set(found.whole) == {"norm.weight", "embed_tokens.weight"}
+    for name, tensor in found.whole.items():
+        assert not torch.equal(tensor, base.get_parameter(name)) and torch.equal(tensor, tuned.get_parameter(name))
+    untouched = "layers.0.mlp.down_proj.weight"
+    assert torch.equal(tuned.get_parameter(untouched), base.get_parameter(untouched))
+    # its checkpoints hold what is trained, and nothing of what is frozen
+    held = checkpoint_weights(newest_checkpoint(tmp_path / "whole" / CHECKPOINTS))
+    assert {name for name in held if ".adapter." not in name} == {"norm.weight", "embed_tokens.weight"}
+    with pytest.raises(ConfigError, match="q_proj has a low-rank update already"):
+        sft(
+            SFTConfig.parse(settings | {"adapter": adapter | {"modules_to_save": ["q_proj"]}}, "sft"),
+            model_folder,
+            None,
+            tmp_path / "clash",
+            seed=1,
+            device="cpu",
+        )
+    with pytest.raises(ConfigError, match="modules_to_save: in sft alone"):
+        PreferenceConfig.parse({"data": ["a.jsonl"], "adapter": adapter}, "preference")
+
+
 @pytest.fixture(scope="module")
 def int4_folder(model_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("int4") / "model"

@@ -1,9 +1,12 @@
 """`bessemer finetune`: from a model and a table to an adapter that serves, and an honest end."""
 
 import csv
+import gc
 import json
 import re
 import shutil
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.core.yaml_file import parse_yaml
+from bessemer.distributed.mesh import ALONE
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.model.adapters.trained import adapter_of, adapters_of, add_adapters, merged
 from bessemer.model.config import ModelConfig
@@ -28,18 +32,25 @@ from bessemer.posttraining.data.examples import Conversation
 from bessemer.posttraining.sft.config import FinetuneConfig, SFTConfig
 from bessemer.posttraining.sft.finetune import Finetuned, _Questions, _Samples, _training_settings
 from bessemer.posttraining.sft.finetune_inputs import find_columns, prepare_base
-from bessemer.posttraining.sft.finetune_plan import Sizes, choose_method, needed_bytes, row_length, settings_of
+from bessemer.posttraining.sft.finetune_memory import TuningShape, tuning_memory
+from bessemer.posttraining.sft.finetune_plan import Sizes, choose_method, memory_needs, row_length, settings_of
 from bessemer.posttraining.sft.forgetting import Limits, forgetting
 from bessemer.posttraining.sft.report import verdict
 from bessemer.tasks.questions import ItemResult
 from bessemer.tasks.registry import read_task
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
-from bessemer.training.objectives import next_token_loss
-from bessemer.training.starting_model import StartingModel
+from bessemer.training.model_setup import prepare_model
+from bessemer.training.objectives import NextTokenObjective
+from bessemer.training.optim.optimizers import build_optimizers
+from bessemer.training.runtime import Runtime
+from bessemer.training.starting_model import FROZEN, StartingModel
+from bessemer.training.trainer import Trainer
+from tests.cases import slow_but
 from tests.cli.test_main import bessemer, one_error
 from tests.literate import blocks
 from tests.posttraining.test_formats import said
+from tests.scaling.live_memory import LiveMemory, storage_bytes
 from tests.training.conftest import RecordedProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -271,48 +282,80 @@ def test_columns_are_found_by_their_names_and_conversations_stay_what_they_are(t
 def test_memory_chooses_the_method():
     model = ModelConfig(vocab_size=32_000, hidden_size=2048, num_hidden_layers=16, intermediate_size=8192)
     weights = model.parameters()
-    chosen = {free: choose_method(model, 16, 512, free, None)[0] for free in (20.0 * weights, 8.0 * weights, 4.0 * weights)}
-    assert list(chosen.values()) == ["full", "lora", "qlora"]
-    assert choose_method(model, 16, 512, 4.0 * weights, 1.0 * weights) == ("qlora", "the model is quantised")
+    shape = TuningShape(rows=1, length=512, frozen=FROZEN["int4"])
+
+    def chosen(free, shape=shape):
+        return choose_method(memory_needs(model, shape, free), free, is_quantised=shape.stored is not None)
+
+    assert [chosen(factor * weights)[0] for factor in (20.0, 8.0, 4.0)] == ["full", "lora", "qlora"]
+    assert chosen(4.0 * weights, replace(shape, stored=1.0 * weights)) == ("qlora", "the model is quantised")
     with pytest.raises(ConfigError, match=r"--method: even qlora takes about"):
-        choose_method(model, 16, 512, 0.5 * weights, None)
+        chosen(0.5 * weights)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_memory_that_is_announced_is_that_of_a_step(tmp_path, method, dtype):
-    """Counted: the bytes of the weights, of all that autograd keeps, of gradients and of the optimizer's means."""
+def test_a_smaller_micro_batch_comes_before_recomputed_blocks_and_these_before_another_method():
+    model = ModelConfig(vocab_size=4096, hidden_size=256, num_hidden_layers=8, intermediate_size=704)
+    shape, both = TuningShape(rows=8, length=512, frozen=FROZEN["int4"]), ("none", "full")
+    whole = memory_needs(model, shape, float("inf"), recompute=both)["full"]
+    assert (whole.shape.rows, whole.shape.micro_batches, whole.shape.recompute) == (8, 1, "none")
+    less = memory_needs(model, shape, whole.memory.peak - 1, recompute=both)["full"].shape
+    assert (less.rows, less.micro_batches, less.recompute) == (4, 2, "none")
+    one = memory_needs(model, shape, 0.0)["full"]
+    least = memory_needs(model, shape, one.memory.peak - 1, recompute=both)["full"].shape
+    assert (least.recompute, least.rows * least.micro_batches) == ("full", 8)
+    # a budget of tokens stays what it is
+    given = memory_needs(model, replace(shape, rows=2, micro_batches=4), 0.0, rows_given=True)["full"].shape
+    assert (given.rows, given.micro_batches) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "recompute"),
+    slow_but(
+        [("full", "float32", "none"), ("lora", "bfloat16", "none"), ("qlora", "float32", "full")],
+        product(("full", "lora", "qlora"), ("float32", "bfloat16"), ("none", "selective", "full")),
+    ),
+)
+def test_the_memory_that_is_announced_is_that_of_a_step(tmp_path, method, dtype, recompute):
+    """Counted tensor by tensor: the second step, with the optimizer's means, on the CPU."""
+    rows, length = 4, 64
     shape = ModelConfig(
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=704,
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=64,
-        tie_word_embeddings=False,
+        num_key_value_heads=2,
+        head_dim=32,
     )
     save_model(initial_decoder(shape, seed=1), tmp_path / "model", tokenizer=None)
     quantize = {"quantize": "int4"} if method == "qlora" else {}
     adapter = {} if method == "full" else {"adapter": {"rank": 16, **quantize}}
-    config = SFTConfig.parse({"data": ["a.jsonl"], "dtype": dtype, "steps": 1, "compile": False, **adapter}, "sft")
-    model = StartingModel.of(tmp_path / "model", config, seed=1).whole("cpu").train()
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.state_dict().values()}
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    kept, alive = {}, []
-
-    def keep(tensor):
-        alive.append(tensor)
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    tokens_BT = torch.randint(0, 2048, (2, 256), generator=torch.Generator().manual_seed(1))
-    half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
-        next_token_loss(model, Batch(tokens_BT, tokens_BT))
-    counted = sum((kept | held).values()) + 12 * trained
-    announced = needed_bytes(shape, method, 16, tokens_BT.numel(), dtype=getattr(torch, dtype))
-    assert 0.9 * counted <= announced <= 1.5 * counted
+    settings = {"data": ["a.jsonl"], "dtype": dtype, "steps": 2, "compile": False, "threads": 1, "batch_size": rows}
+    settings |= {"context_length": length, "activation_checkpointing": recompute, "optimizer": "adamw"}
+    config = SFTConfig.parse(settings | adapter, "sft")
+    runtime = Runtime.of(config, torch.device("cpu"))
+    model = StartingModel.of(tmp_path / "model", config, seed=1).whole("cpu")
+    prepare_model(model, config, runtime, ALONE)
+    optimizers = build_optimizers(model, config)
+    trainer = Trainer(model, optimizers, NextTokenObjective(shape), runtime, gradient_clip=1.0)
+    tokens_BT = torch.randint(0, shape.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+    positions_BT = torch.arange(length).expand(rows, length).contiguous()
+    batch = Batch(tokens_BT, tokens_BT, positions_BT, torch.ones_like(tokens_BT))
+    trainer.step(batch)
+    means = [
+        value
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.ndim
+    ]
+    standing = [*model.parameters(), *model.buffers(), *means]
+    gc.collect()
+    with LiveMemory(standing) as live:
+        trainer.step(batch)
+    counted = storage_bytes(standing) + live.peak
+    sizes = TuningShape(rows, length, getattr(torch, dtype).itemsize, frozen=FROZEN["int4"], recompute=recompute)
+    assert tuning_memory(shape, method, sizes).peak == pytest.approx(counted, rel=0.1)
 
 
 def test_a_seven_billion_model_is_announced_with_one_copy_of_its_weights():
@@ -326,10 +369,12 @@ def test_a_seven_billion_model_is_announced_with_one_copy_of_its_weights():
         head_dim=128,
         tie_word_embeddings=False,
     )
-    wide, half = (needed_bytes(shape, "lora", 16, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    sizes = TuningShape(rows=1, length=512)
+    wide, half = (tuning_memory(shape, "lora", replace(sizes, dtype_bytes=width)).peak for width in (4, 2))
     assert half < 3.0 * shape.parameters() < 4.0 * shape.parameters() < wide
-    full = needed_bytes(shape, "full", 16, 512, dtype=torch.bfloat16)
-    assert full > 18 * shape.parameters() and full > needed_bytes(shape, "full", 16, 512)
+    full, full_wide = (tuning_memory(shape, "full", replace(sizes, dtype_bytes=width)).peak for width in (2, 4))
+    # weights, gradients and means; copies for products go before the last gradients come
+    assert full > 14 * shape.parameters() and full_wide > 16 * shape.parameters()
 
 
 def test_a_model_without_a_chat_template_gets_one_whose_tokens_it_knows(model_folder, tmp_path):
@@ -446,6 +491,7 @@ def test_the_plan_is_what_the_command_then_does(model_folder, tmp_path, capsys):
     plan = json.loads(printed)
     assert code == 0, err
     assert list(plan["memory_bytes"]) == ["full", "lora", "qlora"] and plan["method"] == "lora"
+    assert sum(plan["memory_parts"].values()) >= plan["memory_bytes"]["lora"] and plan["seconds"] > 0
     assert plan["memory_bytes"]["full"] > plan["memory_bytes"]["lora"] and 0 < plan["learnt_tokens"] < plan["tokens"]
     _, printed, _ = bessemer(capsys, "plan", "--finetune", model_folder, table, *asked)
     assert "tuned on tickets.csv" in printed and "chosen" in printed and not out.exists()

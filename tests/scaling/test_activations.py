@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from bessemer.model.activations import block_activations, final_norm_activations
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.parts import Numerics, StoredActivations
-from bessemer.scaling.activations import block_activations, final_norm_activations
 from bessemer.training.model_setup import recompute_activations
 from bessemer.training.objectives import routers
 

@@ -34,11 +34,32 @@ def finetune(
     method: Annotated[str, typer.Option(help="full, lora, qlora; auto: the first of these that memory holds.")] = "auto",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 2.0,
     learning_rate: Annotated[float | None, typer.Option(help="1e-5 for full, 2e-4 for an adapter.")] = None,
+    base_dtype: Annotated[
+        str, typer.Option(help="Frozen weights beside an adapter: float32, bf16, or codes: int8, int4, nf4.")
+    ] = "auto",
     rank: Annotated[int, typer.Option(help="Rank of an adapter.", min=1)] = 16,
+    alpha: Annotated[float | None, typer.Option(help="Updates are scaled by alpha / rank; twice the rank.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Share of an update's inputs left out in a step.")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale updates by alpha / √rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Train the norms of the rows too (DoRA).")] = False,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(help="A linear layer that the adapter changes: q_proj, layers.[0-3].*, all-linear; may be repeated."),
+    ] = None,
+    modules_to_save: Annotated[
+        list[str] | None,
+        typer.Option(help="A module that is trained whole beside the adapter: embed_tokens, lm_head, norm; may be repeated."),
+    ] = None,
     context_length: Annotated[
         int | None, typer.Option(help="Tokens of a row; those of the longest conversation, at most 2,048.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a batch; as many as hold eight conversations.")] = None,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Tokens of one forward pass at most; as many as memory holds.", min=1)
+    ] = None,
+    checkpointing: Annotated[
+        str, typer.Option(help="none; full: blocks are recomputed, a third slower, in less memory; auto: by memory.")
+    ] = "auto",
     truncate: Annotated[
         str, typer.Option(help="What is longer than a row. drop: left out; left: its beginning is cut off; refuse: an error.")
     ] = "drop",
@@ -68,6 +89,13 @@ def finetune(
     track: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb or trackio gets the metrics too; may be repeated.")
     ] = None,
+    paged_optimizer: Annotated[
+        bool,
+        typer.Option("--paged-optimizer", help="The optimizer's states outside a card's memory; here in a mapped file."),
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Price of this machine for an hour: the plan says what the run costs.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and end; nothing is written.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order, of what is held out, and of a new adapter.")] = 7,
     device: Device = "auto",
@@ -84,8 +112,10 @@ def finetune(
     from bessemer.posttraining.sft.config import FinetuneConfig
     from bessemer.posttraining.sft.forgetting import LIMITS_BROKEN, Limits
 
-    names = ("method", "epochs", "learning_rate", "rank", "merge", "prompt_column", "answer_column", "context_length")
-    given = given_options(context, *names, "batch_size", "truncate", "on_bad_row", "held_out", "general_limit", "track")
+    names = ["method", "epochs", "learning_rate", "rank", "merge", "prompt_column", "answer_column", "context_length"]
+    names += ["batch_size", "truncate", "on_bad_row", "held_out", "general_limit", "track", "tokens_per_batch", "checkpointing"]
+    names += ["base_dtype", "alpha", "dropout", "rslora", "dora", "target_modules", "modules_to_save", "price_per_hour"]
+    given = given_options(context, *names, "paged_optimizer")
     if general is not None:
         given["general"] = [] if general == "none" else [name for each in general.split(",") if (name := each.strip())]
     config = FinetuneConfig.parse(given | {"also": _weights(also or [])}, option_of("finetune"))

@@ -27,7 +27,7 @@ def quantize(
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="int4: a zero of its own for each group.")] = False,
     search_clip: Annotated[bool, typer.Option("--search-clip", help="rtn: choose each scale by its squared error.")] = False,
-    head: Annotated[str, typer.Option(help="Embedding and head: int8, int4 or none.")] = "int8",
+    head: Annotated[str | None, typer.Option(help="Embedding and head: int8, int4 or none; int8, of nf4 none.")] = None,
     calibrate: Annotated[
         Path | None, typer.Option(help="Text for gptq and awq: a run, its tokens, a folder of documents or a text file.")
     ] = None,

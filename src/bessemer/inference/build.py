@@ -52,7 +52,7 @@ from bessemer.inference.speculation.draft_model import (
 from bessemer.inference.speculation.mtp import MtpProposer, mtp_modules, spare_blocks
 from bessemer.inference.speculation.ngram import NGramProposer
 from bessemer.inference.speculation.proposer import DraftLengthPolicy, Proposer
-from bessemer.model.adapters.folder import read_adapter
+from bessemer.model.adapters.folder import read_adapter, trains_modules
 from bessemer.model.adapters.trained import merged
 from bessemer.model.attention import is_recurrent
 from bessemer.model.config import ModelConfig
@@ -131,7 +131,8 @@ def open_model(
         model = _in_fast_dtype(opened.model, config)
         return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
     whole = load_model(path, choose_device(device))
-    if own is not None and adapter is None and whole.dtype == torch.float32 and not is_quantised(whole):
+    is_plain = whole.dtype == torch.float32 and not is_quantised(whole)
+    if own is not None and adapter is None and (is_plain or trains_modules(own)):
         # no request can select the base alone, and the compiled kernels take one set of weights
         whole, own = merged(whole, read_adapter(own, whole)), None
     whole = _in_fast_dtype(whole, config)

@@ -302,6 +302,11 @@ class WeightUpdates:
                 with self._lock:
                     samples = runner.weight_samples()
             whole = read_adapter(adapter, self.model, samples)
+        if whole.whole:
+            raise RequestError(
+                "the adapter has modules trained whole (modules_to_save), which cannot lie beside a model that others use; "
+                "merge it: bessemer merge MODEL FOLDER --adapter ADAPTER"
+            )
         if self._sharded is None:
             return whole
         with self._lock:

@@ -67,7 +67,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Filter:
-    """Which passages count. documents: places, whole or up to a `*` at their end. groups: of the principal; None: of everybody."""
+    """Which passages count. documents: places, whole or up to a `*` at their end. groups: of the principal; None: all passages,
+    those that only some may see among them."""
 
     documents: Sequence[str] = ()
     sources: Sequence[str] = ()

@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import Any
 
 from bessemer.distributed.layout import Layout, balanced_stages
+from bessemer.model.activations import Recompute, block_activations
 from bessemer.model.attention import variant_of
 from bessemer.model.attention.base import KeyValueShape
 from bessemer.model.config import ModelConfig
 from bessemer.model.costs import all_parts, layer_parts, mtp_parts, outer_parts
 from bessemer.model.parts import ModelPart, Numerics, StoredActivations
-from bessemer.scaling.activations import Recompute, block_activations
 from bessemer.scaling.hardware import Card
 from bessemer.training.config import LoopConfig
 from bessemer.training.logit_chunks import ChunkSize, chunk_size

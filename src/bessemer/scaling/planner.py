@@ -9,8 +9,8 @@ from typing import Any
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.metrics import size
 from bessemer.distributed.layout import Layout
+from bessemer.model.activations import Recompute
 from bessemer.model.config import ModelConfig
-from bessemer.scaling.activations import Recompute
 from bessemer.scaling.hardware import Card
 from bessemer.scaling.job import WEIGHT_BYTES, Candidate, PlannedJob
 from bessemer.scaling.memory import Memory, assumed_states, memory

@@ -40,10 +40,15 @@ class AdapterConfig(Config):
         "layers.[0-3].*; empty: all of attention, feed-forward and shared experts.",
         default_factory=list,
     )
-    quantize: Literal["int8", "int4"] | None = setting(
+    modules_to_save: list[str] = setting(
+        description="Modules that are trained whole beside the updates, by patterns of their names or of the last part, as in "
+        "embed_tokens, lm_head, norm; their weights are no codes and lie in float32. In one process.",
+        default_factory=list,
+    )
+    quantize: Literal["int8", "int4", "nf4"] | None = setting(
         None,
-        "Hold the frozen weights of the blocks in 8 or 4 bits (QLoRA; Dettmers et al. 2023); absent: as the model's folder has "
-        "them, which may be quantised itself.",
+        "Hold the frozen weights of the blocks in 8 or 4 bits (QLoRA; Dettmers et al. 2023): int4 in groups of 32 with float32 "
+        "scales, nf4 as the paper has it; absent: as the model's folder has them, which may be quantised itself.",
     )
     merge: bool = setting(
         True,
@@ -90,6 +95,8 @@ class KeepBetterConfig(Config):
 class TuningConfig(LoopConfig):
     """Settings of the stages that tune a trained model: whole, or by an adapter."""
 
+    #: Whether modules may be trained whole beside an adapter: where no other model is the one without its adapter.
+    trains_modules: ClassVar[bool] = False
     #: Default peak learning rate of an adapter.
     adapter_learning_rate: ClassVar[float] = ADAPTER_LEARNING_RATE
 
@@ -143,6 +150,11 @@ class TuningConfig(LoopConfig):
     def _check_adapter(self) -> Self:
         if self.adapter is None:
             return self
+        if self.adapter.modules_to_save and not self.trains_modules:
+            raise ValueError(
+                "adapter.modules_to_save: in sft alone; elsewhere the model without its adapter is the reference, or it is "
+                "sampled from with its updates"
+            )
         if self.float8:
             raise ValueError("float8: of weights that are trained, and an adapter leaves them as they are")
         parallel = self.parallel

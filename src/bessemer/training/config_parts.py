@@ -211,6 +211,12 @@ class OptimizerSettings(Config):
     optimizer_bits: Literal[32, 8] = setting(
         32, "Bits of each number in AdamW's states; 8 (Dettmers et al. 2022) needs torchao.", unit="bits"
     )
+    optimizer_paging: bool = setting(
+        False,
+        "Keep AdamW's states outside the device's memory: on a GPU in the host's, on a CPU in a mapped temporary file; in one "
+        "process. The same weights, bit for bit.",
+        affects_output=False,
+    )
     learning_rate: float = setting(5e-3, "Peak learning rate.", gt=0)
     matrix_learning_rate: float | None = setting(
         None,
@@ -279,6 +285,8 @@ class OptimizerSettings(Config):
 
     @model_validator(mode="after")
     def _check_bits(self) -> Self:
+        if self.optimizer_paging and (self.optimizer != "adamw" or self.optimizer_bits != 32):
+            raise ValueError("optimizer_paging: of AdamW's states of 32 bits; set optimizer: adamw and optimizer_bits: 32")
         if self.optimizer_bits != 32 and self.optimizer not in ("muon", "adamw"):
             raise ValueError(f"optimizer_bits: {self.optimizer_bits} is for AdamW's states, and {self.optimizer} has none")
         return self

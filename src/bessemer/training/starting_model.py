@@ -18,7 +18,7 @@ from bessemer.core.hashing import derive_seed
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.parallelize import load_shards
 from bessemer.distributed.sharding import product_matrices
-from bessemer.model.adapters.trained import add_adapters, initial_tensors
+from bessemer.model.adapters.trained import add_adapters, initial_tensors, train_whole
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.quantisation.config import QuantizeConfig
@@ -61,9 +61,10 @@ class _Empty(NamedTuple):
 
 
 #: Quantisation of the blocks' frozen weights, by the adapter's setting `quantize`.
-_FROZEN = {
+FROZEN = {
     "int8": QuantizeConfig(scheme="int8", head="none"),
     "int4": QuantizeConfig(scheme="int4", group_size=32, head="none"),
+    "nf4": QuantizeConfig(scheme="nf4", head="none"),
 }
 
 
@@ -98,7 +99,11 @@ class StartingModel:
                 f"adapter: a quantised model is trained beside in one process, and this job has {mesh.layout.world_size}; "
                 "leave adapter.quantize out and take a model that is not quantised"
             )
-        for name, is_set in (("dropout", adapter.dropout), ("dora", adapter.dora)):
+        for name, is_set in (
+            ("dropout", adapter.dropout),
+            ("dora", adapter.dora),
+            ("modules_to_save", adapter.modules_to_save),
+        ):
             if is_set:
                 raise ConfigError(f"adapter.{name}: in one process; leave it out under a mesh")
 
@@ -143,7 +148,7 @@ class StartingModel:
             model = load_model(self.folder, device=device, dtype=dtype)
         if quantize is not None:
             if not quantised_parts(model):
-                quantise(model, _FROZEN[quantize])
+                quantise(model, FROZEN[quantize])
             # copied even if already float32: a single tensor of a memory-mapped file keeps all its pages in memory
             model._apply(lambda tensor: tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor)
         if adapter is None:
@@ -152,7 +157,7 @@ class StartingModel:
         if coarse is not None:
             raise ConfigError(
                 f"{self.folder}: its activations are quantised too ({coarse.scheme.name}), through which no gradient flows; "
-                "take int8 or int4"
+                "take int8, int4 or nf4"
             )
         model.load_state_dict(self._add_adapter(model), strict=False)
         return model
@@ -180,6 +185,7 @@ class StartingModel:
             patterns=tuple(adapter.modules),
             magnitude=adapter.dora,
         )
+        train_whole(model, adapter.modules_to_save)
         if self.scores:
             model.get_parameter(SCORE).requires_grad_(True)
         return initial_tensors(model, self.seed)

@@ -75,7 +75,14 @@ def show_finetune_plan(model: str, data: str, plan: Mapping[str, Any]) -> Render
         ("tokens of a pass, and learnt of them", f"{plan['tokens']:,}, {plan['learnt_tokens']:,}"),
         (f"rows of {plan['context_length']:,} tokens", f"{plan['rows']:,}"),
         (f"steps of {plan['batch_size']:,} rows", f"{plan['steps']:,}"),
+        ("left out: longer than a row, with nothing to learn", f"{plan['too_long']:,}, {plan['nothing_learnt']:,}"),
+        ("their beginning cut off", f"{plan['cut']:,}"),
+        ("rows at once, and what is recomputed", f"{plan['micro_batch_size']:,}, {plan['activation_checkpointing']}"),
     ]
+    if plan["seconds"] is not None:
+        cost = "" if plan["cost"] is None else f", cost {plan['cost']:.2f}"
+        data_rows.append(("time of the steps, as this machine is now", f"{duration(plan['seconds'])}{cost}"))
+    parts = sorted(plan["memory_parts"].items(), key=lambda part: -part[1])
     free, methods = plan["free_bytes"], []
     for method, needed in plan["memory_bytes"].items():
         fits = "" if free is None or needed <= free else "does not fit"
@@ -86,6 +93,10 @@ def show_finetune_plan(model: str, data: str, plan: Mapping[str, Any]) -> Render
         literal(f"{usable}predicted, not measured"),
         *section("Data", listing("Rows", "", rows=data_rows)),
         *section("Memory", listing("Method", "Memory at most", "", rows=methods)),
+        *section(
+            f"Memory of {plan['method']}, not all at once",
+            listing("Part", "Bytes", rows=[(part, size(needed)) for part, needed in parts]),
+        ),
     )
 
 

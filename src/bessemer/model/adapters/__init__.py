@@ -86,15 +86,20 @@ def row_norms(weight_NK: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """The updates of some linear layers of a decoder, by the names of their modules. gains: of those with magnitudes, for one
-    decoder's weights (`fitted`)."""
+    decoder's weights (`fitted`). whole: tensors that take the place of the decoder's, by their names (modules trained whole);
+    they are for one model alone, and an engine takes them merged."""
 
     updates: Mapping[str, Update]
     gains: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
         """The same elsewhere, or in another type."""
         updates = {name: update.each(lambda tensor: tensor.to(device, dtype)) for name, update in self.updates.items()}
-        return Adapter(updates, {name: gain_N.to(device, dtype) for name, gain_N in self.gains.items()})
+        gains, whole = (
+            {name: tensor.to(device, dtype) for name, tensor in given.items()} for given in (self.gains, self.whole)
+        )
+        return Adapter(updates, gains, whole)
 
     def fitted(self, model: nn.Module) -> Adapter:
         """The same for `adapted`, with the gains of its magnitudes over a model's weights, whole and not sharded. After those
@@ -102,12 +107,19 @@ class Adapter:
         gains = {
             name: update.gain(weight_of(model, name)) for name, update in self.updates.items() if update.magnitude_N is not None
         }
-        return Adapter(self.updates, gains) if gains else self
+        return Adapter(self.updates, gains, self.whole) if gains else self
 
     def refit(self, model: nn.Module) -> None:
         """Compute the gains of a fitted adapter again, in place, over weights that have changed."""
         for name, gain_N in self.gains.items():
             gain_N.copy_(self.updates[name].gain(weight_of(model, name)))
+
+    def put_whole(self, model: nn.Module) -> Adapter:
+        """Put the tensors of modules trained whole into a model, in place; the adapter without them."""
+        for name, tensor in self.whole.items():
+            parameter = model.get_parameter(name)
+            parameter.data = tensor.to(parameter.device, parameter.dtype)
+        return Adapter(self.updates, self.gains)
 
     @property
     def has_magnitudes(self) -> bool:
@@ -144,6 +156,7 @@ def adapted(model: nn.Module, adapted_rows: Sequence[AdaptedRows]) -> Iterator[N
     adapter's part is summed over the ranks with it. An adapter with magnitudes is to be fitted to the model before.
     """
     for adapter, _ in adapted_rows:
+        assert not adapter.whole, "Adapter.put_whole comes first"
         assert not adapter.has_magnitudes or adapter.gains, "Adapter.fitted comes first"
     names = dict.fromkeys(name for adapter, _ in adapted_rows for name in adapter.updates)
     handles = []

@@ -39,7 +39,6 @@ ADAPTER_FORMAT = 1
 #: Settings of adapters that are more than low-rank updates of linear layers, with what they add.
 _MORE = {
     "lora_bias": "trained biases",
-    "modules_to_save": "layers trained whole (modules_to_save)",
     "trainable_token_indices": "trained embeddings (trainable_token_indices)",
     "target_parameters": "updates of experts' parameters (target_parameters)",
     "layer_replication": "repeated layers (layer_replication)",
@@ -107,7 +106,9 @@ def read_adapter(
     patterns = FilePatterns(folder / ADAPTER_CONFIG)
     targets = _targets(model)
     updates: dict[str, Update] = {}
-    for name, stored in _read_stored(path, with_magnitudes=bool(config.get("use_dora"))).items():
+    plain = _whole_tensors(model) if config.get("modules_to_save") else {}
+    layers, whole = _read_stored(path, plain, with_magnitudes=bool(config.get("use_dora")))
+    for name, stored in layers.items():
         if name not in targets:
             raise ArtefactError(f"{path}: {_why_not(name, model)}")
         target, down_RK, up_NR, magnitude_N = targets[name], stored["A"], stored["B"], stored.get("magnitude_vector")
@@ -131,7 +132,16 @@ def read_adapter(
             updates[module] = Update(down_RK, part_NR.contiguous(), scale, own_N)
     if not updates:
         raise ArtefactError(f"{path}: it holds no update of any layer")
-    adapter = Adapter(updates)
+    own_shapes, held = tensor_shapes(model.config), {name.split(".")[-2] for name in whole}
+    if missing := next((one for one in config.get("modules_to_save") or () if str(one).rpartition(".")[2] not in held), None):
+        raise ArtefactError(f"{path}: {ADAPTER_CONFIG} says that {missing} was trained whole, and its weights are not there")
+    for name, tensor in whole.items():
+        if tuple(tensor.shape) != own_shapes[name]:
+            raise ArtefactError(
+                f"{path}: {name}, trained whole, has shape {tuple(tensor.shape)}, and this model's {own_shapes[name]}; the "
+                "adapter was made for another model, or for one with more tokens"
+            )
+    adapter = Adapter(updates, whole=whole)
     dtype = dtype or model.dtype
     if not adapter.has_magnitudes:
         return adapter.to(model.device, dtype)
@@ -140,6 +150,11 @@ def read_adapter(
             f"{path}: DoRA, whose norms are of whole weights, beside a sharded model; merge it, or serve it whole"
         )
     return adapter.fitted(model).to(model.device, dtype)
+
+
+def trains_modules(folder: Path) -> bool:
+    """Whether an adapter's folder holds modules trained whole, so that it cannot lie beside a model."""
+    return bool(read_json(folder / ADAPTER_CONFIG, "adapter config").get("modules_to_save"))
 
 
 def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
@@ -151,6 +166,8 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
             stored[name] = _packed(updates, target, model)
     placed = {module for name in stored for module in targets[name].modules}
     assert placed >= adapter.updates.keys(), sorted(adapter.updates.keys() - placed)
+    names = {ours: theirs for theirs, ours in _whole_tensors(model).items()}
+    whole = {names[name]: tensor.detach().cpu().contiguous() for name, tensor in adapter.whole.items()}
     ranks = {name: len(update.down_RK) for name, update in stored.items()}
     alphas = {name: _as_whole(update.scale * ranks[name]) for name, update in stored.items()}
     rank, alpha = most_usual(ranks.values()), most_usual(alphas.values())
@@ -167,6 +184,9 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
         "use_dora": adapter.has_magnitudes,
         "fan_in_fan_out": any(targets[name].is_transposed for name in stored),
         "bias": "none",
+        # whole names: `peft` compares endings, and `norm` would be that of every norm
+        **({"modules_to_save": sorted({name.rpartition(".")[0] for name in whole})} if whole else {}),
+        **({"ensure_weight_tying": True} if whole and model.config.tie_word_embeddings else {}),
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "inference_mode": True,
@@ -178,6 +198,7 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = update.up_NR.detach().cpu().contiguous()
         if update.magnitude_N is not None:
             tensors[f"base_model.model.{name}.lora_magnitude_vector"] = update.magnitude_N.detach().cpu().contiguous()
+    tensors |= {f"base_model.model.{name}": tensor for name, tensor in whole.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with new_file(folder / ADAPTER_WEIGHTS) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
@@ -304,15 +325,22 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _read_stored(path: Path, *, with_magnitudes: bool) -> dict[str, dict[str, Tensor]]:
-    """A and B of every layer, with DoRA its magnitudes too, by the family's name."""
+def _read_stored(
+    path: Path, plain: Mapping[str, str], *, with_magnitudes: bool
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A and B of every layer, with DoRA its magnitudes too, by the family's name; and tensors trained whole, by ours. plain:
+    our names of tensors that may be whole, by the family's."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path}: this is not a whole safetensors file ({error}); fetch or make it again") from None
     layers: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
+        if match is None and (ours := plain.get(name.removeprefix("base_model.model."))) is not None:
+            whole[ours] = tensor
+            continue
         if match is None:
             raise ArtefactError(
                 f"{path}: tensor {name!r} is not a linear layer's lora_A or lora_B, and nothing else is supported"
@@ -331,7 +359,12 @@ def _read_stored(path: Path, *, with_magnitudes: bool) -> dict[str, dict[str, Te
             raise ArtefactError(f"{path}: {name} has no lora_{missing[0]}, and has lora_{' and lora_'.join(sorted(parts))}")
         if extra := parts.keys() - wanted:
             raise ArtefactError(f"{path}: {name} has a lora_{min(extra)}, and {ADAPTER_CONFIG} does not say use_dora")
-    return layers
+    return layers, whole
+
+
+def _whole_tensors(model: Decoder) -> dict[str, str]:
+    """Our names of the tensors that a family's files hold as they are, by theirs: what may be trained whole."""
+    return {one.name: one.views[0].name for one in _stored(model) if len(one.views) == 1 and one.views[0].view is whole}
 
 
 def _stored(model: Decoder) -> list[Stored]:

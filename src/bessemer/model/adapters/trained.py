@@ -10,7 +10,7 @@ goes through what the codes stand for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -84,20 +84,63 @@ def add_adapters(
     part; none: all that an adapter can change. Raises ConfigError for a pattern that no layer matches.
     """
     layers = adaptable_layers(model)
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in layers):
-            known = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-            raise ConfigError(f"adapter.modules: no linear layer is called {pattern!r}{nearest(pattern, known)}")
+    chosen = matching_layers(layers, patterns)
     model.requires_grad_(False)
-    for name, (outputs, inputs) in layers.items():
-        if patterns and not any(_matches(name, pattern) for pattern in patterns):
-            continue
+    for name in chosen:
+        outputs, inputs = layers[name]
         layer = model.get_submodule(name)
         device = next(iter((*layer.parameters(), *layer.buffers()))).device
         update = LowRankUpdate(outputs, inputs, rank, scale, dropout, device, magnitude=magnitude)
         layer.add_module(CHILD, update.train(layer.training))
         layer.register_forward_hook(_add_update)
     return adapters_of(model)
+
+
+def modules_of(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules whose name, or its last part, matches one of the patterns, but for parts of an adapter in training."""
+    named = ((name, module) for name, module in model.named_modules() if name and CHILD not in name.split("."))
+    return {name: module for name, module in named if any(_matches(name, pattern) for pattern in patterns)}
+
+
+def train_whole(model: Decoder, patterns: Sequence[str]) -> None:
+    """Let the parameters of some modules be trained beside a model's adapter, in place: `peft`'s modules_to_save.
+
+    patterns: of the modules' names or of their last part. Raises ConfigError for one that no module with parameters of its own
+    matches, and for a layer that has an update, or whose weight is codes.
+    """
+    updates = adapters_of(model)
+    for pattern in patterns:
+        chosen = modules_of(model, [pattern])
+        if clash := next((name for name in chosen if name in updates), None):
+            raise ConfigError(
+                f"adapter.modules_to_save: {clash} has a low-rank update already; leave it out there, or in adapter.modules"
+            )
+        parameters = [parameter for module in chosen.values() for parameter in module.parameters(recurse=False)]
+        if not parameters:
+            known = [*dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules())]
+            raise ConfigError(
+                f"adapter.modules_to_save: no module with weights of its own is called {pattern!r}{nearest(pattern, known)}"
+            )
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+#: A pattern that stands for all linear layers that an adapter may change, as in `peft`.
+ALL_LINEAR = "all-linear"
+
+
+def matching_layers(layers: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The layers whose name, or its last part, matches a pattern; all where there are no patterns, or one is `all-linear`.
+    Raises ConfigError for a pattern that no layer matches."""
+    layers = list(layers)
+    for pattern in patterns:
+        if pattern != ALL_LINEAR and not any(_matches(name, pattern) for name in layers):
+            known = [*dict.fromkeys(name.rpartition(".")[2] for name in layers), ALL_LINEAR]
+            names = f"{nearest(pattern, known)} (there are {', '.join(known)})"
+            raise ConfigError(f"adapter.modules: no linear layer is called {pattern!r}{names}")
+    if not patterns or ALL_LINEAR in patterns:
+        return layers
+    return [name for name in layers if any(_matches(name, pattern) for pattern in patterns)]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -163,16 +206,18 @@ def is_trained_by_adapter(name: str) -> bool:
 def adapter_of(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Adapter:
     """The adapter in training, as the engine takes it and a folder holds it; its tensors are the model's own.
 
-    tensors: others by the parameters' names, such as those of a checkpoint.
+    tensors: others by the parameters' names, such as those of a checkpoint; those of modules trained whole are then the
+    adapter's too, and else are the model's alone.
     """
     updates = adapters_of(model)
     if tensors is None:
         return Adapter({name: update.as_update() for name, update in updates.items()})
+    whole = {name: tensor for name, tensor in tensors.items() if not is_trained_by_adapter(name)}
     given = {
         name: {part: tensors[f"{name}.{CHILD}.{part}"] for part, _ in update.named_parameters()}
         for name, update in updates.items()
     }
-    return Adapter({name: update.as_update(given[name]) for name, update in updates.items()})
+    return Adapter({name: update.as_update(given[name]) for name, update in updates.items()}, whole=whole)
 
 
 @contextmanager
@@ -203,6 +248,8 @@ def merged(model: Decoder, adapter: Adapter) -> Decoder:
     }
     for layer, update in adapter.updates.items():
         weights[f"{layer}.weight"] = update.on(weights[f"{layer}.weight"])
+    for name, tensor in adapter.whole.items():
+        weights[name] = tensor.to(weights[name].device, weights[name].dtype)
     return fill(empty_decoder(model.config), weights).to(model.device)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
@@ -56,6 +56,12 @@ SCHEMES: Registry[type[Scheme]] = Registry(
             is_calibrated=True,
         ),
         SchemePlugin(
+            "nf4",
+            "weights of 4 bits, of 16 numbers for normal weights, as bitsandbytes has them",
+            "bessemer.model.quantisation.nf4:NF4",
+            for_ends=False,
+        ),
+        SchemePlugin(
             "w8a8",
             "as int8, and activations become int8 row by row",
             f"{_SCHEMES}:W8A8",
@@ -95,8 +101,9 @@ class QuantizeConfig(Config):
 
     scheme: str = setting(
         "int8",
-        "int8: weights of 8 bits, a scale for each output; int4: of 4 bits, a scale for each group of inputs; w8a8: as int8, "
-        "and activations become int8 row by row; or one of an installed package.",
+        "int8: weights of 8 bits, a scale for each output; int4: of 4 bits, a scale for each group of inputs; nf4: of 4 bits, "
+        "16 numbers for normal weights, in the form of bitsandbytes; w8a8: as int8, and activations become int8 row by row; or "
+        "one of an installed package.",
         plugins=GROUP,
     )
     method: Literal["rtn", "gptq", "awq"] = setting(
@@ -117,7 +124,8 @@ class QuantizeConfig(Config):
     )
     head: str = setting(
         "int8",
-        "Scheme of the embedding and the head, int8 or int4; none: as they are. gptq and awq leave it to rounding.",
+        "Scheme of the embedding and the head, int8 or int4; none: as they are, the default of nf4. gptq and awq leave it to "
+        "rounding.",
         plugins=GROUP,
     )
     calibration_tokens: int = setting(65_536, "gptq, awq: tokens of calibration text.", unit="tokens", ge=256)
@@ -152,6 +160,12 @@ class QuantizeConfig(Config):
         if info.field_name == "head" and not plugin.for_ends:
             raise ValueError(f"{name} is not for the embedding and the head")
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_nf4(cls, values: Any) -> Any:
+        """bitsandbytes leaves the ends as they are."""
+        return {"head": "none", **values} if isinstance(values, dict) and values.get("scheme") == "nf4" else values
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -5,17 +5,22 @@ codes each, `pack-quantized`) or as `NAME.weight` (int8, `int-quantized` where a
 `naive-quantized`), with `NAME.weight_scale` (float16, a column a group) and, where zeros are codes of their own,
 `NAME.weight_zero_point` (int32, packed along the outputs).
 
-What that form has no place for is kept under our own names, and the folder's `quant_method` is then `bessemer`, which other
+Weights of the scheme nf4 alone are in the form of `bitsandbytes` (`load_in_4bit`): `NAME.weight` (uint8, two codes a byte),
+`NAME.weight.absmax`, with `nested_absmax` where scales are codes, and `quant_state.bitsandbytes__nf4`, JSON as bytes.
+
+What these forms have no place for is kept under our own names, and the folder's `quant_method` is then `bessemer`, which other
 readers refuse: GPT-2's and gpt-oss's matrices, which are stored input by output, and schemes that it does not know
 (`Scheme.compressed`).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +36,7 @@ from bessemer.model.families.layout import FilePatterns, Stored, whole
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.quantisation.base import CompressedForm, Scheme
 from bessemer.model.quantisation.config import SCHEMES, first_scheme
+from bessemer.model.quantisation.nf4 import BLOCK, LEVELS, NF4, SCALE_BLOCK, dynamic_map
 from bessemer.model.quantisation.quantised_decoder import EMBEDDING, HEAD, quantisable, weight_name
 from bessemer.model.quantisation.quantised_layers import quantised_parts
 
@@ -51,6 +57,8 @@ class StoredPart:
     view: Callable[[Tensor], Tensor]
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor], Tensor] | None
+    #: Whether a file may hold another number of elements, as of JSON.
+    any_length: bool = False
 
     def packed(self, ours: Mapping[str, Tensor]) -> Tensor:
         """The tensor as the file holds it."""
@@ -92,7 +100,97 @@ def own_parts(module: str, scheme: Scheme, shape: tuple[int, ...]) -> Iterator[S
 #: Key of `config.json`.
 QUANTIZATION = "quantization_config"
 #: Values of `quant_method`.
-COMPRESSED_TENSORS, OWN_FORM = "compressed-tensors", "bessemer"
+COMPRESSED_TENSORS, BITSANDBYTES, OWN_FORM = "compressed-tensors", "bitsandbytes", "bessemer"
+
+#: Bytes of the JSON that bitsandbytes keeps with each matrix, filled up with spaces.
+_STATE_BYTES = 256
+
+
+def fits_bitsandbytes(stored: Sequence[Stored], schemes: Mapping[str, Scheme], modules: Mapping[str, str]) -> bool:
+    """Whether bitsandbytes has a form for every quantised weight: nf4 alone, all of one kind, each matrix a tensor of its own.
+
+    modules: the module of each quantised weight by its tensor's name."""
+    if len(set(schemes.values())) != 1 or not isinstance(next(iter(schemes.values())), NF4):
+        return False
+    whole_alone = {one.views[0].name for one in stored if len(one.views) == 1 and one.views[0].view is whole}
+    return all(name in whole_alone and name.endswith(".weight") and ".experts." not in name for name in modules)
+
+
+def bitsandbytes_settings(
+    stored: Sequence[Stored], schemes: Mapping[str, Scheme], modules: Mapping[str, str], linear: Sequence[str]
+) -> dict[str, Any]:
+    """For a folder in the form of bitsandbytes; what is not quantised of linear layers is listed."""
+    skipped = [
+        one.name.removesuffix(".weight") for one in stored if one.views[0].name in linear and one.views[0].name not in modules
+    ]
+    scheme = next(iter(schemes.values()))
+    assert isinstance(scheme, NF4), scheme
+    return {
+        "quant_method": BITSANDBYTES,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": scheme.name,
+        "bnb_4bit_use_double_quant": scheme.double,
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(dict.fromkeys([*skipped, HEAD])),
+    }
+
+
+def bitsandbytes_parts(one: Stored, module: str, scheme: NF4, shape: tuple[int, ...]) -> Iterator[StoredPart]:
+    """The tensors that take the place of `one`, a matrix (N, K)."""
+    ours = scheme.tensors(*shape)
+
+    def part(
+        suffix: str,
+        source: str,
+        length: tuple[int, ...],
+        dtype: torch.dtype,
+        pack: Callable[[Tensor], Tensor],
+        unpack: Callable[[Tensor], Tensor] | None,
+        any_length: bool = False,
+    ) -> StoredPart:
+        made_of = (f"{module}.{source}", ours[source].shape)
+        return StoredPart(f"{one.name}{suffix}", *made_of, length, dtype, whole, pack, unpack, any_length)
+
+    def reshaped(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: tensor.reshape(ours[name].shape)
+
+    def state(tensor: Tensor) -> Tensor:
+        values: dict[str, Any] = {"quant_type": scheme.name, "blocksize": BLOCK, "dtype": "float32", "shape": list(shape)}
+        if scheme.double:
+            nested = {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": float(tensor)}
+            values |= nested
+        text = json.dumps(values).encode()
+        return torch.frombuffer(bytearray(text.ljust(_STATE_BYTES)), dtype=torch.uint8)
+
+    codes, scales = ours["codes"], ours["scales"]
+    yield part("", "codes", (prod(codes.shape), 1), torch.uint8, lambda each: each.reshape(-1, 1), reshaped("codes"))
+    yield part(".absmax", "scales", (prod(scales.shape),), scales.dtype, lambda each: each.reshape(-1), reshaped("scales"))
+    yield part(".quant_map", "codes", (len(LEVELS),), torch.float32, lambda _: torch.tensor(LEVELS), None)
+    name = ".quant_state.bitsandbytes__nf4"
+    if not scheme.double:
+        yield part(name, "codes", (_STATE_BYTES,), torch.uint8, state, None, True)
+        return
+    nested = ours["scales_of_scales"].shape
+    yield part(".nested_absmax", "scales_of_scales", nested, torch.float32, lambda each: each, lambda each: each)
+    yield part(".nested_quant_map", "codes", (256,), torch.float32, lambda _: dynamic_map().clone(), None)
+    yield part(name, "mean_scale", (_STATE_BYTES,), torch.uint8, state, _mean_scale, True)
+
+
+def _mean_scale(state: Tensor) -> Tensor:
+    """The mean of a matrix's scales, from the JSON that its file has. Raises ArtefactError where that is damaged, or of blocks
+    of another size."""
+    try:
+        values = json.loads(bytes(state.tolist()).decode())
+        sizes, mean = (values["blocksize"], values["nested_blocksize"]), float(values["nested_offset"])
+    except (ValueError, KeyError, TypeError):
+        raise ArtefactError("a matrix of bitsandbytes has a damaged quant_state; fetch or make the model again") from None
+    if sizes != (BLOCK, SCALE_BLOCK):
+        raise ArtefactError(
+            f"a matrix of bitsandbytes has blocks of {sizes[0]} weights and {sizes[1]} scales; 64 and 256 are read"
+        )
+    return torch.tensor([mean])
 
 
 def own_settings(schemes: Mapping[str, Scheme], model_type: str) -> dict[str, Any]:
@@ -163,10 +261,15 @@ def read_settings(values: Mapping[str, Any], path: Path) -> Mapping[str, Any] | 
     if not settings:
         return None
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    if method not in (COMPRESSED_TENSORS, OWN_FORM):
+    if method not in (COMPRESSED_TENSORS, BITSANDBYTES, OWN_FORM):
         raise ArtefactError(
             f"{path}: the weights are quantised in a way that is not supported (quant_method {method!r}; supported: "
-            f"{COMPRESSED_TENSORS})"
+            f"{COMPRESSED_TENSORS}, {BITSANDBYTES} with nf4)"
+        )
+    if method == BITSANDBYTES and not (settings.get("load_in_4bit") and settings.get("bnb_4bit_quant_type") == "nf4"):
+        raise ArtefactError(
+            f"{path}: the weights are quantised by bitsandbytes in another way than nf4 (load_in_4bit, bnb_4bit_quant_type: "
+            "nf4), which is not read here"
         )
     return settings
 
@@ -185,6 +288,15 @@ def read_schemes(
             return {name: _described(values, path) for name, values in settings["modules"].items()}
         except (TypeError, AssertionError, KeyError, AttributeError):
             raise ArtefactError(f"{path}: {QUANTIZATION} is damaged") from None
+    if settings["quant_method"] == BITSANDBYTES:
+        codes, skipped = NF4(bool(settings.get("bnb_4bit_use_double_quant"))), settings.get("llm_int8_skip_modules") or [HEAD]
+        for one in stored:
+            name, base = one.views[0].name, one.name.removesuffix(".weight")
+            # as transformers: a name, its beginning or its end
+            left = any(base == skip or base.startswith(f"{skip}.") or base.endswith(f".{skip}") for skip in skipped)
+            if name in modules and name in linear and modules[name] != HEAD and not left:
+                schemes[modules[name]] = codes
+        return schemes
     groups = [group for group in settings.get("config_groups", {}).values() if isinstance(group, Mapping)]
     ignored = settings.get("ignore") or []
     patterns = FilePatterns(path)
@@ -287,6 +399,8 @@ def layout_of(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Layout:
     if fits_compressed_tensors(names.stored, schemes, modules):
         settings = compressed_settings(names.stored, schemes, modules, names.linear, tied)
         return _laid_out(config, names, schemes, settings)
+    if fits_bitsandbytes(names.stored, schemes, modules):
+        return _laid_out(config, names, schemes, bitsandbytes_settings(names.stored, schemes, modules, names.linear))
     return _laid_out(
         config.with_changes(model_type=OWN.model_type), _names(config, OWN), schemes, own_settings(schemes, family.model_type)
     )
@@ -300,13 +414,18 @@ def read_layout(config: ModelConfig, settings: Mapping[str, Any], path: Path) ->
 
 
 def _laid_out(config: ModelConfig, names: _Names, schemes: Mapping[str, Scheme], settings: dict[str, Any]) -> Layout:
-    own = settings["quant_method"] == OWN_FORM
+    own, packed = settings["quant_method"] == OWN_FORM, settings["quant_method"] == BITSANDBYTES
     plain: list[Stored] = []
     parts: list[StoredPart] = []
     for one in names.stored:
         module = names.modules.get(one.views[0].name)
         if module is None or module not in schemes:
             plain.append(one)
+        elif packed:
+            scheme = schemes[module]
+            if not isinstance(scheme, NF4) or len(one.views) > 1 or one.views[0].view is not whole:
+                raise ArtefactError(f"{one.name}: packed of several matrices, of which bitsandbytes' form is not read here")
+            parts += bitsandbytes_parts(one, module, scheme, names.shapes[module])
         elif not own:
             parts += compressed_parts(one, module, schemes[module], names.shapes[module], config.tie_word_embeddings)
     if own:

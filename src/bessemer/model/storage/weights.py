@@ -259,7 +259,8 @@ def _check_plain(expected: tuple[int, ...], name: str, file: WeightsFile, path: 
 def _check_codes(part: StoredPart, file: WeightsFile, path: Path) -> None:
     shape, kind = file.describe(part.name)
     wanted = (DTYPES | CODE_DTYPES)[part.dtype]
-    if shape != part.shape or (kind != wanted and not (kind in DTYPES.values() and wanted in DTYPES.values())):
+    fits = shape == part.shape or (part.any_length and len(shape) == 1)
+    if not fits or (kind != wanted and not (kind in DTYPES.values() and wanted in DTYPES.values())):
         raise ArtefactError(f"{path}: {part.name!r} is {kind} of shape {shape}, config.json asks for {wanted} of {part.shape}")
 
 

@@ -36,6 +36,7 @@ class SFTConfig(TuningConfig):
     real model that was pretrained elsewhere, as those of TRL, torchtune and LitGPT."""
 
     shorthand: ClassVar[str | None] = "data"
+    trains_modules: ClassVar[bool] = True
 
     data: list[str] = setting(
         description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS} and {SYNTHETIC} of stages above; a task whose right answers "
@@ -178,11 +179,50 @@ class FinetuneConfig(Config):
     answer_column: str | None = setting(None, "Column of the answers; absent: found by its name.")
     epochs: float = setting(2.0, "Passes over the data.", gt=0)
     learning_rate: float | None = setting(None, "Peak learning rate; absent: 1e-5 for full, 2e-4 for an adapter.", gt=0)
+    base_dtype: Literal["auto", "float32", "bf16", "int8", "int4", "nf4"] = setting(
+        "auto",
+        "How the frozen weights beside an adapter lie: float32 or bf16, in which products are then computed, or codes (qlora); "
+        "auto: what this machine multiplies fast, with qlora int4.",
+    )
     rank: int = setting(16, "Rank of an adapter.", gt=0)
+    alpha: float | None = setting(None, "Updates are scaled by alpha / rank; absent: twice the rank.", gt=0)
+    dropout: float = setting(0.0, "Share of a layer's inputs that its update does not see in a step.", ge=0, lt=1)
+    rslora: bool = setting(False, "Scale by alpha / √rank instead (Kalajdzievski 2023).")
+    dora: bool = setting(False, "Train the norms of the rows too (Liu et al. 2024, DoRA).")
+    target_modules: list[str] = setting(
+        default_factory=list,
+        description="Linear layers that an adapter changes, by patterns of their names or of the last part; all-linear, or "
+        "empty: all of attention, feed-forward and shared experts.",
+    )
+    modules_to_save: list[str] = setting(
+        default_factory=list,
+        description="Modules that are trained whole beside an adapter, by patterns: embed_tokens, lm_head, norm.",
+    )
     context_length: int | None = setting(
         None, "Tokens of a row; absent: those of the longest conversation, at most 2,048 and the model's context.", gt=1
     )
     batch_size: int | None = setting(None, "Rows of a batch; absent: as many as hold eight conversations.", gt=0)
+    tokens_per_batch: int | None = setting(
+        None,
+        "Tokens of one forward pass at most: a batch is cut into micro-batches of as many rows; absent: what memory holds.",
+        unit="tokens",
+        affects_output=False,
+        gt=0,
+    )
+    checkpointing: Literal["auto", "none", "full"] = setting(
+        "auto",
+        "Whether the backward pass recomputes whole blocks, which takes a third longer and much less memory; auto: where "
+        "memory does not hold a step of one row without it.",
+        affects_output=False,
+    )
+    paged_optimizer: bool = setting(
+        False,
+        "Keep the optimizer's states outside the device's memory: on a card in the host's, here in a mapped file.",
+        affects_output=False,
+    )
+    price_per_hour: float | None = setting(
+        None, "Price of the machine for an hour, in any currency: the plan says what the run costs.", affects_output=False, gt=0
+    )
     truncate: Truncate = setting("drop", TRUNCATE)
     on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     held_out: float = setting(0.1, "Share of the data that is held out, to see whether the model got better.", gt=0, lt=1)
@@ -199,3 +239,21 @@ class FinetuneConfig(Config):
     merge: bool = setting(
         False, "Also write model/, the weights with the adapter merged into them; at any time later too.", affects_output=False
     )
+
+    @property
+    def codes(self) -> Literal["int8", "int4", "nf4"]:
+        """The scheme of frozen weights of `qlora`."""
+        return self.base_dtype if self.base_dtype in ("int8", "int4", "nf4") else "int4"
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        in_codes = self.base_dtype in ("int8", "int4", "nf4")
+        if in_codes and self.method in ("full", "lora"):
+            raise ValueError(f"base_dtype: {self.base_dtype} is of frozen weights in codes; take method qlora, or auto")
+        if self.base_dtype in ("float32", "bf16") and self.method == "qlora":
+            raise ValueError(f"base_dtype: {self.base_dtype} is no form of codes; qlora has int4, nf4 and int8")
+        if self.method == "full":
+            for name in ("alpha", "target_modules", "modules_to_save", "dora", "rslora", "dropout"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: of an adapter, and full trains all weights; leave one of them out")
+        return self

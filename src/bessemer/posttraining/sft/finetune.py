@@ -34,7 +34,7 @@ from bessemer.posttraining.data.packing import EncodedExample
 from bessemer.posttraining.data.turns import RowError
 from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import prepare_base
-from bessemer.posttraining.sft.finetune_plan import Sizes, plan_finetuning, product_dtype
+from bessemer.posttraining.sft.finetune_plan import Sizes, plan_finetuning, tuning_dtype
 from bessemer.posttraining.sft.forgetting import GeneralTasks, ItemResults
 from bessemer.posttraining.sft.report import one_line
 from bessemer.posttraining.sft.stage import sft
@@ -189,7 +189,13 @@ def finetune(
         progress.say(line)
     tokenizer, chosen_device = load_tokenizer(base), choose_device(device)
     tuning = SFTConfig.parse(
-        plan.settings | _training_settings(config, method, plan.sizes, chosen_device), lambda path: f"--{path[0]}"
+        plan.settings
+        | _training_settings(config, method, plan.sizes, chosen_device)
+        | {
+            "micro_batch_size": plan.needs[method].shape.rows,
+            "activation_checkpointing": plan.needs[method].shape.recompute,
+        },
+        lambda path: f"--{path[0]}",
     )
     measure = partial(
         conversation_losses,
@@ -219,7 +225,8 @@ def finetune(
         after = measured(load_model(out / MODEL, device=chosen_device), "after")
     else:
         tuned = start.whole(chosen_device)
-        adapter = read_adapter(out / ADAPTER, load_model(base)).to(chosen_device, torch.float32).fitted(tuned)
+        adapter = read_adapter(out / ADAPTER, load_model(base)).to(chosen_device, torch.float32)
+        adapter = adapter.put_whole(tuned).fitted(tuned)
         after = measured(tuned, "after", adapter)
     return Finetuned(
         method,
@@ -318,14 +325,24 @@ def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, dev
         "schedule": "cosine",
         "warmup_fraction": 0.1,
         "diagnostics_every": 0,
-        "dtype": str(product_dtype(device)).removeprefix("torch."),
+        "dtype": str(tuning_dtype(config, device)).removeprefix("torch."),
         "compile": False,
         "track": config.track,
+        "optimizer_paging": config.paged_optimizer,
     }
     if method == "full":
         return settings | {"learning_rate": config.learning_rate or FULL_LEARNING_RATE}
-    quantize = "int4" if method == "qlora" else None
-    settings["adapter"] = {"rank": config.rank, "alpha": 2.0 * config.rank, "quantize": quantize, "merge": False}
+    settings["adapter"] = {
+        "rank": config.rank,
+        "alpha": 2.0 * config.rank if config.alpha is None else config.alpha,
+        "dropout": config.dropout,
+        "rslora": config.rslora,
+        "dora": config.dora,
+        "modules": config.target_modules,
+        "modules_to_save": config.modules_to_save,
+        "quantize": config.codes if method == "qlora" else None,
+        "merge": False,
+    }
     return settings | ({} if config.learning_rate is None else {"learning_rate": config.learning_rate})
 
 

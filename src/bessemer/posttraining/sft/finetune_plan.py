@@ -1,26 +1,26 @@
-"""What a fine-tuning takes, computed before anything is imported or trained: rows, steps, and memory by method.
+"""What a fine-tuning takes, computed before anything is imported or trained: rows, steps, memory, time, and what is cut.
 
-All weights are tuned, or an adapter, by the memory that each takes. Of a weight in float32, full tuning with AdamW takes 16
-bytes: 4 for itself, 4 for its gradient, 8 for two means; where products are computed in half precision, 2 more for the copy
-that they read. Beside a frozen weight only an adapter has gradients and means: a matrix of the blocks takes the bytes of the
-dtype in which products read it; one of 4 bits 5/8 of a byte, with its scale. Embedding and head lie in float32.
+All weights are tuned, or an adapter, by the memory that each takes (`finetune_memory`). Of each way first smaller micro-batches
+are tried, which take no more time, then recomputed blocks, which take a third more; then the next way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ConfigError, SourceError
-from bessemer.core.metrics import size
+from bessemer.core.metrics import duration, size
+from bessemer.model.activations import Recompute
 from bessemer.model.config import ModelConfig
-from bessemer.model.device import choose_device, is_fast
+from bessemer.model.device import choose_device, is_fast, product_flops
 from bessemer.model.formats import ModelSource
+from bessemer.posttraining.data.encoding import RowCounts
 from bessemer.posttraining.data.examples import Conversation, RowReader
 from bessemer.posttraining.data.made import data_name, data_path
 from bessemer.posttraining.data.mask import text_parts
@@ -28,19 +28,17 @@ from bessemer.posttraining.data.packing import EncodedExample, encode_conversati
 from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.posttraining.sft.config import FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, read_base
+from bessemer.posttraining.sft.finetune_memory import TuningMemory, TuningShape, tuning_memory
 from bessemer.posttraining.sft.stage import gather_conversations
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.data.packing import best_fit
-from bessemer.training.logit_chunks import chunk_size
+from bessemer.training.starting_model import FROZEN
 
 #: Share of the free memory that is counted on.
 _USABLE = 0.8
-#: Bytes of a trained weight and of a frozen one in float32, and of one of 4 bits in groups of 32.
-_TRAINED, _FLOAT32, _CODES = 16.0, 4.0, 0.625
-#: Memory for the backward pass of a block in half precision, as a share of that in float32: residual states and norms
-#: stay in float32.
-_HALF_KEPT = 0.7
+#: Of the measured rate of matrix products, what a step reaches; the rest are attention, norms, the loss and the update.
+_REACHED = 0.5
 
 
 def free_bytes(device: torch.device) -> float:
@@ -51,79 +49,58 @@ def free_bytes(device: torch.device) -> float:
     return float("inf") if free is None else _USABLE * free
 
 
-def needed_bytes(
-    model: ModelConfig,
-    method: Method,
-    rank: int,
-    tokens: int,
-    quantised: float | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> float:
-    """Estimated peak of a step on `tokens` tokens at once. quantised: bytes of the model as it is, where it is quantised.
-    dtype: of products. device: its kind, as PyTorch names it."""
-    weights, ends = model.parameters(), model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    # operands of products: the float32 weights, or a copy
-    width, is_half = float(dtype.itemsize), dtype != torch.float32
-    # kept for the backward pass of a block: about 16 states of the model's width and 4 of the feed-forward's, in float32
-    kept = 4.0 * tokens * model.num_hidden_layers * (16 * model.hidden_size + 4 * model.intermediate_size)
-    kept *= _HALF_KEPT if is_half else 1.0
-    # logits of a chunk of tokens, and those of a block of it in float32
-    chunk = chunk_size(device)
-    logits = model.vocab_size * min(tokens, chunk.tokens(model.vocab_size))
-    kept += width * logits + 4.0 * min(logits, chunk.max_block_logits)
-    copied = width if is_half else 0.0
-    if method == "full":
-        return (_TRAINED + copied) * weights + kept
-    # each layer's matrices have about as many outputs and inputs as seven of the model's width and three of the feed-forward's
-    adapter = rank * model.num_hidden_layers * (11 * model.hidden_size + 3 * model.intermediate_size)
-    trained = (_TRAINED + copied) * adapter + kept + copied * model.vocab_size * model.hidden_size
-    if method == "lora":
-        return width * (weights - ends) + _FLOAT32 * ends + trained
-    frozen = _CODES * (weights - ends) + _FLOAT32 * ends if quantised is None else quantised
-    # the largest matrix, dequantised for its product
-    return frozen + trained + (_FLOAT32 + copied) * model.hidden_size * model.intermediate_size
+class Fitting(NamedTuple):
+    """A way to tune with a step that memory holds, or the smallest that there is."""
+
+    shape: TuningShape
+    memory: TuningMemory
 
 
 def memory_needs(
-    model: ModelConfig,
-    rank: int,
-    tokens: int,
-    quantised: float | None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> dict[Method, float]:
-    """`needed_bytes` of each way in which a model can be tuned, the one that takes most first."""
-    methods: tuple[Method, ...] = ("qlora",) if quantised is not None else ("full", "lora", "qlora")
-    return {method: needed_bytes(model, method, rank, tokens, quantised, dtype=dtype, device=device) for method in methods}
+    model: ModelConfig, shape: TuningShape, free: float, *, rows_given: bool = False, recompute: Sequence[Recompute] = ("none",)
+) -> dict[Method, Fitting]:
+    """Each way in which a model can be tuned, the one that takes most first, with the largest micro-batch that `free` bytes
+    hold, or the smallest step that there is.
+
+    shape: with the rows of a whole batch, or with `rows_given` of a micro-batch as they stay. recompute: what may be
+    recomputed, the fastest first.
+    """
+    methods: tuple[Method, ...] = ("qlora",) if shape.stored is not None else ("full", "lora", "qlora")
+    return {method: _fitting(model, method, shape, free, rows_given, recompute) for method in methods}
 
 
-def choose_method(
-    model: ModelConfig,
-    rank: int,
-    tokens: int,
-    free: float,
-    quantised: float | None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> tuple[Method, str]:
-    """The first way to tune that memory holds, and why. dtype, device: as of `needed_bytes`. Raises ConfigError when it holds
-    none."""
-    needs = memory_needs(model, rank, tokens, quantised, dtype=dtype, device=device)
-    for method, needed in needs.items():
-        if needed <= free:
+def _fitting(
+    model: ModelConfig, method: Method, shape: TuningShape, free: float, rows_given: bool, recompute: Sequence[Recompute]
+) -> Fitting:
+    batch = shape.rows * shape.micro_batches
+    smallest: Fitting | None = None
+    for kind in recompute:
+        rows = shape.rows
+        while True:
+            tried = replace(shape, rows=rows, micro_batches=-(-batch // rows), recompute=kind)
+            smallest = Fitting(tried, tuning_memory(model, method, tried))
+            if smallest.memory.peak <= free:
+                return smallest
+            if rows == 1 or rows_given:
+                break
+            rows = -(-rows // 2)
+    assert smallest is not None
+    return smallest
+
+
+def choose_method(needs: Mapping[Method, Fitting], free: float, *, is_quantised: bool = False) -> tuple[Method, str]:
+    """The first of the ways to tune (`memory_needs`) that memory holds, and why. Raises ConfigError when it holds none."""
+    for method, fitting in needs.items():
+        if (needed := fitting.memory.peak) <= free:
             larger = list(needs)[: list(needs).index(method)]
-            more = "".join(f", {one} {size(needs[one])}" for one in larger)
+            more = "".join(f", {one} {size(needs[one].memory.peak)}" for one in larger)
             of = "memory" if free == float("inf") else f"of {size(free)} that can be used"
-            reason = "the model is quantised" if quantised is not None else f"it takes about {size(needed)}{more}, {of}"
+            reason = "the model is quantised" if is_quantised else f"it takes about {size(needed)}{more}, {of}"
             return method, reason
     least = list(needs)[-1]
     raise ConfigError(
-        f"--method: even {least} takes about {size(needs[least])}, and {size(free)} can be used; take a smaller model, a "
-        f"shorter --context-length, or try with --method {least}"
+        f"--method: even {least} takes about {size(needs[least].memory.peak)}, and {size(free)} can be used; take a smaller "
+        f"model, a shorter --context-length, or try with --method {least}"
     )
 
 
@@ -157,8 +134,10 @@ class Sizes:
 @dataclass(frozen=True)
 class FinetunePlan:
     """settings: which conversations `sft` reads. examples: of those held out that have something to learn within a row.
-    tokens, learnt: of the conversations of a pass, and those of them that are targets. needs: peak memory by method, in bytes.
-    free: that can be used. understood: lines about the data, for a terminal. bad_rows: number of rows that are left out."""
+    tokens, learnt: of the conversations of a pass, and those of them that are targets. counts: of conversations cut and left
+    out. needs: each way to tune with its memory. free: that can be used, in bytes. seconds: of the steps, predicted; None where
+    the device's rate is not known. price: of an hour. understood: lines about the data, for a terminal. bad_rows: number of
+    rows that are left out."""
 
     settings: dict[str, Any]
     training: Sequence[Conversation]
@@ -168,12 +147,25 @@ class FinetunePlan:
     sizes: Sizes
     tokens: int
     learnt: int
+    counts: RowCounts
     method: Method
     reason: str
-    needs: Mapping[Method, float]
+    needs: Mapping[Method, Fitting]
     free: float
+    seconds: float | None
+    price: float | None = None
     understood: Sequence[str] = ()
     bad_rows: int = 0
+
+    @property
+    def chosen(self) -> Fitting:
+        """The way that is taken: its micro-batches, what is recomputed, and its memory."""
+        return self.needs[self.method]
+
+    @property
+    def cost(self) -> float | None:
+        """Of the steps, in the currency of the price; None without a price or a prediction."""
+        return None if self.price is None or self.seconds is None else self.price * self.seconds / 3600
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -187,18 +179,34 @@ class FinetunePlan:
             **asdict(self.sizes),
             "method": self.method,
             "reason": self.reason,
-            "memory_bytes": {method: round(needed) for method, needed in self.needs.items()},
+            **self.counts.figures,
+            "micro_batch_size": self.chosen.shape.rows,
+            "activation_checkpointing": self.chosen.shape.recompute,
+            "memory_bytes": {method: round(fitting.memory.peak) for method, fitting in self.needs.items()},
+            "memory_parts": {part: round(needed) for part, needed in self.chosen.memory.parts.items()},
             "free_bytes": None if self.free == float("inf") else round(self.free),
+            "seconds": None if self.seconds is None else round(self.seconds, 3),
+            "cost": None if self.cost is None else round(self.cost, 4),
         }
 
     @property
     def sentences(self) -> list[str]:
         """Lines for a terminal before the training."""
-        sizes = self.sizes
-        return [
-            f"  {len(self.training):,} conversations to learn from, {len(self.held_out):,} different ones held out; "
-            f"{sizes.batch_size} rows of {sizes.context_length:,} tokens a step, {sizes.steps:,} steps",
+        sizes, shape, memory = self.sizes, self.chosen.shape, self.chosen.memory
+        cut = f", in micro-batches of {shape.rows}" if shape.micro_batches > 1 else ""
+        again = ", blocks recomputed in the backward pass" if shape.recompute != "none" else ""
+        parts = ", ".join(f"{part} {size(needed)}" for part, needed in sorted(memory.parts.items(), key=lambda each: -each[1]))
+        lines = [
+            f"  {len(self.training):,} conversations to learn from, {len(self.held_out):,} different ones held out; no prompt "
+            "of these is learnt, nor a near copy of one",
+            f"  {sizes.batch_size} rows of {sizes.context_length:,} tokens a step{cut}, {sizes.steps:,} steps{again}",
+            *self.counts.sentences(f"{len(self.training):,} conversations"),
+            f"  memory: about {size(memory.peak)} at most; {parts} (not all at once)",
         ]
+        if self.seconds is not None:
+            cost = "" if self.cost is None else f", and costs about {self.cost:.2f}"
+            lines.append(f"  time: training takes about {duration(self.seconds)} on this machine as it is now{cost}")
+        return lines
 
     def rendered_example(self) -> list[str]:
         """The first conversation that is learnt whole, as the model reads it, what it learns between brackets; nothing where
@@ -241,23 +249,27 @@ def plan_finetuning(
     longest = config.context_length or min(_LONGEST, limit)
     lengths = [len(one.tokens) for one in fit_conversations([*training, *held_out], tokenizer, longest, config.truncate)[0]]
     context = config.context_length or row_length(lengths, limit)
-    fitted = fit_conversations(training, tokenizer, context, config.truncate)[0]
+    fitted, counts = fit_conversations(training, tokenizer, context, config.truncate)
     rows = max(1, pack_examples(fitted, tokenizer, context).tokens_BT.shape[0])
     batch_size = config.batch_size or max(1, round(_CONVERSATIONS * rows / len(training)))
-    chosen, needs, free = _method(config, base, batch_size * context, chosen_device)
+    sizes, dtype = Sizes.of(config, context, rows, batch_size), tuning_dtype(config, chosen_device)
+    chosen, needs, free = _method(config, base, batch_size, context, dtype, chosen_device)
     return FinetunePlan(
         settings=settings,
         training=training,
         held_out=held_out,
         examples=_within(held_out, tokenizer, context, config),
         base=base,
-        sizes=Sizes.of(config, context, rows, batch_size),
+        sizes=sizes,
         tokens=sum(len(one.tokens) for one in fitted),
         learnt=sum(int((one.targets != IGNORE_INDEX).sum()) for one in fitted),
+        counts=counts,
         method=chosen[0],
         reason=chosen[1],
         needs=needs,
         free=free,
+        seconds=_seconds(base.config, chosen[0], needs[chosen[0]].shape, sizes, dtype, chosen_device),
+        price=config.price_per_hour,
         understood=understood,
         bad_rows=len(reader.bad),
     )
@@ -316,18 +328,73 @@ def _middle_left_out(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:half]} … {text[-half:]}"
 
 
+def tuning_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+    """Dtype of products: that in which the frozen weights are asked to lie, or what the device multiplies fast."""
+    given = {"float32": torch.float32, "bf16": torch.bfloat16}.get(config.base_dtype)
+    return product_dtype(device) if given is None else given
+
+
 def _method(
-    config: FinetuneConfig, base: BaseModel, tokens: int, device: torch.device
-) -> tuple[tuple[Method, str], Mapping[Method, float], float]:
-    """The way to tune and why, what each takes, and what can be used, in bytes. tokens: of a step."""
-    dtype, kind, free = product_dtype(device), device.type, free_bytes(device)
-    needs = memory_needs(base.config, config.rank, tokens, base.quantised, dtype=dtype, device=kind)
-    if config.method == "auto":
-        chosen = choose_method(base.config, config.rank, tokens, free, base.quantised, dtype=dtype, device=kind)
-        return chosen, needs, free
-    if config.method not in needs:
-        raise ConfigError(f"--method: {config.method} is of whole weights, and {base.name} is quantised; take qlora")
-    return (config.method, f"as asked; it takes about {size(needs[config.method])}"), needs, free
+    config: FinetuneConfig, base: BaseModel, batch_size: int, context: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[Method, str], Mapping[Method, Fitting], float]:
+    """The way to tune and why, what each takes, and what can be used, in bytes."""
+    rows_given, rows = config.tokens_per_batch is not None, batch_size
+    if config.tokens_per_batch is not None:
+        rows = max(1, min(batch_size, config.tokens_per_batch // context))
+    shape = TuningShape(
+        rows=rows,
+        length=context,
+        dtype_bytes=dtype.itemsize,
+        device=device.type,
+        rank=config.rank,
+        dora=config.dora,
+        dropout=config.dropout > 0,
+        frozen=FROZEN[config.codes],
+        stored=base.quantised,
+        patterns=tuple(config.target_modules),
+        whole=tuple(config.modules_to_save),
+        paged=config.paged_optimizer,
+        micro_batches=-(-batch_size // rows),
+    )
+    recompute: tuple[Recompute, ...] = ("none", "full") if config.checkpointing == "auto" else (config.checkpointing,)
+    free = free_bytes(device)
+    needs = memory_needs(base.config, shape, free, rows_given=rows_given, recompute=recompute)
+    if config.method != "auto":
+        if config.method not in needs:
+            raise ConfigError(f"--method: {config.method} is of whole weights, and {base.name} is quantised; take qlora")
+        peak = needs[config.method].memory.peak
+        return (config.method, f"as asked; it takes about {size(peak)}"), needs, free
+    wanted: tuple[Method, ...] = ("full", "lora", "qlora")
+    if config.base_dtype in ("int8", "int4", "nf4"):
+        wanted = ("qlora",)
+    elif (
+        config.base_dtype != "auto"
+        or config.target_modules
+        or config.modules_to_save
+        or config.dora
+        or config.rslora
+        or config.alpha
+        or config.dropout
+    ):
+        wanted = ("lora", "qlora")
+    possible = {method: fitting for method, fitting in needs.items() if method in wanted} or needs
+    return choose_method(possible, free, is_quantised=base.quantised is not None), needs, free
+
+
+def _seconds(
+    model: ModelConfig, method: Method, shape: TuningShape, sizes: Sizes, dtype: torch.dtype, device: torch.device
+) -> float | None:
+    """Seconds of all steps, from the rate of products that is measured on this processor; None on other devices.
+
+    A token takes 6 FLOPs a weight that is trained, 4 where no gradient of the weight is needed, 2 more where blocks are
+    recomputed.
+    """
+    if device.type != "cpu":
+        return None
+    per_weight = (6 if method == "full" else 4) + (2 if shape.recompute == "full" else 0)
+    tokens = sizes.steps * sizes.batch_size * sizes.context_length
+    flops = model.flops_per_token(sizes.context_length) / 6 * per_weight * tokens
+    return flops / (_REACHED * product_flops(dtype))
 
 
 def _within(

@@ -155,7 +155,11 @@ def save_trained_adapter(
     that model again to merge, as one process does whose frozen weights lie in half precision.
     """
     assert start.adapter is not None
-    own = {name: parameter for name, parameter in model.named_parameters() if is_trained_by_adapter(name)}
+    own = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or is_trained_by_adapter(name)
+    }
     trained = whole_tensors(own, mesh)
     if mesh.leads:
         for ending, tensors in _chosen(trained, out, config, best).items():

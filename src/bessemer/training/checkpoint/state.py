@@ -78,10 +78,11 @@ class TrainingState:
 
 def model_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Weights and optimizer states by parameter name, as `model` and `optimizer`; those of frozen parameters are left out, and
-    with an adapter all that is neither its own nor a scalar head."""
+    with an adapter all that is not trained with it."""
     weights, states = get_state_dict(model, optimizers, options=_BY_NAME)
     if adapters_of(model):
-        weights = {name: tensor for name, tensor in weights.items() if is_trained_by_adapter(name)}
+        whole = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        weights = {name: tensor for name, tensor in weights.items() if name in whole or is_trained_by_adapter(name)}
     return {"model": weights, "optimizer": states}
 
 

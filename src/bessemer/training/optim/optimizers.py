@@ -28,6 +28,7 @@ from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import OptimizerSettings
 from bessemer.training.optim.muon import Muon
 from bessemer.training.optim.mup import rate_factor
+from bessemer.training.optim.paged import PagedAdamW
 from bessemer.training.optim.registry import find_optimizer
 
 
@@ -247,6 +248,8 @@ def _orthogonalisation_dtype(config: LoopConfig, device: torch.device) -> torch.
 def adamw(groups: list[Group], config: LoopConfig) -> Optimizer:
     """AdamW, with states of 32 or 8 bits. Raises ConfigError when 8 bits are asked for without torchao."""
     betas = config.beta1, config.beta2
+    if config.optimizer_paging:
+        return PagedAdamW(groups, betas=betas)
     if config.optimizer_bits == 32:
         return AdamW(groups, betas=betas, fused=True)
     try:

@@ -1,0 +1,232 @@
+"""What a fine-tuning takes of memory, by part, computed before a model is read.
+
+Standing: the weights as they lie, an adapter, and for each trained number in float32 its gradient and AdamW's two means. Per
+step: the activations that the backward pass needs (`model.activations`), autocast's copies, the head's logits and gradients,
+masks of packed rows, and where weights are codes the largest matrix dequantised. They do not all exist at once: gradients
+appear while activations are freed, so the peak is the largest of a few moments of a step, as in `scaling.memory`, which plans
+layouts of many processes; this one knows frozen weights, adapters and codes.
+
+Beside a frozen weight of a norm its unscaled output is not kept, since no gradient of the weight reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+from bessemer.model.activations import Recompute, block_activations, final_norm_activations
+from bessemer.model.adapters.folder import adaptable_layers
+from bessemer.model.adapters.trained import matching_layers, modules_of
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.initialisation import empty_decoder
+from bessemer.model.parts import Numerics
+from bessemer.model.quantisation.config import SCHEMES, QuantizeConfig
+from bessemer.model.quantisation.quantised_decoder import quantisable
+from bessemer.posttraining.sft.config import Method
+from bessemer.training.logit_chunks import chunk_size
+
+#: Bytes of a number in float32; of AdamW's two means.
+_FLOAT32, _MEANS = 4.0, 8.0
+#: While a matrix of codes is dequantised: its codes one a byte, their numbers and the scaled ones in float32.
+_DEQUANTISING = 9.0
+
+
+@dataclass(frozen=True)
+class TuningShape:
+    """What a step works on. rows, length: of a micro-batch. dtype_bytes: of products' operands. frozen: how the blocks' frozen
+    weights of an adapter are quantised; None: not. stored: bytes of a model that is quantised as it lies; None: it is not.
+    patterns: of the layers that an adapter changes; empty: all. whole: of modules trained whole beside it.
+    micro_batches: of a step, whose gradients are summed. paged: AdamW's means lie outside (`training.optim.paged`)."""
+
+    rows: int
+    length: int
+    dtype_bytes: int = 4
+    device: str = "cpu"
+    rank: int = 16
+    dora: bool = False
+    dropout: bool = False
+    frozen: QuantizeConfig | None = None
+    stored: float | None = None
+    patterns: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    recompute: Recompute = "none"
+    micro_batches: int = 1
+    paged: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class TuningMemory:
+    """Bytes by part, and the most that exist at once."""
+
+    parts: Mapping[str, float]
+    peak: float
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Counts of a model's parameters. matrices: of the blocks that only products read. trained: all, or the adapter's and
+    those of modules trained whole (whole). copied: of these what autocast copies. head: the table of the head, where it is
+    trained."""
+
+    weights: int
+    matrices: int
+    largest: int
+    trained: int
+    copied: int
+    head: int
+    whole: int = 0
+
+
+def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> TuningMemory:
+    """The memory of a step of a way to tune, on one process."""
+    numbers = _numbers(model, method, shape)
+    c, tokens, is_half = float(shape.dtype_bytes), shape.tokens, shape.dtype_bytes != 4
+    weights = _weight_bytes(model, method, shape, numbers)
+    trained = _FLOAT32 * numbers.trained
+    own = 0.0 if method == "full" else trained - _FLOAT32 * numbers.whole
+    # in pages a tensor's two means at a time come to a card; a mapped file's pages are the system's to take back
+    means = _MEANS * numbers.trained
+    if shape.paged:
+        means = 0.0 if shape.device == "cpu" else _MEANS * max(numbers.head, numbers.largest)
+    kept, largest, whole = _activations(model, method, shape)
+    passing, ends = kept * tokens, _end_bytes(model, method, shape)
+    masks = float(shape.rows * shape.length**2) * c if shape.device == "cpu" else 0.0
+    copies = c * numbers.copied if is_half else 0.0
+    late_copies = copies if shape.recompute == "none" else copies / model.num_hidden_layers
+    head_forward, head_backward, head_gradient = _head_bytes(model, shape, numbers)
+    # gradients of a block's widest tensors, beyond those that they replace
+    inner = model.intermediate_size * (2 if model.gated_mlp else 1)
+    transient = tokens * max(inner * c, model.hidden_size * _FLOAT32)
+    dequantised = 0.0
+    if method == "qlora":
+        dequantised = (_DEQUANTISING + (c if is_half else 0.0)) * numbers.largest
+    summed = trained if shape.micro_batches > 1 else 0.0
+    again = (whole - largest) * tokens
+    moments = {
+        "forward": summed + passing + ends + copies + max(head_forward, dequantised),
+        "head": summed + passing + ends + (copies if shape.recompute == "none" else 0.0) + head_backward,
+        "backward": summed + passing + late_copies + again + transient + dequantised + head_gradient,
+        "first block": trained + whole * tokens + transient + late_copies / model.num_hidden_layers + dequantised,
+        "step": trained,
+    }
+    parts = {
+        "weights": weights,
+        "adapter": own,
+        "gradients": trained,
+        "optimizer states": means,
+        "activations": passing + ends,
+        "copies for products": copies,
+        "logits and their gradients": max(head_forward, head_backward),
+        "a matrix dequantised": dequantised,
+        "backward pass of a block": again + transient,
+        "masks": masks,
+    }
+    peak = weights + own + means + masks + max(moments.values())
+    return TuningMemory({name: size for name, size in parts.items() if size}, peak)
+
+
+def _weight_bytes(model: ModelConfig, method: Method, shape: TuningShape, numbers: _Numbers) -> float:
+    """The model's own weights, as they lie while it is tuned."""
+    if method == "full":
+        return _FLOAT32 * numbers.weights
+    if method == "lora":
+        return shape.dtype_bytes * numbers.matrices + _FLOAT32 * (numbers.weights - numbers.matrices)
+    if shape.stored is not None:
+        return shape.stored
+    assert shape.frozen is not None
+    scheme, codes, quantised = SCHEMES.find(shape.frozen.scheme).load(), 0.0, 0
+    for _, matrix in quantisable(_empty(model)):
+        codes += scheme.choose(matrix[-1], shape.frozen)[0].nbytes(*matrix)
+        quantised += prod(matrix)
+    return codes + _FLOAT32 * (numbers.weights - quantised)
+
+
+@cache
+def _empty(model: ModelConfig) -> Decoder:
+    return empty_decoder(model)
+
+
+def _numbers(model: ModelConfig, method: Method, shape: TuningShape) -> _Numbers:
+    decoder = _empty(model)
+    matrices = [matrix for _, matrix in quantisable(decoder)]
+    weights, largest = model.parameters(), max((prod(matrix[-2:]) for matrix in matrices), default=0)
+    in_matrices, table = sum(map(prod, matrices)), model.vocab_size * model.hidden_size
+    if method == "full":
+        return _Numbers(weights, in_matrices, largest, weights, in_matrices, table)
+    layers = adaptable_layers(decoder)
+    chosen = matching_layers(layers, shape.patterns)
+    adapter = sum(
+        (outputs + inputs) * shape.rank + (outputs if shape.dora else 0)
+        for outputs, inputs in (layers[name] for name in chosen)
+    )
+    beside = modules_of(decoder, shape.whole)
+    trained = sum(parameter.numel() for module in beside.values() for parameter in module.parameters(recurse=False))
+    ends = ("embed_tokens", "lm_head") if model.tie_word_embeddings else ("lm_head",)
+    head = table if any(name in beside for name in ends) else 0
+    return _Numbers(weights, in_matrices, largest, adapter + trained, adapter, head, trained)
+
+
+def _activations(model: ModelConfig, method: Method, shape: TuningShape) -> tuple[float, float, float]:
+    """Bytes for a token: kept by all blocks; by the block that keeps most; and all activations of that block, which
+    recomputation makes again."""
+    numerics = Numerics(shape.dtype_bytes, fused_norms=method != "full" or shape.device != "cpu")
+    fused = shape.device != "cpu"
+    kept = largest = whole = 0.0
+    # selective recomputation keeps the outputs of products, and an adapter has its own beside each of the layer's
+    beside = _products_beside(model, shape) if method != "full" and shape.recompute == "selective" else 0.0
+    for layer in range(model.num_hidden_layers):
+        own = beside + _of_block(model, layer, shape.length, numerics, shape.recompute, fused)
+        kept, largest = kept + own, max(largest, own)
+        whole = max(whole, _of_block(model, layer, shape.length, numerics, "none", fused))
+    if shape.dropout and method != "full":
+        # a layer's inputs without those left out, and which these are: about as much as its inputs once more
+        width = sum(inputs for _, inputs in adaptable_layers(_empty(model)).values()) / model.num_hidden_layers
+        more = width * (shape.dtype_bytes + 1)
+        whole += more
+        if shape.recompute == "none":
+            kept, largest = kept + more * model.num_hidden_layers, largest + more
+    return kept, largest, whole
+
+
+def _products_beside(model: ModelConfig, shape: TuningShape) -> float:
+    """Bytes for a token of an adapter's products in one block."""
+    layers = adaptable_layers(_empty(model))
+    outputs = sum(layers[name][0] + shape.rank for name in matching_layers(layers, shape.patterns))
+    return shape.dtype_bytes * outputs / model.num_hidden_layers
+
+
+@cache
+def _of_block(model: ModelConfig, layer: int, length: int, numerics: Numerics, recompute: Recompute, fused: bool) -> float:
+    return block_activations(model, layer, length, numerics, recompute, fused=fused).per_token(1)
+
+
+def _end_bytes(model: ModelConfig, method: Method, shape: TuningShape) -> float:
+    """Activations of the last norm, and its output during the loss."""
+    numerics = Numerics(shape.dtype_bytes, fused_norms=method != "full" or shape.device != "cpu")
+    return (final_norm_activations(model, numerics).per_token(1) + _FLOAT32 * model.hidden_size) * shape.tokens
+
+
+def _head_bytes(model: ModelConfig, shape: TuningShape, numbers: _Numbers) -> tuple[float, float, float]:
+    """Buffers of the head's loss: in the forward pass, at the start of the backward pass, and afterwards."""
+    c, tokens, width, is_half = float(shape.dtype_bytes), shape.tokens, model.hidden_size, shape.dtype_bytes != 4
+    table, size = model.vocab_size * width, chunk_size(shape.device)
+    chunk = model.vocab_size * min(tokens, size.tokens(model.vocab_size))
+    block = model.vocab_size * min(tokens, size.block_tokens(model.vocab_size))
+    blocks = _FLOAT32 * block * (is_half + 1 + (model.final_logit_softcapping is not None))
+    if shape.device == "cpu" and is_half and model.final_logit_softcapping is None:
+        # compiled kernels turn the logits into their gradient in place
+        blocks = 0.0
+    gradient = _FLOAT32 * numbers.head
+    kept = c * tokens * width + gradient
+    copies = c * (table + tokens * width) if is_half else 0.0
+    unmasked = 0.0 if shape.device == "cpu" else _FLOAT32 * tokens * width
+    forward = kept + copies + unmasked + c * chunk + blocks + (c * numbers.head if is_half else 0.0)
+    return forward, kept + c * tokens * width + gradient, gradient
