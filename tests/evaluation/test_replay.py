@@ -96,7 +96,7 @@ def test_prompts_are_ten_of_our_own_or_those_of_a_file(tmp_path):
     )
     assert read_prompts(path) == [[{"role": "user", "content": "hello"}], [{"role": "user", "content": "a"}]]
     path.write_text('{"question": "hello"}\n')
-    with pytest.raises(ArtefactError, match="needs prompt .a text. or messages .a list."):
+    with pytest.raises(ArtefactError, match="needs prompt"):
         read_prompts(path)
 
 
@@ -106,7 +106,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replay")
     tokenizer = write_small_tokenizer(folder / "tokenizer")
     for seed, name in enumerate(("model", "other")):
-        config = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE)
+        config = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=256)
         save_model(random_decoder(config, seed), folder / name, tokenizer=tokenizer)
     export_gguf(folder / "model", folder / "model.gguf", "f32")
     export_gguf(folder / "other", folder / "other.gguf", "f32")
