@@ -159,14 +159,15 @@ def test_an_export_has_the_types_that_llama_cpp_gives_the_same_file(dtype, tmp_p
 
 
 def test_a_mixture_is_read_back_near_the_model(tmp_path):
-    model = random_decoder(WIDE)
+    """A random model of eight layers amplifies errors of rounding more than a trained one."""
+    model, tokens = random_decoder(WIDE), torch.arange(24)[None]
     save_model(model, tmp_path / "model", tokenizer=None)
-    notes = export_gguf(tmp_path / "model", tmp_path / "m.gguf", "q4_k_m")
-    assert not any("multiple" in note for note in notes)
-    tokens = torch.arange(24)[None]
-    with torch.no_grad():
-        logits = [one.float()(tokens) for one in (model, load_model(tmp_path / "m.gguf"))]
-    assert torch.nn.functional.cosine_similarity(*(one.flatten() for one in logits), dim=0) > 0.98
+    for dtype, least in (("q4_k_m", 0.9), ("q6_k", 0.99)):
+        notes = export_gguf(tmp_path / "model", tmp_path / f"{dtype}.gguf", dtype)
+        assert not any("multiple" in note for note in notes)
+        with torch.no_grad():
+            logits = [one.float()(tokens).flatten() for one in (model, load_model(tmp_path / f"{dtype}.gguf"))]
+        assert torch.nn.functional.cosine_similarity(*logits, dim=0) > least
 
 
 # -------------------------------------------------------------------------------------------------------- importance

@@ -148,7 +148,11 @@ class TransformersEngine:
     def __init__(self, place: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        # its warnings are for its own callers
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         self.name = "transformers"
         self._torch = torch
         tuned = None if place.is_file() else tuned_model(place)
