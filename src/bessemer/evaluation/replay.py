@@ -12,6 +12,7 @@ gap is the larger of the two engines' differences of logits.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -178,7 +179,9 @@ class TransformersEngine:
     def answer(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         tokens: list[int] = []
         given, cache = self._torch.tensor([list(prompt)]), None
-        with self._torch.no_grad():
+        with self._torch.no_grad(), warnings.catch_warnings():
+            # the cache's argument has another name in the next versions
+            warnings.simplefilter("ignore", FutureWarning)
             for _ in range(max_tokens):
                 out = self._model(given, past_key_values=cache, use_cache=True)
                 token, cache = int(out.logits[0, -1].argmax()), out.past_key_values
@@ -279,7 +282,7 @@ def find_thing(name: str, find: Callable[[str], Path]) -> Thing:
         for place in places:
             if not place.is_file():
                 raise ArtefactError(f"{name}: {place}: no such file")
-        return Thing(name, *places, is_coded=_is_coded(places[0]))
+        return Thing(name, places[0], places[1], _is_coded(places[0]))
     place = find(name)
     return Thing(name, place, None, _is_coded(place))
 
