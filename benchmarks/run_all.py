@@ -75,6 +75,7 @@ STUDIES = [
     Benchmark("architectures"),
     Benchmark("optimizers"),
     Benchmark("quantisation"),
+    Benchmark("merging"),
     Benchmark("refined"),
     Benchmark("long_context"),
     Benchmark("distillation"),

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import bessemer
 from bessemer.core.errors import ConfigError
@@ -11,7 +13,7 @@ from bessemer.core.yaml_file import read_yaml
 from bessemer.model import device
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.model.storage.folder import save_model
+from bessemer.model.storage.folder import read_model_config, save_model
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.pipeline.report import run_report, sentences
 from bessemer.pipeline.run_folder import RunFolder
@@ -122,3 +124,17 @@ def test_what_another_machine_makes_in_another_dtype_is_another_artefact(folder,
     assert first["metrics"]["steps"] == second["metrics"]["steps"] == 8
     assert first["key"] != second["key"]
     assert [json.dumps(one["settings"]["dtype"]) for one in (first, second)] == ['"float32"', '"bfloat16"']
+
+
+def test_a_recipe_merges_models_of_stages_and_folders(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    save_model(initial_decoder(read_model_config(folder / "base"), seed=2), folder / "other", tokenizer=folder / "tokenizer")
+    tail = "sft: {data: [chat.jsonl], steps: 1, batch_size: 2, context_length: 64, dtype: float32, compile: false, threads: 1}"
+    run = bessemer.run(write_recipe(folder, f"{tail}\nmerge: {{models: [model, {{model: ./other, weight: 3}}], base: null}}"))
+    merged, *parts = (
+        load_file(path / "model.safetensors") for path in (run.folder / "model", folder / "base", folder / "other")
+    )
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, 0.25 * parts[0][name] + 0.75 * parts[1][name])
+    with pytest.raises(ConfigError, match="there is no stage 'dpo' above it"):
+        load_recipe(write_recipe(folder, f"{tail}\nmerge: [sft, dpo]"))

@@ -18,18 +18,43 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B",
-            help="Two runs by name or folder; folders of evaluations, two or more; one or two folders that finetune wrote.",
+            help="Two runs by name or folder; folders of evaluations, two or more; one or two folders that finetune wrote; "
+            "with --replay models, the first of them the reference.",
         ),
     ],
     items: Annotated[bool, typer.Option("--items", help="Of two evaluations: the items that flipped, both answers.")] = False,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay",
+            help="Answer the same prompts greedily with forms of one model (a folder, an export, a GGUF, BASE.gguf+LORA.gguf), "
+            "in our engine, transformers and llama.cpp, and list where answers part.",
+        ),
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="--replay: a file of rows with prompt or messages; ten of our own if none.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="--replay: tokens of an answer at most.", min=1)] = 48,
+    tolerance: Annotated[
+        float, typer.Option(help="--replay: the gap of two tokens' logits above which a difference is a defect.", min=0.0)
+    ] = 0.1,
     runs: Runs = Path("runs"),
 ) -> None:
     """Compare two runs or two evaluations, rank several evaluations, or a fine-tuning with what was before or with another.
 
     Of runs: the settings that differ, then the figures. Of evaluations: means with intervals, and which differences are noise.
-    Of fine-tunings: the losses of the conversations that both held out.
+    Of fine-tunings: the losses of the conversations that both held out. With --replay: whether forms of one model give the same
+    answers in several engines; exit code 1 where one does not.
     """
     from bessemer.core.errors import ConfigError
+
+    if replay:
+        if items:
+            raise ConfigError("--items: of two evaluations; --replay compares models")
+        _replay(things, prompts, max_tokens, tolerance, runs)
+        return
+    if prompts is not None:
+        raise ConfigError("--prompts: of --replay")
     from bessemer.evaluation.evaluation_folder import is_evaluation
     from bessemer.model.storage.tuned_folder import is_tuned
 
@@ -50,6 +75,22 @@ def compare(
         raise ConfigError(f"{other}: this is no folder of an evaluation, as {evaluations[0]} is; it has no items.jsonl")
     else:
         _compare_evaluations(things, items=items)
+
+
+def _replay(names: list[str], prompts: Path | None, max_tokens: int, tolerance: float, runs: Path) -> None:
+    """The same prompts answered by forms of one model; exit code 1 for a defect."""
+    from bessemer.cli.named import find_served
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.evaluation.replay import find_thing, read_prompts, replay, replay_lines
+
+    things = [find_thing(name, lambda name: find_served(name, runs)) for name in names]
+    conversations = read_prompts(prompts)
+    notes: list[str] = []
+    comparisons = replay(things, conversations, max_tokens=max_tokens, progress=progress_for_terminal(), notes=notes)
+    for line in replay_lines(comparisons, tolerance, notes):
+        print(line)
+    if any(one.defects(tolerance) for one in comparisons):
+        raise typer.Exit(1)
 
 
 def _compare_evaluations(folders: list[str], *, items: bool) -> None:

@@ -43,7 +43,7 @@ def export_adapter(base: Path, adapter: Path, path: Path, dtype: str | None = No
     opened = read_adapter(adapter, model, dtype=torch.float32)
     if opened.has_magnitudes:
         raise ArtefactError(
-            f"{adapter}: DoRA's magnitudes have no place in llama.cpp's adapters; export the model with the adapter in its weights"
+            f"{adapter}: DoRA's magnitudes have no place in llama.cpp's adapters; export the model with the adapter merged in"
         )
     shapes = tensor_shapes(config)
     found = {

@@ -1,0 +1,481 @@
+"""Replay: greedy answers to reference prompts by one model in several engines, which should be the same tokens.
+
+A model that is exported, quantised, merged or given an adapter can come out broken in ways that no single engine shows: another
+template, another begin token, a matrix in another order. So our engine, `transformers` and llama.cpp answer the same prompts,
+from whatever form each opens. Where two answers part, the two tokens that compete there are nearly equally likely if only
+rounding parts them; their gap in logits says so. A larger gap is a defect: of an export, or of an engine.
+
+A reference and another engine agree up to the first token that differs; each then scores both tokens after the same prefix. The
+gap is the larger of the two engines' differences of logits.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from bessemer.core.errors import ArtefactError, BessemerError, ConfigError
+from bessemer.core.progress import Progress
+from bessemer.core.records import read_records
+from bessemer.inference.engine import Engine, EngineConfig
+from bessemer.inference.sampling.params import SamplingParams
+from bessemer.model.storage.tuned_folder import tuned_model
+
+#: Gap in logits from which a difference is a defect.
+TOLERANCE = 0.1
+
+#: Prompts of several kinds: facts, sums, code, another language, a list, a long sentence, white space.
+REFERENCE_PROMPTS = (
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "What is 17 + 25? Answer with the number alone.",
+    "Write a Python function that reverses a string.",
+    "Translate into German: The house is on the hill.",
+    "List three fruits that are yellow.",
+    "Rewrite in the past tense: She walks to the market and buys bread, milk and two apples for her brother.",
+    "Which is heavier, a kilogram of feathers or a kilogram of iron? Say why in one sentence.",
+    "Summarise in one sentence:\n\nThe meeting was moved to Tuesday.\n\tThe room stays the same; lunch is served at noon.",
+    'Answer as JSON with the keys "name" and "age": Anna is twelve years old.',
+)
+
+Message = dict[str, str]
+
+
+class Runtime(Protocol):
+    """An engine with a model open. name: for the report."""
+
+    name: str
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation up to where the assistant speaks, by the model's own template and tokenizer; of a model without
+        a template of the last message's text."""
+
+    def answer(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """Greedy tokens after a prompt, without the end token."""
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """The tokens that end an answer."""
+
+    def scores(self, prefix: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """Logits of tokens after a prefix, but for a constant."""
+
+    def text(self, token: int) -> str:
+        """A token, readable."""
+
+
+class Difference(NamedTuple):
+    """Where an answer leaves the reference's.
+
+    prompt: counted from 1. position: of the token in the answer, from 1; 0: the prompts' ids differ already. tokens: the
+    reference's and the other's; "end" where an answer ends. gap: in logits; None for prompts.
+    """
+
+    prompt: int
+    position: int
+    tokens: tuple[str, str]
+    gap: float | None
+
+    def is_defect(self, tolerance: float) -> bool:
+        """Whether more than rounding parts the two."""
+        return self.gap is None or not self.gap <= tolerance
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An engine with one form of a model beside a reference.
+
+    decides: whether a difference counts, as it does between two engines with the same numbers, and not between codes and what
+    they were rounded from.
+    """
+
+    thing: str
+    engine: str
+    reference: str
+    prompts: int
+    differences: tuple[Difference, ...]
+    decides: bool = True
+
+    def defects(self, tolerance: float) -> list[Difference]:
+        """The differences that are not rounding."""
+        return [one for one in self.differences if self.decides and one.is_defect(tolerance)]
+
+
+# --------------------------------------------------------------------------------------------------------- engines
+
+
+class OurEngine:
+    """Our engine, in the type in which the model is stored."""
+
+    def __init__(self, place: Path, device: str = "cpu") -> None:
+        self.name = "bessemer"
+        # one by one, as the others answer
+        self._engine = Engine(place, device=device, config=EngineConfig(max_num_seqs=1, prefix_cache=False))
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        tokenizer = self._engine.tokenizer
+        if tokenizer.chat_template is None:
+            return tokenizer.encode(messages[-1]["content"])
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+
+    def answer(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        completion = self._engine.generate([list(prompt)], params)[0]
+        ended = completion.finish_reason == "stop"
+        return completion.token_ids[:-1] if ended else completion.token_ids
+
+    @property
+    def ends(self) -> Sequence[int]:
+        return self._engine.tokenizer.eos_ids
+
+    def scores(self, prefix: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        found = self._engine.score(list(prefix), [[token] for token in tokens])
+        return [score.total for score in found]
+
+    def text(self, token: int) -> str:
+        return repr(self._engine.tokenizer.decode([token], skip_special=False))
+
+
+class TransformersEngine:
+    """`transformers` in float32: a folder, with an adapter by `peft`, or a GGUF file, which it dequantises."""
+
+    def __init__(self, place: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        # its warnings are for its own callers
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.name = "transformers"
+        self._torch = torch
+        tuned = None if place.is_file() else tuned_model(place)
+        folder = place if tuned is None else tuned.folder
+        source: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {}
+        where = str(folder.parent if folder.is_file() else folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(where, **source)
+        self._model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **source).eval()
+        if tuned is not None and tuned.adapter is not None:
+            from peft import PeftModel
+
+            self._model = PeftModel.from_pretrained(self._model, str(tuned.adapter)).eval()
+        ends = self._model.generation_config.eos_token_id
+        listed = [ends] if isinstance(ends, int) else list(ends or ())
+        self.ends = [token for token in dict.fromkeys([*listed, self._tokenizer.eos_token_id]) if token is not None]
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            return list(self._tokenizer(messages[-1]["content"])["input_ids"])
+        rendered = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def answer(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        tokens: list[int] = []
+        given, cache = self._torch.tensor([list(prompt)]), None
+        with self._torch.no_grad(), warnings.catch_warnings():
+            # the cache's argument has another name in the next versions
+            warnings.simplefilter("ignore", FutureWarning)
+            for _ in range(max_tokens):
+                out = self._model(given, past_key_values=cache, use_cache=True)
+                token, cache = int(out.logits[0, -1].argmax()), out.past_key_values
+                if token in self.ends:
+                    break
+                tokens.append(token)
+                given = self._torch.tensor([[token]])
+        return tokens
+
+    def scores(self, prefix: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        with self._torch.no_grad():
+            logits_V = self._model(self._torch.tensor([list(prefix)])).logits[0, -1].float()
+        return [float(logits_V[token]) for token in tokens]
+
+    def text(self, token: int) -> str:
+        return repr(self._tokenizer.decode([token]))
+
+
+class LlamaCppEngine:
+    """llama.cpp by `llama-cpp-python`, its KV cache in float32: a GGUF file, with a LoRA-GGUF beside it or none."""
+
+    def __init__(self, place: Path, adapter: Path | None = None, context: int = 2048) -> None:
+        import llama_cpp
+
+        self.name = "llama.cpp"
+        self._library = llama_cpp
+        self._model = llama_cpp.Llama(
+            str(place),
+            n_ctx=context,
+            n_gpu_layers=0,
+            lora_path=None if adapter is None else str(adapter),
+            type_k=llama_cpp.GGML_TYPE_F32,
+            type_v=llama_cpp.GGML_TYPE_F32,
+            verbose=False,
+        )
+        self._template = self._model.metadata.get("tokenizer.chat_template")
+        self._bos, eos = int(self._model.token_bos()), int(self._model.token_eos())
+        eot = int(llama_cpp.llama_vocab_eot(self._model._model.vocab))
+        self.ends = [token for token in dict.fromkeys((eos, eot)) if token >= 0]
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        if self._template is None:
+            return list(self._model.tokenize(messages[-1]["content"].encode(), special=False))
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        special = [self._model._model.token_get_text(token) if token >= 0 else "" for token in (*self.ends[:1], self._bos)]
+        formatter = Jinja2ChatFormatter(self._template, eos_token=special[0], bos_token=special[1])
+        rendered = formatter(messages=list(messages)).prompt  # type: ignore[arg-type]
+        return list(self._model.tokenize(rendered.encode(), add_bos=False, special=True))
+
+    def _logits(self) -> np.ndarray:
+        """Logits after what has been read, (V,)."""
+        pointer = self._library.llama_get_logits_ith(self._model._ctx.ctx, -1)
+        return np.ctypeslib.as_array(pointer, (self._model.n_vocab(),)).copy()
+
+    def answer(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        self._model.reset()
+        self._model.eval(list(prompt))
+        tokens: list[int] = []
+        for _ in range(max_tokens):
+            token = int(self._logits().argmax())
+            if token in self.ends:
+                break
+            tokens.append(token)
+            self._model.eval([token])
+        return tokens
+
+    def scores(self, prefix: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        self._model.reset()
+        self._model.eval(list(prefix))
+        logits_V = self._logits()
+        return [float(logits_V[token]) for token in tokens]
+
+    def text(self, token: int) -> str:
+        return repr(self._model.detokenize([token], special=True).decode(errors="replace"))
+
+
+# ------------------------------------------------------------------------------------------------------- comparing
+
+
+class Thing(NamedTuple):
+    """A form of the model. adapter: a LoRA-GGUF beside the file of its base. is_coded: its weights are codes."""
+
+    name: str
+    place: Path
+    adapter: Path | None = None
+    is_coded: bool = False
+
+
+def find_thing(name: str, find: Callable[[str], Path]) -> Thing:
+    """A form by its name: what a model is called elsewhere, or BASE.gguf+LORA.gguf. find: the place of a model's name.
+
+    Raises ArtefactError for one that is not there.
+    """
+    base, plus, adapter = name.partition(".gguf+")
+    if plus:
+        places = [Path(f"{base}.gguf"), Path(adapter)]
+        for place in places:
+            if not place.is_file():
+                raise ArtefactError(f"{name}: {place}: no such file")
+        return Thing(name, places[0], places[1], _is_coded(places[0]))
+    place = find(name)
+    return Thing(name, place, None, _is_coded(place))
+
+
+def _is_coded(place: Path) -> bool:
+    """Whether a model's weights are codes, of which an answer may differ from that of the model they were made from."""
+    from bessemer.model.storage.folder import holds_codes
+    from bessemer.tokenization.formats.gguf_metadata import read_head
+
+    if place.is_file():
+        # 0, 1 and 30 are plain numbers
+        return any(info.type not in (0, 1, 30) for info in read_head(place)[1])
+    tuned = tuned_model(place)
+    return holds_codes(place if tuned is None else tuned.folder)
+
+
+def engines_of(thing: Thing, notes: list[str]) -> list[Callable[[], Runtime]]:
+    """What opens the engines that take a form, ours first. notes: gets a line for each that is not installed."""
+    openers: list[Callable[[], Runtime]] = []
+    if thing.adapter is None:
+        openers.append(lambda: OurEngine(thing.place))
+        if find_spec("transformers") is not None:
+            openers.append(lambda: TransformersEngine(thing.place))
+        else:
+            notes.append("transformers is not installed: it is not compared")
+    if thing.place.suffix == ".gguf":
+        if find_spec("llama_cpp") is not None:
+            openers.append(lambda: LlamaCppEngine(thing.place, thing.adapter))
+        else:
+            notes.append("llama.cpp is not compared: pip install llama-cpp-python")
+    return openers
+
+
+class _Answered(NamedTuple):
+    """What an engine did with the prompts."""
+
+    engine: str
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+
+def replay(
+    things: Sequence[Thing],
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_tokens: int,
+    progress: Progress,
+    notes: list[str] | None = None,
+) -> list[Comparison]:
+    """Compare forms of one model: each engine with the first that opens the form, and forms of plain numbers with the first.
+
+    Codes are compared with the first form too, without a verdict: rounding to codes changes a model. notes: gets lines on what
+    is not compared. One model is in memory at a time, two where their answers differ.
+    """
+    notes = [] if notes is None else notes
+    comparisons: list[Comparison] = []
+    first: tuple[Thing, Callable[[], Runtime], _Answered] | None = None
+    for thing in things:
+        openers = engines_of(thing, notes)
+        if not openers:
+            raise ConfigError(f"{thing.name}: no engine that opens it is installed: pip install llama-cpp-python")
+        own: tuple[Callable[[], Runtime], _Answered] | None = None
+        for opener in openers:
+            try:
+                runtime = opener()
+            except BessemerError:
+                raise
+            # an engine that cannot open a form says so in errors of its own kind
+            except Exception as error:
+                notes.append(
+                    f"{thing.name}: not opened by an engine: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                )
+                continue
+            answered = _answers(runtime, prompts, max_tokens, f"{thing.name} by {runtime.name}", progress)
+            reference = (thing, *own) if own is not None else first
+            if reference is not None:
+                other_thing, reopen, before = reference
+                differences = _differences(before, answered, reopen, runtime)
+                name = f"{before.engine} on {other_thing.name}"
+                decides = own is not None or thing.is_coded == other_thing.is_coded
+                comparisons.append(Comparison(thing.name, runtime.name, name, len(prompts), differences, decides))
+            if own is None:
+                own = (opener, answered)
+                first = first or (thing, opener, answered)
+            del runtime
+            gc.collect()
+        if own is None:
+            raise ConfigError(f"{thing.name}: no installed engine opens it: {notes[-1]}")
+    return comparisons
+
+
+def _answers(
+    runtime: Runtime, prompts: Sequence[Sequence[Message]], max_tokens: int, what: str, progress: Progress
+) -> _Answered:
+    encoded = [runtime.encode(messages) for messages in prompts]
+    answers = []
+    with progress.task(what, total=len(prompts), unit="prompts") as task:
+        for prompt in encoded:
+            answers.append(runtime.answer(prompt, max_tokens))
+            task.advance()
+    return _Answered(runtime.name, encoded, answers)
+
+
+def _differences(
+    before: _Answered, after: _Answered, reopen: Callable[[], Runtime], runtime: Runtime
+) -> tuple[Difference, ...]:
+    """The first difference of each answer. The reference is opened again for its logits, where there is one."""
+    found: list[Difference] = []
+    reference: Runtime | None = None
+    for number, (ours, theirs) in enumerate(zip(before.prompts, after.prompts, strict=True), 1):
+        if ours != theirs:
+            place = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+            place = min(len(ours), len(theirs)) if place is None else place
+            shown = tuple(runtime.text(ids[place]) if place < len(ids) else "end" for ids in (ours, theirs))
+            found.append(Difference(number, 0, (shown[0], shown[1]), None))
+            continue
+        first, second = before.answers[number - 1], after.answers[number - 1]
+        if first == second:
+            continue
+        place = next((i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
+        place = min(len(first), len(second)) if place is None else place
+        reference = reference or reopen()
+        prefix = [*ours, *first[:place]]
+        tokens = [answer[place] if place < len(answer) else None for answer in (first, second)]
+        gap, shown_pair = _gap(reference, runtime, prefix, tokens)
+        found.append(Difference(number, place + 1, shown_pair, gap))
+    return tuple(found)
+
+
+def _gap(
+    reference: Runtime, runtime: Runtime, prefix: Sequence[int], tokens: Sequence[int | None]
+) -> tuple[float, tuple[str, str]]:
+    """The larger of the two engines' gaps between the tokens, each from the token that it chose, and both tokens readable.
+
+    None is the end of an answer: the end token that is likeliest.
+    """
+    candidates = [list(reference.ends) or list(runtime.ends) if token is None else [token] for token in tokens]
+    gaps = []
+    for engine, chosen in ((reference, 0), (runtime, 1)):
+        scores = engine.scores(prefix, [*candidates[0], *candidates[1]])
+        best = [max(scores[: len(candidates[0])]), max(scores[len(candidates[0]) :])]
+        gaps.append(best[chosen] - best[1 - chosen])
+    texts = ["end" if token is None else reference.text(token) for token in tokens]
+    return max(gaps), (texts[0], texts[1])
+
+
+def replay_lines(comparisons: Sequence[Comparison], tolerance: float, notes: Sequence[str] = ()) -> list[str]:
+    """The report: a line for each comparison, and one for each answer that differs."""
+    lines = [f"note: {note}" for note in dict.fromkeys(notes)]
+    for one in comparisons:
+        equal = one.prompts - len(one.differences)
+        verdict = "" if one.decides else "; codes beside the numbers that they were made of: no verdict"
+        lines.append(f"{one.thing} by {one.engine}, beside {one.reference}: {equal} of {one.prompts} answers equal{verdict}")
+        for found in one.differences:
+            first, second = found.tokens
+            if found.gap is None:
+                lines.append(f"  prompt {found.prompt}: the prompts' tokens differ: {first} there, {second} here; a defect")
+                continue
+            what = "rounding" if not found.is_defect(tolerance) else "a defect" if one.decides else "other numbers"
+            lines.append(
+                f"  prompt {found.prompt}: token {found.position} is {first} there, {second} here; their logits are "
+                f"{found.gap:.3f} apart: {what}"
+            )
+    defects = sum(len(one.defects(tolerance)) for one in comparisons)
+    if not comparisons:
+        lines.append("one form in one engine: nothing to compare it with")
+    elif defects:
+        lines.append(
+            f"{defects} {'difference is' if defects == 1 else 'differences are'} more than rounding (a gap above {tolerance:g})"
+        )
+    else:
+        lines.append(f"all equal but for rounding (gaps of at most {tolerance:g})")
+    return lines
+
+
+def read_prompts(path: Path | None) -> list[list[Message]]:
+    """The prompts of a JSON-lines file, each with `messages` or `prompt`; the reference prompts where none is named.
+
+    Raises ArtefactError for a line that has neither.
+    """
+    if path is None:
+        return [[{"role": "user", "content": prompt}] for prompt in REFERENCE_PROMPTS]
+    prompts: list[list[Message]] = []
+    for record in read_records(path):
+        messages, prompt = record.values.get("messages"), record.values.get("prompt")
+        if isinstance(messages, list) and messages:
+            while messages and messages[-1].get("role") == "assistant":
+                messages = messages[:-1]
+            prompts.append(messages)
+        elif isinstance(prompt, str):
+            prompts.append([{"role": "user", "content": prompt}])
+        else:
+            raise ArtefactError(f"{record.place}: needs prompt (a text) or messages (a list)")
+    if not prompts:
+        raise ArtefactError(f"{path}: holds no prompts")
+    return prompts
