@@ -58,6 +58,7 @@ class PolicySampler(Sampler):
             config.batch_size * config.mini_batches,
             config.stop,
             config.cpu_kernels,
+            config.sleep,
         )
         super().__init__(tokenizer, settings, seed, servers)
         self.judge = judge
