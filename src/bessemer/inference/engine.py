@@ -128,7 +128,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         return self._is_asleep
 
     def sleep(self) -> None:
-        """Free the memory of the KV cache, for whoever else uses the device, until `wake`. Cached keys are forgotten.
+        """Free the memory of the KV cache for other users of the device, until `wake`. Cached keys are forgotten.
 
         Raises RequestError while requests are in flight. Of a draft model the cache stays.
         """
