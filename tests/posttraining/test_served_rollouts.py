@@ -137,7 +137,7 @@ def test_another_server_takes_over_and_one_that_comes_back_gets_the_newest_weigh
         made[0].should_exit = True
         while urls[0] in {member.server.url for member in pool._members if member.works}:
             assert pool.rollouts([[1, 2, 3]] * 4, 2, params).texts[:2] == expected.texts
-        assert any("1 of 2 servers go on" in line for line in lines)
+        assert any("1 of 2 servers are left" in line for line in lines)
         host, port = urls[0].removeprefix("http://").split(":")
         weights = {name: tensor * 1.5 for name, tensor in weights.items()}
         pool.send_weights(WeightUpdate(4, weights))
