@@ -85,6 +85,7 @@ STUDIES = [
     Benchmark("scaling_ladder", ("target",)),
     Benchmark("scaling_ladder", ("rates",)),
     Benchmark("sums"),
+    Benchmark("rollout_servers"),
     Benchmark("overoptimisation"),
     Benchmark("tone"),
     Benchmark("tone", ("--harmless",)),

@@ -11,6 +11,8 @@ from bessemer.posttraining.rl.stage import rl
 from tests.cases import slow
 
 from ..posttraining.test_rl import SETTINGS, data  # noqa: F401
+from ..posttraining.test_served_rollouts import serving
+from ..serving.running import servers
 from ..training.conftest import documents, model_folder, tokenized  # noqa: F401
 
 METHODS = {
@@ -32,9 +34,17 @@ def one_sided(completions, **kwargs):
 """
 
 
-def trained(model, data, out, method, parallel, reward="rewards.py:letters"):  # noqa: F811
+def trained(model, data, out, method, parallel, reward="rewards.py:letters", **changes):  # noqa: F811
     out.mkdir(exist_ok=True)
-    settings = {**SETTINGS, "steps": 2, "batch_size": 8, "learning_rate": 1e-3, **METHODS[method], "parallel": parallel}
+    settings = {
+        **SETTINGS,
+        "steps": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        **METHODS[method],
+        "parallel": parallel,
+        **changes,
+    }
     config = RLConfig.parse({"data": ["prompts.jsonl"], "rewards": [reward], **settings}, "rl")
     return rl(config, model, out, seed=3, device="cpu", folder=data)
 
@@ -92,3 +102,17 @@ def test_a_pipeline_is_refused_by_all(two, model, data, tmp_path):  # noqa: F811
     of_all = "".join(rf"(?=(.|\n)*rank {rank}: [^§]*{error})" for rank in (0, 1))
     with pytest.raises(AssertionError, match=of_all):
         two.run(trained, model=model, data=data, out=tmp_path / "a", method="grpo", parallel={"pipeline": 2})
+
+
+@pytest.mark.parametrize("parallel", [{"data_shard": 2}, slow({"tensor": 2})], ids=str)
+def test_two_processes_with_a_server_make_the_run_of_one_without(two, model, data, tmp_path, parallel):  # noqa: F811
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trained(model, data, tmp_path / "one", "grpo", {})
+    with servers() as start:
+        url = start(serving(model), accept_weights=True)
+        changes = {"method": "grpo", "parallel": parallel, "rollouts": [url]}
+        two.run(trained, model=model, data=data, out=tmp_path / "two", **changes)
+    torch.set_num_threads(threads)
+    completions = [read_metrics(tmp_path / place / "completions.jsonl") for place in ("one", "two")]
+    assert [one["completion"] for one in completions[0]] == [one["completion"] for one in completions[1]]

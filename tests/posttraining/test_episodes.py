@@ -1,5 +1,7 @@
 """Samples of `rl` that are episodes: what the policy did not write is no target."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from bessemer.core.errors import ConfigError
@@ -130,3 +132,24 @@ def test_environments_that_wait_hold_up_no_other_episode(model_folder, data, tmp
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["dropped"] for line in lines] == [0, 0] and max(line["log_ratio_max"] for line in lines) < 1e-4
     assert max(one["tokens"] for one in read_metrics(tmp_path / "completions.jsonl")) == 16
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("setting", "hints"), [({}, 1), ({"environment_threads": 0}, 0)], ids=["nothing said", "asked for"])
+def test_an_environment_that_takes_most_of_a_rollout_is_told_what_helps(
+    setting,
+    hints,
+    model_folder,
+    world,
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr("bessemer.posttraining.rl.rollouts._LONG_WAIT", -1.0)
+    clock = iter(range(0, 1_000_000, 7))
+    monkeypatch.setattr("bessemer.assistant.episodes.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    progress = RecordedProgress()
+    changes = {"environment": "world.py:Letters", "steps": 2, "validation_share": 0, **SETTINGS, **setting}
+    run(model_folder, world, tmp_path, progress, **changes)
+    assert sum("environment_threads: 32 lets them wait at once" in line for line in progress.lines) == hints
+    # three calls in an episode of two turns, of seven seconds by this clock
+    assert [line["environment_seconds"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [16 * 3 * 7.0] * 2

@@ -140,6 +140,14 @@ def test_a_run_goes_on_bit_for_bit_where_it_stopped(model_folder, data, tmp_path
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_sampler_whose_cache_is_free_while_training_samples_the_same(model_folder, data, tmp_path):
+    for name, sleep in (("awake", False), ("asleep", True)):
+        run(model_folder, data, tmp_path / name, steps=2, sleep=sleep)
+    awake, asleep = ((tmp_path / name / "completions.jsonl").read_text() for name in ("awake", "asleep"))
+    assert awake == asleep
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_completions_without_a_reward_are_left_out_and_counted(model_folder, data, tmp_path):
     progress = RecordedProgress()
     run(model_folder, data, tmp_path, progress, steps=2, rewards=["rewards.py:breaks"], validation_share=0)

@@ -3,12 +3,18 @@
 import shutil
 import threading
 
+import httpx
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from bessemer.core.errors import ConfigError, RequestError
 from bessemer.core.http_client import ApiError
 from bessemer.core.metrics import read_metrics
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.inference.weight_transfer import StagedWeights, pieces_of
 from bessemer.model.storage.folder import load_model
 from bessemer.posttraining.rl.served_rollouts import ServedRolloutSource
 from bessemer.posttraining.sampling.server_client import WeightUpdate
@@ -16,8 +22,10 @@ from bessemer.posttraining.sampling.server_config import RolloutServers
 from bessemer.posttraining.sampling.server_pool import ServerPool
 from bessemer.serving.app import no_pages
 from bessemer.serving.config import ServingConfig
+from bessemer.serving.runtime.clients import KeyRecord, hash_key, write_keys
 from bessemer.serving.server import create_server, listen
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.inference.models import small_decoder
 from tests.posttraining.test_rl import data, run  # noqa: F401
 from tests.serving.running import servers
 from tests.training.conftest import RecordedProgress
@@ -129,7 +137,7 @@ def test_another_server_takes_over_and_one_that_comes_back_gets_the_newest_weigh
         made[0].should_exit = True
         while urls[0] in {member.server.url for member in pool._members if member.works}:
             assert pool.rollouts([[1, 2, 3]] * 4, 2, params).texts[:2] == expected.texts
-        assert any("1 of 2 servers go on" in line for line in lines)
+        assert any("1 of 2 servers are left" in line for line in lines)
         host, port = urls[0].removeprefix("http://").split(":")
         weights = {name: tensor * 1.5 for name, tensor in weights.items()}
         pool.send_weights(WeightUpdate(4, weights))
@@ -151,3 +159,56 @@ def test_where_no_server_answers_the_run_ends_with_what_to_do(model_folder):
     with pytest.raises(ApiError, match=r"no server has answered for .*127\.0\.0\.1:9 cannot be reached.*run again"):
         pool.open(temperature=1.0, longest=32)
     pool.close()
+
+
+def test_a_server_takes_weights_and_sleeps_only_where_it_says_so_and_for_who_may(model_folder, tmp_path):
+    with servers() as start:
+        closed, opened = start(serving(model_folder)), start(serving(model_folder), accept_weights=True)
+        for path in ("/v1/weights/begin", "/sleep"):
+            refused = httpx.post(closed + path, json={"version": 1})
+            assert refused.status_code == 403 and "--accept-weights" in refused.json()["error"]["message"]
+        keyed = start(serving(model_folder), accept_weights=True, keys=keys_file(tmp_path))
+        for key, status in (("guest", 403), ("boss", 200)):
+            begun = httpx.post(keyed + "/v1/weights/begin", json={"version": 1}, headers={"Authorization": f"Bearer {key}"})
+            assert begun.status_code == status
+        assert httpx.post(opened + "/sleep").json() == httpx.get(opened + "/is_sleeping").json() == {"is_sleeping": True}
+        asked = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 2}
+        assert "the engine sleeps" in httpx.post(opened + "/v1/completions", json=asked).json()["error"]["message"]
+        httpx.post(opened + "/wake_up")
+        assert httpx.post(opened + "/v1/completions", json=asked).status_code == 200
+        update = httpx.post(opened + "/v1/weights/begin", json={"version": 1}).json()["update"]
+        piece = next(pieces_of({"norm.weight": torch.ones(3)}))
+        wrong = httpx.post(opened + "/v1/weights/piece", params={"update": update}, content=piece)
+        assert wrong.status_code == 400 and "'norm.weight' has shape" in wrong.json()["error"]["message"]
+        empty = httpx.post(opened + "/v1/weights/commit", json={"update": update})
+        assert empty.json()["error"]["message"] == "no tensor has come"
+    with pytest.raises(ConfigError, match=r"anybody who reaches 0\.0\.0\.0 could replace the model"):
+        ServingConfig.parse({"accept_weights": True, "host": "0.0.0.0"})
+
+
+def keys_file(folder):
+    path = folder / "keys.jsonl"
+    write_keys(path, [KeyRecord(name=name, hash=hash_key(name), admin=name == "boss") for name in ("guest", "boss")])
+    return path
+
+
+@given(piece_bytes=st.sampled_from([200, 3000, 1 << 22]), order=st.randoms())
+@settings(max_examples=8)
+def test_weights_come_whole_however_they_are_cut_and_in_whatever_order(piece_bytes, order):
+    model = small_decoder("dense")
+    tensors = dict(model.state_dict())
+    staged = StagedWeights(model)
+    pieces = list(pieces_of(tensors, piece_bytes))
+    order.shuffle(pieces)
+    for piece in pieces[1:]:
+        staged.add(piece)
+    with pytest.raises(RequestError, match="has not come|no tensor has come" if len(pieces) > 1 else "no tensor"):
+        check_whole(staged.weights(), tensors)
+    staged.add(pieces[0])
+    check_whole(staged.weights(), tensors)
+
+
+def check_whole(found, tensors):
+    if found.keys() != tensors.keys():
+        raise RequestError("a tensor has not come")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())

@@ -197,7 +197,7 @@ class DaemonThreads:
             if future.set_running_or_notify_cancel():
                 try:
                     result = call()
-                except BaseException as error:  # handed to whoever waits for the result
+                except BaseException as error:  # handed to the thread that waits for the result
                     future.set_exception(error)
                 else:
                     future.set_result(result)

@@ -347,6 +347,14 @@ class CollectiveEngine:
         """`Engine.unload_adapter`."""
         self._together(lambda engine: engine.unload_adapter(name))
 
+    def sleep(self) -> None:
+        """`Engine.sleep`, of every group."""
+        self._together(lambda engine: engine.sleep())
+
+    def wake(self) -> None:
+        """`Engine.wake`, of every group."""
+        self._together(lambda engine: engine.wake())
+
     def close(self) -> None:
         """Leave the groups of the engine; the job's own stay. No rank may be in a call."""
         self._group.close()

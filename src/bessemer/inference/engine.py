@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 
 from bessemer.core.concurrency import FairLock
-from bessemer.core.errors import BessemerError
+from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.async_generation import AsyncGeneration, StepDriver
 from bessemer.inference.build import assemble, open_model
 from bessemer.inference.capture import Capture
@@ -86,6 +86,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         if self._sharded is not None:
             self._close = weakref.finalize(self, self._sharded.close)
         self._lock = FairLock()
+        self._is_asleep = False
         self._driver = StepDriver(self)
         self._adapters = LoadedAdapters()
         context_name = "the model's context" if self.config.max_model_len is None else "max_model_len"
@@ -120,6 +121,33 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the KV cache's memory is free."""
+        return self._is_asleep
+
+    def sleep(self) -> None:
+        """Free the memory of the KV cache for other users of the device, until `wake`. Cached keys are forgotten.
+
+        Raises RequestError while requests are in flight. Of a draft model the cache stays.
+        """
+        with self._lock:
+            if self.core.busy:
+                raise RequestError("the engine has requests in flight; it may sleep when they have ended")
+            if not self._is_asleep:
+                self.core.finish_step()
+                self.core.scheduler.preempt_all()
+                self.core.scheduler.forget()
+                self.core.runner.release_memory()
+                self._is_asleep = True
+
+    def wake(self) -> None:
+        """Have the memory of the KV cache again. An engine that is awake stays as it is."""
+        with self._lock:
+            if self._is_asleep:
+                self.core.runner.restore_memory()
+                self._is_asleep = False
 
     @property
     def failure(self) -> BessemerError | None:
@@ -293,8 +321,10 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         return request
 
     def begin(self, request: ScheduledRequest) -> None:
-        """Let a request take part in the steps. Raises RequestError when too many wait already."""
+        """Let a request take part in the steps. Raises RequestError when too many wait already, and while the engine sleeps."""
         with self._lock:
+            if self._is_asleep:
+                raise RequestError("the engine sleeps, and its cache is free: wake it first")
             self._notice_changes(request)
             self.core.enqueue_request(request)
 

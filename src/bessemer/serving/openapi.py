@@ -229,6 +229,11 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/v1/weights/commit", "post"): Operation(
         "Take an update that has come whole.", _object(weight_version=_COUNT), CommitUpdate, tag="Server"
     ),
+    ("/sleep", "post"): Operation(
+        "Free the KV cache's memory, as vLLM has it.", _object(is_sleeping={"type": "boolean"}), tag="Server"
+    ),
+    ("/wake_up", "post"): Operation("Have it again.", _object(is_sleeping={"type": "boolean"}), tag="Server"),
+    ("/is_sleeping", "get"): Operation("Whether it is free.", _object(is_sleeping={"type": "boolean"}), tag="Server"),
     ("/health", "get"): Operation("Whether requests can be answered.", _HEALTH, tag="Server", error=_HEALTH),
     ("/ready", "get"): Operation("Whether new requests should come here.", _HEALTH, tag="Server", error=_HEALTH),
     ("/version", "get"): Operation("Of the package.", _object(version=_TEXT), tag="Server"),

@@ -155,12 +155,13 @@ class StaticSteps:
         return self._steps[size]()[: batch.sequences].to(torch.float32, copy=True)
 
     def weights_changed(self) -> None:
-        """Drop captured steps that read memory which is no longer the weights'; changes in place are fine."""
+        """Drop captured steps that read memory which is no longer the weights' or the pages'; changes in place are fine."""
         if self._captured_at != self._addresses():
             self._steps.clear()
 
     def _addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self.model.state_dict().values()]
+        pages = [layer.keys.data_ptr() for layer in self.memory.layers.values()]
+        return [*(tensor.data_ptr() for tensor in self.model.state_dict().values()), *pages]
 
     def _capture_all(self, inputs: StepInputs) -> None:
         """Capture all sizes, the largest first: the others reuse its memory."""

@@ -6,6 +6,9 @@ the next sequence. A layer's tensor for a block is called a page.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
@@ -92,6 +95,20 @@ def unwritten_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.devi
     return memory[first : first + size].view(dtype).view(tuple(shape))
 
 
+def give_back(tensor: Tensor) -> None:
+    """Give a tensor's whole storage on the host back to the system; it keeps its address, and is zero when it is read again.
+
+    Of whole pages of the system, and on Linux alone: elsewhere the memory stays, and the numbers too.
+    """
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.untyped_storage().nbytes()) // page * page
+    if start < end:
+        ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
 class PagedMemory:
     """The pages of all layers and the states of linear attention.
 
@@ -150,6 +167,8 @@ class PagedMemory:
         self.snapshots: dict[int, tuple[Tensor, ...]] = {}
         self.state_slots = state_slots
         self.snapshot_count = snapshots
+        #: Bytes of each storage while they are released.
+        self._released: list[int] = []
 
     def _pages(self, count: int) -> Pages:
         shape, tokens = self.shape, (count, self.shape.heads, self.block_size)
@@ -183,6 +202,33 @@ class PagedMemory:
     def nbytes(self) -> int:
         """Memory of all pages, states not counted."""
         return sum(tensor.nbytes for layer in self.layers for tensor in self._stored(layer))
+
+    def release(self) -> None:
+        """Free the memory of all pages and states, which no sequence holds, until `restore`."""
+        self.states.clear()
+        self.snapshots.clear()
+        self._released = []
+        for storage in self._storages():
+            if self.device.type == "cpu":
+                give_back(torch.empty(0, dtype=torch.uint8).set_(storage))
+            else:
+                self._released.append(storage.nbytes())
+                storage.resize_(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def restore(self) -> None:
+        """Have the memory again, at addresses that may be others. Fresh memory is zero."""
+        if self.device.type != "cpu":
+            for storage, size in zip(self._storages(), self._released, strict=True):
+                storage.resize_(size)
+            for layer in self.layers:
+                for tensor in self._stored(layer):
+                    tensor.zero_()
+
+    def _storages(self) -> list[torch.UntypedStorage]:
+        """The storage of every tensor of pages, in order."""
+        return [tensor.untyped_storage() for layer in self.layers for tensor in self._stored(layer)]
 
     def _stored(self, layer: int) -> list[Tensor]:
         """The tensors of a layer's pages; where values are part of the keys, the keys alone."""

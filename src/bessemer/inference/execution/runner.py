@@ -207,6 +207,19 @@ class Runner:
         self.backend.linear.weights_changed()
         self._packed_weights.clear()
 
+    @on_every_rank
+    def release_memory(self) -> None:
+        """Free the memory of the pages, which no sequence holds."""
+        self.memory.release()
+
+    @on_every_rank
+    def restore_memory(self) -> None:
+        """Have it again."""
+        self.memory.restore()
+        if self.backend.whole is not None:
+            # a captured step reads pages where they were
+            self.backend.whole.weights_changed()
+
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Give every process its shard of other weights, by the names and with the shapes of the unsharded model."""
         assert self.workers is not None, "a model in one process takes them itself"

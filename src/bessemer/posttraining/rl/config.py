@@ -321,6 +321,12 @@ class RLConfig(TuningConfig):
         "differs in a single bit: of dense models in float32 on a processor (docs/batch-invariance.md).",
     )
 
+    sleep: bool = setting(
+        False,
+        "Free the memory of the sampler's KV cache while training, where both share a device's.",
+        affects_output=False,
+    )
+
     epochs: float = setting(1.0, "Passes over the prompts; without effect when steps is given.", gt=0)
     optimizer: str = setting("adamw", "As in pretrain.", code=True)
     learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)

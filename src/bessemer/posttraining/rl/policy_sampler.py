@@ -58,6 +58,7 @@ class PolicySampler(Sampler):
             config.batch_size * config.mini_batches,
             config.stop,
             config.cpu_kernels,
+            config.sleep,
         )
         super().__init__(tokenizer, settings, seed, servers)
         self.judge = judge
@@ -83,6 +84,15 @@ class PolicySampler(Sampler):
             for sample, total in zip(samples, judgement.totals, strict=True)
         ]
         return replace(judgement, totals=totals)
+
+    def take_waited(self) -> float | None:
+        """Seconds that episodes spent in their environments since the last call, added up; None without environments."""
+        return None
+
+    @property
+    def waits_in_turn(self) -> bool:
+        """Whether environments are called one after the other, and no setting asked for that."""
+        return False
 
     def groups_of(self, samples: Sequence[Sample], judgement: Judgement, size: int) -> list[JudgedGroup]:
         """Judged samples by prompt, `size` of each, NaN where a sample is left out."""
@@ -128,8 +138,16 @@ class EpisodeSampler(PolicySampler):
         self._waits = True if servers is not None or config.environment_threads else None if number is None else False
         number = DEFAULT_THREADS if number is None else number
         self._threads = DaemonThreads(number, "episodes") if number else None
-        #: Seconds that all episodes of a rollout spent in their environments.
-        self.waited = 0.0
+        self._waited = 0.0
+        self._says_it_waits = False
+
+    def take_waited(self) -> float | None:
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    @property
+    def waits_in_turn(self) -> bool:
+        return self._waits is None and not self._says_it_waits
 
     def judged(self, samples: Sequence[Sample], step: int) -> Judgement:
         """As `PolicySampler.judged`; an episode that broke off is left out and counted."""
@@ -164,9 +182,11 @@ class EpisodeSampler(PolicySampler):
         params = SamplingParams(
             temperature=0.0 if greedy else config.temperature, max_tokens=config.max_tokens, stop=list(config.stop or ())
         )
+        environments = [self._new_environment() for _ in each_of]
+        self._says_it_waits = any(getattr(one, "waits", False) for one in environments)
         episodes = play(
             Assistant(model),
-            [self._new_environment() for _ in each_of],
+            environments,
             [_task(prompts[place]) for place, _ in each_of],
             params,
             max_turns=config.max_turns,
@@ -174,7 +194,7 @@ class EpisodeSampler(PolicySampler):
             threads=self._threads,
             waits=self._waits,
         )
-        self.waited += sum(episode.waited for episode in episodes)
+        self._waited += sum(episode.waited for episode in episodes)
         return [_sample(prompts[place], episode) for (place, _), episode in zip(each_of, episodes, strict=True)]
 
 

@@ -38,6 +38,8 @@ from bessemer.training.model_roles import ModelRoles
 
 #: File of all completions with their rewards, one line each.
 COMPLETIONS = "completions.jsonl"
+#: Seconds of waiting in one rollout that are worth a line.
+_LONG_WAIT = 5.0
 
 
 @dataclass
@@ -203,6 +205,7 @@ class RolloutSource:
         #: Number of prompts sampled so far, over all epochs, and of tokens trained on.
         self._cursor, self._tokens = 0, 0
         self._metrics: dict[str, float] = {}
+        self._has_hinted = False
         self.batch_size = config.batch_size
         prompts_and_columns = [[ids, dict(prompt.columns)] for prompt, ids in self._prompts]
         self.fingerprint = hash_value([hash_value(repr(prompts_and_columns)), seed])
@@ -313,9 +316,23 @@ class RolloutSource:
         for failure, count in tally.failures.items():
             self._progress.say(f"  {count:,} completions are dropped, the reward {failure}")
         self._metrics["rollout_seconds"] = round(sampled - start, 3)
+        self._note_waits(sampled - start)
         if self._sampler.models.mesh.leads:
             self._log.write(step, groups, made.advantages_R)
         check_collapse(config, step, samples, totals_R, made.divergence_R)
+
+    def _note_waits(self, seconds: float) -> None:
+        """Log how long environments took, and say once what would help where they take most of a rollout in turn."""
+        waited = self._sampler.take_waited()
+        if waited is None:
+            return
+        self._metrics["environment_seconds"] = round(waited, 3)
+        if self._sampler.waits_in_turn and waited > max(_LONG_WAIT, seconds / 2) and not self._has_hinted:
+            self._has_hinted = True
+            self._progress.say(
+                f"  the environment took {waited:,.0f} of the rollout's {seconds:,.0f} s, one episode after the other; "
+                "environment_threads: 32 lets them wait at once"
+            )
 
     def _orders(self, step: int) -> list[list[int]]:
         """The order of groups in each epoch of a rollout after the first; none where all groups form one mini-batch."""

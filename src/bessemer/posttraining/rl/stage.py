@@ -111,12 +111,24 @@ def rl(
                 "servers sample for all"
             )
         sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, environments.new, servers)
-    sources = {"seed": rl_seed, "progress": run.progress, "held_out": held_out, "sampler": sampler}
     source: RolloutSource
     if servers is None:
-        source = RolloutSource(training, judge, tokenizer, config, out, **sources)
+        source = RolloutSource(
+            training, judge, tokenizer, config, out, seed=rl_seed, progress=run.progress, held_out=held_out, sampler=sampler
+        )
     else:
-        source = ServedRolloutSource(training, judge, tokenizer, config, out, **sources, servers=servers)
+        source = ServedRolloutSource(
+            training,
+            judge,
+            tokenizer,
+            config,
+            out,
+            seed=rl_seed,
+            progress=run.progress,
+            held_out=held_out,
+            sampler=sampler,
+            servers=servers,
+        )
     others = []
     if config.critic is not None:
         others.append(_critic(job, config.critic, model if config.critic.start == "policy" else reward_model))

@@ -41,7 +41,8 @@ EncodedPrompt = tuple[Prompt, list[int]]
 @dataclass(frozen=True)
 class SamplerSettings:
     """Settings of completions. context_length: most tokens of a prompt and its completion. sequences: most completions
-    at once. stop: texts at which a completion ends; None: those of its prompt. cpu_kernels: of the engine."""
+    at once. stop: texts at which a completion ends; None: those of its prompt. cpu_kernels: of the engine. sleeps: whether the
+    memory of its cache is free between two uses."""
 
     temperature: float
     max_tokens: int
@@ -49,6 +50,7 @@ class SamplerSettings:
     sequences: int
     stop: Sequence[str] | None = None
     cpu_kernels: Literal["auto", "on", "off"] = "auto"
+    sleeps: bool = False
 
 
 class Sampler:
@@ -65,7 +67,7 @@ class Sampler:
         self._settings = settings
         self._seed = seed
         self._models: ModelRoles | None = None
-        self._engine: SamplingEngine | None = None
+        self._engine: Engine | CollectiveEngine | None = None
         #: Name of the policy's adapter in the engine; None: merged, or there is none.
         self.adapter: str | None = None
 
@@ -98,13 +100,17 @@ class Sampler:
                     entered.enter_context(merged_in_place(model))
             if self._engine is None:
                 self._engine = self._new_engine(model, kernels)
+            elif self._settings.sleeps:
+                self._engine.wake()
             if self.adapter is None:
                 self._engine.update_weights(version=models.version)
             else:
                 self._engine.update_adapter(self.adapter, models.adapter(), version=models.version)
             yield self._engine
+            if self._settings.sleeps:
+                self._engine.sleep()
 
-    def _new_engine(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> SamplingEngine:
+    def _new_engine(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> Engine | CollectiveEngine:
         models, settings = self.models, self._settings
         sequences = min(max(settings.sequences, 1), _MOST_SEQUENCES)
         config = EngineConfig(
@@ -116,7 +122,7 @@ class Sampler:
             kv_cache_dtype="float32" if is_quantised(model) and models.runtime.dtype == "float32" else "auto",
             threads=models.runtime.threads,
         )
-        engine: SamplingEngine
+        engine: Engine | CollectiveEngine
         if models.mesh.alone:
             engine = Engine(model, self._tokenizer, config=config)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -125,6 +125,10 @@ class ServedModel:
         self._pool = pool
         self.tokenizer = tokenizer
         self.context_length = context_length
+
+    def stream(self, generation: Generation) -> Generator[Delta, None, None]:
+        """As of `ChatModel`: the whole completion when it has come. Raises as `complete`."""
+        yield from self.complete(generation)
 
     def complete(self, generation: Generation) -> Sequence[Delta]:
         """The completion, a delta for each token. Raises RequestError for a prompt that does not fit, and as

@@ -208,7 +208,7 @@ class ServerPool:
             member.retry_at = self._clock() + wait_before(member.failures, error, self._first_wait)
             member.server.version = -1
             others = sum(other.works for other in self._members)
-            then = f"{others} of {len(self._members)} servers go on" if others else "no other is left, and it is waited for"
+            then = f"{others} of {len(self._members)} servers are left" if others else "no other is left, and it is waited for"
             self._say(f"  {member.server.url} {error}; {then}")
             if self._watcher is None:
                 self._watcher = threading.Thread(target=self._watch, name="server watcher", daemon=True)

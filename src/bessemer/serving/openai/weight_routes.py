@@ -1,7 +1,8 @@
 """Routes of a rollout server: a trainer sends new weights or a new adapter, and frees the KV cache between its phases.
 
 An update is `POST /v1/weights/begin`, pieces (`POST /v1/weights/piece`, bytes as of `inference.weight_transfer`), and
-`POST /v1/weights/commit`, after which requests under way go on with the new weights.
+`POST /v1/weights/commit`, after which requests under way go on with the new weights. `/sleep`, `/wake_up` and `/is_sleeping`
+are vLLM's.
 The routes refuse where `accept_weights` is off.
 """
 
@@ -66,6 +67,9 @@ class WeightsApi:
             ("POST", "/v1/weights/begin", self.begin),
             ("POST", "/v1/weights/piece", self.piece),
             ("POST", "/v1/weights/commit", self.commit),
+            ("POST", "/sleep", self.sleep),
+            ("POST", "/wake_up", self.wake),
+            ("GET", "/is_sleeping", self.is_sleeping),
         ):
             router.add_api_route(path, endpoint, methods=[method], response_model=None)
         return router
@@ -101,6 +105,21 @@ class WeightsApi:
             await asyncio.to_thread(self._apply, update)
         self._update = None
         return {"weight_version": self._served.engine.weight_version}
+
+    async def sleep(self, request: Request) -> dict[str, Any]:
+        self._check(request)
+        with _refusals():
+            await asyncio.to_thread(self._served.engine.sleep)
+        return {"is_sleeping": True}
+
+    async def wake(self, request: Request) -> dict[str, Any]:
+        self._check(request)
+        await asyncio.to_thread(self._served.engine.wake)
+        return {"is_sleeping": False}
+
+    async def is_sleeping(self, request: Request) -> dict[str, Any]:
+        self._check(request)
+        return {"is_sleeping": self._served.engine.is_asleep}
 
     def _apply(self, update: _Update) -> None:
         engine = self._served.engine

@@ -1,0 +1,276 @@
+"""Rollouts by a server: the score of a synchronous run and of an asynchronous one that is killed; updates beside slow tools.
+
+    python benchmarks/rollout_servers.py [--seeds 3] [--steps 200] [--out FOLDER]    # most of an hour on two cores
+    python benchmarks/rollout_servers.py --quick                                      # a minute, to see that it works
+
+**Score.** The base models and settings of `sums.py`: a model that adds rarely right learns to add from rewards. One run samples
+with its own engine and waits for each rollout. The other has a server in a second process and trains while that samples, at
+most one version ahead; it is killed (SIGKILL) in the middle, twice, and started again. Both are asked the held-out sums. The
+scores agree where their paired difference has zero in its interval of 95 %.
+
+**Slow tools.** Episodes of two turns in an environment that waits a second a turn: updates a minute with one environment after
+the other, with waiting environments side by side on the own engine, and on a server, one version ahead.
+
+Result: `rollout_servers.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import recording
+import sums
+from bessemer.core.environment import set_environment
+
+set_environment()  # before PyTorch reads it
+
+from bessemer.core.metrics import read_metrics  # noqa: E402
+from bessemer.core.progress import progress_for_terminal  # noqa: E402
+from bessemer.core.statistics import paired_difference  # noqa: E402
+from bessemer.evaluation.task_answerers import answers  # noqa: E402
+from bessemer.inference.engine import Engine  # noqa: E402
+from bessemer.posttraining.rl.config import RLConfig  # noqa: E402
+from bessemer.posttraining.rl.stage import rl  # noqa: E402
+from bessemer.tasks.config import TaskOptions  # noqa: E402
+from bessemer.tasks.registry import find_tasks  # noqa: E402
+from rounds import summary  # noqa: E402
+
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/posttraining", "src/bessemer/assistant", "src/bessemer/inference", "src/bessemer/serving")
+
+#: The settings of `examples/arithmetic/recipe.yaml`, without the tasks along the way.
+SETTINGS: dict[str, Any] = {
+    "data": ["sums"],
+    "validation_share": 0,
+    "algorithm": "grpo",
+    "group_size": 4,
+    "batch_size": 512,
+    "max_tokens": 8,
+    "context_length": 32,
+    "optimizer": "muon",
+    "learning_rate": 1e-3,
+    "decay_fraction": 0.4,
+    "warmup_steps": 10,
+    "beta": 1e-3,
+    "diagnostics_every": 0,
+    "checkpoint_every": 10,
+}
+#: Episodes of two turns; a row's number is added to.
+SLOW = """
+import time
+from bessemer.assistant.episodes import StepResult
+from bessemer.assistant.messages import Message
+
+
+class Slow:
+    tools = ()
+    waits = True
+
+    def reset(self, task, seed):
+        self.turns = 0
+        return [Message.user(task["prompt"])]
+
+    def step(self, conversation, end):
+        time.sleep({seconds})
+        self.turns += 1
+        text = conversation.messages[-1].text
+        return StepResult(float(text[:1].isdigit()), [Message.user("1+1=")] if self.turns < 2 else ())
+"""
+SLOW_SETTINGS: dict[str, Any] = {
+    "data": ["prompts.jsonl"],
+    "environment": "slow.py:Slow",
+    "rewards": ["environment"],
+    "max_turns": 2,
+    "validation_share": 0,
+    "group_size": 4,
+    "batch_size": 16,
+    "max_tokens": 4,
+    "context_length": 64,
+    "diagnostics_every": 0,
+    "learning_rate": 1e-4,
+}
+WAYS = {
+    "one after the other": {"environment_threads": 0},
+    "side by side": {"environment_threads": 32},
+    "on a server, one version ahead": {"rollouts": {"max_staleness": 1}},
+}
+QUESTIONS = 500
+
+
+@contextmanager
+def served(model: Path) -> Iterator[str]:
+    """The URL of a server of this model in a process of its own."""
+    command = [sys.executable, "-m", "bessemer", "serve", str(model), "--accept-weights", "--port", "0", "--max-waiting", "256"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if "http://" in line:
+                    yield "http://" + line.split("http://", 1)[1].split()[0].rstrip("/")
+                    break
+            else:
+                raise SystemExit("the server did not start")
+        finally:
+            process.terminate()
+
+
+def train(settings: dict[str, Any], model: Path, out: Path, seed: int, folder: Path) -> None:
+    """One training, in this process."""
+    out.mkdir(parents=True, exist_ok=True)
+    rl(RLConfig.parse(settings, "rl"), model, out, seed=seed, device="cpu", folder=folder, progress=progress_for_terminal())
+
+
+def train_and_kill(settings: dict[str, Any], model: Path, out: Path, seed: int, folder: Path, kills: Sequence[int]) -> int:
+    """One training in a process of its own, which is killed after each of these steps and started again. Returns how many
+    completed groups the next starts have found."""
+    job = {"settings": settings, "model": str(model), "out": str(out), "seed": seed, "folder": str(folder)}
+    found = 0
+    for step in (*kills, None):
+        with subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--job", json.dumps(job)], stderr=subprocess.STDOUT, text=True
+        ) as process:
+            while step is not None and process.poll() is None and steps_of(out) < step:
+                time.sleep(0.05)
+            if step is None:
+                process.wait()
+            else:
+                process.send_signal(signal.SIGKILL)
+        if step is not None:
+            found += sum(len(path.read_text().splitlines()) for path in (out / "rollouts").glob("groups-*.jsonl"))
+    return found
+
+
+def steps_of(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    lines = list(read_metrics(path)) if path.exists() else []
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def right(model: Path, questions: int) -> list[float]:
+    """Of each held-out sum, whether the model adds it rightly, greedily."""
+    (task,) = find_tasks([sums.TASK], TaskOptions())
+    asked = task.questions()[:questions]
+    headline = task.headline(asked[0].form)
+    return [one.scores[headline] for batch in answers(Engine(model, device="cpu"), task, asked) for one in batch]
+
+
+def score_of(seed: int, model: Path, folder: Path, steps: int, questions: int) -> dict[str, Any]:
+    """The synchronous and the asynchronous run of a seed."""
+    settings = {**SETTINGS, "steps": steps}
+    plain, ahead = folder / f"synchronous-{seed}", folder / f"asynchronous-{seed}"
+    train(settings, model, plain, seed, folder)
+    with served(model) as url:
+        rollouts = {"servers": [url], "max_staleness": 1}
+        kills = (steps // 3, 2 * steps // 3)
+        found = train_and_kill({**settings, "rollouts": rollouts}, model, ahead, seed, folder, kills)
+    lines = list(read_metrics(ahead / "metrics.jsonl"))
+    scores = {name: right(out / "model", questions) for name, out in (("synchronous", plain), ("asynchronous", ahead))}
+    low, high = paired_difference(scores["asynchronous"], scores["synchronous"]).interval()
+    return {
+        "seed": seed,
+        **{name: sum(values) / len(values) for name, values in scores.items()},
+        "before": sum(right(model, questions)) / questions,
+        "difference": [low, high],
+        "agree": low <= 0 <= high,
+        "staleness": max(line["staleness_max"] for line in lines),
+        "groups_found_after_kills": found,
+        "prompts_repeated": repeated(ahead / "completions.jsonl"),
+    }
+
+
+def repeated(path: Path) -> int:
+    """Groups whose step and place the log has twice."""
+    groups = [(one["step"], one["group"]) for one in read_metrics(path)]
+    per_group = SETTINGS["group_size"]
+    return len(groups) - per_group * len(set(groups))
+
+
+def updates_a_minute(model: Path, folder: Path, seconds: float, steps: int) -> dict[str, Any]:
+    """Of each way to wait, the updates a minute."""
+    (folder / "slow.py").write_text(SLOW.replace("{seconds}", str(seconds)))
+    rows = [{"prompt": f"{first}+{second}="} for first in range(1, 10) for second in range(1, 10)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = {}
+    with served(model) as url:
+        for name, way in WAYS.items():
+            settings = {**SLOW_SETTINGS, **way, "steps": steps}
+            if "rollouts" in settings:
+                settings["rollouts"] = {**settings["rollouts"], "servers": [url]}
+            out = folder / f"slow-{name.replace(' ', '-').replace(',', '')}"
+            train(settings, model, out, 1, folder)
+            lines = list(read_metrics(out / "metrics.jsonl"))
+            ends = [line["seconds"] for line in lines]
+            # the first update opens the engine
+            figures[name] = summary(60 / (later - earlier) for earlier, later in pairwise(ends))
+            print(f"{name}: {figures[name]['median']:.1f} updates a minute", flush=True)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200, help="updates of each run of the score")
+    parser.add_argument("--quick", action="store_true", help="a model that has learnt nothing, and few updates")
+    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-rollout-servers")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job is not None:
+        job = json.loads(options.job)
+        train(job["settings"], Path(job["model"]), Path(job["out"]), job["seed"], Path(job["folder"]))
+        return
+    sys.argv[0] = str(Path(sys.argv[0]).resolve())  # the record names the command by where this file lies
+    shutil.copytree(sums.EXAMPLE, options.out, dirs_exist_ok=True)
+    os.chdir(options.out)
+    for old in (*options.out.glob("*synchronous-*"), *options.out.glob("slow-*")):
+        shutil.rmtree(old)
+    if options.quick:
+        SETTINGS.update(batch_size=32, warmup_steps=2)
+    seeds, models = [], []
+    for seed in range(1, (1 if options.quick else options.seeds) + 1):
+        if options.quick:
+            done = sums.ran("recipe.yaml", [f"seed={seed}", "pretrain.steps=8"], "quick", until="pretrain")
+            model = done["pretrain"] / "model"
+        else:
+            overrides, _ = sums.base_of(seed)
+            model = sums.ran("recipe.yaml", overrides, f"again-{seed}", until="pretrain")["pretrain"] / "model"
+        models.append(model)
+        questions = 50 if options.quick else QUESTIONS
+        seeds.append(score_of(seed, model, options.out, 9 if options.quick else options.steps, questions))
+        print(seeds[-1], flush=True)
+    slow = updates_a_minute(models[0], options.out, 0.2 if options.quick else 1.0, 4 if options.quick else 12)
+    figures = {"seeds": seeds, "updates_a_minute": slow}
+    if options.quick:
+        print(json.dumps(figures))
+        return
+    scores = recording.table(
+        [
+            ("seed", "d"),
+            ("before", ".1%"),
+            ("synchronous", ".1%"),
+            ("asynchronous, killed twice", ".1%"),
+            ("difference", ".1%"),
+        ],
+        [[one["seed"], one["before"], one["synchronous"], one["asynchronous"], one["difference"]] for one in seeds],
+    )
+    waits = recording.table(
+        [("environments that wait a second a turn", ""), ("updates a minute", ".1f")],
+        [[name, found["median"]] for name, found in slow.items()],
+    )
+    print(recording.save("rollout_servers", figures, tables={"scores": scores, "waits": waits}))
+
+
+if __name__ == "__main__":
+    main()
