@@ -52,6 +52,7 @@ def test_one_bit_of_difference_stops_the_run(model_folder, data, tmp_path, monke
     ("changes", "message"),
     [
         ({"dtype": "bfloat16"}, "bitwise_consistent and dtype bfloat16: take float32"),
+        ({"sampler_weights": "int8"}, "bitwise_consistent and sampler_weights: int8"),
         ({"compile": True}, "bitwise_consistent and compile: true"),
         ({"adapter": {"rank": 4, "dora": True}}, "bitwise_consistent and adapter.dora"),
         ({"parallel": {"tensor": 2}}, "bitwise_consistent and parallel.tensor: take data_replicate or data_shard"),
@@ -60,3 +61,15 @@ def test_one_bit_of_difference_stops_the_run(model_folder, data, tmp_path, monke
 def test_what_cannot_agree_is_refused_before_the_run(changes, message):
     with pytest.raises(ConfigError, match=message):
         RLConfig.parse({"data": ["prompts.jsonl"], **SETTINGS, "bitwise_consistent": True, **changes}, "rl")
+
+
+@pytest.mark.parametrize("adapter", [None, 4], ids=["weights", "adapter"])
+def test_a_rounded_sampler_is_measured_and_the_coarser_the_further(adapter, model_folder, data, tmp_path):  # noqa: F811
+    gaps = {}
+    for weights in ("policy", "int8", "fp8", "int4"):
+        out = tmp_path / weights
+        run(model_folder, data, out, steps=2, validation_share=0, sampler_weights=weights, adapter=adapter, learning_rate=1e-3)
+        lines = read_metrics(out / "metrics.jsonl")
+        assert all(line["log_ratio_max"] >= line["log_ratio"] and 0 <= line["log_ratio_over_cap"] <= 1 for line in lines)
+        gaps[weights] = sum(line["log_ratio"] for line in lines) / len(lines)
+    assert gaps["policy"] < 1e-5 < min(gaps["int8"], gaps["fp8"]) and max(gaps["int8"], gaps["fp8"]) < gaps["int4"]

@@ -296,6 +296,11 @@ class RLConfig(TuningConfig):
         "Compiled kernels of the engine that samples. auto: where they compute the whole model, and dtype is float32; off: the "
         "model's own modules.",
     )
+    sampler_weights: Literal["policy", "int8", "int4", "fp8"] = setting(
+        "policy",
+        "Weights of the blocks while the policy samples: its own, or rounded to 8 or 4 bits or float8 at each rollout, in one "
+        "process. Log-probabilities then differ: see `log_ratio` and `log_ratio_over_cap`, and keep a correction.",
+    )
     bitwise_consistent: bool = setting(
         False,
         "Compute sampler and trainer by the same batch-invariant kernels, and stop the run at a step where a log-probability "
@@ -373,6 +378,7 @@ class RLConfig(TuningConfig):
         refused = {
             f"dtype {self.dtype}: take float32": self.dtype != "float32",
             "compile: true: a compiler chooses the order of sums; take false": self.compile is not False,
+            f"sampler_weights: {self.sampler_weights}: rounded weights are another model's": self.sampler_weights != "policy",
             "cpu_kernels: off: they are the kernels that both compute by": self.cpu_kernels == "off",
             "adapter.dora: norms of rows have no fixed order": self.adapter is not None and self.adapter.dora,
             "adapter.quantize: weights in codes are rounded otherwise": self.adapter is not None

@@ -53,6 +53,7 @@ class PolicySampler(Sampler):
             config.batch_size * config.mini_batches,
             config.stop,
             config.cpu_kernels,
+            config.sampler_weights,
         )
         super().__init__(tokenizer, settings, seed)
         self.judge = judge
