@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bessemer.core.metrics import read_metrics
+from bessemer.model.cpu_kernels import library
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.storage.folder import load_model, read_model_config, save_model
 from bessemer.posttraining.rl.config import RLConfig
@@ -32,9 +33,10 @@ def one_sided(completions, **kwargs):
 """
 
 
-def trained(model, data, out, method, parallel, reward="rewards.py:letters"):  # noqa: F811
+def trained(model, data, out, method, parallel, reward="rewards.py:letters", changes=None):  # noqa: F811
     out.mkdir(exist_ok=True)
     settings = {**SETTINGS, "steps": 2, "batch_size": 8, "learning_rate": 1e-3, **METHODS[method], "parallel": parallel}
+    settings |= changes or {}
     config = RLConfig.parse({"data": ["prompts.jsonl"], "rewards": [reward], **settings}, "rl")
     return rl(config, model, out, seed=3, device="cpu", folder=data)
 
@@ -76,6 +78,17 @@ def test_two_processes_make_the_run_of_one(two, model, data, tmp_path, method, p
     first, second = (load_model(tmp_path / place / "model").state_dict() for place in ("one", "two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, 4], ids=["weights", "adapter"])
+def test_two_processes_agree_with_their_samplers_to_the_bit(two, model, data, tmp_path, adapter):  # noqa: F811
+    if library() is None:
+        pytest.skip("there are no compiled kernels here")
+    changes = {"bitwise_consistent": True, "adapter": adapter}
+    two.run(trained, model=model, data=data, out=tmp_path, method="grpo", parallel={"data_shard": 2}, changes=changes)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["log_ratio_max"] for line in lines] == [0.0, 0.0]
 
 
 @pytest.mark.slow
