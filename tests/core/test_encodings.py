@@ -2,7 +2,7 @@
 
 import pytest
 
-from bessemer.core.records import UTF8, decoded_text, encoding_of
+from bessemer.core.text_encoding import UTF8, decoded_text, encoding_of
 
 TEXTS = {
     ("cp1252", "German"): "Frage;Antwort\nWo ist die Straße?;Links.\nWie groß?;12 m², für 3,50 €.\n",

@@ -1,8 +1,12 @@
+import bz2
+import gzip
 import json
+import lzma
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.records import read_records, read_table
@@ -129,19 +133,99 @@ def test_damaged_utf8_stays_utf8_and_its_first_line_is_noted(tmp_path):
         ("a.json", b'[{"a": 1},\n{', "a.json:2: is not JSON"),
         ("a.csv", b"a,b\n", "a.csv: holds no rows"),
         ("a.csv", b"a,b\n1,2,3\n", "a.csv:2: has more cells than the header"),
-        ("a.json", b'{"rows": [], "n": 1}', "it is a dict; keep the list under 'rows' alone"),
+        ("a.json", b'{"rows": [], "n": 1}', "must be a list of objects, it is a dict"),
+        ("a.json", b'{"x": [{"a": 1}], "y": {"z": [{"a": 1}]}}', "several lists of rows; .* as a.json#x or a.json#y.z"),
+        ("a.json#v", b'{"x": [{"a": 1}]}', "has no key 'v'; known: x"),
+        ("a.csv#v", b"a\n1\n", "names a sheet of a workbook or a key of JSON, and .csv has neither"),
+        ("a.csv.gz", b"a,b\n1,2\n", "is damaged, cut off, or no .gz"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "is damaged, cut off, or no .gz .*fetch it again"),
+        ("a.jsonl.zst", b"(\xb5/\xfd", "is damaged, cut off, or no .zst"),
         ("a.csv", b",,\n\n;;\n", "a.csv: holds no rows"),
-        ("a.xlsx", b"PK", "not .xlsx; save the sheet as CSV"),
+        ("a.xlsx", b"PK", "is not an Excel workbook, or damaged"),
+        ("a.xls", b"\xd0\xcf", "not .xls; save the sheet as .xlsx, or as CSV"),
         ("a.csv", b"a,b,a\n1,2,3\n", "a.csv:1: has two columns 'a'"),
         ("a.jsonl", b'{"a": %s}' % (b"1" * 5000), "a.jsonl:1: is not JSON"),
         ("a.json", b"[" * 100_000, "a.json: is nested too deeply"),
         ("a.parquet", b"PAR", "a.parquet: is not Parquet"),
-        ("a.txt", b"a", r"a table is .jsonl, .ndjson, .json, .csv, .tsv, .parquet, not .txt"),
+        ("a.txt", b"a", r"a table is .jsonl, .ndjson, .json, .csv, .* not .txt"),
     ],
 )
 def test_data_that_cannot_be_read_is_named_with_its_line(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name.partition("#")[0]).write_bytes(content)
     with pytest.raises(ArtefactError, match=message):
         read_records(tmp_path / name)
     with pytest.raises(ArtefactError, match="no such file"):
         read_records(tmp_path / "other.jsonl")
+
+
+PAIRS = [{"q": "Wo?", "a": "Überall."}, {"q": "Wann?", "a": "Nie."}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "note"),
+    [
+        ("a.json", json.dumps({"version": 1, "data": PAIRS}), "the rows stand under the key 'data'"),
+        ("a.json", json.dumps({"splits": {"train": PAIRS}}), "the rows stand under the key 'splits.train'"),
+        ("a.json", json.dumps({"rows": [{"row_idx": 7, "row": row} for row in PAIRS]}), "under the key 'rows'"),
+        ("a.json", json.dumps({"q": ["Wo?", "Wann?"], "a": ["Überall.", "Nie."]}), "columns as lists"),
+        ("a.json", json.dumps({"q": {"0": "Wo?", "1": "Wann?"}, "a": {"0": "Überall.", "1": "Nie."}}), "columns as lists"),
+        ("a.json", LINES, "one object a line"),
+        ("a.jsonl", json.dumps(PAIRS, indent=1), "a list of objects, not one a line"),
+        ("a.jsonl", "\n".join(json.dumps(row, indent=1) for row in PAIRS), "objects over several lines"),
+    ],
+)
+def test_rows_are_found_whatever_shape_the_json_has(tmp_path, name, text, note):
+    (tmp_path / name).write_text(text)
+    table = read_table(tmp_path / name)
+    assert [record.values for record in table.records] == PAIRS
+    assert len(table.notes) == 1 and note in table.notes[0]
+
+
+def test_one_of_several_lists_is_named_and_the_messages_of_one_object_are_no_rows(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": PAIRS, "test": PAIRS[:1]}))
+    assert len(read_records(tmp_path / "a.json#test")) == 1
+    row = {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}
+    path.write_text(json.dumps(row))
+    assert [record.values for record in read_records(path)] == [row]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_table_is_that_table(tmp_path, suffix):
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}[suffix]
+    data = LINES.encode()
+    # of several members, as tools write that append
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(data[:20]) + compress(data[20:]))
+    assert [record.values for record in read_records(tmp_path / f"a.jsonl{suffix}")] == PAIRS
+    (tmp_path / f"b.tsv{suffix}").write_bytes(compress("q\ta\nWo?\tÜberall.\nWann?\tNie.\n".encode("cp1252")))
+    assert [record.values for record in read_records(tmp_path / f"b.tsv{suffix}")] == PAIRS
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), tmp_path / "c.parquet")
+    (tmp_path / f"c.parquet{suffix}").write_bytes(compress((tmp_path / "c.parquet").read_bytes()))
+    assert [record.values for record in read_records(tmp_path / f"c.parquet{suffix}")] == PAIRS
+
+
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_the_files_in_which_datasets_keeps_rows_are_read(tmp_path, new):
+    table = pyarrow.Table.from_pylist(PAIRS)
+    with new(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert [record.values for record in read_records(tmp_path / "a.arrow")] == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "bad"),
+    [
+        ("a.jsonl", '{"q": 1}\n{"q": \n[2]\n{"q": 4}\n', [(2, "is not JSON"), (3, "must be an object, it is a list")]),
+        ("a.json", '{"q": 1}\n{"q": \n\n{"q": 4}\n', [(2, "is not JSON")]),
+        ("a.json", '[{"q": 1}, 2, {"q": 4}]', [(1, "must be an object, it is a int")]),
+        ("a.csv", 'q,a\n1,x\n2,"x" y\n"3,z\n4,x\n', [(3, "is not CSV"), (4, "is not CSV (unexpected end of data)")]),
+        ("a.csv", "q,a\n1,x\n2,x,y\n4,x\n", [(3, "has more cells than the header, the first with 'y'")]),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_kept_apart_and_those_behind_it_are_read(tmp_path, name, text, bad):
+    (tmp_path / name).write_text(text)
+    table = read_table(tmp_path / name)
+    assert [str(record.values["q"]) for record in table.records] == ["1", "4"]
+    assert [row.number for row in table.bad] == [number for number, _ in bad]
+    assert all(row.why.startswith(why) for row, (_, why) in zip(table.bad, bad, strict=True))

@@ -168,11 +168,13 @@ def test_each_token_takes_one_number(drafter):
     assert torch.equal(row.generator.get_state(), expected.get_state())
 
 
-def test_nothing_follows_an_accepted_end_token():
+@pytest.mark.parametrize("drawn", [False, True], ids=["likeliest", "drawn"])
+def test_nothing_follows_an_accepted_end_token(drawn):
     logits_PV = torch.full((4, VOCAB), -20.0)
     logits_PV[[0, 1, 2, 3], [2, 0, 3, 4]] = 20.0
-    row = state(VOCAB, temperature=0, end_tokens=[0])
-    assert [token.token for token in verify(logits_PV, row, [2, 0, 3])] == [2, 0]
+    row = state(VOCAB, temperature=float(drawn), end_tokens=[0])
+    probabilities_dV = torch.eye(VOCAB)[[2, 0, 3]] if drawn else None
+    assert [token.token for token in verify(logits_PV, row, [2, 0, 3], probabilities_dV)] == [2, 0]
     assert row.answer == [2, 0]
 
 

@@ -140,7 +140,7 @@ def test_statistics_are_the_sums_over_all_inputs():
     seen = []
     model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].flatten(0, 1)))
     with torch.no_grad():
-        found = gather(next(fed_blocks(model, rows_RT)), ["layers.0.mlp.down_proj"])["layers.0.mlp.down_proj"][0]
+        found = gather(next(fed_blocks(model, rows_RT)), ["layers.0.mlp.down_proj"], Statistics)["layers.0.mlp.down_proj"][0]
     inputs = seen[-1]
     assert found.count == 32 and torch.allclose(found.squares_KK, inputs.T @ inputs, atol=1e-4)
     assert torch.allclose(found.magnitudes_K, inputs.abs().sum(0), atol=1e-4)

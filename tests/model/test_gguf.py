@@ -178,7 +178,7 @@ def test_a_file_of_each_type_is_near_the_model(qwen, dtype, most, tmp_path):
     export_gguf(folder, tmp_path / "typed.gguf", dtype)
     kinds = {info.name: BLOCK_TYPES[info.type].name for info in read_head(tmp_path / "typed.gguf")[1]}
     asked = GGUF_DTYPES[dtype]
-    assert kinds["blk.0.ffn_up.weight"] == asked.matrices and kinds["token_embd.weight"] == asked.ends
+    assert kinds["blk.0.ffn_up.weight"] == asked.matrices and kinds["token_embd.weight"] == asked.embedding
     assert kinds["blk.0.attn_norm.weight"] == "F32"
     import_gguf(tmp_path / "typed.gguf", tmp_path / "back")
     ours, back = load_model(folder), load_model(tmp_path / "back")

@@ -15,12 +15,12 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
         ("{", "Expecting property name"),
         ("[]", "must be an object"),
         ('{"messages": []}', "messages: must be a list of at least one message"),
-        ('{"messages": ["a"]}', "message 1: must be an object"),
+        ('{"messages": [["a"]]}', "message 1: must be an object"),
         ('{"messages": [{"role": "user", "content": 3}]}', "message 1: the content must be text"),
-        ('{"messages": [{"role": "human", "content": "a"}]}', "message 1: the role must be .* got 'human'"),
+        ('{"messages": [{"role": "moderator", "content": "a"}]}', "message 1: the role must be .* got 'moderator'"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "nothing to learn"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "message 1: the text has a lone surrogate"),
-        ('{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}', "message 1: tool_calls must be"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{"nom": "f"}]}]}', "message 1: tool_calls must be"),
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [{}]}', "tool 0: must be"),
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "["}', "Expecting value"),
         ("[" * 100_000, "is nested too deeply"),
@@ -41,8 +41,8 @@ def test_of_many_bad_rows_the_first_is_explained_and_the_others_are_named(tmp_pa
     with pytest.raises(SourceError) as error:
         read_conversations(path, ("prompt", "answer"))
     assert str(error.value) == (
-        f"{path}:3: needs a text under 'answer', which is empty; 6 more cannot be used (lines 4, 5, 6, 7, 8, …); mend the row, "
-        "or take it out of the file"
+        f"{path}:3: needs a text under 'answer', which is empty (and 6 more: lines 4, 5, 6, 7, 8, …); 7 of 8 rows cannot be "
+        "used, more than a twentieth; mend them, or take them out"
     )
 
 
@@ -112,7 +112,10 @@ def test_a_table_is_texts_without_roles_or_a_conversation_by_the_names_of_its_co
     [
         ("a,b\nx,y\n", r"t.csv:2: has no column 'prompt'; known: a, b"),
         ("prompt,anwser\nx,y\n", r"t.csv:2: has no column 'answer'; did you mean 'anwser'"),
-        ("prompt,answer\nHello?,Hello.\nHello?,\n", r"t.csv:3: needs a text under 'answer', which is empty; mend the row"),
+        (
+            "prompt,answer\nHello?,Hello.\nHello?,\n",
+            r"t.csv:3: needs a text under 'answer', which is empty; 1 of 2 rows .* mend it",
+        ),
         ("prompt,answer\nHello?,  \n", r"t.csv:2: needs a text under 'answer', which holds '  '"),
     ],
 )

@@ -7,6 +7,8 @@ from bessemer.core.metrics import read_metrics
 from bessemer.posttraining.sampling.samples import SAMPLER, Prompt, Sample, pack_samples
 from bessemer.training.data.batches import IGNORE_INDEX
 from tests.posttraining.test_rl import data, run  # noqa: F401
+from tests.posttraining.test_served_rollouts import serving
+from tests.serving.running import servers
 from tests.training.conftest import RecordedProgress
 
 ENVIRONMENT = """
@@ -90,3 +92,41 @@ def test_a_policy_learns_over_two_turns(model_folder, world, tmp_path):
     learns = SETTINGS | {"batch_size": 32, "learning_rate": 2e-2, "steps": 16}
     summary = run(model_folder, world, tmp_path, environment="world.py:Letters", **learns)
     assert summary["validation_reward"] > summary["validation_reward_before"] + 0.5
+
+
+WAITING = """
+import threading
+from bessemer.assistant.episodes import StepResult
+from bessemer.assistant.messages import Message
+
+# passes only when the environments of a whole rollout wait at the same time
+TOGETHER = threading.Barrier(16, timeout=20)
+
+
+class Waits:
+    tools = ()
+    waits = True
+
+    def reset(self, task, seed):
+        self.turns = 0
+        return [Message.user(task["prompt"])]
+
+    def step(self, conversation, end):
+        TOGETHER.wait()
+        self.turns += 1
+        return StepResult(conversation.messages[-1].text.count("e") / 16, [Message.user("More")] if self.turns < 2 else ())
+"""
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("by_servers", [False, True], ids=["on the engine", "on a server"])
+def test_environments_that_wait_hold_up_no_other_episode(model_folder, data, tmp_path, by_servers):  # noqa: F811
+    (data / "waiting.py").write_text(WAITING)
+    changes = {"environment": "waiting.py:Waits", "validation_share": 0, "steps": 2, **SETTINGS}
+    with servers() as start:
+        if by_servers:
+            changes["rollouts"] = [start(serving(model_folder), accept_weights=True)]
+        run(model_folder, data, tmp_path, **changes)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["dropped"] for line in lines] == [0, 0] and max(line["log_ratio_max"] for line in lines) < 1e-4
+    assert max(one["tokens"] for one in read_metrics(tmp_path / "completions.jsonl")) == 16

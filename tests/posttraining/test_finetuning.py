@@ -29,7 +29,9 @@ from bessemer.posttraining.sft.config import FinetuneConfig, SFTConfig
 from bessemer.posttraining.sft.finetune import Finetuned, _Questions, _Samples, _training_settings
 from bessemer.posttraining.sft.finetune_inputs import find_columns, prepare_base
 from bessemer.posttraining.sft.finetune_plan import Sizes, choose_method, needed_bytes, row_length, settings_of
+from bessemer.posttraining.sft.forgetting import Limits, forgetting
 from bessemer.posttraining.sft.report import verdict
+from bessemer.tasks.questions import ItemResult
 from bessemer.tasks.registry import read_task
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
@@ -88,8 +90,8 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
         "--device",
         "cpu",
     ]
-    code, printed, _ = bessemer(capsys, *asked)
-    assert code == 0
+    code, printed, err = bessemer(capsys, *asked)
+    assert code == 0, err
     verdict, command = printed.splitlines()[-2:]
     assert verdict.startswith("better than before on what was held out: yes, much better. Loss ")
     assert command == f"use it: bessemer chat {out} · bessemer serve {out} · bessemer export {out} out.gguf"
@@ -110,7 +112,19 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
     plain, tuned = (engine.chat(messages, SamplingParams(max_tokens=12), adapter=name).text for name in (None, "tickets"))
     assert tuned != plain
 
+    forgotten = record["forgetting"]
+    assert list(forgotten["tasks"]) == ["general_knowledge", "general_texts"] and forgotten["verdict"] in printed
+    # the same items before and after; the little model's context does not hold all of them
+    assert 60 < forgotten["items"] < 82 and forgotten["rise"] == pytest.approx(
+        forgotten["loss_after"] - forgotten["loss_before"]
+    )
+    page = (out / "report.html").read_text()
+    assert all(text in page for text in ("Forgotten", "Answers side by side", record["answers"][0]["after"][:5]))
+
     assert not (out / "checkpoints").exists()
+    # a finished fine-tuning is judged again, by other limits
+    code, _, err = bessemer(capsys, *asked, "--min-improvement", 50, "--max-loss", 0, "--fail-if-worse")
+    assert code == 3 and [line.split(":")[1].split()[0] for line in err.splitlines()] == ["--min-improvement", "--max-loss"]
     again, printed, _ = bessemer(capsys, *asked)
     assert (again, printed.splitlines()[-2]) == (0, verdict) and not (out / "model").exists()
     assert bessemer(capsys, *asked, "--merge")[0] == 0 and (out / "model" / "config.json").exists()
@@ -348,6 +362,45 @@ def test_the_end_counts_what_was_learnt_cut_and_left_out(tmp_path):
         "to learn"
     )
     assert result["losses"] == {"a": [2.0, 1.5], "b": [2.2, pytest.approx(1.6)]}
+
+
+def test_forgetting_is_the_mean_rise_of_the_same_items():
+    before = {"a": {"1": ItemResult(1.0, 1.0), "2": ItemResult(0.0, 3.0)}, "b": {"1": ItemResult(0.0, 2.0)}}
+    after = {"a": {"1": ItemResult(1.0, 1.5), "2": ItemResult(1.0, 3.4)}, "b": {"1": ItemResult(0.0, 2.6)}}
+    figures = forgetting(before, after)
+    # rises 0.5, 0.4, 0.6: mean 0.5, standard error 0.1 / √3, t of two degrees of freedom 4.303
+    half = 4.303 * 0.1 / 3**0.5
+    assert figures["interval"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-3) and figures["forgot"]
+    assert (figures["rise"], figures["size"]) == (pytest.approx(0.5), "clearly")
+    task = figures["tasks"]["a"]
+    assert (task["accuracy_before"], task["accuracy_after"], task["rise"]) == (0.5, 1.0, pytest.approx(0.45))
+    assert figures["tasks"]["b"]["interval"] is None
+    assert not forgetting(after, before)["forgot"]
+    assert "no, these became likelier" in forgetting(after, before)["verdict"]
+
+
+def test_a_limit_is_broken_by_certain_harm_alone():
+    better = {"difference": 0.5, "interval": [0.4, 0.6], "loss_after": 1.0}
+    unsure = {"difference": -0.1, "interval": [-0.3, 0.1], "loss_after": 1.6}
+    worse = {"difference": -0.5, "interval": [-0.6, -0.4], "loss_after": 2.0, "forgetting": {"rise": 0.3}}
+    found = [len(Limits(fail_if_worse=True).broken(result)) for result in (better, unsure, worse)]
+    assert found == [0, 0, 1]
+    assert len(Limits(min_improvement=0.2, max_loss=1.5, max_forgetting=0.2).broken(worse)) == 3
+    with pytest.raises(ConfigError, match="ended without general tasks"):
+        Limits(max_forgetting=0.2).broken(better)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--general", "arithmetic"), "the task arithmetic generates answers; name tasks that are answered by likelihood"),
+        (("--general", "none", "--max-forgetting", 0.1), "--max-forgetting: of general tasks, and --general none asks none"),
+    ],
+)
+def test_general_tasks_are_answered_by_likelihood(model_folder, tmp_path, capsys, options, message):
+    table = write_table(tmp_path / "tickets.csv")
+    code, _, err = bessemer(capsys, "finetune", model_folder, table, tmp_path / "out", *options)
+    assert code == 2 and message in one_error(err) and not (tmp_path / "out").exists()
 
 
 # -- the data, before anything is trained

@@ -153,7 +153,7 @@ def test_pairs_part_at_the_turn_in_which_they_differ():
         ),
         (as_answered, {"messages": [said("tool", "4"), WELL]}, "message 1: a tool answers the assistant"),
         (as_answered, {"messages": [said("robot", "4")]}, "the role must be one of"),
-        (as_answered, {"conversations": [{"from": "bot", "value": "4"}]}, "turn 1: 'from' must be one of"),
+        (as_answered, {"conversations": [{"from": "moderator", "value": "4"}]}, "turn 1: 'from' must be one of"),
         (as_answered, {"instruction": "Add.", "output": " "}, "needs a text under 'output'"),
         (as_answered, {"prompt": [ASKED], "completion": ""}, "completion: the answer is empty"),
         (as_answered, {"prompt": [ASKED], "completion": [ASKED, WELL]}, "must begin with the assistant"),

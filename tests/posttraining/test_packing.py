@@ -53,7 +53,7 @@ def test_packed_loss_and_gradient_are_those_of_each_conversation_alone(conversat
 
 
 def test_targets_are_what_the_assistant_says_and_its_end(tokenizer):
-    _, targets = encode_conversation(conversation("Who?", "Me.", "You."), tokenizer).example(200)
+    _, targets = encode_conversation(conversation("Who?", "Me.", "You."), tokenizer)[0].example(200)
     targets = targets[targets != IGNORE_INDEX]
     assert tokenizer.decode(targets.tolist(), skip_special=False) == "Me.<|im_end|>You.<|im_end|>"
 
@@ -66,7 +66,8 @@ def test_calls_of_tools_are_targets_and_their_results_are_not(tokenizer):
         {"role": "assistant", "content": "Two."},
     )
     asked = Conversation.of(messages, "test", [{"name": "add", "description": "Adds."}])
-    ids, targets = encode_conversation(asked, tokenizer).example(800)
+    (encoded,) = encode_conversation(asked, tokenizer)
+    ids, targets = encoded.example(800)
     targets = tokenizer.decode(targets[targets != IGNORE_INDEX].tolist(), skip_special=False)
     assert targets == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>Two.<|im_end|>'
     assert "Adds." in tokenizer.decode(ids.tolist())
@@ -91,7 +92,7 @@ def test_one_longer_than_a_row_is_left_out_and_counted(tokenizer):
 
 def test_longer_ones_are_refused_with_their_number_and_the_longest_where_the_rule_says_so(tokenizer):
     long, short = conversation("word " * 200, "Yes."), conversation("Yes?", "Yes.")
-    longest = encode_conversation(long, tokenizer).inputs
+    longest = encode_conversation(long, tokenizer)[0].inputs
     with pytest.raises(SourceError, match=f"2 conversations have more than 96 tokens, the longest {longest:,}; raise"):
         pack_conversations([long, long, short], tokenizer, 96, "refuse")
 
@@ -102,7 +103,7 @@ def learnt(rows, tokenizer):
 
 def test_of_one_cut_from_the_left_whole_answers_are_learnt_with_their_ends(tokenizer):
     chat = conversation("Why? " * 20, "Because. " * 8, "So.")
-    whole = encode_conversation(chat, tokenizer)
+    (whole,) = encode_conversation(chat, tokenizer)
     rows = pack_conversations([chat], tokenizer, whole.inputs - 40, "left")
     assert (rows.counts.cut, rows.counts.left_out) == (1, 0)
     assert learnt(rows, tokenizer) == "Because. " * 8 + "<|im_end|>So.<|im_end|>"

@@ -192,6 +192,23 @@ def test_a_clip_takes_the_gradient_and_cispo_keeps_it():
         assert clipped_tokens(ratios_BT, advantages_BT, PolicyLossSettings()).all()
 
 
+def test_what_is_clipped_is_told_by_each_bound_on_its_own_side():
+    ratios_BT = torch.tensor([[1.25, 1.35, 0.75, 0.65, 1.35, 0.65]])
+    advantages_BT = torch.tensor([[1.0, 1.0, -1.0, -1.0, -1.0, 1.0]])
+    wide_above = PolicyLossSettings(clip_low=0.2, clip_high=0.3)
+    assert clipped_tokens(ratios_BT, advantages_BT, wide_above).tolist() == [[False, True, True, True, False, False]]
+    wide_below = PolicyLossSettings(clip_low=0.3, clip_high=0.2)
+    assert clipped_tokens(ratios_BT, advantages_BT, wide_below).tolist() == [[True, True, False, True, False, False]]
+
+
+def test_corrections_have_the_bounds_of_their_sources():
+    bounds = {name: CORRECTIONS[name].load().settings(None, None) for name in CORRECTIONS}
+    assert (bounds["reject"].low, bounds["reject"].high) == (0.999, 1.001)  # verl: a geometric mean
+    assert (bounds["icepop"].low, bounds["icepop"].high) == (0.5, 5.0)
+    assert bounds["mask_sequence"].high == 3.0 and bounds["truncate"].high == 2.0
+    assert CORRECTIONS["reject"].load().settings(0.9, None) == CorrectionSettings(0.9, 1.001)
+
+
 @pytest.mark.parametrize("name", list(AGGREGATIONS))
 def test_an_aggregation_is_its_mean_over_packed_answers_however_they_are_cut(name):
     batch, mask_BT = packed()

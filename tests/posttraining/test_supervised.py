@@ -26,10 +26,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_of_a_prompt_and_a_completion_the_completion_is_learnt(tokenizer):
     prompt = (said("user", "One?"), said("assistant", "1."), said("user", "Two?"))
     asked = Conversation(Answered(prompt, (said("assistant", "2."),)), "test")
-    _, targets = encode_conversation(asked, tokenizer).example(200)
+    _, targets = encode_conversation(asked, tokenizer)[0].example(200)
     learnt = targets[targets != IGNORE_INDEX]
     assert tokenizer.decode(learnt.tolist(), skip_special=False) == "2.<|im_end|>"
-    _, targets = encode_conversation(Conversation(Answered("One and one is", " two."), "test"), tokenizer).example(200)
+    _, targets = encode_conversation(Conversation(Answered("One and one is", " two."), "test"), tokenizer)[0].example(200)
     learnt = targets[targets != IGNORE_INDEX]
     assert tokenizer.decode(learnt.tolist(), skip_special=False) == " two.<|endoftext|>"
 

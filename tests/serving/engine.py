@@ -109,16 +109,24 @@ class FakeEngine:
         self.adapters: tuple[str, ...] = ()
         self.seen: list[SamplingParams] = []
         self.salts: list[str | None] = []
+        self.priorities: list[int] = []
         self.stopped = threading.Event()
         self.failure: BessemerError | None = None
         self.steps = 0
         self._under_way: list[FakeAnswer] = []
 
     def prepare(
-        self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None, cache_salt: str | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
     ) -> FakeAnswer:
         assert adapter is None
         self.seen.append(params)
+        self.priorities.append(priority)
         self.salts.append(cache_salt)
         text = self.tokenizer.decode(prompt)
         first, *others = (FakeAnswer(self.reply(text), self.tokens_of, params.max_tokens, len(prompt)) for _ in range(params.n))

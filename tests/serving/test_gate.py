@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -21,7 +22,7 @@ from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.runtime import gate
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, write_keys
-from bessemer.serving.runtime.gate import PUBLIC
+from bessemer.serving.runtime.gate import PUBLIC, Gate
 from bessemer.serving.server import open_many_files
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder
@@ -75,6 +76,29 @@ def test_two_hosts_are_none(start):
         assert connection.recv(100).startswith(b"HTTP/1.1 400")
 
 
+def test_the_gate_itself_takes_several_hosts_for_none():
+    async def answered(hosts):
+        sent = []
+        headers = [(b"host", host) for host in hosts]
+        scope = {"type": "http", "method": "GET", "path": "/health", "headers": headers}
+
+        async def app(scope, receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        gate = Gate(app, ServingConfig(), None, lambda path, error: error.body())
+        await gate(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(answered([b"localhost"])) == 200
+    assert [asyncio.run(answered(hosts)) for hosts in ([b"localhost", b"evil"], [b""], [])] == [400] * 3
+
+
 def test_only_pages_of_this_server_and_of_origins_that_are_let_in_may_use_it(start):
     url = start(FakeEngine(), origins=["https://my.page"])
     for method in ("GET", "POST", "HEAD", "DELETE", "OPTIONS"):
@@ -104,12 +128,33 @@ def test_every_route_needs_a_key_but_those_that_are_public(start):
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Authorization": "Bearer ann"}, {"X-Api-Key": "ann"}, {"Authorization": "Bearer guess", "X-Api-Key": "ann"}]
+    "headers",
+    [
+        {"Authorization": "Bearer ann"},
+        {"Authorization": "bearer  ann"},
+        {"X-Api-Key": "ann"},
+        {"Authorization": "Bearer guess", "X-Api-Key": "ann"},
+    ],
 )
 def test_a_key_comes_in_either_header(start, tmp_path, headers):
     url = start(FakeEngine(), keys=keys_file(tmp_path / "keys.json"))
     assert status(url, "/v1/models", **headers) == 200
     assert status(url, "/v1/models", authorization="Bearer guess") == status(url, "/v1/models") == 401
+
+
+def test_a_request_before_all_others_needs_an_admins_key_where_there_are_keys(start, tmp_path):
+    engine = FakeEngine()
+    url = start(engine, keys=keys_file(tmp_path / "keys.json"))
+    asked = [("ann", 3), ("boss", -3), ("ann", -3)]
+    answers = [
+        httpx.post(url + "/v1/chat/completions", json=ASKED | {"priority": priority}, headers={"X-Api-Key": key})
+        for key, priority in asked
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 403] and engine.priorities == [3, -3]
+    assert answers[-1].json()["error"]["param"] == "priority"
+    open_engine = FakeEngine()
+    body = {"model": "tiny", "prompt": "a", "priority": -1}
+    assert httpx.post(start(open_engine) + "/v1/completions", json=body).status_code == 200 and open_engine.priorities == [-1]
 
 
 def test_a_client_has_its_requests_and_tokens_of_a_minute(start, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from bessemer.inference.engine import Engine
 from bessemer.model.storage.folder import save_model
 from bessemer.serving.anthropic.protocol import MessagesRequest
+from bessemer.serving.ollama.protocol import ChatBody
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
 from bessemer.serving.responses.protocol import ResponsesRequest
 from bessemer.webapp.app import WebSettings, web_pages
@@ -22,6 +23,7 @@ DIALECTS = {
     "/v1/completions": (CompletionRequest, '"prompt": "a", "max_tokens": 1'),
     "/v1/messages": (MessagesRequest, f'{MESSAGES}, "max_tokens": 1'),
     "/v1/responses": (ResponsesRequest, '"input": "a", "max_output_tokens": 1'),
+    "/api/chat": (ChatBody, f'{MESSAGES}, "options": {{"num_predict": 1}}'),
 }
 VALUES = ("-1", "1180591620717411303424", "NaN")
 

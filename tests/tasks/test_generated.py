@@ -82,6 +82,18 @@ def test_answers_are_what_python_calculates(level):
     assert any("(" in item.prompt for item in items) == difficulty.parentheses
 
 
+def test_what_a_task_skips_is_what_another_one_asks_and_settings_that_skip_nothing_stay():
+    asked = {
+        name: [question.context if isinstance(question.context, str) else question.context[-1]["content"] for question in found]
+        for name in ("sums", "sums_check", "sums_held_out")
+        for found in (find_tasks([name])[0].questions(),)
+    }
+    assert len(asked["sums_check"]) == 400 and not set(asked["sums_check"]) & set(asked["sums"])
+    sides = {name: {frozenset(text.removesuffix(" =").split(" + ")) for text in texts} for name, texts in asked.items()}
+    assert not sides["sums_check"] & sides["sums_held_out"]
+    assert "skip" not in find_tasks(["sums"])[0].settings and find_tasks(["sums_check"])[0].settings["skip"] == 7_000
+
+
 def test_what_is_held_out_is_never_trained_on_in_any_order_or_seed():
     tasks = {name: find_tasks([name])[0] for name in ("sums", "sums_held_out")}
     asked = {name: task.questions() for name, task in tasks.items()}

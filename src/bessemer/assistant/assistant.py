@@ -12,7 +12,7 @@ from bessemer.assistant.generation import Delta, Generation
 from bessemer.assistant.hooks import Hook, Hooks
 from bessemer.assistant.messages import BadCall, Event, Message
 from bessemer.assistant.parser import ParsedCall, read_json_calls
-from bessemer.assistant.tool_formats import TOOL_FORMATS, format_of_template
+from bessemer.assistant.tool_formats import TOOL_FORMATS, format_of, format_of_template
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.assistant.turn import Turn
 from bessemer.core.chat_client import ChatClient
@@ -150,7 +150,7 @@ class TurnMaker:
         if self._config.tool_format is not None:
             self._format = TOOL_FORMATS.find(self._config.tool_format).load()
         else:
-            self._format = format_of_template(None if tokenizer is None else tokenizer.chat_template)
+            self._format = format_of_template(None) if tokenizer is None else format_of(tokenizer)
 
     def start(
         self,

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from bessemer.assistant.messages import Message, MessagePart
+from bessemer.assistant.messages import Message, MessagePart, with_system_first
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import RequestError
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -101,6 +102,32 @@ class Transcript:
         self.weight_versions += [weight_version] * len(ids)
 
 
+def takes_tools(chat_template: str | None) -> bool:
+    """Whether a chat template describes tools, or writes calls of them at least. DeepSeek's do that alone: the system message
+    describes them."""
+    text = chat_template or ""
+    return "tools" in text or "tool_calls" in text
+
+
+def with_system_in_place(messages: list[Message], tokenizer: Tokenizer) -> list[Message]:
+    """The messages as the chat template takes them: system messages at the beginning alone, unless it writes them anywhere."""
+    is_later = any(message.role == "system" for message in messages[1:])
+    return with_system_first(messages) if is_later and not _takes_system_anywhere(tokenizer) else messages
+
+
+@lru_cache(maxsize=8)
+def _takes_system_anywhere(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template writes a system message that is not the first. Some refuse it, some leave it out."""
+    first, later = {"role": "system", "content": "first"}, {"role": "system", "content": "later"}
+    user = {"role": "user", "content": "question"}
+    try:
+        ids = tokenizer.apply_chat_template([first, user, later], add_generation_prompt=True)
+    except RequestError:
+        return False
+    text = tokenizer.decode(ids)
+    return text.find("question") < text.find("later")
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A state of a conversation, for `restore`."""
@@ -175,7 +202,7 @@ class Conversation:
         if self._encoded == len(messages):
             return
         tools = self._tools or None
-        if tools and "tools" not in (tokenizer.chat_template or ""):
+        if tools and not takes_tools(tokenizer.chat_template):
             raise RequestError(f"{tokenizer.folder}: the chat template has no place for tools; offer none to this model")
         if not transcript.ids:
             transcript.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools))

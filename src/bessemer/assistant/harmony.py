@@ -10,13 +10,14 @@ The prompt ends with `<|start|>assistant`. The recipient may also come before th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
 from bessemer.assistant.grammar import ANY_TEXT, MessageForm, Rules, literal
 from bessemer.assistant.messages import BadCall, TextDelta, ThinkingDelta
-from bessemer.assistant.parser import MessageParser, ParsedEvent, Schemas, ThinkingTags, read_named_call
+from bessemer.assistant.parser import MessageParser, ParsedCall, ParsedEvent, Schemas, ThinkingTags, read_named_call
 from bessemer.assistant.tool_formats import ToolFormat
+from bessemer.assistant.written import Piece, in_json
 from bessemer.inference.sampling.params import overlap
 
 _CHANNEL, _MESSAGE, _END, _START, _CONSTRAIN, _CALL, _RETURN = (
@@ -127,6 +128,30 @@ class HarmonyFormat(ToolFormat):
     def tags(self, *, with_calls: bool) -> frozenset[str]:
         return frozenset(self.inner)
 
+    @property
+    def inner_tags(self) -> frozenset[str]:
+        return frozenset((_CHANNEL, _MESSAGE, _END, _START, _CONSTRAIN))
+
+    def written(self, thinking: str, text: str, calls: Sequence[ParsedCall], *, is_open: bool) -> list[Piece]:
+        """Messages on channels; a text beside a call is a preamble on `commentary`. Generation ends at a call, so there is one.
+
+        Raises ValueError for several calls, and where the prompt has opened thinking.
+        """
+        if len(calls) > 1 or is_open:
+            raise ValueError("gpt-oss calls one tool in a turn")
+        channel, message, start = (Piece(tag, True) for tag in (_CHANNEL, _MESSAGE, _START))
+        again = [Piece(_END, True), start, Piece("assistant")]
+        pieces: list[Piece] = [channel, Piece("analysis"), message, Piece(thinking), *again] if thinking else []
+        if not calls:
+            return [*pieces, channel, Piece("final"), message, Piece(text)]
+        if text:
+            pieces += [channel, Piece("commentary"), message, Piece(text), *again]
+        name, arguments = calls[0]
+        return [
+            *pieces,
+            *(Piece(f" to=functions.{name}"), channel, Piece("commentary json"), message, Piece(in_json(arguments))),
+        ]
+
     def parser(self, schemas: Schemas | None, *, in_thinking: bool = False) -> MessageParser:
         return HarmonyParser(schemas, in_thinking=in_thinking)
 
@@ -155,6 +180,7 @@ HARMONY = HarmonyFormat(
     _CALL,
     lambda body, schemas: [],
     inner=(_CHANNEL, _MESSAGE, _END, _START, _CONSTRAIN, _CALL, _RETURN),
+    one_call=True,
     thinking=ThinkingTags(
         f"{_CHANNEL}analysis{_MESSAGE}", _END, after=f"{_START}assistant", inside="", answer=f"{_CHANNEL}final{_MESSAGE}"
     ),

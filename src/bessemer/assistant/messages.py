@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from typing import Any, Literal, Self
 
 from bessemer.assistant.tools import ToolResult
@@ -107,6 +108,71 @@ def as_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:
     Each becomes one part, whose origin is the role. Raises RequestError for a malformed one.
     """
     return [_as_message(message) for message in checked_messages(given)]
+
+
+#: Number of letters and digits of a call's id that every chat template takes.
+_ID_LENGTH = 9
+
+
+def with_call_ids(messages: Sequence[Message]) -> list[Message]:
+    """The messages with an id for each call that has none, of the form that turns give out; results get those of the calls
+    before them, in order."""
+    numbers = count()
+    waiting: list[ToolCall] = []
+    placed: list[Message] = []
+    for message in messages:
+        if message.calls:
+            calls = tuple(call if call.id else replace(call, id=f"call{next(numbers):05d}") for call in message.calls)
+            waiting, message = list(calls), replace(message, calls=calls)
+        elif message.role == "tool":
+            call = next((call for call in waiting if call.id == message.call_id), waiting[0] if waiting else None)
+            if call is not None:
+                waiting.remove(call)
+                message = replace(message, call_id=message.call_id or call.id, name=message.name or call.name)
+        placed.append(message)
+    return placed
+
+
+def with_short_ids(messages: Sequence[Message]) -> list[Message]:
+    """The messages with ids of calls as turns give them out, in place of others: Mistral's templates take no other length."""
+    shorter: dict[str, str] = {}
+    for message in messages:
+        for id in (*(call.id for call in message.calls), message.call_id):
+            if id and not (len(id) == _ID_LENGTH and id.isalnum()):
+                shorter.setdefault(id, f"call{len(shorter):05d}")
+    return [
+        replace(
+            message,
+            calls=tuple(replace(call, id=shorter.get(call.id, call.id)) for call in message.calls),
+            call_id=shorter.get(message.call_id, message.call_id),
+        )
+        for message in messages
+    ]
+
+
+def with_one_call_each(messages: Sequence[Message]) -> list[tuple[int, Message]]:
+    """The messages, each behind its number, for a model that calls one tool in a turn: a message with several calls becomes one
+    for each, followed by the result of its call."""
+    placed: list[tuple[int, Message]] = []
+    place = 0
+    while place < len(messages):
+        message = messages[place]
+        results = takewhile(lambda one: one[1].role == "tool", enumerate(messages[place + 1 :], start=place + 1))
+        waiting = list(results) if len(message.calls) > 1 else []
+        place += 1 + len(waiting)
+        if len(message.calls) < 2:
+            placed.append((place - 1, message))
+            continue
+        number = place - 1 - len(waiting)
+        for nth, call in enumerate(message.calls):
+            own = replace(message, calls=(call,)) if nth == 0 else Message("assistant", calls=(call,))
+            placed.append((number, own))
+            result = next((one for one in waiting if one[1].call_id == call.id), None)
+            if result is not None:
+                waiting.remove(result)
+                placed.append(result)
+        placed += waiting
+    return placed
 
 
 def with_system_first(messages: Sequence[Message]) -> list[Message]:

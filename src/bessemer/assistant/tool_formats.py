@@ -32,7 +32,21 @@ from bessemer.assistant.parser import (
     read_named_call,
     read_value,
 )
+from bessemer.assistant.written import (
+    DEEPSEEK,
+    CallWriter,
+    Piece,
+    glm_body,
+    in_tags,
+    json_body,
+    parameters_body,
+    write_deepseek,
+    write_llama3,
+    write_mistral,
+    write_mistral_named,
+)
 from bessemer.core.registry import Plugin, Registry
+from bessemer.tokenization.tokenizer import Tokenizer
 
 _FUNCTION = re.compile(r"\s*<function=([^>]*)>(.*?)(?:</function>\s*|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^>]*)>\n?(.*?)(?:\n?</parameter>|\Z)", re.DOTALL)
@@ -193,7 +207,8 @@ class ToolFormat:
     opening, closing: the tags around a body; without a closing tag, the body ends with the message. read: the calls of a body,
     given the tools' schemas; raises ValueError. calls: their grammar, where there is one. is_bare: whether a message that
     begins with `{` may be a body without tags. is_json: whether closing tags inside JSON strings are ignored. inner: other tags
-    of a body. thinking: the tags around thinking.
+    of a body. thinking: the tags around thinking. write: its calls as a model writes them; None: they are trained on only as
+    the chat template writes them. one_call: whether a turn has one call at most.
     """
 
     opening: str
@@ -204,6 +219,32 @@ class ToolFormat:
     is_json: bool = True
     inner: tuple[str, ...] = ()
     thinking: ThinkingTags = field(default_factory=ThinkingTags)
+    write: CallWriter | None = None
+    one_call: bool = False
+
+    @property
+    def inner_tags(self) -> frozenset[str]:
+        """Tags that end no turn, though they may be control tokens."""
+        return self.tags(with_calls=True)
+
+    def written(self, thinking: str, text: str, calls: Sequence[ParsedCall], *, is_open: bool) -> list[Piece]:
+        """A message as a model writes it, without its end token. is_open: whether the prompt has opened the thinking.
+
+        Raises ValueError where calls in this format cannot be written.
+        """
+        if calls and self.write is None:
+            raise ValueError("calls in this format cannot be written")
+        body = [Piece(text), *(self.write(calls, bool(text)) if calls and self.write is not None else [])]
+        return [*self.written_thinking(thinking, is_open=is_open), *body]
+
+    def written_thinking(self, thinking: str, *, is_open: bool) -> list[Piece]:
+        """The thinking of a message with its tags; nothing where there is none and the prompt has opened none."""
+        tags = self.thinking
+        closed = [Piece(tags.closing, True), Piece(tags.after)]
+        if not thinking:
+            return closed if is_open else []
+        opening = [] if is_open else [Piece(tags.opening, True), Piece(tags.inside)]
+        return [*opening, Piece(thinking + tags.inside), *closed]
 
     def tags(self, *, with_calls: bool) -> frozenset[str]:
         """Control tokens that the parser needs. with_calls: whether tools are offered."""
@@ -281,7 +322,96 @@ def _tagged(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> st
     return _repeated(call, f"{SPACE} {rules.tag('<tool_call>')} {call}", in_parallel)
 
 
+def _glm(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
+    call = rules.add(" | ".join(_keyed_arguments(rules, tool) for tool in tools))
+    call = f"{call} {rules.tag('</tool_call>')}"
+    return _repeated(call, f"{SPACE} {rules.tag('<tool_call>')} {call}", in_parallel)
+
+
+def _keyed_arguments(rules: Rules, tool: OfferedTool) -> str:
+    """As `tagged_arguments`, for GLM."""
+    required = tool.parameters.get("required", ())
+    parts = [literal(f"{tool.name}\n")]
+    for key, schema in tool.parameters.get("properties", {}).items():
+        begin, end = f"{rules.tag('<arg_key>')} {literal(key)} {rules.tag('</arg_key>')} {_LINE}", rules.tag("</arg_value>")
+        if _is_text(schema) and "enum" not in schema:
+            value = rules.up_to("</arg_value>")
+        elif _is_text(schema):
+            value = f"{rules.add(' | '.join(map(literal, schema['enum'])))} {end}"
+        else:
+            # targets of its `$ref`s are in the whole schema
+            own = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+            value = f"{rules.json({**own, **schema} if isinstance(schema, Mapping) else schema)} {end}"
+        part = rules.add(f"{begin} {rules.tag('<arg_value>')} {value} {_LINE}")
+        parts.append(part if key in required else f"{part}?")
+    return " ".join(parts)
+
+
+def _deepseek(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
+    _, end, begin, separator, call_end = map(rules.tag, DEEPSEEK)
+    fence = literal("\n```")
+    call = rules.add(
+        " | ".join(
+            f"{begin} {literal('function')} {separator} {literal(f'{tool.name}{_JSON_FENCE}')} {rules.json(tool.parameters)} "
+            f"{fence} {call_end}"
+            for tool in tools
+        )
+    )
+    return f"{_repeated(call, f'{_LINE} {call}', in_parallel)} {end}"
+
+
+def _deepseek_v31(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
+    _, end, begin, separator, call_end = map(rules.tag, DEEPSEEK)
+    call = rules.add(
+        " | ".join(f"{begin} {literal(tool.name)} {separator} {rules.json(tool.parameters)} {call_end}" for tool in tools)
+    )
+    return f"{_repeated(call, call, in_parallel)} {end}"
+
+
+#: What DeepSeek writes before arguments.
+_JSON_FENCE = "\n```json\n"
+
 # -- formats
+
+_KEYED = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", re.DOTALL)
+_FENCE = re.compile(r"\A\s*(\S+)\s*```(?:json)?\s*(.*?)\s*(?:```)?\s*\Z", re.DOTALL)
+
+
+def read_keyed_calls(body: str, schemas: Schemas) -> list[ParsedCall]:
+    """GLM's call: a name, then names and values of arguments in tags. Raises ValueError."""
+    name, tag, rest = body.partition("<arg_key>")
+    name, rest = name.strip(), tag + rest
+    if not name:
+        raise ValueError("has no name")
+    whole = schemas.get(name, {})
+    properties = whole.get("properties", {})
+    arguments: dict[str, Any] = {}
+    place = 0
+    while rest[place:].strip():
+        match = _KEYED.match(rest, place)
+        if match is None:
+            raise ValueError(f"what follows is no argument: {rest[place:].strip()[:60]!r}")
+        key = match[1].strip()
+        arguments[key] = _value(match[2], properties.get(key, {}) if isinstance(properties, Mapping) else {}, whole)
+        place = match.end()
+    return [checked_call(name, arguments)]
+
+
+def read_deepseek_calls(body: str, schemas: Schemas) -> list[ParsedCall]:
+    """DeepSeek's calls: a name and JSON behind a separator, or a kind, and then a name with JSON within ```. Raises
+    ValueError."""
+    _, _, begin, separator, end = DEEPSEEK
+    calls = []
+    for part in body.split(begin)[1:]:
+        before, found, after = part.partition(end)[0].partition(separator)
+        if not found:
+            raise ValueError(f"has no {separator}")
+        fenced = _FENCE.match(after) if "```" in after and not after.lstrip().startswith("{") else None
+        name, arguments = (fenced[1], fenced[2]) if fenced else (before.strip(), after)
+        calls.append(read_named_call(name, arguments))
+    if not calls:
+        raise ValueError("empty")
+    return calls
 
 
 def _read_mistral(body: str, schemas: Mapping[str, Any]) -> list[ParsedCall]:
@@ -299,27 +429,64 @@ _OWN: list[Plugin[ToolFormat]] = [
     Plugin(
         "hermes",
         "`<tool_call>{JSON}</tool_call>`: ours, Hermes, Qwen",
-        ToolFormat("<tool_call>", "</tool_call>", read_json_calls, _hermes),
+        ToolFormat(
+            "<tool_call>", "</tool_call>", read_json_calls, _hermes, write=in_tags("<tool_call>", "</tool_call>", json_body)
+        ),
     ),
     Plugin(
         "llama3",
         "`<|python_tag|>{JSON}`, or JSON alone: Llama 3.1 and later",
-        ToolFormat("<|python_tag|>", None, read_json_calls, _llama3, is_bare=True),
+        ToolFormat("<|python_tag|>", None, read_json_calls, _llama3, is_bare=True, write=write_llama3, one_call=True),
     ),
     Plugin(
         "mistral",
         "`[TOOL_CALLS][{JSON}, …]`: Mistral until 2025",
-        ToolFormat("[TOOL_CALLS]", None, read_json_calls, _mistral),
+        ToolFormat("[TOOL_CALLS]", None, read_json_calls, _mistral, write=write_mistral),
     ),
     Plugin(
         "mistral_named",
         "`[TOOL_CALLS]name[ARGS]{JSON}`: Mistral since",
-        ToolFormat("[TOOL_CALLS]", None, _read_mistral, _mistral_named, inner=("[ARGS]",)),
+        ToolFormat("[TOOL_CALLS]", None, _read_mistral, _mistral_named, inner=("[ARGS]",), write=write_mistral_named),
     ),
     Plugin(
         "qwen3_coder",
         "`<tool_call><function=name><parameter=key>value…`: Qwen3-Coder",
-        ToolFormat("<tool_call>", "</tool_call>", read_tagged_calls, _tagged, is_json=False),
+        ToolFormat(
+            "<tool_call>",
+            "</tool_call>",
+            read_tagged_calls,
+            _tagged,
+            is_json=False,
+            write=in_tags("<tool_call>", "</tool_call>", parameters_body),
+        ),
+    ),
+    Plugin(
+        "glm",
+        "`<tool_call>name<arg_key>key</arg_key><arg_value>value…`: GLM-4.5 and later",
+        ToolFormat(
+            "<tool_call>",
+            "</tool_call>",
+            read_keyed_calls,
+            _glm,
+            is_json=False,
+            inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+            thinking=ThinkingTags(after="\n", inside=""),
+            write=in_tags("<tool_call>", "</tool_call>", glm_body),
+        ),
+    ),
+    Plugin(
+        "deepseek",
+        "`<｜tool▁calls▁begin｜>…function<｜tool▁sep｜>name` and JSON within ```: DeepSeek-V3, R1",
+        ToolFormat(
+            DEEPSEEK[0], DEEPSEEK[1], read_deepseek_calls, _deepseek, inner=DEEPSEEK[2:], write=write_deepseek(fenced=True)
+        ),
+    ),
+    Plugin(
+        "deepseek_v31",
+        "`<｜tool▁calls▁begin｜>…name<｜tool▁sep｜>{JSON}`: DeepSeek-V3.1",
+        ToolFormat(
+            DEEPSEEK[0], DEEPSEEK[1], read_deepseek_calls, _deepseek_v31, inner=DEEPSEEK[2:], write=write_deepseek(fenced=False)
+        ),
     ),
 ]
 
@@ -337,16 +504,34 @@ TOOL_FORMATS: Registry[ToolFormat] = Registry("tool format", "bessemer.tool_form
 #: Name → tags in a chat template; the first match counts.
 _MARKS = {
     "gpt_oss": ("<|channel|>", "<|message|>"),
+    "glm": ("<tool_call>", "<arg_key>"),
     "qwen3_coder": ("<tool_call>", "<function="),
     "hermes": ("<tool_call>",),
     "llama3": ("<|python_tag|>",),
     "mistral_named": ("[TOOL_CALLS]", "[ARGS]"),
     "mistral": ("[TOOL_CALLS]",),
+    "deepseek": (DEEPSEEK[0], "```json"),
+    "deepseek_v31": (DEEPSEEK[0],),
 }
 
 
-def format_of_template(chat_template: str | None) -> ToolFormat:
-    """The first built-in format whose tags are in a chat template; else Hermes."""
+def format_name(chat_template: str | None) -> str:
+    """The name of the first built-in format whose tags are in a chat template; else Hermes."""
     text = chat_template or ""
-    name = next((name for name, marks in _MARKS.items() if all(mark in text for mark in marks)), "hermes")
-    return TOOL_FORMATS[name].load()
+    return next((name for name, marks in _MARKS.items() if all(mark in text for mark in marks)), "hermes")
+
+
+def format_of_template(chat_template: str | None) -> ToolFormat:
+    """The format of `format_name`."""
+    return TOOL_FORMATS[format_name(chat_template)].load()
+
+
+def format_name_of(tokenizer: Tokenizer) -> str:
+    """The name of the format that a model was trained on, as its tokenizer's folder says; else that of its chat template."""
+    name = tokenizer.tool_format
+    return name if name in TOOL_FORMATS else format_name(tokenizer.chat_template)
+
+
+def format_of(tokenizer: Tokenizer) -> ToolFormat:
+    """The format of `format_name_of`."""
+    return TOOL_FORMATS[format_name_of(tokenizer)].load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,14 +11,19 @@ import typer
 from bessemer.cli.options import Device, Model, Runs
 
 if TYPE_CHECKING:
+    from bessemer.core.progress import Progress
     from bessemer.model.formats import ModelSource
+    from bessemer.posttraining.sft.config import FinetuneConfig
     from bessemer.posttraining.sft.finetune import Finetuned
+    from bessemer.posttraining.sft.forgetting import GeneralTasks
 
 
 def finetune(
     context: typer.Context,
     model: Model,
-    data: Annotated[Path, typer.Argument(help="Questions and answers: CSV, JSON lines, JSON or Parquet.")],
+    data: Annotated[
+        str, typer.Argument(help="What is learnt: a table, a folder of tables or texts, or hub:ORGANISATION/NAME#SPLIT.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to make. The same command goes on where it was stopped.")],
     also: Annotated[
         list[str] | None,
@@ -36,38 +42,112 @@ def finetune(
     truncate: Annotated[
         str, typer.Option(help="What is longer than a row. drop: left out; left: its beginning is cut off; refuse: an error.")
     ] = "drop",
+    on_bad_row: Annotated[
+        str, typer.Option(help="Rows that cannot be used. skip: left out, at most a twentieth; stop: an error.")
+    ] = "skip",
     held_out: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
     merge: Annotated[bool, typer.Option("--merge", help="Also merge the adapter into OUT/model; later too.")] = False,
+    general: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks answered by likelihood before and after, with commas between: what was forgotten; none: not measured."
+        ),
+    ] = None,
+    general_limit: Annotated[int | None, typer.Option(help="The first items of each of these; 100.", min=2)] = None,
+    general_data: Annotated[Path | None, typer.Option(help="Folder of their data; what comes with us needs none.")] = None,
+    fail_if_worse: Annotated[
+        bool, typer.Option("--fail-if-worse", help="Exit code 3 where the held-out loss is certainly higher than before.")
+    ] = False,
+    min_improvement: Annotated[
+        float | None, typer.Option(help="Exit code 3 where the held-out loss falls by less, in nats a token.")
+    ] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Exit code 3 where the held-out loss ends above it.")] = None,
+    max_forgetting: Annotated[
+        float | None, typer.Option(help="Exit code 3 where the loss of general tasks rises by more, in nats a token.")
+    ] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or trackio gets the metrics too; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and end; nothing is written.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order, of what is held out, and of a new adapter.")] = 7,
     device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
-    """Fine-tune a model on your questions and answers, and say whether it got better."""
+    """Fine-tune a model on your questions and answers, and say whether it got better, and what it forgot.
+
+    Exit code 0: done. 2: a mistake, and nothing was made. 3: the model was made, and breaks a limit that was given.
+    """
     from bessemer.cli.named import given_options, option_of
     from bessemer.core.errors import writing_to
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import locked_folder
     from bessemer.posttraining.sft.config import FinetuneConfig
+    from bessemer.posttraining.sft.forgetting import LIMITS_BROKEN, Limits
 
-    columns, rows = ("prompt_column", "answer_column"), ("context_length", "batch_size", "truncate", "held_out")
-    given = given_options(context, "method", "epochs", "learning_rate", "rank", "merge", *columns, *rows)
+    names = ("method", "epochs", "learning_rate", "rank", "merge", "prompt_column", "answer_column", "context_length")
+    given = given_options(context, *names, "batch_size", "truncate", "on_bad_row", "held_out", "general_limit", "track")
+    if general is not None:
+        given["general"] = [] if general == "none" else [name for each in general.split(",") if (name := each.strip())]
     config = FinetuneConfig.parse(given | {"also": _weights(also or [])}, option_of("finetune"))
+    limits = Limits.parse(
+        given_options(context, "fail_if_worse", "min_improvement", "max_loss", "max_forgetting"), option_of("finetune")
+    )
+    limits.check(asks_tasks=bool(config.general))
+    if dry_run:
+        from bessemer.cli.plan import print_finetune_plan
+
+        print_finetune_plan(config, model, data, seed=seed, device=device, runs=runs)
+        return
     from bessemer.model.storage.tuned_folder import whole_weights
     from bessemer.posttraining.sft.finetune import asked_of, finish, finished
     from bessemer.posttraining.sft.finetune import finetune as tune
     from bessemer.posttraining.sft.report import record_lines
 
-    source = model_source(model, runs)
+    source, progress = model_source(model, runs), progress_for_terminal()
     result = finished(out, lambda: asked_of(config, source, data, seed))
     if result is None:
+        tasks = _general_tasks(config, general_data, runs, progress)
         with writing_to(out), locked_folder(out):
-            tuned = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
+            tuned = tune(config, source, data, out, seed=seed, device=device, progress=progress, general=tasks)
             result = _result(tuned)
             finish(out, result)
+            _write_report(out)
     if merge:
         whole_weights(out)
     for line in (*record_lines(result), _uses(out)):
         print(line)
+    if broken := limits.broken(result):
+        for sentence in broken:
+            print(f"limit broken: {sentence}", file=sys.stderr)
+        raise typer.Exit(LIMITS_BROKEN)
+
+
+def _general_tasks(config: FinetuneConfig, data: Path | None, runs: Path, progress: Progress) -> GeneralTasks | None:
+    """The general tasks of the settings, opened; data of tasks by name is fetched where it is missing."""
+    if not config.general:
+        return None
+    from bessemer.evaluation.tasks import LikelihoodScores
+    from bessemer.tasks.config import TaskOptions
+    from bessemer.tasks.registry import find_tasks, with_data
+
+    options = TaskOptions(data=data, limit=config.general_limit)
+    options = with_data(config.general, options, runs / ".cache" / "tasks", progress.say)
+    return LikelihoodScores(find_tasks(config.general, options))
+
+
+def _write_report(out: Path) -> None:
+    """Write `OUT/report.html`, where matplotlib is there to draw its curves."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        return
+    from bessemer.core.metrics import METRICS, read_metrics
+    from bessemer.core.store import write_text
+    from bessemer.model.storage.tuned_folder import read_record
+    from bessemer.posttraining.sft.report import tuning_report
+    from bessemer.views.report import render_report
+
+    write_text(out / "report.html", render_report(tuning_report(out.name, read_record(out), read_metrics(out / METRICS))))
 
 
 def _weights(given: list[str]) -> dict[str, float]:
@@ -100,6 +180,7 @@ def model_source(model: str, runs: Path) -> ModelSource:
 
 def _result(tuned: Finetuned) -> dict[str, Any]:
     """The figures, and the end in words: better or not, by how much, how sure."""
+    from bessemer.posttraining.sft.forgetting import forgetting
     from bessemer.posttraining.sft.report import verdict
 
     metrics = tuned.metrics
@@ -114,6 +195,7 @@ def _result(tuned: Finetuned) -> dict[str, Any]:
         **verdict(tuned.before_N, tuned.after_N),
         "method": tuned.method,
         "answers": list(tuned.answers),
+        **({} if tuned.general is None else {"forgetting": forgetting(*tuned.general)}),
         "losses": {id: [before, after] for id, before, after in losses},
         "tokenizer": tuned.tokenizer_hash,
         "metrics": metrics,

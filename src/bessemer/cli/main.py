@@ -14,6 +14,7 @@ from bessemer.cli.bench import bench
 from bessemer.cli.chat import chat, demo
 from bessemer.cli.compare import compare
 from bessemer.cli.convert import export, import_
+from bessemer.cli.data import data
 from bessemer.cli.doctor import doctor
 from bessemer.cli.evaluate import evaluate
 from bessemer.cli.explain import explain, train_classifier, train_words
@@ -111,6 +112,7 @@ for _panel, _commands in COMMANDS.items():
         app.command(_NAMES.get(_command), rich_help_panel=_panel, epilog="Example: " + "\n\n".join(_examples))(_command)
 app.add_typer(keys, name="keys", rich_help_panel="Use a model")
 app.add_typer(scaling, name="scaling", rich_help_panel="Make a model")
+app.add_typer(data, name="data", rich_help_panel="Data")
 app.add_typer(bench, name="bench", rich_help_panel="Measure and look inside")
 
 

@@ -11,6 +11,7 @@ import typer
 from bessemer.cli.options import Runs, print_view
 
 if TYPE_CHECKING:
+    from bessemer.posttraining.sft.config import FinetuneConfig
     from bessemer.scaling.serving import ServingJob
 
 
@@ -75,9 +76,6 @@ def plan(
 
 
 def _plan_finetuning(model: str, given: list[str], method: str, device: str, runs: Path, as_json: bool) -> None:
-    from tempfile import TemporaryDirectory
-
-    from bessemer.cli.finetune import model_source
     from bessemer.core.errors import ConfigError
     from bessemer.core.yaml_file import parse_value
     from bessemer.posttraining.sft.config import FinetuneConfig
@@ -88,17 +86,27 @@ def _plan_finetuning(model: str, given: list[str], method: str, device: str, run
         key: parse_value(value, f"override {key}") for key, _, value in (override.partition("=") for override in given[1:])
     }
     config = FinetuneConfig.parse({"method": method, **settings}, "plan --finetune")
+    print_finetune_plan(config, model, given[0], device=device, runs=runs, as_json=as_json)
+
+
+def print_finetune_plan(
+    config: FinetuneConfig, model: str, data: str, *, device: str, runs: Path, seed: int = 7, as_json: bool = False
+) -> None:
+    """Print what a fine-tuning would take; nothing is imported, trained or written."""
+    from tempfile import TemporaryDirectory
+
+    from bessemer.cli.finetune import model_source
     from bessemer.posttraining.sft.finetune_plan import plan_finetuning
 
     with TemporaryDirectory() as scratch:
         source = model_source(model, runs)
-        finetune_plan = plan_finetuning(config, source, Path(given[0]), seed=7, device=device, scratch=Path(scratch))
+        finetune_plan = plan_finetuning(config, source, data, seed=seed, device=device, scratch=Path(scratch))
     if as_json:
         print(json.dumps(finetune_plan.figures, indent=2))
         return
     from bessemer.views.planning import show_finetune_plan
 
-    print_view(show_finetune_plan(model, Path(given[0]).name, finetune_plan.figures))
+    print_view(show_finetune_plan(model, Path(data).name, finetune_plan.figures))
 
 
 def _plan_serving(name: str, job: ServingJob, price: float | None, as_json: bool) -> None:

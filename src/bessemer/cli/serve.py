@@ -110,6 +110,10 @@ def serve(
         _models(help="NAME=MODEL: another model, opened when clients ask for it by its name; may be repeated."),
     ] = None,
     alias: Annotated[list[str] | None, _models(help="Another name of the first model; may be repeated.")] = None,
+    other_template: Annotated[
+        bool,
+        _models("--other-template", help="Serve with a chat template other than that of training; without it, it is refused."),
+    ] = False,
     max_models: Annotated[int, _models(help="Models of --also that are open at once.", min=1)] = 2,
     models_memory: Annotated[
         float | None, _models(help="GiB that the files of the open models of --also may have together.", min=0.001)
@@ -135,6 +139,12 @@ def serve(
     adapter_root: Annotated[
         Path | None, _models(help="Folder below which an admin key may load adapters while the server runs.")
     ] = None,
+    accept_weights: Annotated[
+        bool,
+        _models(
+            "--accept-weights", help="Let a trainer (`rl` with rollouts) replace the weights: an admin key, or this machine."
+        ),
+    ] = False,
     speculate: Annotated[str | None, _speed(help="Speculative decoding: ngram, mtp, or a draft model.")] = None,
     parallel: Annotated[
         list[str] | None, _speed(help="tensor=N or expert=N: share the model between processes; may be repeated.")
@@ -170,9 +180,8 @@ def serve(
     )
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
-    from bessemer.serving.config import ServingConfig
+    from bessemer.serving.config import ServingConfig, is_loopback
     from bessemer.serving.runtime.models import ModelSetup
-    from bessemer.serving.server import is_loopback
     from bessemer.serving.server import serve as serve_engine
     from bessemer.webapp.app import WebSettings, public_paths, web_pages
 
@@ -180,6 +189,8 @@ def serve(
         raise ConfigError(f"--engine {engine}: local or ray")
     if replicas is not None and engine == "local":
         raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
+    if accept_weights and engine == "ray":
+        raise ConfigError("--accept-weights: of a server with one engine; name several such servers to the trainer instead")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache")
@@ -192,9 +203,9 @@ def serve(
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
     settings = EngineConfig.parse(given, option_of("serve"))
-    limits = ("max_waiting", "max_body", "drain_seconds", "request_log")
+    limits = ("max_waiting", "max_body", "drain_seconds", "request_log", "other_template")
     config = ServingConfig.parse(
-        given_options(context, "host", "port", "api_key", "keys", "adapter_root", *limits)
+        given_options(context, "host", "port", "api_key", "keys", "adapter_root", "accept_weights", *limits)
         | {
             "hosts": [name.lower() for name in allow_host or ()],
             "origins": [origin.lower().rstrip("/") for origin in allow_origin or ()],
@@ -220,6 +231,7 @@ def serve(
         max_models=max_models,
         models_memory=models_memory,
         keep_alive=keep_alive,
+        other_template=other_template,
     )
     if engine == "ray":
         loading.close()

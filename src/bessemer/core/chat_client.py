@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
-import os
-import random
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from email.message import Message
-from typing import IO, Any, Protocol, TypeAlias, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-from bessemer.core.errors import BessemerError, ConfigError
+from bessemer.core.http_client import ApiError, HttpClient, TransientError, start_of, wait_before
 
-#: Status codes after which a request is sent again: too many requests, conflicts, timeouts and faults of the server.
-_TRANSIENT = (408, 409, 429, 500, 502, 503, 504)
-_LONGEST_WAIT = 60.0
-_MOST_BYTES = 16 << 20
-#: Most characters of a server's or a connection's reason that a message shows.
-_LONGEST_REASON = 300
+__all__ = ["ApiError", "ChatClient", "ChatModel", "ChatPrompt", "CutText", "messages_of"]
+
 #: `top_logprobs` of a request that chooses an option: the most that common servers return.
 _LIKELIEST = 20
 #: Characters that may surround an answer of one letter: `(A)`, `A.`, `**A**`.
@@ -56,27 +45,6 @@ class ChatModel(Protocol):
         """
 
 
-class ApiError(BessemerError):
-    """An API that cannot be reached, refuses a request, or sends an unexpected answer."""
-
-
-class _TransientError(Exception):
-    """A failure after which the request is sent again. wait: seconds, from the server's `Retry-After`."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would send the key to another server."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
-        return None
-
-
 class ChatClient:
     """Answers prompts by `POST url/chat/completions`.
 
@@ -100,26 +68,12 @@ class ChatClient:
         first_wait: float = 1.0,
         workers: int = 4,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{url!r} is not the URL of an API: it begins with http:// or https://")
-        if parts.username or parts.password:
-            raise ConfigError("the URL of an API holds no password: name the environment variable of the key instead")
-        if parts.query or parts.fragment:
-            raise ConfigError("the URL of an API ends in its path: what stands behind ? or # would not be sent")
-        self._url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self._client = HttpClient(url, key_variable=key_variable, timeout=timeout)
+        self._url = self._client.url
         self._request = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
-        self._headers = {"Content-Type": "application/json"}
-        if key_variable:
-            key = os.environ.get(key_variable, "").strip()
-            if not key:
-                raise ConfigError(f"the environment variable {key_variable} is not set: it holds the key of {self._url}")
-            self._headers["Authorization"] = f"Bearer {key}"
-        self._timeout = timeout
         self._attempts = attempts
         self._first_wait = first_wait
         self._workers = workers
-        self._opener = urllib.request.build_opener(_NoRedirects)
 
     def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
         """As of `ChatModel`; "" for an answer without text.
@@ -171,38 +125,14 @@ class ChatClient:
     def _response(self, body: bytes, stop: threading.Event) -> bytes:
         for attempt in range(1, self._attempts + 1):
             try:
-                return self._sent(body)
-            except _TransientError as error:
+                return self._client.send("/chat/completions", body)
+            except TransientError as error:
                 tries = f", {attempt} times" if attempt > 1 else ""
                 failure = ApiError(f"{self._url}: {error}{tries}")
-                wait = self._first_wait * 2 ** (attempt - 1) * random.uniform(0.5, 1) if error.wait is None else error.wait
-            if attempt == self._attempts or stop.wait(min(wait, _LONGEST_WAIT)):
+                wait = wait_before(attempt, error, self._first_wait)
+            if attempt == self._attempts or stop.wait(wait):
                 raise failure
         raise AssertionError("unreachable")
-
-    def _sent(self, body: bytes) -> bytes:
-        request = urllib.request.Request(f"{self._url}/chat/completions", body, self._headers)
-        try:
-            with self._opener.open(request, timeout=self._timeout) as response:
-                content: bytes = response.read(_MOST_BYTES)
-                # a bounded read does not notice a connection that ends before Content-Length
-                if response.length and len(content) < _MOST_BYTES:
-                    raise _TransientError(f"broke off ({response.length:,} bytes are missing)")
-                return content
-        except urllib.error.HTTPError as error:
-            reason = f"answered {error.code} {error.reason}{_reason(error)}"
-            if error.code in _TRANSIENT:
-                raise _TransientError(reason, _retry_after(error.headers)) from None
-            raise ApiError(f"{self._url}: {reason}") from None
-        except urllib.error.URLError as error:
-            raise _TransientError(f"cannot be reached ({error.reason})") from None
-        except (OSError, ValueError) as error:
-            raise _TransientError(f"broke off ({error or type(error).__name__})") from None
-        except http.client.InvalidURL as error:
-            raise ApiError(f"{self._url}: {error}") from None
-        except http.client.HTTPException as error:
-            # the error quotes the bytes that came instead of HTTP; `repr` escapes their control characters
-            raise _TransientError(f"broke off ({repr(error)[:_LONGEST_REASON]})") from None
 
     def _text(self, content: bytes) -> str:
         choice = self._choice(content)
@@ -218,7 +148,7 @@ class ChatClient:
                 return dict(choice)
         except (ValueError, LookupError, TypeError):
             pass
-        raise ApiError(f"{self._url}: answered something else than a chat completion: {_start(content)}")
+        raise ApiError(f"{self._url}: answered something else than a chat completion: {start_of(content)}")
 
     def _probabilities(self, content: bytes, options: Sequence[str]) -> list[float] | None:
         answer = self._text(content).strip(_MARKUP)
@@ -237,25 +167,3 @@ class ChatClient:
 def messages_of(prompt: ChatPrompt) -> list[dict[str, Any]]:
     """A prompt as messages: a text becomes one user message."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    """The reason in an error's body, in brackets; empty when there is none."""
-    try:
-        content = error.read(_MOST_BYTES)
-        error_object: Any = json.loads(content)["error"]
-        message = error_object["message"] if isinstance(error_object, Mapping) else error_object
-        return f" ({' '.join(str(message).split())[:_LONGEST_REASON]})"
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
-        return ""
-
-
-def _retry_after(headers: Message) -> float | None:
-    try:
-        return max(0.0, float(headers["Retry-After"]))
-    except (TypeError, ValueError):
-        return None
-
-
-def _start(content: bytes) -> str:
-    return repr(content[:80].decode(errors="replace"))

@@ -1,15 +1,17 @@
 """Signals, time limits, threads and locks.
 
 Ctrl-C and SIGTERM are deferred to the end of a step, when the weights are whole and can be saved. `call_within` ends a call
-after a time, `thread_pool` does not wait for its threads after Ctrl-C, and `FairLock` starves no thread.
+after a time, `thread_pool` does not wait for its threads after Ctrl-C, `DaemonThreads` are never waited for, and `FairLock`
+starves no thread.
 """
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
@@ -144,6 +146,63 @@ def _in_thread(seconds: float, function: Callable[[], Value]) -> Value:
     if errors:
         raise errors[0]
     return values[0]
+
+
+class DaemonThreads:
+    """Threads for calls that wait for other machines. The process ends without waiting for them.
+
+    A call's result, or what it raises, is in its `Future`. Calls begin in the order in which they were given.
+    """
+
+    def __init__(self, threads: int, name: str = "waiting") -> None:
+        """threads: how many at most; they begin as calls need them."""
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._most = threads
+        self._name = name
+        self._lock = threading.Lock()
+        self._threads = 0
+        #: Calls that wait or are under way.
+        self._outstanding = 0
+        self._closed = False
+
+    def submit(self, call: Callable[[], Value]) -> Future[Value]:
+        """Let a thread make a call."""
+        future: Future[Value] = Future()
+        with self._lock:
+            assert not self._closed, "no call is given after the end"
+            self._outstanding += 1
+            if self._threads < min(self._most, self._outstanding):
+                self._threads += 1
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            self._calls.put((future, call))
+        return future
+
+    def close(self) -> None:
+        """Begin no further call: those that wait are cancelled, those under way are left alone."""
+        with self._lock:
+            self._closed = True
+            while True:
+                try:
+                    given = self._calls.get_nowait()
+                except queue.Empty:
+                    break
+                if given is not None:
+                    given[0].cancel()
+            for _ in range(self._threads):
+                self._calls.put(None)
+
+    def _work(self) -> None:
+        while (given := self._calls.get()) is not None:
+            future, call = given
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = call()
+                except BaseException as error:  # handed to whoever waits for the result
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+            with self._lock:
+                self._outstanding -= 1
 
 
 class FairLock:

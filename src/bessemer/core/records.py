@@ -1,26 +1,31 @@
-"""Rows of a table in a file (JSONL, JSON, CSV, TSV, Parquet), each with its place for messages.
+"""Rows of a table in a file (JSONL, JSON, CSV, TSV, XLSX, Parquet, Arrow), plain or compressed, with their places.
 
-The encoding of a text file is detected: UTF-8 where that is possible, UTF-16 and UTF-32, and the code pages of older programs.
-It is decided by, in this order: a byte order mark; NUL bytes, which mean UTF-16; valid UTF-8, which other encodings hardly ever
-are by chance; `charset_normalizer`, limited to common code pages.
+What a file says otherwise than its name suggests is detected, and noted for the user: its encoding (`text_encoding.py`), the
+delimiter of its columns, one object a line in a `.json`, a list in a `.jsonl`, a list under a key, columns as lists. A row that
+cannot be read is kept apart with its reason, so that a caller may leave it out or stop.
 """
 
 from __future__ import annotations
 
-import codecs
+import bz2
 import csv
+import gzip
 import io
 import json
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 from bessemer.core.config import nearest
+from bessemer.core.delimited import DELIMITERS, DELIMITERS_OF, delimited_rows, delimiter_of
 from bessemer.core.errors import ArtefactError
+from bessemer.core.json_rows import PART, json_values, rows_in
+from bessemer.core.text_encoding import UTF8, decoded_text, undecodable_line
+from bessemer.core.workbook import Cell, Workbook, WorkbookError
 
 _log = logging.getLogger(__name__)
 
@@ -61,30 +66,64 @@ class Record:
         return ArtefactError(f"{self.place}: {message}")
 
 
+class BadRow(NamedTuple):
+    """A row that cannot be used. number, place: as of `Record`. why: in one line, to stand behind the place."""
+
+    number: int
+    place: str
+    why: str
+
+    @property
+    def error(self) -> ArtefactError:
+        """An error about this row, to be raised."""
+        return ArtefactError(f"{self.place}: {self.why}")
+
+
 @dataclass(frozen=True)
 class RecordTable:
     """The rows of a file, and notes for the user on how it was read.
 
-    blank_rows: how many rows without a value were left out.
+    kind: the form of the file, in words. bad: rows that could not be read. blank_rows: how many rows without a value were left
+    out.
     """
 
     records: list[Record]
     notes: list[str] = field(default_factory=list)
     blank_rows: int = 0
+    kind: str = ""
+    bad: list[BadRow] = field(default_factory=list)
+
+
+#: Endings of compressed files, which stand behind that of the table: `rows.jsonl.gz`.
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
 
 def is_table(name: str) -> bool:
-    """Whether `read_records` reads a file, by its name."""
-    return name.lower().endswith(TABLES)
+    """Whether `read_records` reads a file, by its name; `book.xlsx#Sheet2` names a part of one."""
+    return _suffix(name) in _READERS or (PART in name and _suffix(name.rpartition(PART)[0]) in _READERS)
+
+
+def is_text_file(name: str) -> bool:
+    """Whether a file is one of text, by its name, plain or compressed."""
+    return _suffix(name) in TEXTS
+
+
+def split_part(path: Path) -> tuple[Path, str]:
+    """A file, and the part of it that the path names behind `#`; no part where a file has that name."""
+    name, mark, part = path.name.rpartition(PART)
+    return (path.with_name(name), part) if mark and name and not path.exists() else (path, "")
 
 
 def read_records(path: Path) -> list[Record]:
-    """The rows of a JSONL, JSON (a list of objects), CSV, TSV or Parquet file; rows without a value are left out.
+    """The rows of a file in one of the forms of `TABLES`, plain or compressed; rows without a value are left out.
 
     Text may have any encoding, and the columns of CSV may be separated by commas, semicolons, tabs or bars; an unusual choice
-    is logged as a warning, once for a file. Raises ArtefactError when it is missing, damaged, empty or of another kind.
+    is logged as a warning, once for a file. Raises ArtefactError when the file is missing, damaged, empty or of another kind,
+    and for the first row that cannot be read.
     """
     table = read_table(path)
+    if table.bad:
+        raise table.bad[0].error
     if table.notes and (warning := (str(path.resolve()), *table.notes)) not in _LOGGED:
         _LOGGED.add(warning)
         _log.warning("note: %s: %s", path, "; ".join(table.notes))
@@ -96,28 +135,102 @@ _LOGGED: set[tuple[str, ...]] = set()
 
 
 def read_table(path: Path) -> RecordTable:
-    """The rows of a file with notes on how it was read. Reads and raises as `read_records`."""
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None or path.is_dir():
-        raise ArtefactError(f"{path}: {_why_no_table(path)}")
-    notes: list[str] = []
+    """The rows of a file with notes on how it was read, and the rows that cannot be. Reads and raises as `read_records`."""
+    file, part = split_part(path)
+    suffix = _suffix(file.name)
+    reader = _READERS.get(suffix)
+    if reader is None or file.is_dir():
+        raise ArtefactError(f"{path}: {_why_no_table(file)}")
+    if part and suffix not in _WITH_PARTS:
+        raise ArtefactError(f"{path}: {PART} names a sheet of a workbook or a key of JSON, and {suffix} has neither")
+    reading = _Reading(file, part)
     try:
-        rows = list(reader(path, notes))
+        rows = list(reader.read(reading))
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such file; check the path") from None
-    records = [record for record in rows if not _is_blank(record.values)]
-    blank_rows = len(rows) - len(records)
+    records = [row for row in rows if isinstance(row, Record) and not _is_blank(row.values)]
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    blank_rows = len(rows) - len(records) - len(bad)
     if blank_rows:
-        notes.append(f"{blank_rows:,} blank {'row' if blank_rows == 1 else 'rows'} left out")
-    if not records:
+        reading.notes.append(f"{blank_rows:,} blank {'row' if blank_rows == 1 else 'rows'} left out")
+    if not records and not bad:
         raise ArtefactError(
-            f"{path}: holds no rows; give a file with a row for each example, below a header where it is a .csv"
+            f"{path}: holds no rows; give a file with a row for each example, below a header where it is a .csv or .xlsx"
         )
-    return RecordTable(records, notes, blank_rows)
+    return RecordTable(records, reading.notes, blank_rows, reader.kind, bad)
+
+
+class _Reading:
+    """A file that is being read: its bytes, the part that is meant, and notes for the user."""
+
+    def __init__(self, path: Path, part: str) -> None:
+        self.path = path
+        self.part = part
+        self.notes: list[str] = []
+
+    def data(self) -> bytes:
+        """The file's bytes, decompressed. Raises ArtefactError as `read_bytes`."""
+        return read_bytes(self.path)
+
+    def text(self) -> str:
+        """The file's text. Notes an encoding other than UTF-8, and bytes that it cannot decode."""
+        data = self.data()
+        text, encoding = decoded_text(data)
+        if encoding != UTF8:
+            self.notes.append(f"read as {encoding}")
+        if (line := undecodable_line(data, encoding)) is not None:
+            self.notes.append(f"bytes that {encoding} does not know were replaced, the first in line {line:,}")
+        return text
+
+    def line(self, number: int) -> str:
+        """The place of a line, from 1."""
+        return f"{self.path}:{number}"
+
+    def row(self, number: int) -> str:
+        """The place of a row, from 0."""
+        return f"{self.path}, row {number}"
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file, decompressed where its name ends in one of `COMPRESSIONS`. Raises ArtefactError for one that is
+    missing or damaged."""
+    compression = path.suffix.lower()
+    try:
+        data = path.read_bytes()
+        match compression:
+            case ".gz":
+                return gzip.decompress(data)
+            case ".bz2":
+                return bz2.decompress(data)
+            case ".xz":
+                return lzma.decompress(data)
+            case ".zst":
+                return _zstandard(data)
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file; check the path") from None
+    except (EOFError, ValueError, zlib.error, lzma.LZMAError, OSError) as error:
+        if compression not in COMPRESSIONS:
+            raise
+        raise ArtefactError(f"{path}: is damaged, cut off, or no {compression} ({error}); fetch it again") from None
+    return data
+
+
+def _zstandard(data: bytes) -> bytes:
+    """Decompressed frames, one behind the other. By pyarrow, which tables of other forms need as well."""
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
+        return bytes(stream.read())
+
+
+def _suffix(name: str) -> str:
+    """The ending of a file's name without that of a compression, in small letters."""
+    path = PurePath(name)
+    return PurePath(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSIONS else path.suffix.lower()
 
 
 def _why_no_table(path: Path) -> str:
-    wanted = f"a table is {', '.join(_READERS)}"
+    wanted = f"a table is {', '.join(_READERS)}, each also with {', '.join(COMPRESSIONS)}"
     if path.is_dir():
         return f"{wanted}, and this is a folder; name a file"
     remedy = _REMEDIES.get(path.suffix.lower())
@@ -126,8 +239,10 @@ def _why_no_table(path: Path) -> str:
 
 #: Advice for tables in formats that are not read.
 _REMEDIES = {
-    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), "save the sheet as CSV, best as “CSV UTF-8”"),
-    **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "decompress it first"),
+    **dict.fromkeys((".xls", ".ods", ".numbers"), "save the sheet as .xlsx, or as CSV, best as “CSV UTF-8”"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "unpack it, and name the table in it"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt"), "it may run code and is not opened; where it was made, save it as .parquet"),
+    **dict.fromkeys(COMPRESSIONS, "its name lacks that of the table in it, as in rows.jsonl.gz"),
 }
 
 
@@ -136,28 +251,41 @@ def _is_blank(values: Mapping[str, Any]) -> bool:
     return all(value is None or (isinstance(value, str) and not value.strip()) for value in values.values())
 
 
-def _text_of(path: Path, notes: list[str]) -> str:
-    """A file's text. Notes an encoding other than UTF-8, and bytes that it cannot decode."""
-    data = path.read_bytes()
-    text, encoding = decoded_text(data)
-    if encoding != UTF8:
-        notes.append(f"read as {encoding}")
-    if (line := undecodable_line(data, encoding)) is not None:
-        notes.append(f"bytes that {encoding} does not know were replaced, the first in line {line:,}")
-    return text
+_Rows = Iterator[Record | BadRow]
 
 
-def _read_jsonl(path: Path, notes: list[str]) -> Iterator[Record]:
-    for number, line in enumerate(io.StringIO(_text_of(path, notes)), start=1):
+def _read_jsonl(reading: _Reading) -> _Rows:
+    return _json_lines(reading, reading.text())
+
+
+def _json_lines(reading: _Reading, text: str) -> _Rows:
+    """A row a line. A list of objects in such a file, and objects over several lines, are read too."""
+    start = text.lstrip()[:2]
+    # only one that spans lines is not read line by line
+    if start[:1] == "[" or start.strip() == "{":
+        try:
+            values = json_values(text)
+        except ValueError:
+            pass
+        else:
+            rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+            if any(isinstance(one, dict) for one in rows):
+                reading.notes.append("a list of objects, not one a line" if rows is values[0] else "objects over several lines")
+                yield from _json_records(reading, rows)
+                return
+    for number, line in enumerate(io.StringIO(text), start=1):
         if not line.strip():
             continue
+        place = reading.line(number)
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ArtefactError(f"{path}:{number}: {_why_no_json(error)}") from None
-        if not isinstance(values, dict):
-            raise ArtefactError(f"{path}:{number}: must be an object, it is a {type(values).__name__}")
-        yield Record(values, number, f"{path}:{number}")
+            yield BadRow(number, place, _why_no_json(error))
+            continue
+        if isinstance(values, dict):
+            yield Record(values, number, place)
+        else:
+            yield BadRow(number, place, f"must be an object, it is a {type(values).__name__}")
 
 
 def _why_no_json(error: Exception) -> str:
@@ -167,104 +295,145 @@ def _why_no_json(error: Exception) -> str:
     return f"is not JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})"
 
 
-def _read_json(path: Path, notes: list[str]) -> Iterator[Record]:
-    text = _text_of(path, notes)
+def _read_json(reading: _Reading) -> _Rows:
+    text = reading.text()
     try:
-        rows = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        is_many = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        if is_many and not reading.part:
+            reading.notes.append("one object a line, as .jsonl has it")
+            yield from _json_lines(reading, text)
+            return
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ArtefactError(f"{path}{line}: {_why_no_json(error)}") from None
-    if not isinstance(rows, list):
-        lists = [name for name, value in rows.items() if isinstance(value, list)] if isinstance(rows, dict) else []
-        remedy = f"keep the list under {' or '.join(map(repr, lists))} alone" if lists else "one object a line is .jsonl"
-        raise ArtefactError(f"{path}: must be a list of objects, it is a {type(rows).__name__}; {remedy}")
+        raise ArtefactError(f"{reading.path}{line}: {_why_no_json(error)}") from None
+    try:
+        rows = rows_in(value, reading.part, reading.path.name, reading.notes)
+    except ValueError as error:
+        raise ArtefactError(f"{reading.path}: {error}") from None
+    yield from _json_records(reading, rows)
+
+
+def _json_records(reading: _Reading, rows: Sequence[Any]) -> _Rows:
     for number, values in enumerate(rows):
-        if not isinstance(values, dict):
-            raise ArtefactError(f"{path}, row {number}: must be an object, it is a {type(values).__name__}")
-        yield Record(values, number, f"{path}, row {number}")
+        if isinstance(values, dict):
+            yield Record(values, number, reading.row(number))
+        else:
+            yield BadRow(number, reading.row(number), f"must be an object, it is a {type(values).__name__}")
 
 
-def _read_csv(path: Path, notes: list[str]) -> Iterator[Record]:
+def _read_csv(reading: _Reading) -> _Rows:
     # the default limit, 131,072 characters a cell, is one of the whole process
     csv.field_size_limit(2**31 - 1)
-    text = _text_of(path, notes)
-    usual = DELIMITERS_OF.get(path.suffix.lower(), ",")
+    text = reading.text()
+    usual = DELIMITERS_OF.get(_suffix(reading.path.name), ",")
     delimiter, skipped = delimiter_of(text, usual)
     if delimiter != usual:
-        notes.append(f"columns separated by {DELIMITERS[delimiter]}")
-    stream = io.StringIO(text, newline="")
-    for _ in range(skipped):
-        next(stream)
-    rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        reading.notes.append(f"columns separated by {DELIMITERS[delimiter]}")
+    lines = list(io.StringIO(text, newline=""))
     header: list[str] = []
-    # `start` is the first line of a row; `line_num` is the last, since a row may span several lines
-    start = 1 + skipped
-    try:
-        for row in rows:
+    for start, row in delimited_rows(lines, skipped, delimiter):
+        place = reading.line(start)
+        if isinstance(row, str):
             if not header:
-                header = row if any(map(str.strip, row)) else []
-                twice = next((name for place, name in enumerate(header) if name.strip() and name in header[:place]), None)
-                if twice is not None:
-                    raise ArtefactError(f"{path}:{start}: has two columns {twice!r}")
-            elif row:
-                beyond = next(filter(str.strip, row[len(header) :]), None)
-                if beyond is not None:
-                    raise ArtefactError(
-                        f"{path}:{start}: has more cells than the header, the first with {beyond[:40]!r}; a cell that holds "
-                        f"{delimiter!r} must stand in quotation marks"
-                    )
-                cells = [*row, *[None] * (len(header) - len(row))]
-                # a column without a name is a spreadsheet's empty one, or an index
-                values = {name: cell for name, cell in zip(header, cells, strict=False) if name.strip()}
-                yield Record(values, start, f"{path}:{start}")
-            start = rows.line_num + 1 + skipped
-    except csv.Error as error:
-        raise ArtefactError(f"{path}:{start}: is not CSV ({error})") from None
+                raise ArtefactError(f"{place}: is not CSV ({row})")
+            yield BadRow(start, place, f"is not CSV ({row})")
+        elif not header:
+            header = row if any(map(str.strip, row)) else []
+            twice = next((name for place, name in enumerate(header) if name.strip() and name in header[:place]), None)
+            if twice is not None:
+                raise ArtefactError(f"{place}: has two columns {twice!r}")
+        elif row:
+            beyond = next(filter(str.strip, row[len(header) :]), None)
+            if beyond is not None:
+                yield BadRow(
+                    start,
+                    place,
+                    f"has more cells than the header, the first with {beyond[:40]!r}; a cell that holds {delimiter!r} must "
+                    "stand in quotation marks",
+                )
+                continue
+            cells = [*row, *[None] * (len(header) - len(row))]
+            # a column without a name is a spreadsheet's empty one, or an index
+            values = {name: cell for name, cell in zip(header, cells, strict=False) if name.strip()}
+            yield Record(values, start, place)
 
 
-#: Characters that may separate the columns of a table → their names.
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-#: Suffix of a file → its usual delimiter.
-DELIMITERS_OF = {".csv": ",", ".tsv": "\t"}
-#: Rows from which the delimiter is detected.
-_ROWS_LOOKED_AT = 200
+def _read_workbook(reading: _Reading) -> _Rows:
+    """The rows of the sheet that is meant, or the first visible one with rows. A title above the header is read over."""
+    try:
+        book = Workbook(io.BytesIO(reading.data()))
+        known = [sheet.name for sheet in book.sheets]
+        if reading.part and reading.part not in known:
+            raise ArtefactError(f"{reading.path}: has no sheet {reading.part!r}{nearest(reading.part, known)}")
+        asked = [one for one in book.sheets if one.name == reading.part or not (reading.part or one.is_hidden)]
+        for sheet in asked:
+            rows = [(number, cells) for number, cells in book.rows(sheet) if any(map(_is_filled, cells))]
+            if rows:
+                break
+        else:
+            return
+    except WorkbookError as error:
+        raise ArtefactError(f"{reading.path}: {error}") from None
+    others = [one for one in known if one != sheet.name]
+    if others and not reading.part:
+        reading.notes.append(
+            f"the sheet {sheet.name!r}, not {', '.join(map(repr, others))} ({PART}SHEET behind the file names one)"
+        )
+    head = rows[:_ROWS_BELOW_A_TITLE]
+    # a title is a single cell above rows of several
+    first = next((place for place, (_, cells) in enumerate(head) if sum(map(_is_filled, cells)) > 1), 0)
+    if first:
+        reading.notes.append(f"the header is in row {rows[first][0]:,}, below a title")
+    header = [str(cell).strip() if _is_filled(cell) else "" for cell in rows[first][1]]
+    twice = next((name for place, name in enumerate(header) if name and name in header[:place]), None)
+    if twice is not None:
+        raise ArtefactError(f"{reading.path}, row {rows[first][0]}: has two columns {twice!r}")
+    for number, cells in rows[first + 1 :]:
+        padded = [*cells, *[None] * (len(header) - len(cells))]
+        values = {name: cell for name, cell in zip(header, padded, strict=False) if name}
+        yield Record(values, number, f"{reading.path}, row {number}")
 
 
-def delimiter_of(text: str, usual: str) -> tuple[str, int]:
-    """The delimiter of a table, and how many lines before the header declare it (Excel's `sep=;`).
-
-    It is the one by which the most rows have as many cells as the header, at least two; of several the usual one, then the one
-    that gives the most columns. `csv.Sniffer` compares counts of characters instead, and takes commas inside German numbers, or
-    letters, for delimiters.
-    """
-    first = text[: text.find("\n") + 1].strip("\r\n").strip('"')
-    if len(first) == 5 and first.lower().startswith("sep=") and first[4] in DELIMITERS:
-        return first[4], 1
-    candidates: list[tuple[float, bool, int, str]] = []
-    for delimiter in DELIMITERS:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        try:
-            rows = [row for row in islice(reader, _ROWS_LOOKED_AT) if any(map(str.strip, row))]
-        except csv.Error:
-            continue
-        if rows and len(rows[0]) > 1:
-            alike = sum(len(row) == len(rows[0]) for row in rows) / len(rows)
-            candidates.append((alike, delimiter == usual, len(rows[0]), delimiter))
-    return (max(candidates)[-1] if candidates else usual), 0
+#: Rows among which the header of a sheet is looked for.
+_ROWS_BELOW_A_TITLE = 10
 
 
-def _read_parquet(path: Path, notes: list[str]) -> Iterator[Record]:
+def _is_filled(cell: Cell) -> bool:
+    return cell is not None and (not isinstance(cell, str) or bool(cell.strip()))
+
+
+def _read_parquet(reading: _Reading) -> _Rows:
     import pyarrow
     import pyarrow.parquet
 
+    is_compressed = reading.path.suffix.lower() in COMPRESSIONS
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        source = pyarrow.BufferReader(reading.data()) if is_compressed else reading.path
+        rows = pyarrow.parquet.read_table(source).to_pylist()
     except FileNotFoundError:
         raise
     except (pyarrow.ArrowException, OSError) as error:
-        raise ArtefactError(f"{path}: is not Parquet, or damaged ({error})") from None
+        raise ArtefactError(f"{reading.path}: is not Parquet, or damaged ({error})") from None
+    return _without_absents(rows, reading)
+
+
+def _read_arrow(reading: _Reading) -> _Rows:
+    """A stream or a file of Arrow, as `datasets` keeps them."""
+    import pyarrow
+
+    data = reading.data()
+    opened = pyarrow.ipc.open_file if data.startswith(b"ARROW1") else pyarrow.ipc.open_stream
+    try:
+        rows = opened(data).read_all().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ArtefactError(f"{reading.path}: is not Arrow, or damaged ({error})") from None
+    return _without_absents(rows, reading)
+
+
+def _without_absents(rows: Sequence[Mapping[str, Any]], reading: _Reading) -> _Rows:
     for number, row in enumerate(rows):
-        yield Record({name: _without_absent(value) for name, value in row.items()}, number, f"{path}, row {number}")
+        yield Record({name: _without_absent(value) for name, value in row.items()}, number, reading.row(number))
 
 
 def _without_absent(value: Any) -> Any:
@@ -274,15 +443,29 @@ def _without_absent(value: Any) -> Any:
     return [_without_absent(item) for item in value] if isinstance(value, list) else value
 
 
-_READERS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
+class _Reader(NamedTuple):
+    """How files of a form are read. kind: the form in words."""
 
+    kind: str
+    read: Callable[[_Reading], _Rows]
+
+
+_READERS: dict[str, _Reader] = {
+    ".jsonl": _Reader("JSON lines", _read_jsonl),
+    ".ndjson": _Reader("JSON lines", _read_jsonl),
+    ".json": _Reader("JSON", _read_json),
+    ".csv": _Reader("CSV", _read_csv),
+    ".tsv": _Reader("TSV", _read_csv),
+    ".xlsx": _Reader("an Excel workbook", _read_workbook),
+    ".xlsm": _Reader("an Excel workbook", _read_workbook),
+    ".parquet": _Reader("Parquet", _read_parquet),
+    ".arrow": _Reader("Arrow", _read_arrow),
+}
+#: Forms of which a part may be named: a sheet, a key.
+_WITH_PARTS = frozenset({".json", ".xlsx", ".xlsm"})
+
+#: Endings of files of text.
+TEXTS = (".txt", ".text", ".md", ".markdown", ".mdx", ".rst")
 #: Endings of the files that `read_records` reads.
 TABLES = tuple(_READERS)
 
@@ -293,113 +476,3 @@ def json_lines(text: str) -> list[Any]:
     A line ends at a line feed alone: `str.splitlines` also breaks at U+2028, U+2029 and U+0085, which JSON writes as they are.
     """
     return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-UTF8 = "utf-8"
-
-#: Byte order marks, the longer first, since UTF-32's begins with UTF-16's; and codecs that skip the mark.
-_MARKS = (
-    (codecs.BOM_UTF8, UTF8),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-#: Bytes that are examined for NUL bytes, and for the code page.
-_HEAD, _MOST_LINES_BYTES = 4096, 1 << 16
-#: Code pages of Windows and of East Asia, the commonest first: what Excel's "CSV" and Notepad's "ANSI" mean, by country.
-_CODE_PAGES = (
-    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257"),
-    *("cp932", "euc_jp", "gb18030", "big5", "cp949", "koi8_r", "mac_roman", "cp850", "cp874"),
-)
-#: Runs of characters beyond ASCII, Japanese kana, and the share of kana among them from which a text is Japanese.
-_BEYOND_ASCII, _KANA, _KANA_SHARE = re.compile(r"[^\x00-\x7f\ufffd]+"), re.compile("[\u3041-\u30fe]"), 0.2
-#: Differences in `charset_normalizer`'s chaos and coherence that are too small to choose a code page by.
-_ALIKE = 0.01
-
-
-def encoding_of(data: bytes, *, is_whole: bool = True) -> str:
-    """The name of Python's codec for a text; `UTF8` also for one with a few damaged bytes.
-
-    data: the text, or its beginning, which may end inside a character (`is_whole=False`).
-    """
-    for mark, name in _MARKS:
-        if data.startswith(mark):
-            return name
-    if (wide := _utf16(data[:_HEAD])) is not None:
-        return wide
-    try:
-        codecs.getincrementaldecoder(UTF8)().decode(data, final=is_whole)
-    except UnicodeDecodeError:
-        pass
-    else:
-        return UTF8
-    decoded = data.decode(UTF8, "replace")
-    whole = sum(map(len, _BEYOND_ASCII.findall(decoded)))
-    damaged = decoded.count("\ufffd") - data.count("\ufffd".encode())
-    return UTF8 if whole >= damaged else _code_page(data)
-
-
-def decoded_text(data: bytes) -> tuple[str, str]:
-    """A text without its byte order mark, and the codec that it was read with. Bytes that the codec does not know become
-    U+FFFD."""
-    name = encoding_of(data)
-    return data.decode(name, "replace").removeprefix("\ufeff"), name
-
-
-def undecodable_line(data: bytes, name: str) -> int | None:
-    """The first line with bytes that a codec does not know; None where it knows all."""
-    try:
-        data.decode(name)
-    except UnicodeDecodeError as error:
-        return data.count(b"\n", 0, error.start) + 1
-    return None
-
-
-def _utf16(head: bytes) -> str | None:
-    """UTF-16 without a mark, by the NUL bytes that ASCII characters have in it on one side; None for anything else."""
-    pairs = len(head) // 2
-    if not pairs:
-        return None
-    first, second = head[0 : 2 * pairs : 2].count(0) / pairs, head[1 : 2 * pairs : 2].count(0) / pairs
-    if max(first, second) < 0.7 or min(first, second) > 0.05:
-        return None
-    return "utf-16-le" if second > first else "utf-16-be"
-
-
-def _code_page(data: bytes) -> str:
-    """The code page of a text that is not Unicode, by its lines that are not ASCII.
-
-    Of the code pages that fit about as well as the best one, the commonest is taken: a few words often fit both the Western and
-    the Central European one.
-    """
-    from charset_normalizer import from_bytes
-
-    lines = b"".join(_lines_beyond_ascii(data))
-    for name in ("cp932", "euc_jp"):
-        # the library takes a few Japanese words for Korean or Chinese
-        characters = "".join(_BEYOND_ASCII.findall(lines.decode(name, "replace")))
-        if len(_KANA.findall(characters)) > _KANA_SHARE * len(characters):
-            return name
-    matches = list(from_bytes(lines, cp_isolation=list(_CODE_PAGES), enable_fallback=False))
-    if not matches:
-        return _CODE_PAGES[0]
-    best = min(matches, key=lambda match: (round(match.chaos, 2), -match.coherence))
-    likely = {
-        name
-        for match in matches
-        if match.chaos <= best.chaos + _ALIKE and match.coherence >= best.coherence - _ALIKE
-        # code pages that decode the text alike are one match
-        for name in (match.encoding, *match.could_be_from_charset)
-    }
-    return next(name for name in _CODE_PAGES if name in likely)
-
-
-def _lines_beyond_ascii(data: bytes) -> Iterator[bytes]:
-    size = 0
-    for line in data.splitlines(keepends=True):
-        if not line.isascii():
-            yield line[:_MOST_LINES_BYTES]
-            size += len(line)
-            if size >= _MOST_LINES_BYTES:
-                return

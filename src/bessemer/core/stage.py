@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from bessemer.core.config import Config, nearest
 from bessemer.core.errors import ConfigError
@@ -40,6 +40,13 @@ class Outside:
     progress: Progress
 
 
+class ItemScore(NamedTuple):
+    """The score of an item, from 0 to 1, and the cluster of items that it belongs to, None where it is its own."""
+
+    score: float
+    cluster: str | None = None
+
+
 class TaskScorer(Protocol):
     """Evaluates a model on tasks between two steps of its training."""
 
@@ -48,6 +55,9 @@ class TaskScorer(Protocol):
 
     def accuracies(self, model: Any, tokenizer: Path) -> dict[str, float]:
         """Accuracy by task of a model with its current weights. tokenizer: its folder."""
+
+    def item_scores(self, model: Any, tokenizer: Path) -> dict[str, dict[str, ItemScore]]:
+        """The same by task and item, for a comparison of two models; items without a score are left out."""
 
 
 #: Opens tasks: (names or files, folder of their data or None for their own, most items of each). Raises ConfigError for an

@@ -72,6 +72,12 @@ class PromptEncoder:
         context, cut = self._cut(context, self._context_length + 1 - max(map(len, continuations)))
         return EncodedPart(context, continuations, cut)
 
+    def holds(self, part: ContinuationRequest) -> bool:
+        """Whether the context holds a part whole, so that nothing of it is cut."""
+        encoded = self.part(part)
+        longest = max(map(len, encoded.continuations))
+        return not encoded.cut and len(encoded.context) + longest <= self._context_length + 1
+
     def count(self, context: Context) -> int:
         """How many tokens a context has, all of it."""
         return len(self._encoded(context))

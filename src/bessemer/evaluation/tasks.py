@@ -6,8 +6,8 @@ judge of this machine get it from `connected_judges`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress
+from bessemer.core.stage import ItemScore
 from bessemer.evaluation.contamination import task_contamination
 from bessemer.evaluation.evaluation_folder import Score, TaskFolder
 from bessemer.evaluation.task_answerers import Line, PromptEncoder, Question, answerer_of, batches
@@ -25,7 +26,15 @@ from bessemer.inference.engine import Engine
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.judge import Ask
 from bessemer.tasks.judged import JudgedTask
-from bessemer.tasks.questions import Context, GenerationQuestion, LikelihoodQuestion, Outcome, Task
+from bessemer.tasks.questions import (
+    Context,
+    GenerationQuestion,
+    ItemResult,
+    LikelihoodQuestion,
+    LikelihoodTask,
+    Outcome,
+    Task,
+)
 from bessemer.tasks.registry import CORE, core_score, find_tasks
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -84,18 +93,33 @@ def evaluate_tasks(
 
 def score_tasks(engine: Engine, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     """`task_results` by task of a model as it is now; nothing is written."""
-    results = {}
+    return {task.name: task_results(task, _answered(engine, task)) for task in tasks}
+
+
+def score_items(engine: Engine, tasks: Sequence[Task]) -> dict[str, dict[str, ItemScore]]:
+    """The scores of a model as it is now, by task and item, of several forms those of the better one; nothing is written."""
+    scores = {}
     for task in tasks:
-        questions: Sequence[Question] = list(task.questions())
-        names = _names(task, questions)
-        answerer = answerer_of(engine, task)
-        lines = [
-            _line(task, names, question, *answer)
-            for batch in batches(questions, answerer.at_once)
-            for question, answer in zip(batch, answerer.answer(batch), strict=True)
-        ]
-        results[task.name] = task_results(task, lines)
-    return results
+        lines = _answered(engine, task)
+        form = task_results(task, lines)["form"]
+        scores[task.name] = {
+            line["id"]: ItemScore(float(line["score"]), line["cluster"])
+            for line in lines
+            if line["form"] == form and line["score"] is not None
+        }
+    return scores
+
+
+def _answered(engine: Engine, task: Task) -> list[Line]:
+    """The lines of a task's questions."""
+    questions: Sequence[Question] = list(task.questions())
+    names = _names(task, questions)
+    answerer = answerer_of(engine, task)
+    return [
+        _line(task, names, question, *answer)
+        for batch in batches(questions, answerer.at_once)
+        for question, answer in zip(batch, answerer.answer(batch), strict=True)
+    ]
 
 
 def task_identity(task: Task, questions: Sequence[Question]) -> dict[str, Any]:
@@ -221,15 +245,71 @@ class TaskScores:
 
     def accuracies(self, model: Any, tokenizer: Path) -> dict[str, float]:
         """Accuracy by task of a decoder with its present weights, in evaluation mode."""
-        device = model.head_weight.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with _unchanged_random_state(model):
             results = score_tasks(Engine(model, self._load(tokenizer)), self._tasks)
         return {name: float(figures["accuracy"]) for name, figures in results.items()}
+
+    def item_scores(self, model: Any, tokenizer: Path) -> dict[str, dict[str, ItemScore]]:
+        """The same by task and item."""
+        with _unchanged_random_state(model):
+            return score_items(Engine(model, self._load(tokenizer)), self._tasks)
 
     def _load(self, folder: Path) -> Tokenizer:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(folder)
         return self._tokenizer
+
+
+def _unchanged_random_state(model: Any) -> AbstractContextManager[None]:
+    device = model.head_weight.device
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+class LikelihoodScores:
+    """Scores an engine's model on tasks that are answered by likelihood, item by item, so that a model is compared with itself
+    before a training (`posttraining.sft.forgetting.GeneralTasks`)."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        """Raises ConfigError for a task whose answers are generated, which take much longer and are not bounded by items."""
+        for task in tasks:
+            if not isinstance(task, LikelihoodTask):
+                raise ConfigError(f"the task {task.name} generates answers; name tasks that are answered by likelihood")
+        self._tasks = [task for task in tasks if isinstance(task, LikelihoodTask)]
+        self._questions = {task.name: list(task.questions()) for task in self._tasks}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Questions by task."""
+        return {name: len(questions) for name, questions in self._questions.items()}
+
+    def results(self, engine: Engine, advance: Callable[[float], None]) -> dict[str, dict[str, ItemResult]]:
+        """Each task's items by their ids, without those that the engine's context does not hold whole. advance: called with
+        the number of questions after each call of the engine."""
+        return {task.name: self._of_task(engine, task, advance) for task in self._tasks}
+
+    def _of_task(self, engine: Engine, task: LikelihoodTask, advance: Callable[[float], None]) -> dict[str, ItemResult]:
+        encoder = PromptEncoder(engine.tokenizer, engine.context_length, task.begin_token)
+        answerer, questions = answerer_of(engine, task, encoder), self._questions[task.name]
+        names = _names(task, questions)
+        fitting = [question for question in questions if all(encoder.holds(part) for part in question.parts)]
+        advance(len(questions) - len(fitting))
+        items: dict[str, ItemResult] = {}
+        for batch in batches(fitting, answerer.at_once):
+            for question, (outcome, computed) in zip(batch, answerer.answer(batch), strict=True):
+                key = _id(question) if len(names) == 1 else f"{_id(question)} ({question.form})"
+                score = outcome.scores.get(task.headline(question.form), 0.0)
+                items[key] = ItemResult(score, _loss_of_gold(outcome, computed))
+            advance(len(batch))
+        return items
+
+
+def _loss_of_gold(outcome: Outcome, computed: Line) -> float:
+    """−log p a token of the right answer: a continuation of the first part, or in a schema the right part's."""
+    likelihoods, tokens = computed["log_likelihoods"], computed["tokens"]
+    gold = outcome.gold if isinstance(outcome.gold, int) else 0
+    part, place = (0, gold) if gold < len(likelihoods[0]) else (gold, 0)
+    total, count = likelihoods[part][place], tokens[part][place]
+    return float(-total / count)
 
 
 def open_tasks(names: Sequence[str], data: Path | None, limit: int) -> TaskScores:

@@ -11,6 +11,7 @@ from bessemer.core.metrics import short_count
 from bessemer.core.report import Cell, Column, Facts, KeyFigure, Metrics, Part, Section, StageReport, Table, Text
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
+from bessemer.model.merging.config import MERGE_VERSION, MergeConfig
 from bessemer.tokenization.config import TokenizeConfig
 
 #: A model below this many parameters learns the look of its texts and little of what they say.
@@ -131,6 +132,41 @@ def _another_tokenizer(config: ModelStageConfig, above: Mapping[str, Any], folde
     return None
 
 
+def _merge(context: StageContext) -> dict[str, Any]:
+    from bessemer.model.merging.models import merge_stage
+
+    stages = {role.removeprefix("model:"): path for role, path in context.inputs.items()}
+    return merge_stage(
+        context.config, stages, context.folder, context.out / "model", seed=context.seed, progress=context.progress
+    )
+
+
+def _merge_fingerprint(config: MergeConfig, outside: Outside) -> Any:
+    if not config.folders():
+        return None
+    from bessemer.model.merging.models import folders_fingerprint
+
+    return folders_fingerprint(config, outside.folder)
+
+
+def merge_report(stage: StageReport) -> Section:
+    """How the merged model was made."""
+    parts: list[Part] = [
+        Text(
+            "Weights of several models made one, without training: what each model is good at may stay, or may get lost; an "
+            "evaluation beside the models that went in shows which.",
+            lead=True,
+        ),
+        Facts(stage.metrics),
+    ]
+    return Section(stage.titled("Merge"), parts)
+
+
+def merge_summary_line(metrics: Metrics) -> str:
+    """The method and the models."""
+    return str(metrics["merge"])
+
+
 STAGES = (
     StageSpec(
         kind="model",
@@ -154,5 +190,24 @@ STAGES = (
         conflict=_no_tokenizer,
         conflict_of_files=_another_tokenizer,
         packages=model_packages,
+    ),
+    StageSpec(
+        kind="merge",
+        summary="Merge the weights of several models into one, without training.",
+        config=MergeConfig,
+        version=MERGE_VERSION,
+        needs={},
+        makes={"model": "model"},
+        links={"model": "model"},
+        example="merge: {models: [sft, dpo]}",
+        remedy="merge again, from models that were made again",
+        report=merge_report,
+        summary_line=merge_summary_line,
+        next_steps=next_steps,
+        run=_merge,
+        uses_seed=True,
+        fingerprint=_merge_fingerprint,
+        packages=model_packages,
+        models_named=lambda config: config.stages(),
     ),
 )

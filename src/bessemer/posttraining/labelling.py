@@ -18,10 +18,10 @@ from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress
 from bessemer.core.store import write_text
 from bessemer.inference.engine import Engine, SamplingParams
+from bessemer.posttraining.data.dialects import TURNS
 from bessemer.posttraining.data.encoding import encode_prompt
 from bessemer.posttraining.data.examples import prompt_key, read_examples
-from bessemer.posttraining.data.formats import Message
-from bessemer.tokenization.chat import checked_messages
+from bessemer.posttraining.data.formats import Message, messages_of
 
 ANSWERS, RANKINGS, PAIRS = "answers.jsonl", "rankings.jsonl", "pairs.jsonl"
 
@@ -134,12 +134,12 @@ def read_prompts(path: Path, count: int) -> list[tuple[Message, ...]]:
 
 
 def _prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    given = row.get("prompt", row.get("messages"))
+    given = next((row[name] for name in ("prompt", *TURNS) if name in row), None)
     if isinstance(given, str) and given.strip():
         given = [{"role": "user", "content": given}]
-    if not isinstance(given, list) or not given:
+    if not given or isinstance(given, str):
         raise ValueError(f"needs messages or a text under 'prompt'; it has {', '.join(map(repr, row)) or 'nothing'}"[:200])
-    messages = checked_messages(given, first=1)
+    messages = messages_of(given, "prompt")
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:

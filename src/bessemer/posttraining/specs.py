@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.records import is_table
+from bessemer.core.records import is_text_file
 from bessemer.core.stage import Outside, StageContext, last_of
 from bessemer.data.config import CollectConfig, Source
 from bessemer.data.corpus.remote import documents_at, documents_of
@@ -18,7 +18,7 @@ from bessemer.data.sources.registry import (
     UserSource,
     WheelsSource,
 )
-from bessemer.posttraining.data.made import DOCS_QUESTIONS, REVISIONS, SYNTHETIC, made_paths, roles, unread
+from bessemer.posttraining.data.made import DOCS_QUESTIONS, REVISIONS, SYNTHETIC, is_data_name, made_paths, roles, unread
 from bessemer.posttraining.distillation.specs import STAGES as DISTILLATION_STAGES
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.rewards.specs import STAGES as REWARD_STAGES
@@ -102,7 +102,7 @@ def _sft(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]
 def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:
     from bessemer.posttraining.data.examples import files_fingerprint
 
-    return files_fingerprint([name for name in config.data if is_table(name)], outside.folder)
+    return files_fingerprint([name for name in config.data if is_data_name(name) or is_text_file(name)], outside.folder)
 
 
 STAGES = (

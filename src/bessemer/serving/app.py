@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's and Anthropic's API, tokens, metrics, health, and the pages of another package."""
+"""The HTTP application: OpenAI's, Anthropic's and Ollama's API, tokens, metrics, health, and the pages of another package."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from bessemer.core.errors import BessemerError
 from bessemer.inference.engine import Engine
 from bessemer.serving.anthropic.api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.config import ServingConfig
+from bessemer.serving.ollama import api as ollama
 from bessemer.serving.openai.api import OpenAIApi
 from bessemer.serving.openai.vllm_routes import AdaptersApi, DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from bessemer.serving.openai.weight_routes import WeightsApi
 from bessemer.serving.responses.api import ResponsesApi
 from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
 from bessemer.serving.runtime.bodies import ApiError, read_body
@@ -78,7 +80,9 @@ def create_app(
         OpenAIApi(served),
         ResponsesApi(served, store or MemoryStore()),
         AnthropicApi(served),
-        AdaptersApi(served, config.adapter_root),
+        ollama.OllamaApi(served),
+        AdaptersApi(served, config.adapter_root, other_template=config.other_template),
+        WeightsApi(served, config),
     )
 
     @asynccontextmanager
@@ -175,6 +179,8 @@ async def watch_keys(keys: Keys | None) -> None:
 
 def error_body_of(path: str, error: ApiError) -> dict[str, Any]:
     """An error in the form of the API below `path`."""
+    if path.startswith(f"{ollama.PREFIX}/"):
+        return ollama.error_body(error)
     return error_body(error) if path.startswith(PREFIX) else error.body()
 
 

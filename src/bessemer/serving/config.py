@@ -6,9 +6,12 @@ the table in `docs/serving.md` with this list.
 
 from __future__ import annotations
 
+import ipaddress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
 
@@ -109,6 +112,14 @@ class ServingConfig(Config):
         False, "log a line of JSON for every request: key, path, status, times and tokens, and nothing that it says"
     )
     adapter_root: Path | None = _setting(None, "folder below which an admin key may load adapters while the server runs")
+    other_template: bool = _setting(
+        False, "serve a model or an adapter with a chat template other than that of its training, whose prompts it has not seen"
+    )
+    accept_weights: bool = _setting(
+        False,
+        "let a trainer replace the weights and the adapters, and free the KV cache: an admin key, or, without keys, any "
+        "program of this machine",
+    )
     aliases: list[str] = _setting(default_factory=list, description="other names under which clients may ask for the model")
     max_waiting: int = _setting(
         WAITING.most,
@@ -116,3 +127,19 @@ class ServingConfig(Config):
         unit="completions",
         ge=0,
     )
+
+    @model_validator(mode="after")
+    def _knows_who_sends_weights(self) -> Self:
+        if self.accept_weights and self.keys is None and self.api_key is None and not is_loopback(self.host):
+            raise ValueError(
+                f"accept_weights: anybody who reaches {self.host} could replace the model; ask for keys, or listen on 127.0.0.1"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server on this host is reachable from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

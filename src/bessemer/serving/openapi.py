@@ -11,11 +11,15 @@ from importlib.metadata import version
 from typing import Any
 
 from bessemer.serving.anthropic.protocol import CountRequest, MessagesRequest
+from bessemer.serving.ollama.api import Lines
+from bessemer.serving.ollama.protocol import ChatBody, EmbedBody, GenerateBody, ShowBody
 from bessemer.serving.openai.api import EmbeddingsRequest
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
 from bessemer.serving.openai.vllm_routes import DetokenizeRequest, LoadAdapter, TokenizeRequest, UnloadAdapter
+from bessemer.serving.openai.weight_routes import BeginUpdate, CommitUpdate
 from bessemer.serving.responses.protocol import ResponsesRequest
 from bessemer.serving.runtime.bodies import Body
+from bessemer.serving.runtime.streams import Reply
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
@@ -42,6 +46,7 @@ _HEALTH = _object(status=_TEXT, model=_TEXT)
 
 #: The body of an error.
 ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]}))
+OLLAMA_ERROR = _object(error=_TEXT)
 ANTHROPIC_ERROR = _object(type=_one_of("error"), error=_object(type=_TEXT, message=_TEXT))
 
 
@@ -50,7 +55,7 @@ class Operation:
     """A route.
 
     answer: JSON schema of the response with status 200; None: a text. body: of the request. streams: whether `stream: true`
-    gives server-sent events. path: parameters in the path. tag: the API that it belongs to. error: schema of an error; None:
+    gives a stream. path: parameters in the path. tag: the API that it belongs to. error: schema of an error; None:
     OpenAI's.
     """
 
@@ -61,6 +66,7 @@ class Operation:
     path: Sequence[str] = ()
     tag: str = "OpenAI"
     error: Mapping[str, Any] | None = None
+    stream_type: str = Reply.media_type
 
     def described(self, operation_id: str, schemas: dict[str, Any]) -> dict[str, Any]:
         """The operation's entry. Adds the schemas of its body to `schemas`."""
@@ -68,7 +74,7 @@ class Operation:
             {"text/plain": {"schema": _TEXT}} if self.answer is None else {"application/json": {"schema": dict(self.answer)}}
         )
         if self.streams:
-            content["text/event-stream"] = {"schema": _ANY}
+            content[self.stream_type] = {"schema": _ANY}
         error = {"application/json": {"schema": dict(self.error or ERROR)}}
         described: dict[str, Any] = {
             "operationId": operation_id,
@@ -96,6 +102,8 @@ class Operation:
         return described
 
 
+_YES: dict[str, Any] = {"type": "boolean"}
+_OLLAMA: dict[str, Any] = {"tag": "Ollama", "error": OLLAMA_ERROR}
 #: (path, method) → route.
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/v1/chat/completions", "post"): Operation(
@@ -176,6 +184,32 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         tag="Anthropic",
         error=ANTHROPIC_ERROR,
     ),
+    ("/api/chat", "post"): Operation(
+        "Answer a conversation.",
+        _object(model=_TEXT, created_at=_TEXT, message=_object(role=_one_of("assistant"), content=_TEXT), done=_YES),
+        ChatBody,
+        streams=True,
+        stream_type=Lines.media_type,
+        **_OLLAMA,
+    ),
+    ("/api/generate", "post"): Operation(
+        "Answer a prompt, or go on with a text.",
+        _object(model=_TEXT, created_at=_TEXT, response=_TEXT, done=_YES),
+        GenerateBody,
+        streams=True,
+        stream_type=Lines.media_type,
+        **_OLLAMA,
+    ),
+    ("/api/embed", "post"): Operation(
+        "A vector of each text.", _object(model=_TEXT, embeddings=_list(_list(_ANY))), EmbedBody, **_OLLAMA
+    ),
+    ("/api/embeddings", "post"): Operation("A vector of a text.", _object(embedding=_list(_ANY)), EmbedBody, **_OLLAMA),
+    ("/api/show", "post"): Operation(
+        "One model.", _object(details=_ANY, model_info=_ANY, capabilities=_list(_TEXT)), ShowBody, **_OLLAMA
+    ),
+    ("/api/tags", "get"): Operation("What is served.", _object(models=_list(_object(name=_TEXT, model=_TEXT))), **_OLLAMA),
+    ("/api/ps", "get"): Operation("What is loaded.", _object(models=_list(_object(name=_TEXT))), **_OLLAMA),
+    ("/api/version", "get"): Operation("Of the package.", _object(version=_TEXT), **_OLLAMA),
     ("/tokenize", "post"): Operation(
         "A text's or a conversation's tokens.",
         _object(count=_COUNT, max_model_len=_COUNT, tokens=_list(_COUNT)),
@@ -185,6 +219,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/detokenize", "post"): Operation("The text of tokens.", _object(prompt=_TEXT), DetokenizeRequest, tag="Tokens"),
     ("/v1/load_lora_adapter", "post"): Operation("Load an adapter, by an admin.", None, LoadAdapter, tag="Server"),
     ("/v1/unload_lora_adapter", "post"): Operation("Unload an adapter, by an admin.", None, UnloadAdapter, tag="Server"),
+    ("/v1/weights", "get"): Operation(
+        "The version of the weights, for a trainer.", _object(weight_version=_COUNT, adapters=_list(_TEXT)), tag="Server"
+    ),
+    ("/v1/weights/begin", "post"): Operation(
+        "Begin to replace the weights or an adapter.", _object(update=_TEXT), BeginUpdate, tag="Server"
+    ),
+    ("/v1/weights/piece", "post"): Operation("Send a piece of an update, as bytes.", _object(bytes=_COUNT), tag="Server"),
+    ("/v1/weights/commit", "post"): Operation(
+        "Take an update that has come whole.", _object(weight_version=_COUNT), CommitUpdate, tag="Server"
+    ),
     ("/health", "get"): Operation("Whether requests can be answered.", _HEALTH, tag="Server", error=_HEALTH),
     ("/ready", "get"): Operation("Whether new requests should come here.", _HEALTH, tag="Server", error=_HEALTH),
     ("/version", "get"): Operation("Of the package.", _object(version=_TEXT), tag="Server"),
@@ -204,7 +248,7 @@ def description() -> dict[str, Any]:
         "info": {
             "title": "Bessemer",
             "version": version("bessemer"),
-            "description": "A model behind OpenAI's and Anthropic's APIs. Where keys are asked for, send one as "
+            "description": "A model behind OpenAI's, Anthropic's and Ollama's APIs. Where keys are asked for, send one as "
             "`Authorization: Bearer KEY` or `x-api-key: KEY`.",
         },
         "paths": paths,

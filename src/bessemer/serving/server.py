@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
 import signal
 import socket
@@ -134,14 +133,6 @@ def listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EACCES:
             raise BessemerError(f"port {port} on {host} needs more rights; choose one above 1023 with --port") from None
         raise ConfigError(f"cannot listen on host {host!r}: {error.strerror}; 127.0.0.1 is this machine") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server on this host is reachable from this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def address_of(listener: socket.socket) -> str:

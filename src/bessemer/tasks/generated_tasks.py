@@ -57,8 +57,18 @@ class ArithmeticConfig(GeneratedConfig):
         "all",
         "train: without one in eight expressions, by their numbers and operators, whatever the seed; held_out: these alone",
     )
+    skip: int = setting(
+        0, "items of each difficulty before the first: those that another task with the same seed has", unit="items", ge=0
+    )
     shots: int = setting(0, "answered examples of the same difficulty before each question", unit="examples", ge=0)
     example_delimiter: str = setting("\n", "text between description, examples and question")
+
+    def output_settings(self) -> dict[str, Any]:
+        """As of `Config`, without what is not skipped, so that evaluations of tasks that skip nothing go on."""
+        kept = super().output_settings()
+        if not self.skip:
+            del kept["skip"]
+        return kept
 
 
 class LengthConfig(GeneratedConfig):
@@ -184,11 +194,12 @@ class ArithmeticTask(GeneratedTask[ArithmeticConfig]):
 
     def _items(self, level: int, count: int) -> list[GeneratedItem]:
         # the same number whatever the limit, so that it changes no example
-        total = self._config.items + self.shots
+        total = self._config.skip + self._config.items + self.shots
         difficulty = LEVELS[level - 1]
         if self._config.operators is not None:
             difficulty = difficulty._replace(operators=self._config.operators)
-        self._made[level] = arithmetic_items(total, seed=self._config.seed, difficulty=difficulty, part=self._config.part)
+        made = arithmetic_items(total, seed=self._config.seed, difficulty=difficulty, part=self._config.part)
+        self._made[level] = made[self._config.skip :]
         return self._made[level][:count]
 
     def _examples(self, level: int) -> Sequence[GeneratedItem]:

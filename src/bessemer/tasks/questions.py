@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 #: What comes before an answer: a text, or a conversation for the model's chat template.
 Context = str | tuple[Mapping[str, str], ...]
@@ -84,6 +84,13 @@ class Outcome:
     gold: Any = None
     weights: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class ItemResult(NamedTuple):
+    """An item answered by likelihood. score: of its headline, 0 to 1. loss: −log p of the right answer, in nats a token."""
+
+    score: float
+    loss: float
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ ordinary text to the copy.
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -32,10 +33,11 @@ Tool = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 
 _MAX_DEPTH = 64
+#: How a template reads the key `thinking` of a message.
+_READS_THINKING = re.compile(r"""message\.thinking\b|message\[['"]thinking['"]\]""")
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A part of a rendered conversation; the concatenated texts are what the template renders.
 
     `is_control`: the text is a control token that the template wrote. `is_assistant`: part of an assistant message.
@@ -78,7 +80,24 @@ class ChatTemplate:
         try:
             return CompiledTemplate(MARKED_TEMPLATES[own] if own else self.text)
         except TemplateError as fault:
-            raise self._refused(fault) from None
+            raise self.refused(fault) from None
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether `{% generation %}` marks what the assistant says."""
+        return self._template.marks_generation
+
+    def with_thinking(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with `reasoning_content` under the name `thinking` too, where the template reads that one, as that of
+        gpt-oss does. It takes a text or thinking beside a call, and not both: the text stays."""
+        if not _READS_THINKING.search(self.text):
+            return messages
+        return [
+            message | {"thinking": message["reasoning_content"]}
+            if message.get("reasoning_content") and not (message.get("content") and message.get("tool_calls"))
+            else message
+            for message in messages
+        ]
 
     def segments(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
@@ -89,7 +108,7 @@ class ChatTemplate:
         Raises RequestError for a malformed message or tool, for a conversation that the template refuses or cannot render, and
         for a template whose control tokens depend on the words of a message: typed ones cannot be distinguished from its own.
         """
-        conversation = _Conversation(self, checked_messages(messages), checked_tools(tools))
+        conversation = EscapedConversation(self, checked_messages(messages), checked_tools(tools))
         return conversation.segments(conversation.render(add_generation_prompt))
 
     def training_segments(
@@ -101,7 +120,7 @@ class ChatTemplate:
         ends it. Also raises RequestError when the template renders that prompt, or the conversation up to the message,
         differently once more follows.
         """
-        conversation = _Conversation(self, checked_messages(messages), checked_tools(tools))
+        conversation = EscapedConversation(self, checked_messages(messages), checked_tools(tools))
         rendered = conversation.render(add_generation_prompt)
         if not self._template.marks_generation:
             rendered = conversation.with_marks(rendered)
@@ -140,17 +159,21 @@ class ChatTemplate:
             "continued in tokens"
         )
 
-    def _refused(self, fault: TemplateError) -> RequestError:
+    def refused(self, fault: TemplateError) -> RequestError:
+        """An error of the template, with where it comes from."""
         line = f", line {fault.line}" if fault.line else ""
         return RequestError(f"{self._where}: the chat template{line}: {fault}")
 
 
-class _Conversation:
-    """A conversation being rendered: its strings with stand-ins for control tokens, and the stand-ins to put back."""
+class EscapedConversation:
+    """A conversation being rendered: its strings with stand-ins for control tokens, and the stand-ins to put back.
+
+    messages, tools: checked ones.
+    """
 
     def __init__(self, template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
         self._of = template
-        self._given = {"messages": messages, "tools": tools}
+        self._given = {"messages": template.with_thinking(messages), "tools": tools}
         self._stand_ins = StandIns("\0".join([template.text, *template._variables.values(), *strings_of(self._given)]))
         self._marks = (self._stand_ins.free(), self._stand_ins.free())
         control = template._control
@@ -160,17 +183,23 @@ class _Conversation:
             lambda key: control.escaped_key(key, self._stand_ins),
         )
 
-    def render(self, add_generation_prompt: bool) -> str:
-        """The text with stand-ins and marks, after a check that every control token in it is the template's."""
-        rendered = self._render(self._escaped, len(self._escaped["messages"]), add_generation_prompt)
+    @cached_property
+    def _fully_escaped(self) -> Any:
         control = self._of._control
-        fully_escaped = map_strings(
+        return map_strings(
             self._given,
             lambda text: control.fully_escaped(text, self._stand_ins),
             lambda key: control.escaped_key(key, self._stand_ins),
         )
-        if fully_escaped != self._escaped:
-            harmless = self._render(fully_escaped, len(fully_escaped["messages"]), add_generation_prompt)
+
+    def render(self, add_generation_prompt: bool, messages: int | None = None) -> str:
+        """The text with stand-ins and marks, after a check that every control token in it is the template's. messages: number
+        of the first ones that are rendered; None: all."""
+        messages = len(self._escaped["messages"]) if messages is None else messages
+        rendered = self._render(self._escaped, messages, add_generation_prompt)
+        control = self._of._control
+        if self._fully_escaped != self._escaped:
+            harmless = self._render(self._fully_escaped, messages, add_generation_prompt)
             if control.pattern.findall(harmless) != control.pattern.findall(rendered):
                 raise RequestError(
                     f"{self._of._where}: the chat template writes other control tokens for other words, so those that "
@@ -203,28 +232,51 @@ class _Conversation:
 
     def segments(self, rendered: str) -> list[Segment]:
         """The text cut at the template's control tokens and at the marks, with the stand-ins put back."""
-        segments: list[Segment] = []
-        begin = self._marks[0]
-        depth = 0
+        return [
+            Segment(segment.text if segment.is_control else self._stand_ins.put_back(segment.text), *segment[1:])
+            for segment in self.pieces(rendered)
+        ]
+
+    def pieces(self, rendered: str) -> Iterator[Segment]:
+        """As `segments`, with the stand-ins."""
+        begin, depth = self._marks[0], 0
         for text, is_control in split_at(rendered, self._of._control.pattern, self._marks):
             if text in self._marks:
                 depth += 1 if text == begin else -1
             else:
-                segments.append(Segment(text if is_control else self._stand_ins.put_back(text), is_control, depth > 0))
-        return segments
+                yield Segment(text, is_control, depth > 0)
+
+    def rendered_with(self, index: int, message: Mapping[str, Any]) -> str:
+        """The conversation up to message `index`, with another one in its place, which holds no control token."""
+        changed = {**self._escaped, "messages": [*self._escaped["messages"][:index], dict(message)]}
+        return self._render(changed, index + 1, add_generation_prompt=False)
+
+    def free(self) -> str:
+        """A character that stands nowhere in the conversation."""
+        return self._stand_ins.free()
+
+    def put_back(self, text: str) -> str:
+        """A text with the characters that stand-ins stand for."""
+        return self._stand_ins.put_back(text)
+
+    def last_control(self, text: str) -> int:
+        """Where the last control token of a text begins; 0 where there is none."""
+        return max((match.start() for match in self._of._control.pattern.finditer(text)), default=0)
 
     def _render(self, given: Mapping[str, Any], messages: int, add_generation_prompt: bool) -> str:
         variables = {
             **self._of._variables,
             "messages": given["messages"][:messages],
             "tools": given["tools"],
+            # SmolLM3's name of tools that are called in JSON
+            "xml_tools": given["tools"],
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
             return self._of._template.render(variables, self._marks)
         except TemplateError as fault:
-            raise self._of._refused(fault) from None
+            raise self._of.refused(fault) from None
 
 
 def checked_messages(messages: Sequence[Message], first: int = 0) -> list[dict[str, Any]]:
@@ -338,6 +390,22 @@ class ChatEncoder:
             for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
         return encoding.ids, mask
+
+    def encode_parts(self, parts: Sequence[Sequence[Segment]]) -> list[list[int]] | None:
+        """The ids of each of some parts, encoded as one text. None where a token holds text of two of them."""
+        texts = ["".join(self._names[one.text] if one.is_control else one.text for one in part) for part in parts]
+        encoding = encode_without_blocking(self._copy, "".join(texts))
+        ends = list(accumulate(map(len, texts)))
+        ids: list[list[int]] = [[] for _ in parts]
+        part = 0
+        for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            # a token without a width stands at the beginning of what follows
+            while part < len(parts) - 1 and start >= ends[part]:
+                part += 1
+            if end > ends[part] and id not in self._controls:
+                return None
+            ids[part].append(id)
+        return ids
 
 
 def _renamed(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:

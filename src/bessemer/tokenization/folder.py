@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ArtefactError
+from bessemer.core.hashing import hash_bytes
 from bessemer.core.store import read_json, write_json
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.control_tokens import END_OF_TEXT, control_tokens
@@ -231,6 +232,11 @@ def read_chat_template(folder: Path) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
+
+
+def template_hash(template: str) -> str:
+    """Hash of a chat template, but for white space around it."""
+    return hash_bytes(template.strip().encode())
 
 
 def token_text(token: Any) -> Any:

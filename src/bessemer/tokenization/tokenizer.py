@@ -23,6 +23,7 @@ from bessemer.tokenization.chat import (
     check_encodable,
     encode_without_blocking,
 )
+from bessemer.tokenization.chat_turns import ChatTurns
 from bessemer.tokenization.control_tokens import END_OF_TEXT, TURN_ENDS
 from bessemer.tokenization.fast import LONG_TEXT, BulkEncoder, TokenizersEncoder, agree, bulk_encoder, slices
 from bessemer.tokenization.folder import (
@@ -32,8 +33,10 @@ from bessemer.tokenization.folder import (
     read_chat_template,
     read_configuration,
     read_settings,
+    template_hash,
     token_text,
 )
+from bessemer.tokenization.trained_template import read_trained_template
 from bessemer.tokenization.vocabulary import (
     SPACE_MARK,
     Kind,
@@ -114,6 +117,17 @@ class Tokenizer:
     def hash(self) -> str:
         """Hash of `tokenizer.json`: what token shards and models are checked against."""
         return hash_file(self.folder / TOKENIZER_FILE)
+
+    @cached_property
+    def template_hash(self) -> str | None:
+        """Hash of the chat template: what models and adapters are checked against. None where there is none."""
+        return None if self.chat_template is None else template_hash(self.chat_template)
+
+    @cached_property
+    def tool_format(self) -> str:
+        """The name of the format in which the model was trained to call tools, where its folder says so; else empty."""
+        record = read_trained_template(self.folder)
+        return "" if record is None else record.tool_format
 
     @cached_property
     def bulk(self) -> BulkEncoder:
@@ -294,6 +308,38 @@ class Tokenizer:
                 says[place] = True
         return ids, says
 
+    def chat_turns(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> ChatTurns:
+        """The turns of a conversation, to be rendered one by one. Raises RequestError for malformed messages or tools."""
+        return ChatTurns(self._chat, messages, tools)
+
+    def encode_together(self, parts: Sequence[Sequence[Segment]]) -> list[list[int]] | None:
+        """The ids of each of some parts of a conversation, encoded as one text, as `apply_chat_template` does. None where a
+        token would hold text of two parts."""
+        return self._chat_encoder.encode_parts(parts)
+
+    def encode_apart(self, parts: Sequence[Sequence[Segment]]) -> list[list[int]]:
+        """The ids of a context, as `apply_chat_template` gives them, and of the parts behind it, each as it is written behind
+        tokens that stand already."""
+        first, *others = parts
+        # behind a control token, since some tokenizers put a space before a text
+        behind = [self._chat_encoder.encode([self._any_end, *part])[0] for part in others]
+        return [self._chat_encoder.encode(first)[0], *(ids[1:] for ids in behind)]
+
+    @cached_property
+    def _any_end(self) -> Segment:
+        text = next(text for text, id in self._control_ids.items() if id == self.eos_ids[0])
+        return Segment(text, is_control=True, is_assistant=False)
+
+    @property
+    def end_tokens(self) -> frozenset[str]:
+        """The control tokens at which generation stops."""
+        return frozenset(token for token, id in self._control_ids.items() if id in self.eos_ids)
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the chat template marks what the assistant says by `{% generation %}`."""
+        return self._chat.marks_generation
+
     def continue_chat(
         self, messages: Sequence[Message], answered: int, tools: Sequence[Tool] | None = None
     ) -> tuple[int, list[int]]:
@@ -302,8 +348,7 @@ class Tokenizer:
 
         Raises RequestError as `render_chat`, and for a template that ends the assistant's turn without an end token.
         """
-        end_tokens = {token for token, id in self._control_ids.items() if id in self.eos_ids}
-        segments = self._chat.following(messages, answered, end_tokens, tools)
+        segments = self._chat.following(messages, answered, self.end_tokens, tools)
         end, *ids = self._chat_encoder.encode(segments)[0]
         assert end == self._control_ids[segments[0].text], "a control token is one id"
         return end, ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, setting
 from bessemer.training.config import LoopConfig
@@ -57,6 +57,36 @@ class AdapterConfig(Config):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+class KeepBetterConfig(Config):
+    """When a stage gives up what it trained: where that is worse than the model it started from, on the same items."""
+
+    shorthand: ClassVar[str | None] = "tasks"
+
+    tasks: list[str] = setting(
+        description="Tasks that both models are asked, by name or YAML file (docs/tasks.md); `tasks_data` is their folder.",
+        default_factory=list,
+    )
+    held_out: bool = setting(
+        True,
+        "Compare on the stage's own held-out data too: the loss of its rows in sft and preference, the reward of its prompts, "
+        "completed greedily, in rl.",
+    )
+    limit: int = setting(500, "Most items of each task, and of the held-out data, the first ones.", unit="items", gt=0)
+    confidence: float = setting(
+        0.95,
+        "The trained model is worse where, of any measure, this confidence interval of the paired difference lies below 0 "
+        "(of several measures, by Holm's correction); 0: where the mean does.",
+        ge=0,
+        lt=1,
+    )
+
+    @model_validator(mode="after")
+    def _check_measures(self) -> Self:
+        if not self.tasks and not self.held_out:
+            raise ValueError("held_out: false leaves nothing to compare on; name tasks")
+        return self
+
+
 class TuningConfig(LoopConfig):
     """Settings of the stages that tune a trained model: whole, or by an adapter."""
 
@@ -67,6 +97,13 @@ class TuningConfig(LoopConfig):
         None,
         "Train a low-rank adapter and leave the weights as they are (docs/adapters.md), with AdamW at 2e-4 where nothing else "
         "is said, in reward at 1e-4, in rl at 1e-5. Absent: all weights.",
+    )
+
+    keep_better: KeepBetterConfig | None = setting(
+        None,
+        "Compare the trained model with the one that the stage started from, and end with that one where the trained one is "
+        "worse (docs/trainer.md#the-better-of-two-models): true, tasks, or settings. Not of reward; in one process. Absent: "
+        "the trained model.",
     )
 
     minutes: float | None = setting(
@@ -92,6 +129,15 @@ class TuningConfig(LoopConfig):
         if not isinstance(values["adapter"], (dict, AdapterConfig)):
             values["adapter"] = {AdapterConfig.shorthand: values["adapter"]}
         return values
+
+    @field_validator("keep_better", mode="before")
+    @classmethod
+    def _named_tasks(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return {} if value else None
+        if isinstance(value, str):
+            value = [value]
+        return {KeepBetterConfig.shorthand: value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Self:
@@ -122,3 +168,15 @@ class TuningConfig(LoopConfig):
     def low_rank(self) -> AdapterConfig | None:
         """The adapter that is trained."""
         return self.adapter
+
+    @property
+    def comparison(self) -> KeepBetterConfig | None:
+        """How the trained model is compared with the one before."""
+        return self.keep_better
+
+    def output_settings(self) -> dict[str, Any]:
+        """As of `Config`, without a comparison where there is none, so that the keys of such runs stay as they were."""
+        kept = super().output_settings()
+        if self.keep_better is None:
+            del kept["keep_better"]
+        return kept

@@ -392,6 +392,8 @@ def seconds_per_step(run: Callable[[Any, Path], object], config: LoopConfig, *, 
         "track": [],
         "profile": None,
     }
+    if config.comparison is not None:
+        quiet["keep_better"] = None
     with TemporaryDirectory() as folder:
         run(config.with_changes(**_of_length(config, cycle + counted), **quiet), Path(folder))
         seconds = [line["seconds"] for line in read_metrics(Path(folder) / METRICS)]

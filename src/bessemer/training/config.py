@@ -21,7 +21,7 @@ from bessemer.training.config_parts import (
 from bessemer.training.optim.lr_schedule import LearningRates, ScheduleSettings
 
 if TYPE_CHECKING:
-    from bessemer.training.adapter_config import AdapterConfig
+    from bessemer.training.adapter_config import AdapterConfig, KeepBetterConfig
 
 #: Shapes for which PyTorch compiles a function before it gives up and runs it eagerly (`recompile_limit`).
 _COMPILED_SHAPES = 8
@@ -157,6 +157,11 @@ class LoopConfig(
     @property
     def low_rank(self) -> AdapterConfig | None:
         """The adapter that is trained in place of the weights; None: these are."""
+        return None
+
+    @property
+    def comparison(self) -> KeepBetterConfig | None:
+        """How the trained model is compared with the one that the run starts from; None: not at all."""
         return None
 
     @property

@@ -20,6 +20,7 @@ from bessemer.training.autotune import RunCost, prepare_run
 from bessemer.training.checkpoint.export import save_trained, save_trained_adapter
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import BatchSource
+from bessemer.training.keeping import HeldOut, Keeper
 from bessemer.training.loop import OnStepEnd, no_metrics, train
 from bessemer.training.model_roles import OtherModel
 from bessemer.training.model_setup import Load, PreparedModel
@@ -76,13 +77,14 @@ class TrainingHooks:
 
     validate: from the model, which has its weights only when training begins, to what is called after each step. initialise:
     changes the loaded weights, of the whole model or of this process's shards. checkpoint_source, throughput_check: as of
-    `train`.
+    `train`. held_out: what both models are asked where the settings compare them (`keep_better`).
     """
 
     validate: Callable[[Decoder], OnStepEnd] = lambda decoder: no_metrics
     initialise: Callable[[Decoder], object] | None = None
     checkpoint_source: Path | None = None
     throughput_check: ThroughputCheck | None = None
+    held_out: HeldOut | None = None
 
 
 @dataclass
@@ -96,6 +98,7 @@ class TrainingJob(Generic[SomeConfig]):
     mesh: Mesh
     description: str
     _scorer: TaskScorer | None
+    _keeper: Keeper | None
     _is_trained: bool = False
 
     @classmethod
@@ -128,7 +131,8 @@ class TrainingJob(Generic[SomeConfig]):
             only_resolve=only_resolve,
         )
         start = StartingModel.of(model, resolved, run.seed)
-        return cls(resolved, start, run, runtime, mesh, description, scorer)
+        keeper = Keeper.open(resolved, start, runtime, mesh, run.out, run.progress, folder=run.folder, tasks=run.tasks)
+        return cls(resolved, start, run, runtime, mesh, description, scorer, keeper)
 
     def other(
         self,
@@ -151,13 +155,26 @@ class TrainingJob(Generic[SomeConfig]):
         others: Sequence[OtherModel] = (),
         hooks: TrainingHooks = TrainingHooks(),
     ) -> dict[str, Any]:
-        """Train, and write `out/model`, with an adapter `out/adapter`, resuming from `out`; the headline metrics.
+        """Train, and write `out/model`, with an adapter `out/adapter`, resuming from `out`; the headline metrics. Where the
+        settings compare the two, these hold the better one of the trained model and the one before.
 
         The model is opened here, and not with the job: what a stage computes before with another one is then gone from memory.
         Raises what `loop.train` raises.
         """
         assert not self._is_trained, "a job trains once"
         self._is_trained = True
+        if self._keeper is not None:
+            self._keeper.check(hooks.held_out)
+        metrics = self._trained(source, objective, others, hooks)
+        return metrics if self._keeper is None else {**metrics, **self._keeper.keep(hooks.held_out)}
+
+    def _trained(
+        self,
+        source: BatchSource,
+        objective: Objective | LossFunction | None,
+        others: Sequence[OtherModel],
+        hooks: TrainingHooks,
+    ) -> dict[str, Any]:
         config, run, runtime, mesh, start = self.config, self.run, self.runtime, self.mesh, self.start
         decoder, load = start.open(runtime.device, mesh)
         if hooks.initialise is not None:

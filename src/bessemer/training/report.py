@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from bessemer.core.metrics import LOSSY_NOTE, baseline_label, is_lossy, read_metrics, size
 from bessemer.core.report import (
+    Cell,
     Column,
     Curves,
     Facts,
@@ -17,6 +19,7 @@ from bessemer.core.report import (
     HeatMaps,
     Metrics,
     Part,
+    ReportFunction,
     Sample,
     Samples,
     Section,
@@ -34,6 +37,11 @@ _COLUMNS, _CURVES = 24, 4
 ENOUGH_TEXT = 300_000
 
 Records = Sequence[Metrics]
+
+#: Keys of a stage's metrics that compare its models (`keeping.py`): which of the two it ends with, and the measures.
+KEPT, COMPARISON = "kept", "comparison"
+#: Values of `kept`.
+KEPT_BEFORE, KEPT_TRAINED = "the model before", "the trained model"
 
 
 def report(stage: StageReport) -> Section:
@@ -243,3 +251,81 @@ def series_of(records: Records, key: str, factor: float = 1, label: str = "") ->
     """A metric by step, where it is logged, times a factor."""
     logged = [record for record in records if isinstance(record.get(key), (int, float))]
     return Series(label or key, [record["step"] for record in logged], [record[key] * factor for record in logged])
+
+
+def comparison_sentence(metrics: Metrics) -> str:
+    """Which of two models a stage ends with, and why, from its metrics."""
+    measures: Sequence[Metrics] = metrics[COMPARISON]
+    if metrics[KEPT] == KEPT_TRAINED:
+        return f"no worse than the model before: {'; '.join(map(_measured, measures))}"
+    worse = [measure for measure in measures if measure["worse"]]
+    return (
+        f"worse than the model before: {'; '.join(map(_measured, worse))}; the model before is kept, and the trained one lies "
+        "beside it, under -trained"
+    )
+
+
+def _measured(measure: Metrics) -> str:
+    before, after, *gains = _values(measure)
+    return f"{measure['name']} {before} → {after} (better by {gains[0]}, {gains[1]}, {measure['items']:,} items)"
+
+
+def _values(measure: Metrics) -> tuple[str, str, str, str]:
+    """Before, after, the gain, and its interval, as they are shown."""
+    form = (lambda value: f"{value:.1%}") if measure["share"] else (lambda value: f"{value:.4f}")
+    low, high = measure["interval"]
+    interval = "no interval of a single item" if low is None else f"95 % interval {form(low)} to {form(high)}"
+    return form(measure["before"]), form(measure["after"]), form(measure["difference"]), interval
+
+
+def comparison_parts(metrics: Metrics) -> list[Part]:
+    """A stage's models beside each other, and which of them it ends with."""
+    columns = [
+        Column("Measure"),
+        Column("Before", True),
+        Column("After", True),
+        Column("Better by", True),
+        Column("Items", True),
+    ]
+    rows = []
+    for measure in metrics[COMPARISON]:
+        before, after, gain, interval = _values(measure)
+        remark = f"{interval}{', worse' if measure['worse'] else ''}"
+        rows.append([measure["name"], before, after, Cell(gain, remark=remark), f"{measure['items']:,}"])
+    sentence = comparison_sentence(metrics)
+    return [Heading("Before and after, on the same items"), Text(f"{sentence[0].upper()}{sentence[1:]}."), Table(columns, rows)]
+
+
+def with_comparison(report: ReportFunction) -> ReportFunction:
+    """A stage's section of the report, with its models beside each other after the first part where they were compared."""
+
+    def compared(stage: StageReport) -> Section | None:
+        section = report(stage)
+        if section is None or COMPARISON not in stage.metrics:
+            return section
+        first, *others = section.parts
+        return replace(section, parts=[first, *comparison_parts(stage.metrics), *others])
+
+    return compared
+
+
+def with_kept(line: Callable[[Metrics], str]) -> Callable[[Metrics], str]:
+    """A stage's line in the table of stages, which says that the model before is kept where it is."""
+
+    def extended(metrics: Metrics) -> str:
+        if metrics.get(KEPT) != KEPT_BEFORE:
+            return line(metrics)
+        worse = " and ".join(measure["name"] for measure in metrics[COMPARISON] if measure["worse"])
+        return f"{line(metrics)}, worse than before on {worse}: {KEPT_BEFORE} is kept"
+
+    return extended
+
+
+def with_warning(sentences: Callable[[StageReport], Sequence[str]]) -> Callable[[StageReport], list[str]]:
+    """A stage's sentences for the head of the report, with one where the model before is kept."""
+
+    def extended(stage: StageReport) -> list[str]:
+        is_before = stage.metrics.get(KEPT) == KEPT_BEFORE
+        return [*([f"{stage.name}: {comparison_sentence(stage.metrics)}."] if is_before else []), *sentences(stage)]
+
+    return extended

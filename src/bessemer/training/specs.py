@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bessemer.core.config import Config, nearest
+from bessemer.core.hashing import hash_file
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
 from bessemer.data.config import CollectConfig, MixedConfig
 from bessemer.data.sources.registry import source_name
@@ -103,7 +105,8 @@ def resolved_by(run: Callable[..., dict[str, Any]]) -> Callable[[StageContext], 
 
 
 def training_stage(**described: Any) -> StageSpec:
-    """A stage that trains a model; `described`: as of `StageSpec`, in place of what such stages have alike."""
+    """A stage that trains a model; `described`: as of `StageSpec`, in place of what such stages have alike. Its texts say where
+    the model before the stage is kept."""
     alike: dict[str, Any] = {
         "needs": {"model": "model"},
         "makes": {"model": "model"},
@@ -117,7 +120,27 @@ def training_stage(**described: Any) -> StageSpec:
         "packages": loop_packages,
         "check": check_loop,
     }
-    return StageSpec(**alike | described)
+    spec = StageSpec(**alike | described)
+    return dataclasses.replace(
+        spec,
+        report=report.with_comparison(spec.report),
+        summary_line=report.with_kept(spec.summary_line),
+        sentences=report.with_warning(spec.sentences),
+        fingerprint=_with_compared_tasks(spec.fingerprint),
+    )
+
+
+def _with_compared_tasks(fingerprint: Callable[[Any, Outside], Any]) -> Callable[[Any, Outside], Any]:
+    """A stage's fingerprint and, only where there are any, so that the keys of other runs stay, the files of the tasks by which
+    its models are compared."""
+
+    def extended(config: LoopConfig, outside: Outside) -> Any:
+        own = fingerprint(config, outside)
+        tasks = [] if config.comparison is None else config.comparison.tasks
+        files = [outside.folder / name for name in tasks if name.endswith((".yaml", ".yml"))]
+        return [own, [hash_file(path) for path in files if path.is_file()]] if files else own
+
+    return extended
 
 
 def _pretrain_conflict(config: PretrainConfig, above: Mapping[str, Any]) -> str | None:

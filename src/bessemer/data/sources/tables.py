@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bessemer.core.delimited import DELIMITERS, DELIMITERS_OF, delimiter_of
 from bessemer.core.errors import SourceError
 from bessemer.core.object_storage import RANDOM_ACCESS_BYTES
-from bessemer.core.records import DELIMITERS, DELIMITERS_OF, delimiter_of
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.file_source import (
     SettingsFormat,

@@ -222,7 +222,7 @@ def _forbid(logits_RV: Tensor, entries: tuple[Tensor, Tensor] | None) -> None:
 
 
 def _penalised(logits_PV: Tensor, penalties: _Penalties, sampled: Tensor) -> Tensor:
-    """As `penalise`, with the tokens that the host does not know yet."""
+    """As `change_logits`, with the tokens that the host does not know yet."""
     counts_PV = torch.zeros_like(logits_PV)
     if penalties.made is not None:
         (places_E, tokens_E), values_E = penalties.made

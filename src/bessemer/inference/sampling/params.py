@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from functools import cache
 from typing import Annotated, Any, Literal, Self
 from weakref import WeakValueDictionary
@@ -17,71 +18,96 @@ TokenId = Annotated[int, Field(ge=0)]
 
 #: The fields that constrain the text, of which a request may set one.
 GRAMMARS = ("json_schema", "regex", "choice", "ebnf")
-#: Fields that shape the distribution that tokens are sampled from. Beam search samples none.
-_SAMPLING = ("top_k", "top_p", "min_p", "typical_p", "best_of")
 #: Fields that depend on the tokens before, which beams do not keep apart.
 _HISTORY = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logits_processor", "logprobs", "stop", *GRAMMARS)
+
+
+class Mark(Enum):
+    """What a field of `SamplingParams` means elsewhere; a field carries its marks in its annotation."""
+
+    #: The sampler on the device computes it (`device_sampler.py`); a request that changes another is sampled on the host.
+    DEVICE = auto()
+    #: No sampler reads it: when an answer ends, how many there are, the prompt's log-probabilities, beams.
+    UNREAD = auto()
+    #: It shapes what tokens are drawn from, or how many are: beam search, which draws none, refuses it.
+    DRAWS = auto()
+    #: Clients of the server may set it under its own name, within its own limits, with nothing said in `protocol.py`.
+    SERVED = auto()
 
 
 class SamplingParams(Config):
     """How one request's tokens are chosen and when they end."""
 
-    max_tokens: int = setting(
+    max_tokens: Annotated[int, Mark.UNREAD] = setting(
         256, "most new tokens; fewer where the context ends; 0: the prompt is read, and nothing is made", unit="tokens", ge=0
     )
-    min_tokens: int = setting(
+    min_tokens: Annotated[int, Mark.DEVICE] = setting(
         0, "new tokens before which no end token may come and no stop text is looked for", unit="tokens", ge=0
     )
-    temperature: float = setting(
+    temperature: Annotated[float, Mark.DEVICE] = setting(
         1.0, "divides the logits; below 0.00001 the likeliest token is taken every time", ge=0, allow_inf_nan=False
     )
-    top_k: int = setting(0, "sample from the k likeliest tokens; 0: from all", unit="tokens", ge=0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability", gt=0, le=1)
-    min_p: float = setting(0.0, "leave out tokens less likely than this share of the likeliest one's probability", ge=0, le=1)
-    typical_p: float = setting(
+    top_k: Annotated[int, Mark.DEVICE, Mark.DRAWS] = setting(
+        0, "sample from the k likeliest tokens; 0: from all", unit="tokens", ge=0
+    )
+    top_p: Annotated[float, Mark.DEVICE, Mark.DRAWS] = setting(
+        1.0, "sample from the likeliest tokens that together reach this probability", gt=0, le=1
+    )
+    min_p: Annotated[float, Mark.DEVICE, Mark.DRAWS, Mark.SERVED] = setting(
+        0.0, "leave out tokens less likely than this share of the likeliest one's probability", ge=0, le=1
+    )
+    typical_p: Annotated[float, Mark.DRAWS, Mark.SERVED] = setting(
         1.0, "sample from the tokens nearest to the expected surprise that together reach this probability", gt=0, le=1
     )
-    repetition_penalty: float = setting(
+    repetition_penalty: Annotated[float, Mark.DEVICE, Mark.SERVED] = setting(
         1.0, "divides the positive logits of tokens in prompt and answer, multiplies the negative", gt=0, allow_inf_nan=False
     )
-    presence_penalty: float = setting(0.0, "subtracted from the logits of tokens in the answer", ge=-2, le=2)
-    frequency_penalty: float = setting(
+    presence_penalty: Annotated[float, Mark.DEVICE, Mark.SERVED] = setting(
+        0.0, "subtracted from the logits of tokens in the answer", ge=-2, le=2
+    )
+    frequency_penalty: Annotated[float, Mark.DEVICE, Mark.SERVED] = setting(
         0.0, "subtracted from the logits of tokens in the answer, once for each time they are there", ge=-2, le=2
     )
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = setting(
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Mark.DEVICE] = setting(
         default_factory=dict, description="added to the logits of tokens, by token id"
     )
-    allowed_tokens: Annotated[list[TokenId], Field(min_length=1)] | None = setting(
+    allowed_tokens: Annotated[Annotated[list[TokenId], Field(min_length=1)] | None, Mark.DEVICE] = setting(
         None, "the only tokens that may be chosen, by id; none: all"
     )
-    banned_tokens: list[TokenId] = setting(default_factory=list, description="tokens that are never chosen, by id")
+    banned_tokens: Annotated[list[TokenId], Mark.DEVICE] = setting(
+        default_factory=list, description="tokens that are never chosen, by id"
+    )
     logits_processor: Any = setting(
         None,
         "your own change of the logits: a function of (prompt tokens, answer tokens, logits) that returns logits, "
         "or `file.py:function`",
     )
-    seed: int | None = setting(None, "the same seed gives the same text; none: another text every time")
-    stop: list[Annotated[str, Field(min_length=1)]] = setting(
+    seed: Annotated[int | None, Mark.DEVICE] = setting(None, "the same seed gives the same text; none: another text every time")
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Mark.UNREAD] = setting(
         default_factory=list, description="texts before which the answer ends"
     )
-    include_stop: bool = setting(False, "keep the stop text at the end of the answer")
-    stop_token_ids: list[TokenId] = setting(default_factory=list, description="tokens at which the answer ends, by id")
-    ignore_eos: bool = setting(False, "go on after the end token, to measure speed")
-    n: int = setting(1, "answers to one prompt", ge=1)
-    best_of: int | None = setting(None, "answers that are made, of which the n likeliest are given; none: n", ge=1)
+    include_stop: Annotated[bool, Mark.UNREAD] = setting(False, "keep the stop text at the end of the answer")
+    stop_token_ids: Annotated[list[TokenId], Mark.DEVICE] = setting(
+        default_factory=list, description="tokens at which the answer ends, by id"
+    )
+    ignore_eos: Annotated[bool, Mark.UNREAD, Mark.SERVED] = setting(False, "go on after the end token, to measure speed")
+    n: Annotated[int, Mark.UNREAD] = setting(1, "answers to one prompt", ge=1)
+    best_of: Annotated[int | None, Mark.UNREAD, Mark.DRAWS] = setting(
+        None, "answers that are made, of which the n likeliest are given; none: n", ge=1
+    )
     logprobs: int | None = setting(
         None, "log-probability of each token of the answer, beside those of the k likeliest; none: none", unit="tokens", ge=0
     )
-    logprobs_mode: Literal["raw", "temperature", "sampled"] = setting(
+    logprobs_mode: Annotated[Literal["raw", "temperature", "sampled"], Mark.UNREAD] = setting(
         "raw",
         "distribution of `logprobs`: the model's own; at the temperature, after biases and penalties; or what is sampled from, "
         "truncated and renormalised",
     )
-    prompt_logprobs: int | None = setting(
+    prompt_logprobs: Annotated[int | None, Mark.UNREAD] = setting(
         None, "log-probability of each token of the prompt, beside those of the k likeliest; none: none", unit="tokens", ge=0
     )
-    beam_width: int = setting(0, "beams of a beam search; 0: none", ge=0)
-    length_penalty: float = setting(
+    beam_width: Annotated[int, Mark.UNREAD] = setting(0, "beams of a beam search; 0: none", ge=0)
+    length_penalty: Annotated[float, Mark.UNREAD] = setting(
         1.0, "beams are ranked by log-probability / length ** this; above 0 favours long answers", allow_inf_nan=False
     )
     json_schema: dict[str, Any] | str | None = setting(None, "the answer is JSON that fits this schema")
@@ -125,7 +151,7 @@ class SamplingParams(Config):
         if self.temperature not in (0, 1):
             raise ValueError(f"beam search draws nothing: leave out temperature ({self.temperature}) or beam_width")
         changed = self.changed_settings
-        for name in (*_SAMPLING, *_HISTORY):
+        for name in (*marked(Mark.DRAWS), *_HISTORY):
             if name in changed:
                 raise ValueError(f"beam search does not take {name}; leave out {name} or beam_width")
 
@@ -153,6 +179,12 @@ class SamplingParams(Config):
 @cache
 def _defaults(kind: type[SamplingParams]) -> list[tuple[str, Any]]:
     return [(name, field.get_default(call_default_factory=True)) for name, field in kind.model_fields.items()]
+
+
+@cache
+def marked(mark: Mark) -> tuple[str, ...]:
+    """The fields of `SamplingParams` with a mark, in their order."""
+    return tuple(name for name, field in SamplingParams.model_fields.items() if mark in field.metadata)
 
 
 class StopStrings:

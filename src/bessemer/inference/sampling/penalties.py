@@ -105,8 +105,19 @@ class TokenRules:
             np.copyto(logits_V[: len(self._forbidden_V)], -np.inf, where=self._forbidden_V)
 
 
-def penalise(logits_V: np.ndarray, params: SamplingParams, counts: TokenCounts) -> None:
-    """Change float32 logits in place by the penalties.
+def changes_logits(params: SamplingParams) -> bool:
+    """Whether the settings change a token's logits at all, wherever it stands."""
+    return (
+        params.repetition_penalty != 1
+        or bool(params.presence_penalty or params.frequency_penalty)
+        or bool(params.logit_bias or params.banned_tokens)
+        or params.allowed_tokens is not None
+        or params.logits_processor is not None
+    )
+
+
+def change_logits(logits_V: np.ndarray, params: SamplingParams, counts: TokenCounts) -> None:
+    """Change float32 logits in place by the penalties, between the biases and the user's own processor.
 
     Repetition (Keskar et al. 2019, made symmetric as in `transformers`): logits of tokens in prompt or answer are divided
     by it where positive, multiplied where negative. Presence and frequency (OpenAI's API reference): logits of tokens in the

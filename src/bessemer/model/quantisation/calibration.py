@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -137,9 +137,20 @@ def steps_of(fed: Fed, names: Sequence[str]) -> list[list[str]]:
     return list(steps.values())
 
 
-def gather(fed: Fed, names: Sequence[str]) -> dict[str, list[Statistics]]:
-    """The statistics of the inputs of some of a block's matrices: one, or one for each expert."""
-    found: dict[str, list[Statistics]] = {}
+class InputStatistics(Protocol):
+    """What is known of the inputs of a matrix."""
+
+    def add(self, hidden: Tensor) -> None:
+        """Count inputs, (…, K)."""
+
+
+Kind = TypeVar("Kind", bound=InputStatistics)
+
+
+def gather(fed: Fed, names: Sequence[str], kind: Callable[[int, torch.device], Kind]) -> dict[str, list[Kind]]:
+    """The statistics of the inputs of some of a block's matrices: one, or one for each expert. kind: makes those of K
+    inputs."""
+    found: dict[str, list[Kind]] = {}
     device = fed.inputs[0].device
     with ExitStack() as stack:
         for name in names:
@@ -147,24 +158,24 @@ def gather(fed: Fed, names: Sequence[str]) -> dict[str, list[Statistics]]:
             outer = fed.block.get_submodule(local.rpartition(".")[0])
             if isinstance(outer, Experts):
                 inputs = getattr(outer, local.rpartition(".")[2]).shape[-1]
-                found[name] = [Statistics(inputs, device) for _ in range(outer.count)]
+                found[name] = [kind(inputs, device) for _ in range(outer.count)]
                 up, down = (found.get(f"{name.rpartition('.')[0]}.{part}") for part in ("gate_up_proj", "down_proj"))
                 stack.enter_context(_watched(outer, up, down))
                 continue
             layer = fed.block.get_submodule(local)
             assert isinstance(layer, nn.Linear)
-            found[name] = [Statistics(layer.in_features, device)]
+            found[name] = [kind(layer.in_features, device)]
             stack.callback(layer.register_forward_pre_hook(_counting(found[name][0])).remove)
         fed.run()
     return found
 
 
-def _counting(statistics: Statistics) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _counting(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     return lambda _, arguments: statistics.add(arguments[0])
 
 
 @contextmanager
-def _watched(experts: Experts, up: list[Statistics] | None, down: list[Statistics] | None) -> Iterator[None]:
+def _watched(experts: Experts, up: Sequence[InputStatistics] | None, down: Sequence[InputStatistics] | None) -> Iterator[None]:
     """Counts what goes into each expert's two matrices."""
 
     def backend(visits_VD: Tensor, sizes_E: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor:

@@ -181,9 +181,9 @@ def _calibrated(
         steps = steps_of(fed, names)
         # a block's inputs are scaled before any of its matrices is rounded
         if config.method == "awq":
-            scaled = scale_activations(fed, integers, gather(fed, names))
+            scaled = scale_activations(fed, integers, gather(fed, names, Statistics))
         for step in steps:
-            statistics = gather(fed, step) if config.method == "gptq" else {name: scaled[name] for name in step}
+            statistics = gather(fed, step, Statistics) if config.method == "gptq" else {name: scaled[name] for name in step}
             for name in step:
                 codes[name], unvisited = _round(fed, name, integers[name], statistics[name], config)
                 seldom += unvisited

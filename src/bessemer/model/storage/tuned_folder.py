@@ -131,6 +131,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
     from bessemer.model.adapters.folder import read_adapter
     from bessemer.model.adapters.trained import merged
     from bessemer.model.storage.folder import load_model, save_model
+    from bessemer.tokenization.trained_template import read_trained_template, write_trained_template
 
     if base.is_file():
         raise ArtefactError(f"{base}: a GGUF file takes no adapter; import it first: bessemer import {base} FOLDER")
@@ -138,6 +139,8 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
         model = load_model(base, dtype=torch.float32)
         whole = merged(model, read_adapter(adapter, model))
         save_model(whole if dtype is None else whole.to(dtype), partial, tokenizer=base)
+        if (record := read_trained_template(adapter)) is not None:
+            write_trained_template(partial, record)
 
 
 def load_whole(folder: Path) -> Decoder:

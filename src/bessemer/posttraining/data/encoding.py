@@ -7,25 +7,26 @@ what it says in the answer. Of texts without roles it is the answer and the end 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from bessemer.core.errors import RequestError, SourceError
 from bessemer.posttraining.data.formats import Message, Turns
 from bessemer.posttraining.data.made import Truncate
+from bessemer.posttraining.data.turns import (
+    NothingLearntError,
+    RowError,
+    TrainedConversation,
+    prompt_inputs,
+)
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
 
 #: Inputs and targets, of equal length; -100 marks a token without a target.
 Row = tuple[np.ndarray, np.ndarray]
-
-
-class NothingLearntError(RequestError):
-    """An example in which the chat template, or the messages' weights, leave the assistant no word to learn."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class Encoded:
             return None
         return ids[:-1], np.where(is_learnt, ids, IGNORE_INDEX)[1:]
 
+    def windows(self, longest: int) -> list[Row]:
+        """(inputs, targets) of a text that is learnt whole, in windows of at most `longest` tokens, one behind the other."""
+        targets = np.where(self.is_learnt, self.ids, IGNORE_INDEX)[1:]
+        return [
+            (self.ids[begin : min(begin + longest, len(targets))], targets[begin : begin + longest])
+            for begin in range(0, len(targets), longest)
+        ]
+
     def through_end(self) -> np.ndarray:
         """The ids up to the answer's last learnt token, which is its end token: a template may write more behind it."""
         return self.ids[: self.inputs + 1]
@@ -83,25 +92,44 @@ class Encoded:
         return ids, targets
 
 
+class Unrendered(NamedTuple):
+    """A row that the model's template cannot write, or refuses. place: its file and line, empty where unknown."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}" if self.place else self.reason
+
+
+#: Share of the rows that may be left out because the template cannot write them; one or two may always be.
+MOST_UNRENDERED, _FEW_UNRENDERED = 0.05, 2
+
+
 @dataclass(frozen=True)
 class RowCounts:
-    """Counts of examples. too_long, nothing_learnt: left out. cut: kept without their beginning.
-    longest: tokens of a row."""
+    """Counts of examples. too_long, nothing_learnt, unrendered: left out. cut: kept without their beginning. turns_left_out: of
+    examples that are kept, whose other turns are within a row. longest: tokens of a row. total: of all examples."""
 
     longest: int
     too_long: int = 0
     nothing_learnt: int = 0
     cut: int = 0
+    turns_left_out: int = 0
+    unrendered: tuple[Unrendered, ...] = ()
+    total: int = 0
 
     @property
     def left_out(self) -> int:
-        """Number of examples left out, for either reason."""
-        return self.too_long + self.nothing_learnt
+        """Number of examples left out, for any reason."""
+        return self.too_long + self.nothing_learnt + len(self.unrendered)
 
     @property
     def figures(self) -> dict[str, int]:
         """For a stage's metrics."""
-        return {"too_long": self.too_long, "nothing_learnt": self.nothing_learnt, "cut": self.cut}
+        more = {"turns_left_out": self.turns_left_out, "unrendered": len(self.unrendered)}
+        figures = {"too_long": self.too_long, "nothing_learnt": self.nothing_learnt, "cut": self.cut}
+        return figures | {name: number for name, number in more.items() if number}
 
     def sentences(self, of: str) -> list[str]:
         """A sentence for each count above zero. of: all examples, as in `1,000 conversations`."""
@@ -111,7 +139,40 @@ class RowCounts:
             "are left out: the assistant says nothing in them that is learnt": self.nothing_learnt,
             f"are longer than {within}, and their beginning is cut off (truncate: left)": self.cut,
         }
-        return [f"  {number:,} of {of} {what}" for what, number in said.items() if number]
+        sentences = [f"  {number:,} of {of} {what}" for what, number in said.items() if number]
+        if self.turns_left_out:
+            sentences.append(f"  {self.turns_left_out:,} turns of others are left out: longer than {within} with their context")
+        if self.unrendered:
+            sentences.append(f"  {len(self.unrendered):,} of {of} are left out: {self._reasons()}")
+        return sentences
+
+    def _reasons(self) -> str:
+        """The first row that was not rendered with its reason, and the places of some others."""
+        first, *others = self.unrendered
+        if not others:
+            return str(first)
+        places = ", ".join(one.place for one in others[:_NAMED_ROWS] if one.place)
+        more = ", …" if len(others) > _NAMED_ROWS else ""
+        return f"{first}; {len(others):,} more{f' ({places}{more})' if places else ''}"
+
+    def check(self, name: str) -> None:
+        """Raise SourceError where too many cannot be rendered, or nothing is learnt of any. name: of an example, in the
+        plural."""
+        if self.total and self.nothing_learnt == self.total:
+            raise SourceError(
+                f"nothing would be learnt of any of the {self.total:,} {name}: the mask of what the assistant says is empty; "
+                "look at the weights of messages, and at {% generation %} in the model's chat template"
+            )
+        number = len(self.unrendered)
+        if number and (number == self.total or number > max(_FEW_UNRENDERED, MOST_UNRENDERED * self.total)):
+            raise SourceError(
+                f"{number:,} of {self.total:,} {name} cannot be written by the model's chat template: {self._reasons()}; take "
+                "them out, or take another model"
+            )
+
+
+#: Rows left out that are named after the first.
+_NAMED_ROWS = 5
 
 
 class RowFitter:
@@ -127,73 +188,123 @@ class RowFitter:
         self._longest = longest
         self._truncate: Truncate = truncate
         self._example = example or (lambda encoded, longest: encoded.example(longest, truncate))
-        self._too_long, self._nothing_learnt, self._cut = 0, 0, 0
+        self._too_long, self._nothing_learnt, self._cut, self._turns, self._total = 0, 0, 0, 0, 0
+        self._unrendered: list[Unrendered] = []
         self._most = 0
 
-    def fit(self, *encode: Callable[[], Encoded]) -> list[Row] | None:
-        """Rows of encoded examples; None unless all of them fit."""
+    def fit(self, *encode: Callable[[], Encoded], place: str = "") -> list[Row] | None:
+        """Rows of encoded examples; None unless all of them fit. place: of the row that they are of."""
+        encoded = self._encoded(lambda: [one() for one in encode], place)
+        if encoded is None:
+            return None
+        rows = self._rows(encoded)
+        if len(rows) < len(encoded):
+            self._count_missing(encoded)
+            return None
+        self._cut += max(one.inputs for one in encoded) > self._longest
+        return rows
+
+    def fit_turns(self, encode: Callable[[], list[Encoded]], place: str = "") -> list[Row]:
+        """Rows of the examples that one conversation gives; those that fit."""
+        encoded = self._encoded(encode, place)
+        if encoded is None:
+            return []
+        rows = self._rows(encoded)
+        if not rows:
+            self._count_missing(encoded)
+            return []
+        self._turns += len(encoded) - len(rows)
+        self._cut += len(rows) == len(encoded) and max(one.inputs for one in encoded) > self._longest
+        return rows
+
+    def _encoded(self, encode: Callable[[], list[Encoded]], place: str) -> list[Encoded] | None:
+        """What is encoded; None, and counted, where it cannot be, or nothing is learnt."""
+        self._total += 1
         try:
-            encoded = [one() for one in encode]
+            encoded = encode()
         except NothingLearntError:
             self._nothing_learnt += 1
             return None
-        rows = [row for one in encoded if (row := self._example(one, self._longest)) is not None]
-        most = max(one.inputs for one in encoded)
-        self._most = max(self._most, most)
-        if len(rows) < len(encoded):
-            if all(one.is_learnt.any() for one in encoded):
-                self._too_long += 1
-            else:
-                self._nothing_learnt += 1
+        except RowError as error:
+            self._unrendered.append(Unrendered(place, str(error)))
             return None
-        self._cut += most > self._longest
-        return rows
+        self._most = max(self._most, *(one.inputs for one in encoded))
+        return encoded
+
+    def _rows(self, encoded: Sequence[Encoded]) -> list[Row]:
+        return [row for one in encoded if (row := self._example(one, self._longest)) is not None]
+
+    def _count_missing(self, encoded: Sequence[Encoded]) -> None:
+        if all(one.is_learnt.any() for one in encoded):
+            self._too_long += 1
+        else:
+            self._nothing_learnt += 1
 
     def counts(self, name: str) -> RowCounts:
         """Counts of all examples so far. name: of an example, in the plural. Raises SourceError where the rule is to refuse
-        long ones."""
+        long ones, and as `RowCounts.check`."""
         if self._too_long and self._truncate == "refuse":
             raise SourceError(
                 f"{self._too_long:,} {name} have more than {self._longest:,} tokens, the longest {self._most:,}; raise "
                 "context_length, or say truncate: drop, or truncate: left"
             )
-        return RowCounts(self._longest, self._too_long, self._nothing_learnt, self._cut)
+        counts = RowCounts(
+            self._longest,
+            self._too_long,
+            self._nothing_learnt,
+            self._cut,
+            self._turns,
+            tuple(self._unrendered),
+            self._total,
+        )
+        counts.check(name)
+        return counts
 
 
 def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> Encoded:
-    """A prompt and an answer, both messages or both texts.
+    """A prompt and an answer, both messages or both texts, as one example: the prompt as it is served, and all that the
+    assistant says in the answer.
 
-    Messages with `"weight": 0` are read and not learnt. Raises RequestError where the template cannot be trained on, ends no
-    turn, or leaves out a call of a tool; NothingLearntError where nothing is learnt.
+    Of several turns in an answer, each after the first follows the one before it as in a conversation that is kept in tokens.
+    Messages with `"weight": 0` are read and not learnt. Raises RowError for what the model's template cannot write or refuses,
+    NothingLearntError where nothing is learnt.
     """
     if isinstance(prompt, str) or isinstance(answer, str):
         if not (isinstance(prompt, str) and isinstance(answer, str)):
             raise TypeError("prompt and answer must both be texts or both messages")
-        before, after = tokenizer.encode(prompt), [*_continuation(prompt, answer, tokenizer), tokenizer.eos_ids[0]]
-        return Encoded(np.array(before + after, np.int64), np.arange(len(before) + len(after)) >= len(before))
-    ids, is_learnt = _marked([*prompt, *answer], tokenizer, tools)
-    _check_calls([*prompt, *answer], ids[is_learnt], tokenizer)
-    turns = _beginnings(is_learnt)
+        return _encode_text(prompt, answer, tokenizer)
+    (encoded,) = _encode_messages(prompt, answer, tokenizer, tools, at_once=True)
+    return encoded
 
-    def turns_in(messages: Sequence[Message]) -> int:
-        """Not the number of its messages: a template marks nothing in an empty one."""
-        return len(_beginnings(_marked(messages, tokenizer, tools)[1])) if any(map(_speaks, messages)) else 0
 
-    spoken = turns_in(prompt)
-    if len(turns) <= spoken:
-        raise NothingLearntError(
-            "nothing in this conversation would be learnt: the chat template marks no word of the assistant's in the answer"
-        )
-    is_learnt[: turns[spoken]] = False
-    messages, edges = [*prompt, *answer], [*turns, len(ids)]
-    for number, message in enumerate(messages):
-        if _is_weightless(message):
-            begin, end = turns_in(messages[:number]), turns_in(messages[: number + 1])
-            is_learnt[edges[begin] : edges[end]] = False
-    _check_ends(ids, is_learnt, tokenizer)
-    if not is_learnt.any():
-        raise NothingLearntError("nothing in this conversation would be learnt: all that the assistant says has weight 0")
-    return Encoded(ids, is_learnt)
+def encode_turns(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> list[Encoded]:
+    """As `encode_answer`, in as many examples as there are contexts that are served: one where the template only appends, one
+    for each turn where it rewrites earlier ones."""
+    if isinstance(prompt, str) or isinstance(answer, str):
+        return [encode_answer(prompt, answer, tokenizer, tools)]
+    return _encode_messages(prompt, answer, tokenizer, tools, at_once=False)
+
+
+def _encode_text(prompt: str, answer: str, tokenizer: Tokenizer) -> Encoded:
+    before, after = tokenizer.encode(prompt), [*_continuation(prompt, answer, tokenizer), tokenizer.eos_ids[0]]
+    return Encoded(np.array(before + after, np.int64), np.arange(len(before) + len(after)) >= len(before))
+
+
+def _encode_messages(
+    prompt: Sequence[Message], answer: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message], *, at_once: bool
+) -> list[Encoded]:
+    messages = [*prompt, *answer]
+    learnt = {
+        number
+        for number, message in enumerate(messages)
+        if number >= len(prompt) and message["role"] == "assistant" and message.get("weight", 1) != 0
+    }
+    if not learnt:
+        said = any(message["role"] == "assistant" for message in answer)
+        why = "all that the assistant says has weight 0" if said else "the assistant says nothing in the answer"
+        raise NothingLearntError(f"nothing in this conversation would be learnt: {why}")
+    conversation = TrainedConversation(messages, tokenizer, tools)
+    return [Encoded(*ids) for ids in conversation.encoded(learnt.__contains__, at_once=at_once)]
 
 
 def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
@@ -203,63 +314,13 @@ def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
     return joint[len(before) :] if is_continued else tokenizer.encode(answer, add_bos=False)
 
 
-def _marked(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a conversation, and which of them the template marks as the assistant's."""
-    # beside calls the content may be null, which templates that write no calls cannot add to a text
-    ids, said = tokenizer.encode_chat([{"content": "", **message} for message in messages], tools=tools or None)
-    return np.array(ids, np.int64), np.array(said, bool)
-
-
-def _beginnings(is_marked: np.ndarray) -> np.ndarray:
-    """Positions at which runs of marked tokens begin."""
-    return np.flatnonzero(np.diff(is_marked, prepend=False) & is_marked)
-
-
-def _is_weightless(message: Message) -> bool:
-    return _speaks(message) and message.get("weight", 1) == 0
-
-
-def _check_calls(messages: Sequence[Message], learnt_ids: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Check that the template writes every tool call, by its name, into the assistant's turn."""
-    if not any(message.get("tool_calls") for message in messages):
-        return
-    written, place = tokenizer.decode(learnt_ids.tolist(), skip_special=False), 0
-    for number, message in enumerate(messages, start=1):
-        if not _speaks(message):
-            continue
-        # a name that the text only mentions is no call
-        content = (message.get("content") or "").strip()
-        if content and (begin := written.find(content, place)) >= 0:
-            place = begin + len(content)
-        for call in message.get("tool_calls") or ():
-            name = call.get("function", call)["name"]
-            places = [written.find(form, place) for form in (name, json.dumps(name)[1:-1])]
-            if max(places) < 0:
-                raise RequestError(
-                    f"message {number} calls the tool {name!r}, and the model's chat template shows no such calls, so that an "
-                    "answer without it would be learnt; take a model whose template has tools, or leave the row out"
-                )
-            place = max(places) + len(name)
-
-
-def _check_ends(ids: np.ndarray, is_learnt: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Every turn that is learnt ends in a control token, behind which a template may write white space."""
-    for begin, end in zip(_beginnings(is_learnt), np.flatnonzero(np.diff(is_learnt, append=False) & is_learnt), strict=True):
-        turn = ids[begin : end + 1].tolist()
-        while turn and not tokenizer.is_end(turn[-1]) and not tokenizer.decode(turn[-1:]).strip():
-            turn.pop()
-        if not turn or not tokenizer.is_end(turn[-1]):
-            raise RequestError(
-                "the chat template ends what the assistant says by no control token, so that a model would not learn to stop"
-            )
-
-
-def _speaks(message: Any) -> bool:
-    return bool(message["role"] == "assistant")
-
-
 def encode_prompt(prompt: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> list[int]:
-    """The ids of a prompt, up to where the answer begins."""
+    """The ids of a prompt, up to where the answer begins, as a server renders it. Raises RowError for messages that the model's
+    template refuses."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tools=tools or None)
+    try:
+        messages = prompt_inputs(prompt, tokenizer)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools or None)
+    except RequestError as error:
+        raise RowError(str(error)) from None

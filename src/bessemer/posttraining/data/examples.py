@@ -8,57 +8,146 @@ rest of the question tells them apart. The others answer a question of another k
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from bessemer.core.errors import BessemerError, RequestError, SourceError
+from bessemer.core.errors import BessemerError, SourceError
 from bessemer.core.hashing import derive_seed, hash_file, hash_value
-from bessemer.core.records import Record, read_records
+from bessemer.core.records import BadRow, Record, split_part
 from bessemer.core.store import write_text
 from bessemer.core.usercode import load_user_function
+from bessemer.posttraining.data.dialects import TURNS
 from bessemer.posttraining.data.formats import (
+    ANSWERS,
+    LABELS,
     Answered,
     Message,
     Pair,
     Turns,
     answer_in_columns,
     as_answered,
+    as_labelled,
     as_pair,
+    as_prompt,
     plain_turns,
 )
-from bessemer.posttraining.data.made import MISMATCHED, TASK, data_path
+from bessemer.posttraining.data.hub import HubDataset
+from bessemer.posttraining.data.made import MISMATCHED, TASK, OnBadRow, data_name, data_path, made_path
+from bessemer.posttraining.data.preview import Understood, understand
 from bessemer.posttraining.data.splitting import opening, split_examples
+from bessemer.posttraining.data.understanding import (
+    DataPlace,
+    RowSet,
+    conversation_parser,
+    find_columns,
+    open_rows,
+    with_known_names,
+)
 
 Example = TypeVar("Example")
 
-#: Number of unusable rows that are named after the first.
-_NAMED_ROWS = 5
+_log = logging.getLogger(__name__)
 
 
-def read_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
-    """The rows of a file as examples. Raises SourceError with the file, the line of the first that is malformed, and the lines
-    of others."""
-    return [example for _, example in placed_examples(path, parse)]
+class RowReader:
+    """Reads the rows that a stage learns from: by one rule for bad rows, which it keeps, and says what it understood.
+
+    on_bad_row: skip leaves bad rows out, unless they are more than a twentieth of a file's; stop refuses them. say: receives
+    lines about each file; where it is None, rows that are left out are logged as warnings. bad: the rows left out so far.
+    """
+
+    def __init__(self, on_bad_row: OnBadRow = "skip", say: Callable[[str], None] | None = None) -> None:
+        self.bad: list[BadRow] = []
+        self._on_bad_row: OnBadRow = on_bad_row
+        self._say = say
+
+    def examples(self, place: DataPlace, parse: Callable[[Mapping[str, Any]], Example]) -> list[tuple[str, Example]]:
+        """The rows of a place as examples, each behind its file and line. Raises SourceError for bad rows that the rule
+        refuses, and what `open_rows` does."""
+        return self.accept(understand(with_known_names(open_rows(place)), parse))
+
+    def conversations(self, place: DataPlace, columns: tuple[str, str] | None = None) -> list[tuple[str, Answered]]:
+        """Rows of a place in any format for supervised tuning. columns: those of questions and of answers, where they are
+        named; else they are told by their names. Raises as `examples`, and SourceError for columns that tell nothing."""
+        rows = open_rows(place)
+        return self.accept(understood_conversations(rows, columns))
+
+    def accept(self, understood: Understood[Example]) -> list[tuple[str, Example]]:
+        """The examples of what was understood, after it was said. Raises SourceError for bad rows that the rule refuses."""
+        examples = understood.checked(self._on_bad_row)
+        self.bad += understood.bad
+        if self._say is not None:
+            for line in understood.lines():
+                self._say(line)
+        elif understood.bad:
+            _log.warning("note: %s", understood.warning)
+        return examples
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """For a stage's metrics: the number of rows left out, where there are any."""
+        return {"bad_rows": len(self.bad)} if self.bad else {}
+
+    def write_bad_rows(self, path: Path) -> None:
+        """Write the rows that were left out, with their places and reasons; nothing where there are none."""
+        if self.bad:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"place": row.place, "reason": row.why} for row in self.bad]
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def placed_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[tuple[str, Example]]:
-    """`read_examples`, each behind its file and line."""
-    examples, bad = parsed(read_records(path), parse)
-    if bad:
-        raise SourceError(_bad_rows(bad))
-    return examples
+#: File of the rows that a stage left out, in its folder.
+BAD_ROWS = "bad_rows.jsonl"
 
 
-def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[tuple[str, Example]]:
+def understood_conversations(rows: RowSet, columns: tuple[str, str] | None = None) -> Understood[Answered]:
+    """Rows for supervised tuning, parsed. columns, and what is raised: as of `RowReader.conversations`."""
+    if columns is None:
+        rows = with_known_names(rows)
+        columns = find_columns(rows) if rows.records else None
+    return understand(rows, conversation_parser(rows, columns), columns)
+
+
+def previewed(name: str, prompt: str | None = None, answer: str | None = None) -> Understood[Any]:
+    """What is understood of the data that a name typed by somebody means: pairs of answers, answers that are good or bad,
+    conversations, texts, or prompts, by its columns.
+
+    prompt, answer: columns of questions and of answers, where they are named. Raises SourceError for columns that tell nothing,
+    and what `open_rows` does.
+    """
+    rows = with_known_names(open_rows(data_path(data_name(name), Path(), {})))
+    names = set(rows.columns)
+    if prompt is None and answer is None:
+        if {"chosen", "rejected"} <= names or "preferred_output" in names:
+            return understand(rows, as_pair)
+        if names & {*LABELS} and ("completion" in names or names & {*TURNS}):
+            return understand(rows, as_labelled)
+        if "prompt" in names and not names & {"completion", *ANSWERS}:
+            return understand(rows, as_prompt)
+    columns = find_columns(rows, prompt, answer, ("--prompt-column", "--answer-column"), is_chat=True)
+    return understood_conversations(rows, columns)
+
+
+def read_examples(
+    place: DataPlace, parse: Callable[[Mapping[str, Any]], Example], reader: RowReader | None = None
+) -> list[Example]:
+    """The rows of a place as examples. Raises as `RowReader.examples`."""
+    return [example for _, example in (reader or RowReader()).examples(place, parse)]
+
+
+def examples_of_function(
+    name: str, folder: Path, parse: Callable[[Mapping[str, Any]], Example], reader: RowReader | None = None
+) -> list[tuple[str, Example]]:
     """The rows that a user's `file.py:function` gives, as examples, each behind its name and number.
 
-    Raises ConfigError where there is no such function, SourceError for one that fails or gives none, and with the number of the
-    first row that is malformed.
+    Raises ConfigError where there is no such function, SourceError for one that fails or gives none, and for bad rows that the
+    reader refuses.
     """
     function = load_user_function(name, folder)
     try:
@@ -73,43 +162,7 @@ def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, 
     if not rows:
         raise SourceError(f"{name}: it gives no row")
     records = [Record(dict(row), number, f"{name}: row {number:,}") for number, row in enumerate(rows, start=1)]
-    examples, bad = parsed(records, parse)
-    if bad:
-        raise SourceError(f"{bad[0].record.place}: {bad[0].why}")
-    return examples
-
-
-class BadRow(NamedTuple):
-    """A row that is no example. why: in one line, to stand behind the row's place."""
-
-    record: Record
-    why: str
-
-
-def parsed(
-    records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Example]
-) -> tuple[list[tuple[str, Example]], list[BadRow]]:
-    """Parsed rows with their places, and the errors of malformed ones. parse: raises ValueError or RequestError for a
-    malformed row."""
-    examples, bad = [], []
-    for record in records:
-        try:
-            examples.append((record.place, parse(record.values)))
-        except (ValueError, RecursionError, RequestError) as error:
-            bad.append(BadRow(record, str(error)))
-    return examples, bad
-
-
-def _bad_rows(bad: Sequence[BadRow]) -> str:
-    """The first of some rows with its reason, where the others are, and what to do."""
-    (first, why), *others = bad
-    remedy = "mend the row, or take it out of the file"
-    if not others:
-        return f"{first.place}: {why}; {remedy}"
-    shown = ", ".join(f"{record.number:,}" for record, _ in others[:_NAMED_ROWS])
-    kind = "lines" if first.place.endswith(f":{first.number}") else "rows"
-    more = ", …" if len(others) > _NAMED_ROWS else ""
-    return f"{first.place}: {why}; {len(others):,} more cannot be used ({kind} {shown}{more}); {remedy}"
+    return (reader or RowReader()).accept(understand(RowSet(name, "a function", records), parse))
 
 
 def prompt_key(prompt: Turns) -> str:
@@ -122,12 +175,29 @@ def drawn(examples: Sequence[Example], most: int, seed: int) -> Sequence[Example
     return examples if len(examples) <= most else random.Random(seed).sample(examples, most)
 
 
-def files_fingerprint(names: Sequence[str], folder: Path) -> dict[str, str]:
-    """Hashes of files, for a stage's key. Raises SourceError for a missing one."""
-    for name in names:
-        if not (folder / name).is_file():
-            raise SourceError(f"{folder / name}: there is no such file")
-    return {name: hash_file(folder / name) for name in names}
+def files_fingerprint(names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Hashes of files and of those of folders, and the commits of data sets of the hub, for a stage's key. Raises SourceError
+    for what is missing."""
+    return {name: _fingerprint(name, folder) for name in names}
+
+
+def data_hash(name: str) -> str:
+    """Hash of the rows that a name typed by somebody means: of a file that of its bytes. Raises as `files_fingerprint`."""
+    fingerprint = _fingerprint(data_name(name), Path())
+    return fingerprint if isinstance(fingerprint, str) else hash_value(fingerprint)
+
+
+def _fingerprint(name: str, folder: Path) -> Any:
+    place = data_path(name, folder, {})
+    if isinstance(place, HubDataset):
+        return place.commit()
+    file, _ = split_part(place)
+    if file.is_dir():
+        inner = [path for path in sorted(file.rglob("*")) if path.is_file()]
+        return {path.relative_to(file).as_posix(): hash_file(path) for path in inner}
+    if not file.is_file():
+        raise SourceError(f"{file}: there is no such file")
+    return hash_file(file)
 
 
 @dataclass(frozen=True)
@@ -148,6 +218,11 @@ class Conversation:
         """All messages in order; none of a text without roles."""
         prompt, answer = self.answered.prompt, self.answered.answer
         return () if isinstance(prompt, str) or isinstance(answer, str) else (*prompt, *answer)
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is a text alone, which is learnt whole."""
+        return self.answered.prompt == "" and isinstance(self.answered.answer, str)
 
     @property
     def tools(self) -> tuple[Message, ...]:
@@ -176,23 +251,25 @@ class Conversation:
         return {"prompt": plain_turns(self.answered.prompt), "completion": plain_turns(self.answered.answer)}
 
 
-def read_conversations(path: Path, columns: tuple[str, str] | None = None) -> list[Conversation]:
-    """All examples of a file, in any of the formats of `formats.py`.
+def read_conversations(
+    place: DataPlace, columns: tuple[str, str] | None = None, reader: RowReader | None = None
+) -> list[Conversation]:
+    """All examples of a place, in any of the formats of `formats.py`.
 
-    columns: those of questions and of answers, for a table of other names. Raises SourceError or ArtefactError with file and
-    line of the first that is malformed, or when there is none.
+    columns: those of questions and of answers, for a table of other names. Raises as `RowReader.conversations`.
     """
-    return [Conversation(answered, path.name, place) for place, answered in placed_examples(path, _parser(columns))]
+    source = place.name if isinstance(place, Path) else str(place)
+    examples = (reader or RowReader()).conversations(place, columns)
+    return [Conversation(answered, source, where) for where, answered in examples]
 
 
-def made_conversations(name: str, folder: Path, columns: tuple[str, str] | None = None) -> list[Conversation]:
+def made_conversations(
+    name: str, folder: Path, columns: tuple[str, str] | None = None, reader: RowReader | None = None
+) -> list[Conversation]:
     """All examples that a user's `file.py:function` gives, in the formats of `read_conversations`. Raises ConfigError where
     there is no such function, SourceError as `read_conversations`."""
-    return [Conversation(answered, name, place) for place, answered in examples_of_function(name, folder, _parser(columns))]
-
-
-def _parser(columns: tuple[str, str] | None) -> Callable[[Mapping[str, Any]], Answered]:
-    return as_answered if columns is None else partial(answer_in_columns, columns=columns)
+    parse = as_answered if columns is None else partial(answer_in_columns, columns=columns)
+    return [Conversation(answered, name, where) for where, answered in examples_of_function(name, folder, parse, reader)]
 
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> None:
@@ -241,7 +318,12 @@ def _conversation(row: Mapping[str, Any]) -> Conversation:
 
 
 def gather_pairs(
-    names: Sequence[str], folder: Path, made: Mapping[str, Path], share: float, seed: int
+    names: Sequence[str],
+    folder: Path,
+    made: Mapping[str, Path],
+    share: float,
+    seed: int,
+    reader: RowReader | None = None,
 ) -> tuple[list[Pair], list[Pair]]:
     """(training, held-out) pairs of all data that are named: of rows, `share` of the prompts are held out; of `made/mismatched`
     what the conversations were.
@@ -250,7 +332,8 @@ def gather_pairs(
     """
     mismatched: tuple[list[Pair], list[Pair]] = ([], [])
     if MISMATCHED in names:
-        mismatched = mismatched_pairs(data_path(MISMATCHED, folder, made), seed)
-    rows = [pair for name in names if name != MISMATCHED for pair in read_examples(data_path(name, folder, made), as_pair)]
+        mismatched = mismatched_pairs(made_path(MISMATCHED, made), seed)
+    others = (data_path(name, folder, made) for name in names if name != MISMATCHED)
+    rows = [pair for place in others for pair in read_examples(place, as_pair, reader)]
     training, held_out = split_examples(rows, lambda pair: opening(pair.prompt), share, seed)
     return [*mismatched[0], *training], [*mismatched[1], *held_out]

@@ -1,24 +1,24 @@
-"""Rows of data sets as examples: the formats that TRL documents, ShareGPT's, Alpaca's, and transcripts as of hh-rlhf.
+"""Rows of data sets as examples: the formats that TRL documents, OpenAI's, ShareGPT's, Alpaca's, and transcripts as of hh-rlhf.
 
 | keys | becomes |
 |---|---|
-| `messages` (and `tools`) | a conversation |
-| `conversations` of `from` and `value` (ShareGPT) | a conversation |
+| `messages`, `conversations`, … (and `tools`), in any dialect of `dialects.py` | a conversation |
 | `instruction`, `input`, `output`, `history` (Alpaca); `instruction`, `context`, `response` (Dolly) | a conversation |
 | `prompt` and `completion`, messages or texts | a conversation or a text, of which the completion is learnt |
 | `prompt`, `chosen`, `rejected` (`margin`, `confidence`); without `prompt` what the two begin with alike | a pair of answers |
-| `prompt`, `completion`, `label` | an answer that is good or bad |
+| `input`, `preferred_output`, `non_preferred_output` (OpenAI) | a pair of answers |
+| `prompt`, `completion`, `label` (or `kto_tag`) | an answer that is good or bad |
 
 A message of the assistant's with `"weight": 0` is read and not learnt, as in OpenAI's format. A `content` that is
 null is empty.
 
-The prompt of a pair may also stand under `question`, `instruction`, `messages` or `conversations`. A text under `system` is the
-system message of a row that has none of its own. In a CSV file everything is text, and an empty cell is absent.
+The prompt of a pair may also stand under `question`, `instruction`, `messages` or `conversations`. A text under `system` (or
+`system_prompt`) is the system message of a row that has none of its own. In a CSV file everything is text, and an empty cell is
+absent.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bessemer.core.config import nearest
+from bessemer.posttraining.data.dialects import TURNS, messages_in, tools_in
 from bessemer.tokenization.chat import checked_messages, checked_tools
 
 #: Advice for texts without questions.
@@ -35,20 +36,14 @@ Message = dict[str, Any]
 #: Messages of a conversation, or a text without roles.
 Turns = tuple[Message, ...] | str
 
-#: ShareGPT's names of speakers, and the roles that they are.
-_SPEAKERS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 #: Values of a label: CSV files hold words, and many data sets zeros and ones.
-_LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+_TRUTH = {
+    **dict.fromkeys(("true", "1", "1.0", "good", "yes", "desirable"), True),
+    **dict.fromkeys(("false", "0", "0.0", "-1", "bad", "no", "undesirable"), False),
+}
+#: Columns of the system message, and of whether an answer is good.
+SYSTEMS = ("system", "system_prompt", "system_message")
+LABELS = ("label", "kto_tag")
 #: Columns that usually hold the question. A pair of texts with one of them is refused: its prompt belongs under `prompt`.
 _QUESTIONS = ("input", "query", "context", "user", "text", "problem")
 #: Usual columns of questions, of answers, and of texts alone, in lower case.
@@ -100,13 +95,14 @@ def as_answered(row: Mapping[str, Any]) -> Answered:
     """A row for supervised tuning. Raises ValueError or RequestError, in one line, for one in none of the formats."""
     tools = tools_of(row)
     if (name := _conversation_key(row)) is not None:
-        return Answered((), _under_system(row, _spoken(_turns(row, name), name)), tools)
+        return Answered((), _under_system(row, _spoken(row[name], name)), tools)
     if "completion" in row:
         prompt, (completion,) = _prompt_and_answers(row, ("completion",))
         return Answered(prompt, completion, tools)
     if "instruction" in row:
-        prompt, answer = _alpaca_prompt(row), _cell(row, "output" if "output" in row else "response")
-        return Answered(prompt, _spoken([_said("assistant", answer)], "output"), tools)
+        column = next((name for name in ("output", "response", *ANSWERS) if name in row), "output")
+        prompt, answer = _alpaca_prompt(row), _cell(row, column)
+        return Answered(prompt, _spoken([_said("assistant", answer)], column), tools)
     raise ValueError(
         f"is in no known format: it has {_named(row)}; wanted are messages, conversations, prompt and completion, or "
         f"instruction and output{f'; {CONTINUE}' if is_plain_text(row) else ''}"
@@ -116,7 +112,7 @@ def as_answered(row: Mapping[str, Any]) -> Answered:
 def is_plain_text(row: Mapping[str, Any]) -> bool:
     """Whether a row holds a text, as rows for pretraining do, and nothing that answers it."""
     names = {str(name).strip().lower() for name in row}
-    return bool(names & _TEXTS) and not names & {"messages", "conversations", "completion", "chosen", *PROMPTS, *ANSWERS}
+    return bool(names & _TEXTS) and not names & {*TURNS, "completion", "chosen", *PROMPTS, *ANSWERS}
 
 
 def answer_in_columns(row: Mapping[str, Any], columns: tuple[str, str]) -> Answered:
@@ -126,7 +122,14 @@ def answer_in_columns(row: Mapping[str, Any], columns: tuple[str, str]) -> Answe
         if name not in row:
             raise ValueError(f"has no column {name!r}{nearest(name, list(row))}")
     question, answer = (_cell(row, name) for name in columns)
-    return Answered(_messages([_said("user", question)], columns[0]), _spoken([_said("assistant", answer)], columns[1]))
+    prompt = _under_system(row, messages_of([_said("user", question)], columns[0]))
+    return Answered(prompt, _spoken([_said("assistant", answer)], columns[1]), tools_of(row))
+
+
+def as_document(row: Mapping[str, Any]) -> Answered:
+    """A row of a text alone, which is learnt whole. Raises ValueError, in one line, where it has none."""
+    column = next((name for name in row if str(name).strip().lower() in _TEXTS), "text")
+    return Answered("", _text(row, column))
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
@@ -144,7 +147,7 @@ def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, 
     if column not in row:
         raise ValueError(f"has no column {column!r}{nearest(column, list(row))}")
     given = row[column]
-    messages = _messages([_said("user", _text(row, column))] if isinstance(given, str) else given, column)
+    messages = messages_of([_said("user", _text(row, column))] if isinstance(given, str) else given, column)
     last = messages[-1]
     if last["role"] == "assistant":
         raise ValueError(f"{column}: it ends with the assistant, whose turn it is to answer")
@@ -156,6 +159,7 @@ def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, 
 
 def as_pair(row: Mapping[str, Any]) -> Pair:
     """A row of a chosen and a rejected answer. Raises ValueError or RequestError, in one line."""
+    row = _with_our_names(row)
     if "chosen" not in row or "rejected" not in row:
         raise ValueError(f"needs the keys 'chosen' and 'rejected'; it has {_named(row)}")
     prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"))
@@ -167,6 +171,20 @@ def as_pair(row: Mapping[str, Any]) -> Pair:
     if weight <= 0:
         raise ValueError(f"weight must be above 0, it is {weight:g}")
     return Pair(prompt, chosen, rejected, tools_of(row), _number(row, "margin", 0.0), confidence, weight)
+
+
+def _with_our_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A pair in OpenAI's format with the names of ours."""
+    if "preferred_output" not in row or "non_preferred_output" not in row:
+        return row
+    asked = row.get("input")
+    given = dict(asked) if isinstance(asked, Mapping) else {"messages": asked}
+    return {
+        "prompt": given.get("messages"),
+        "tools": given.get("tools"),
+        "chosen": row["preferred_output"],
+        "rejected": row["non_preferred_output"],
+    }
 
 
 def _number(row: Mapping[str, Any], name: str, absent: float) -> float:
@@ -187,9 +205,10 @@ def as_labelled(row: Mapping[str, Any]) -> Labelled:
 
     Raises ValueError or RequestError, in one line.
     """
-    label = _LABELS.get(str(row.get("label")).strip().lower())
+    given = next((row[name] for name in LABELS if row.get(name) is not None), None)
+    label = _TRUTH.get(str(given).strip().lower())
     if label is None:
-        raise ValueError(f"label must be true or false, it is {row.get('label')!r}")
+        raise ValueError(f"label must be true or false, it is {given!r}")
     answered = as_answered(row)
     if not answered.prompt and not isinstance(answered.answer, str):
         *before, last = answered.answer
@@ -229,11 +248,8 @@ def _prompt_and_answers(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[Tu
     """The prompt and the answers under the keys, all messages or all texts."""
     given = [row[key] for key in keys]
     name = next((name for name in ("prompt", "question") if name in row), None)
-    if name is not None:
+    if name is not None or (name := _conversation_key(row)) is not None:
         prompt = row[name]
-    elif (name := _conversation_key(row)) is not None:
-        prompt = _turns(row, name)
-        given = [[_turn(value, key)] if isinstance(value, Mapping) else value for value, key in zip(given, keys, strict=True)]
     elif "instruction" in row:
         prompt, name = list(_alpaca_prompt(row)), "instruction"
     else:
@@ -245,28 +261,23 @@ def _prompt_and_answers(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[Tu
         if all(_begins_with_the_prompt(value) for value in given):
             return _shared_prompt(row, given, keys)
         prompt = [_said("user", prompt)]
-    messages = _under_system(row, _messages(prompt, name))
+    messages = _under_system(row, messages_of(prompt, name))
     return messages, [_answer(value, key) for value, key in zip(given, keys, strict=True)]
 
 
 def _conversation_key(row: Mapping[str, Any]) -> str | None:
-    return next((name for name in ("messages", "conversations") if name in row), None)
-
-
-def _turns(row: Mapping[str, Any], name: str) -> Any:
-    """A conversation under one of its two names."""
-    return row[name] if name == "messages" else _sharegpt(row[name])
+    return next((name for name in TURNS if row.get(name) is not None), next((name for name in TURNS if name in row), None))
 
 
 def _begins_with_the_prompt(value: Any) -> bool:
     """Whether an answer in messages is a conversation from the beginning, as in UltraFeedback."""
     first = value[0] if isinstance(value, (list, tuple)) and value else None
-    return isinstance(first, Mapping) and first.get("role") in ("system", "user")
+    return isinstance(first, Mapping) and first.get("role", first.get("from")) in ("system", "user", "human")
 
 
 def _system(row: Mapping[str, Any]) -> str:
-    system = row.get("system")
-    return system if isinstance(system, str) and system.strip() else ""
+    given = (row.get(name) for name in SYSTEMS)
+    return next((system for system in given if isinstance(system, str) and system.strip()), "")
 
 
 def _under_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -293,7 +304,7 @@ def _shared_prompt(row: Mapping[str, Any], given: Sequence[Any], keys: Sequence[
         if shared and given[0][shared - 1] == " ":
             shared -= 1
         return given[0][:shared], [_filled(value[shared:], key) for value, key in zip(given, keys, strict=True)]
-    conversations = [_messages(value, key) for value, key in zip(given, keys, strict=True)]
+    conversations = [messages_of(value, key) for value, key in zip(given, keys, strict=True)]
     shared = _alike(conversations)
     while shared and any(len(one) <= shared or one[shared]["role"] != "assistant" for one in conversations):
         shared -= 1
@@ -325,7 +336,7 @@ def _answer(value: Any, key: str) -> tuple[Message, ...]:
 
 def _spoken(value: Any, key: str) -> tuple[Message, ...]:
     """The messages, if the assistant says something in them."""
-    messages = _messages(value, key)
+    messages = messages_of(value, key)
     if not any(
         one["role"] == "assistant" and ((one.get("content") or "").strip() or one.get("tool_calls")) for one in messages
     ):
@@ -333,11 +344,10 @@ def _spoken(value: Any, key: str) -> tuple[Message, ...]:
     return messages
 
 
-def _messages(value: Any, key: str) -> tuple[Message, ...]:
-    """Checked messages with the keys that are kept, in an order of roles that a conversation can have."""
-    if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{key}: must be a list of at least one message")
-    messages = checked_messages([_without_null(one) for one in value], first=1)
+def messages_of(value: Any, key: str) -> tuple[Message, ...]:
+    """Messages in any of the dialects of `dialects.py`, checked, with the keys that are kept, in an order of roles that a
+    conversation can have. key: where they stand, for errors. Raises ValueError or RequestError, in one line."""
+    messages = checked_messages([_without_null(one) for one in messages_in(value, key)], first=1)
     for number, (before, message) in enumerate(zip([None, *messages], messages, strict=False), start=1):
         role = message["role"]
         if role == "system" and before is not None:
@@ -356,51 +366,16 @@ def _without_null(message: Any) -> Any:
     return message
 
 
-def _sharegpt(value: Any) -> list[Message]:
-    if not isinstance(value, list):
-        raise ValueError("conversations: must be a list of turns with 'from' and 'value'")
-    return [_turn(turn, f"conversations: turn {number}") for number, turn in enumerate(value, start=1)]
-
-
-def _turn(turn: Any, where: str) -> Message:
-    """A turn of ShareGPT's, or a message."""
-    if isinstance(turn, Mapping) and "role" in turn:
-        return dict(turn)
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-        raise ValueError(f"{where} has no 'from' and 'value'")
-    role = _SPEAKERS.get(str(turn.get("from")))
-    if role is None:
-        raise ValueError(f"{where}: 'from' must be one of {', '.join(_SPEAKERS)}, got {turn.get('from')!r}")
-    if turn["from"] == "function_call":
-        return {"role": role, "content": "", "tool_calls": _calls(turn["value"], where)}
-    return _said(role, turn["value"]) | ({"weight": turn["weight"]} if "weight" in turn else {})
-
-
-def _calls(value: str, where: str) -> list[dict[str, Any]]:
-    """The calls of tools that a text holds in JSON, one or a list of them."""
-    try:
-        given = json.loads(value)
-    except (ValueError, RecursionError):
-        given = None
-    calls = given if isinstance(given, list) else [given]
-    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
-        raise ValueError(f"{where}: a function_call must be a call in JSON, with name and arguments, it is {value!r}"[:200])
-    return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments") or {}}} for call in calls
-    ]
-
-
 def _alpaca_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    question = _cell(row, "instruction")
-    for name in ("input", "context"):
-        if row.get(name) is not None and str(row[name]).strip():
-            question = f"{question}\n\n{_cell(row, name)}"
+    named = [name for name in ("instruction", "input", "context") if row.get(name) is not None and str(row[name]).strip()]
+    # the first is asked for where all are empty
+    question = "\n\n".join(_cell(row, name) for name in named or ("instruction",))
     before = []
     for turn in row.get("history") or ():
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"history must be a list of a question and an answer each, and holds {turn!r}"[:200])
         before += [_said("user", turn[0]), _said("assistant", turn[1])]
-    return _under_system(row, _messages([*before, _said("user", question)], "instruction"))
+    return _under_system(row, messages_of([*before, _said("user", question)], "instruction"))
 
 
 def _transcript(text: str) -> list[Message]:
@@ -429,14 +404,8 @@ def _filled(value: str, key: str) -> str:
 
 
 def tools_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The tools of a row; some data sets hold them as a JSON string, and an empty one is none."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"tools must be a list in JSON ({error})"[:200]) from None
-    return tuple(checked_tools(tools) or ())
+    """The tools of a row, under `tools` or OpenAI's older `functions`; some data sets hold them as a string of JSON."""
+    return tuple(checked_tools(tools_in(row.get("tools") or row.get("functions"))) or ())
 
 
 def _named(row: Mapping[str, Any]) -> str:

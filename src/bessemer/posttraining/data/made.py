@@ -18,6 +18,7 @@ from bessemer.core.hashing import hash_value
 from bessemer.core.records import TABLES, is_table
 from bessemer.core.stage import Outside
 from bessemer.core.store import write_text
+from bessemer.posttraining.data.hub import PREFIX, HubDataset, is_hub_dataset, looks_like_hub_dataset
 
 #: Revised answers, and conversations that a model wrote.
 REVISIONS, SYNTHETIC = "made/revisions", "made/synthetic"
@@ -37,6 +38,15 @@ TRUNCATE = (
     "and what the assistant says is learnt where it is whole; refuse: an error. How many there are is said. The end is never "
     "cut off, so that every answer teaches where it ends."
 )
+
+#: What becomes of rows that cannot be used.
+OnBadRow = Literal["skip", "stop"]
+ON_BAD_ROW = (
+    "Rows that cannot be used, as an empty answer. skip: left out, counted and shown with their reasons, unless they are more "
+    "than a twentieth of a file's rows; stop: an error."
+)
+#: Where rows may lie, for the description of `data`.
+PLACES = "files of rows (JSON lines, JSON, CSV, XLSX, Parquet, also compressed), a folder/ of them, hub:ORGANISATION/NAME#SPLIT"
 
 #: Name in `data` → kind of artefact, which is also the role of the input.
 _KINDS: Mapping[str, str] = {
@@ -69,11 +79,38 @@ def files_of(data: Iterable[str]) -> list[str]:
     return [name for name in data if name not in _KINDS]
 
 
-def data_path(name: str, folder: Path, made: Mapping[str, Path]) -> Path:
-    """The file of a name of `data`: made, or relative to `folder`. Raises SourceError for what no stage has made."""
-    if name in _KINDS and name not in made:
+def data_path(name: str, folder: Path, made: Mapping[str, Path]) -> Path | HubDataset:
+    """Where the rows of a name of `data` lie: made, a file or folder relative to `folder`, or a data set of the hub. Raises
+    SourceError for what no stage has made, ConfigError for a malformed name of the hub."""
+    if is_hub_dataset(name):
+        return HubDataset.parse(name)
+    return made_path(name, made) if name in _KINDS or name in made else folder / name
+
+
+def made_path(name: str, made: Mapping[str, Path]) -> Path:
+    """The file of a name of made data. Raises SourceError for what no stage has made."""
+    if name not in made:
         raise SourceError(f"{name} is made by a stage of a recipe; without one name its file")
-    return made.get(name, folder / name)
+    return made[name]
+
+
+def data_name(given: str | Path) -> str:
+    """What somebody typed as a name of `data`: a file or a folder of this machine by its whole path, or `hub:…`; also
+    ORGANISATION/NAME alone, where nothing here has that name."""
+    name = str(given)
+    if is_hub_dataset(name):
+        return name
+    path = Path(name)
+    if path.is_dir():
+        return f"{path.resolve()}/"
+    if looks_like_hub_dataset(name) and not path.exists() and not path.parent.exists():
+        return f"{PREFIX}{name}"
+    return str(path.resolve())
+
+
+def is_data_name(name: str) -> bool:
+    """Whether rows can lie under a name: a table, a folder with a slash behind it, or a data set of the hub."""
+    return is_table(name) or name.endswith("/") or is_hub_dataset(name)
 
 
 #: Names of made pairs, the inputs of stages that learn from pairs, and those of them that settings leave unread.
@@ -85,9 +122,10 @@ unread_pairs = unread(MADE_PAIRS)
 def checked_pairs(names: list[str]) -> list[str]:
     """Names of files of pairs, and of made pairs. Raises ValueError for another."""
     for name in names:
-        if name not in MADE_PAIRS and not is_table(name):
+        if name not in MADE_PAIRS and not is_data_name(name):
             raise ValueError(
-                f"{name!r} is neither a file of rows ({', '.join(TABLES)}) nor made pairs{nearest(name, list(MADE_PAIRS))}"
+                f"{name!r} is neither a file of rows ({', '.join(TABLES)}), a folder/ or hub:ORGANISATION/NAME, nor made "
+                f"pairs{nearest(name, list(MADE_PAIRS))}"
             )
     return names
 

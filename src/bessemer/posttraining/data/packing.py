@@ -24,7 +24,7 @@ from bessemer.core.errors import RequestError, SourceError
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.storage.folder import read_model_config
-from bessemer.posttraining.data.encoding import Encoded, NothingLearntError, Row, RowCounts, RowFitter, encode_answer
+from bessemer.posttraining.data.encoding import Encoded, Row, RowCounts, RowFitter, encode_answer, encode_turns
 from bessemer.posttraining.data.examples import Conversation, prompt_key
 from bessemer.posttraining.data.formats import Labelled, Pair
 from bessemer.posttraining.data.made import Truncate
@@ -44,27 +44,38 @@ class EncodedExample:
     targets: np.ndarray
 
 
-def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Encoded:
-    """The tokens of a conversation. Raises RequestError as `encode_answer`, with the row where it is known."""
+def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Encoded]:
+    """The examples of a conversation. Raises as `encode_turns`."""
     answered = conversation.answered
-    try:
-        return encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools)
-    except NothingLearntError:
-        raise
-    except RequestError as error:
-        if not conversation.place:
-            raise
-        raise RequestError(f"{conversation.place}: {error}") from None
+    return encode_turns(answered.prompt, answered.answer, tokenizer, answered.tools)
+
+
+def fit_each(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+) -> tuple[list[list[EncodedExample]], RowFitter]:
+    """The examples of each conversation that have at most `context_length` tokens, and what has counted the others; a longer
+    document is several examples."""
+    fitter = RowFitter(context_length, truncate)
+    fitted = [
+        _windows(one, tokenizer, context_length)
+        if one.is_document
+        else fitter.fit_turns(partial(encode_conversation, one, tokenizer), one.place)
+        for one in conversations
+    ]
+    return [[EncodedExample(*row) for row in rows] for rows in fitted], fitter
+
+
+def _windows(document: Conversation, tokenizer: Tokenizer, context_length: int) -> list[Row]:
+    return [row for encoded in encode_conversation(document, tokenizer) for row in encoded.windows(context_length)]
 
 
 def fit_conversations(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
 ) -> tuple[list[EncodedExample], RowCounts]:
-    """Conversations as examples of at most `context_length` tokens, and what became of the others. Raises SourceError where
-    longer ones are refused."""
-    fitter = RowFitter(context_length, truncate)
-    fitted = [fitter.fit(partial(encode_conversation, one, tokenizer)) for one in conversations]
-    return [EncodedExample(*rows[0]) for rows in fitted if rows is not None], fitter.counts("conversations")
+    """Conversations as examples of at most `context_length` tokens, and what became of the others. Raises SourceError as
+    `RowFitter.counts`."""
+    examples, fitter = fit_each(conversations, tokenizer, context_length, truncate)
+    return [example for of_one in examples for example in of_one], fitter.counts("conversations")
 
 
 @dataclass(frozen=True)
@@ -336,8 +347,14 @@ def pack_answers(
     for example, place in zip(examples, others_before([prompt_key(one.answered.prompt) for one in examples]), strict=True):
         answered, other = example.answered, examples[place].answered
         fitted = fitter.fit(partial(encode_answer, answered.prompt, answered.answer, tokenizer, answered.tools))
-        twin = encode_answer(answered.prompt, other.answer, tokenizer, answered.tools).beginning(context_length)
-        if fitted is not None and twin is not None:
+        if fitted is None:
+            continue
+        try:
+            twin = encode_answer(answered.prompt, other.answer, tokenizer, answered.tools).beginning(context_length)
+        except RequestError:
+            # the other answer is left out itself
+            continue
+        if twin is not None:
             packed.append((fitted[0], twin, example.is_desirable))
     lengths = [max(len(own[0]), len(twin[0])) for own, twin, _ in packed]
     row_of = best_fit(lengths, context_length)

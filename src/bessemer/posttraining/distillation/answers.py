@@ -25,14 +25,14 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.posttraining.chat_models import place_fingerprint
 from bessemer.posttraining.data.encoding import Encoded, encode_answer
-from bessemer.posttraining.data.examples import Conversation, read_examples
+from bessemer.posttraining.data.examples import Conversation, RowReader, read_examples
 from bessemer.posttraining.data.formats import Answered, as_answered, as_prompt, plain_turns, tools_of
-from bessemer.posttraining.data.made import FinishedRows
+from bessemer.posttraining.data.made import FinishedRows, data_path
 from bessemer.posttraining.data.splitting import opening, split_examples
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.objective import TeacherHead, mean_reverse_kl
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, Sampler, SamplerSettings
-from bessemer.posttraining.sampling.samples import Prompt, pack_samples
+from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts, pack_samples
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch, rows_of_step
 from bessemer.training.model_roles import ModelRoles
@@ -68,17 +68,18 @@ def _bare_prompt(row: Mapping[str, Any]) -> Prompt:
     return Prompt(messages, tools=tools_of(row))
 
 
-def gather_prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held out) prompts of all data, in order. Raises SourceError for rows that are malformed."""
-    prompts = [prompt for name in config.data for prompt in read_examples(folder / name, prompt_of)]
+def gather_prompts(
+    config: DistillationConfig, folder: Path, seed: int, reader: RowReader | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held out) prompts of all data, in order. Raises SourceError for bad rows that the settings refuse."""
+    reader = reader or RowReader(config.on_bad_row)
+    prompts = [prompt for name in config.data for prompt in read_examples(data_path(name, folder, {}), prompt_of, reader)]
     return split_examples(prompts, lambda prompt: opening(prompt.turns), config.validation_share, seed)
 
 
 def encoded_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, config: DistillationConfig) -> list[EncodedPrompt]:
     """The prompts that leave room for an answer, with their tokens."""
-    most = config.context_length - config.max_tokens
-    encoded = ((prompt, prompt.encoded(tokenizer)) for prompt in prompts)
-    return [(prompt, ids) for prompt, ids in encoded if len(ids) <= most]
+    return fitting_prompts(prompts, tokenizer, config.context_length - config.max_tokens)
 
 
 #: File of the teacher's answers, one line per prompt.

@@ -10,7 +10,7 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Plugin, Registry
-from bessemer.posttraining.data.made import TRUNCATE, Truncate
+from bessemer.posttraining.data.made import ON_BAD_ROW, PLACES, TRUNCATE, OnBadRow, Truncate
 from bessemer.training.adapter_config import TuningConfig
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class DistillationConfig(TuningConfig):
         None, "Folder of the model that is learnt from; absent: that of the stage that `from: {teacher: STAGE}` names."
     )
     data: list[str] = setting(
-        description="Files of rows, as JSON lines, JSON, CSV or Parquet: conversations and prompts with answers as in sft; "
+        description="Of " + PLACES + ": conversations and prompts with answers as in sft; "
         "where the answers are sampled, prompts alone will do. Empty: the text of the run's token shards, learnt whole.",
         default_factory=list,
     )
@@ -88,6 +88,7 @@ class DistillationConfig(TuningConfig):
         0.05, "Fraction of the prompts that are held out; a prompt is on one side with all its answers.", ge=0, lt=1
     )
     truncate: Truncate = setting("drop", TRUNCATE)
+    on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     validation_limit: int = setting(
         100, "Most held-out prompts that the student answers at each validation, for `validation_reverse_kl`.", ge=0
     )

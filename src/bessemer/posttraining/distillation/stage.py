@@ -14,13 +14,22 @@ from typing import Any, Unpack
 
 import torch.distributed as dist
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.data.encoding import RowFitter
-from bessemer.posttraining.data.examples import Conversation, drawn, prompt_key, read_conversations, write_conversations
+from bessemer.posttraining.data.examples import (
+    Conversation,
+    RowReader,
+    drawn,
+    prompt_key,
+    read_conversations,
+    write_conversations,
+)
+from bessemer.posttraining.data.made import data_path
 from bessemer.posttraining.data.packing import (
     EncodedExample,
     PackedBatches,
@@ -50,6 +59,7 @@ from bessemer.posttraining.distillation.objective import (
 from bessemer.posttraining.sampling.samples import Prompt
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.data.batches import BatchSource, TokenBatches
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -123,7 +133,8 @@ def answered_material(
     config: DistillationConfig, tokenizer: Tokenizer, folder: Path, seed: int, progress: Progress
 ) -> Material:
     """The answers of the data. Raises SourceError for rows that are malformed or too long."""
-    conversations = [one for name in config.data for one in read_conversations(folder / name)]
+    reader = RowReader(config.on_bad_row, progress.say)
+    conversations = [one for name in config.data for one in read_conversations(data_path(name, folder, {}), reader=reader)]
     training, held_out = split_examples(conversations, lambda one: opening_of(one.answered), config.validation_share, seed)
 
     def packed(some: Sequence[Conversation]) -> PackedConversations:
@@ -136,7 +147,7 @@ def answered_material(
 def taught_material(config: DistillationConfig, teacher: Path, tokenizer: Tokenizer, run: RunContext) -> Material:
     """Answers that the teacher samples. Those that ended are also written as `conversations/{train,validation}.jsonl`, which
     `sft` reads. Raises SourceError and ConfigError, as `sample_answers`."""
-    training, held_out = _prompts(config, run.folder, run.seed)
+    training, held_out = _prompts(config, run.folder, run.seed, run.progress)
     answers = sample_answers(
         config, teacher, [*training, *held_out], run.out, seed=run.seed, device=run.device, progress=run.progress
     )
@@ -160,7 +171,7 @@ def taught_material(config: DistillationConfig, teacher: Path, tokenizer: Tokeni
 
 def own_material(config: DistillationConfig, tokenizer: Tokenizer, folder: Path, seed: int, progress: Progress) -> Material:
     """Answers that the student samples at each step. Raises SourceError for prompts that are malformed or too long."""
-    training, held_out = _prompts(config, folder, seed)
+    training, held_out = _prompts(config, folder, seed, progress)
     prompts = encoded_prompts(training, tokenizer, config)
     if len(prompts) < len(training):
         progress.say(
@@ -227,8 +238,8 @@ def _packed_material(
     )
 
 
-def _prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    training, held_out = gather_prompts(config, folder, seed)
+def _prompts(config: DistillationConfig, folder: Path, seed: int, progress: Progress) -> tuple[list[Prompt], list[Prompt]]:
+    training, held_out = gather_prompts(config, folder, seed, RowReader(config.on_bad_row, progress.say))
     if not training:
         raise SourceError("no prompt is left to train on; give more rows, or lower validation_share")
     return training, held_out
@@ -302,6 +313,8 @@ def distill(
         return on_step_end
 
     summary = job.train(source, objective=_objective(config, head), others=others, hooks=TrainingHooks(validate))
+    if mesh.leads and config.data:
+        record_training(out, model, format_name_of(tokenizer))
     without = _WITHOUT if config.answers == "student" else {"parameters"}
     return {**material.summary, **{name: value for name, value in summary.items() if name not in without}}
 

@@ -10,7 +10,7 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Plugin, Registry
-from bessemer.posttraining.data.made import MISMATCHED, TRUNCATE, Truncate, checked_pairs
+from bessemer.posttraining.data.made import MISMATCHED, ON_BAD_ROW, PLACES, TRUNCATE, OnBadRow, Truncate, checked_pairs
 from bessemer.training.adapter_config import TuningConfig
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class PreferenceConfig(TuningConfig):
     shorthand: ClassVar[str | None] = "data"
 
     data: list[str] = setting(
-        description="Pairs: files of rows, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or "
+        description="Pairs: " + PLACES + ": {prompt, chosen, rejected}, in messages or "
         "texts; made/mismatched, of the conversations of sft; made/preferences and made/honesty, of stages above. With "
         "kto also "
         "files of single answers, {prompt, completion, label}.",
@@ -95,6 +95,7 @@ class PreferenceConfig(TuningConfig):
         0.05, "Fraction of the prompts whose pairs are held out; a prompt is on one side with all its pairs.", ge=0, lt=1
     )
     truncate: Truncate = setting("drop", TRUNCATE)
+    on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     epochs: float = setting(1.0, "Passes over the pairs; without effect when steps is given.", gt=0)
 
     optimizer: str = setting("adamw", "As in pretrain.", code=True)

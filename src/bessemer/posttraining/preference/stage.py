@@ -19,13 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed, hash_bytes, hash_value
 from bessemer.core.progress import Progress
 from bessemer.core.store import new_file
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.chat_models import place_fingerprint
-from bessemer.posttraining.data.examples import gather_pairs, prompt_key, read_examples
+from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, gather_pairs, prompt_key, read_examples
 from bessemer.posttraining.data.formats import as_labelled_answers
 from bessemer.posttraining.data.made import data_path
 from bessemer.posttraining.data.packing import (
@@ -47,9 +48,11 @@ from bessemer.posttraining.preference.objective import (
     PreferenceObjective,
 )
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.keeping import losses_held_out
 from bessemer.training.model_roles import REFERENCE, ModelRoles
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, Objective
@@ -156,11 +159,18 @@ class PreferenceData:
         return self.training.tokens_BT.shape[0]
 
 
-def paired_data(config: PreferenceConfig, model: Path, folder: Path, made: Mapping[str, Path], seed: int) -> PreferenceData:
+def paired_data(
+    config: PreferenceConfig,
+    model: Path,
+    folder: Path,
+    made: Mapping[str, Path],
+    seed: int,
+    reader: RowReader | None = None,
+) -> PreferenceData:
     """The pairs that the settings name, packed for the model of a folder, with the objective of their loss. Raises
     SourceError."""
     loss = PAIR_LOSSES.find(config.loss).load()
-    training, held_out = gather_pairs(config.data, folder, made, config.validation_share, seed)
+    training, held_out = gather_pairs(config.data, folder, made, config.validation_share, seed, reader)
     if not loss.soft_labels and any(pair.confidence < 1 for pair in (*training, *held_out)):
         raise SourceError(
             f"the pairs have a confidence, which the loss {config.loss} cannot use; take sigmoid, sigmoid_norm or simpo, or "
@@ -186,9 +196,16 @@ def paired_data(config: PreferenceConfig, model: Path, folder: Path, made: Mappi
     )
 
 
-def labelled_data(config: PreferenceConfig, model: Path, folder: Path, made: Mapping[str, Path], seed: int) -> PreferenceData:
+def labelled_data(
+    config: PreferenceConfig,
+    model: Path,
+    folder: Path,
+    made: Mapping[str, Path],
+    seed: int,
+    reader: RowReader | None = None,
+) -> PreferenceData:
     """The single answers that the settings name, those of pairs among them, packed for KTO. Raises SourceError."""
-    rows = [row for name in config.data for row in read_examples(data_path(name, folder, made), as_labelled_answers)]
+    rows = [row for name in config.data for row in read_examples(data_path(name, folder, made), as_labelled_answers, reader)]
     answers = [answer for row in rows for answer in row]
     training, held_out = split_examples(answers, lambda one: opening_of(one.answered), config.validation_share, seed)
     if len({prompt_key(one.answered.prompt) for one in held_out}) == 1:
@@ -230,7 +247,8 @@ def preference(
     """
     run = RunContext(out, **options)
     gather = labelled_data if config.loss == KTO else paired_data
-    data = gather(config, model, run.folder, made or {}, run.seed)
+    reader = RowReader(config.on_bad_row, run.progress.say)
+    data = gather(config, model, run.folder, made or {}, run.seed, reader)
     for sentence in data.left_out:
         run.progress.say(sentence)
     if not data.rows:
@@ -245,6 +263,8 @@ def preference(
     cost = RunCost(data.validation.tokens_BT.numel(), read_once)
     job = TrainingJob.open(config, model, run, description="preference", cost=cost, only_resolve=only_resolve)
     config = job.config
+    if job.mesh.leads:
+        reader.write_bad_rows(out / BAD_ROWS)
     others = []
     if data.needs_reference and job.mesh.alone:
         data = _with_cached_reference(data, job)
@@ -254,11 +274,17 @@ def preference(
         PackedBatches(data.training, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=data.objective,
         others=others,
-        hooks=TrainingHooks(lambda decoder: validation_on(data.validation, config)),
+        hooks=TrainingHooks(
+            lambda decoder: validation_on(data.validation, config),
+            held_out=losses_held_out(data.validation, config, data.objective),
+        ),
     )
+    if job.mesh.leads:
+        record_training(out, model, format_name_of(load_tokenizer(model)))
     return {
         data.name: data.training_examples,
         "held_out": data.validation_examples,
+        **reader.figures,
         **data.figures,
         "rows": data.rows,
         **{name: value for name, value in summary.items() if name != "parameters"},

@@ -17,7 +17,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Plugin, Registry
 from bessemer.core.usercode import is_user_function
 from bessemer.posttraining.chat_models import chat_models_fingerprint, model_place, place_fingerprint
-from bessemer.posttraining.data.made import checked_pairs
+from bessemer.posttraining.data.made import ON_BAD_ROW, PLACES, OnBadRow, checked_pairs
 from bessemer.tasks.judged import CriterionConfig, JudgeConfig
 from bessemer.tasks.questions import GenerationQuestion, GenerationTask
 from bessemer.tasks.verifiers import Numeric, Verifier, checked_pattern
@@ -300,7 +300,7 @@ class RewardConfig(TuningConfig):
     adapter_learning_rate: ClassVar[float] = 1e-4
 
     data: list[str] = setting(
-        description="Pairs: files of rows, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or "
+        description="Pairs: " + PLACES + ": {prompt, chosen, rejected}, in messages or "
         "texts; made/mismatched, of the conversations of sft; made/preferences and made/honesty, of stages above. A row "
         "may have "
         "a margin, by how much the one is better, a confidence, how probably it is, and a weight.",
@@ -312,6 +312,7 @@ class RewardConfig(TuningConfig):
     validation_share: float = setting(
         0.05, "Fraction of the prompts whose pairs are held out; a prompt is on one side with all its pairs.", ge=0, lt=1
     )
+    on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     epochs: float = setting(1.0, "Passes over the pairs; without effect when steps is given.", gt=0)
 
     optimizer: str = setting("adamw", "As in pretrain.", code=True)
@@ -348,6 +349,8 @@ class RewardConfig(TuningConfig):
             raise ValueError("adapter.merge: false: a reward model is its adapter and its head, merged in model/; leave it out")
         if self.z_loss:
             raise ValueError("z_loss is of losses of the next token, which a reward model has not; leave it out")
+        if self.keep_better is not None:
+            raise ValueError("keep_better: a reward model starts from one that has no scores to compare with; leave it out")
         return self
 
     @field_validator("tasks")

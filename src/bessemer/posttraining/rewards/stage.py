@@ -16,18 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress, Silent
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.data.encoding import Encoded, encode_answer
-from bessemer.posttraining.data.examples import gather_pairs, prompt_key
+from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, gather_pairs, prompt_key
 from bessemer.posttraining.data.formats import Pair
 from bessemer.posttraining.data.packing import PackedBatches, can_share_prompts, pack_pairs, validation_on
+from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.posttraining.rewards.assessment import HELD_OUT, ScoredPair, assess, write_scored_pairs
 from bessemer.posttraining.rewards.config import RewardConfig
 from bessemer.posttraining.rewards.model_based import RewardModel
-from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -123,7 +126,8 @@ def reward(
     """
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
-    training, held_out = gather_pairs(config.data, run.folder, made or {}, config.validation_share, run.seed)
+    reader = RowReader(config.on_bad_row, run.progress.say)
+    training, held_out = gather_pairs(config.data, run.folder, made or {}, config.validation_share, run.seed, reader)
     shares = can_share_prompts(config, model)
     packed, validation = (
         pack_pairs(some, tokenizer, config.context_length, example=Encoded.scored, shares_prompts=shares)
@@ -142,11 +146,15 @@ def reward(
     cost = RunCost(validation.batch.tokens_BT.numel(), validation.batch.tokens_BT.numel())
     job = TrainingJob.open(config, model, run, description="reward model", cost=cost, only_resolve=only_resolve)
     config = job.config
+    if job.mesh.leads:
+        reader.write_bad_rows(out / BAD_ROWS)
     summary = job.train(
         PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=RewardObjective(config.centering),
         hooks=TrainingHooks(lambda decoder: validation_on(validation.batch, config)),
     )
+    if job.mesh.leads:
+        record_training(out, model, format_name_of(tokenizer))
     assessed: dict[str, Any] = {}
     if job.mesh.leads and validation.pairs:
         trained = RewardModel.open(out / "model", device=run.device)
@@ -156,11 +164,20 @@ def reward(
     return {
         "pairs": packed.pairs,
         "held_out": validation.pairs,
+        **reader.figures,
         **packed.figures,
         "rows": packed.rows,
         **assessed,
         **{name: value for name, value in summary.items() if name != "parameters"},
     }
+
+
+def _sides(pair: Pair, tokenizer: Tokenizer) -> list[Encoded]:
+    """Both answers of a pair; none where the model's template cannot write one, or nothing is said in it."""
+    try:
+        return [encode_answer(pair.prompt, answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)]
+    except (RowError, NothingLearntError):
+        return []
 
 
 def score_pairs(
@@ -171,11 +188,10 @@ def score_pairs(
     with (progress or Silent()).task("score held-out pairs", total=len(pairs), unit="pairs") as bar:
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             some = pairs[start : start + _PAIRS_AT_ONCE]
-            sides = [
-                [encode_answer(pair.prompt, answer, model.tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)]
-                for pair in some
+            sides = [_sides(pair, model.tokenizer) for pair in some]
+            fitting = [
+                number for number, both in enumerate(sides) if both and all(one.scored(longest) is not None for one in both)
             ]
-            fitting = [number for number, both in enumerate(sides) if all(one.scored(longest) is not None for one in both)]
             rewards = iter(model.score_tokens([one.through_end() for number in fitting for one in sides[number]]))
             for number in fitting:
                 chosen, rejected = next(rewards), next(rewards)

@@ -14,8 +14,11 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.registry import Plugin, Registry
+from bessemer.core.usercode import is_user_function
+from bessemer.posttraining.data.made import ON_BAD_ROW, PLACES, OnBadRow
 from bessemer.posttraining.preference.config import default_beta
 from bessemer.posttraining.rewards.config import Rewards, named
+from bessemer.posttraining.sampling.server_config import RolloutServers
 from bessemer.training.adapter_config import TuningConfig
 
 if TYPE_CHECKING:
@@ -176,8 +179,8 @@ class RLConfig(TuningConfig):
     adapter_learning_rate: ClassVar[float] = 1e-5
 
     data: list[str] = setting(
-        description="Prompts: files of rows (JSON lines, JSON, CSV, Parquet), or tasks whose answers are generated, by name or "
-        "YAML file, as in arithmetic. Columns beside the prompt are passed to the rewards.",
+        description="Prompts: " + PLACES + ", or tasks whose answers are generated, by name or YAML file, as in arithmetic; "
+        "environment: the tasks that the environment has. Columns beside the prompt are passed to the rewards.",
         min_length=1,
     )
     prompt_column: str = setting("prompt", "Column of a file's prompts: messages, or a text.")
@@ -187,6 +190,7 @@ class RLConfig(TuningConfig):
     validation_share: float = setting(
         0.05, "Fraction of the prompts held out; prompts of the same words, in whichever order, are on one side.", ge=0, lt=1
     )
+    on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     validation_limit: int = setting(500, "Most held-out prompts that are answered at each validation.", unit="prompts", ge=1)
     rewards: Rewards = setting(
         description="What completions are worth: task, answer, program, regex, json_schema, format, length, overlong, "
@@ -197,11 +201,26 @@ class RLConfig(TuningConfig):
     )
     environment: str | None = setting(
         None,
-        "Your own file.py:function that makes an environment: a sample is an episode of it, with several turns and tools, in "
-        "place of one completion; the reward environment is what it says. A row of the data is its task.",
+        "Your own file.py:function that makes an environment, or verifiers:NAME, openenv:URL: a sample is an episode of it, "
+        "with several turns and tools, in place of one completion; the reward environment is what it says. A row of the data "
+        "is its task.",
         code=True,
     )
+    environment_options: dict[str, Any] = setting(
+        default_factory=dict, description="Settings of an environment of verifiers or OpenEnv, as that package has them."
+    )
     max_turns: int = setting(1, "Most turns of an episode.", ge=1)
+    environment_threads: int | None = setting(
+        None,
+        "Environments that wait at the same time, for a network or a program; 0: none, so that a rollout is the same to the "
+        "last bit at each run; absent: those whose environment says that it `waits`.",
+        affects_output=False,
+        ge=0,
+    )
+    rollouts: RolloutServers | None = setting(
+        None,
+        "Servers that sample in place of this process, as [http://127.0.0.1:8000], with `max_staleness` ahead of the training.",
+    )
     reward_scale: Literal["sum", "decoupled"] = setting(
         "sum",
         "How several rewards become one advantage: of their weighted sum, or the weighted sum of each one's z-score in its "
@@ -324,6 +343,23 @@ class RLConfig(TuningConfig):
     )
     compile: Literal["auto"] | bool = setting(False, "Compile the blocks; rows have a new length at each rollout.")
 
+    def output_settings(self) -> dict[str, Any]:
+        """As of `Config`; without servers and options of environments as before there were any, so that stages that are made
+        keep their keys."""
+        settings = super().output_settings()
+        for name, is_default in {
+            "rollouts": self.rollouts is None,
+            "environment_options": not self.environment_options,
+        }.items():
+            if is_default:
+                del settings[name]
+        return settings
+
+    def plugins(self) -> list[tuple[str, str]]:
+        """As of `Config`, with the source of the environment."""
+        source = "" if self.environment is None or is_user_function(self.environment) else self.environment.partition(":")[0]
+        return sorted([*super().plugins(), *([("bessemer.environments", source)] if source else [])])
+
     @property
     def packed(self) -> bool:
         """Whether rows hold several completions that do not attend to each other."""
@@ -345,6 +381,11 @@ class RLConfig(TuningConfig):
     def updates(self) -> int:
         """Steps that use one rollout."""
         return self.mini_batches * self.rollout_epochs
+
+    @field_validator("rollouts", mode="before")
+    @classmethod
+    def _listed_servers(cls, value: Any) -> Any:
+        return {"servers": [value] if isinstance(value, str) else value} if isinstance(value, str | list) else value
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -428,6 +469,10 @@ class RLConfig(TuningConfig):
             for what, is_given in unused.items():
                 if is_given:
                     raise ValueError(f"{what}: not with pair_loss, which has neither advantages nor a divergence of its own")
+        if self.rollouts is not None and self.rollouts.max_staleness and self.correction == "none" and self.pair_loss is None:
+            raise ValueError(
+                "rollouts: max_staleness: older weights than those that are trained take a correction; truncate is the default"
+            )
         if self.critic is not None and self.reward_scale == "decoupled":
             raise ValueError("reward_scale: decoupled makes one advantage of a completion; a critic makes those of tokens")
         return self

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from bessemer.assistant.assistant import Assistant, EngineModel
 from bessemer.assistant.episodes import Environment, Episode, play
-from bessemer.core.errors import ConfigError
+from bessemer.core.concurrency import DaemonThreads
 from bessemer.core.hashing import derive_seed
-from bessemer.core.usercode import load_user_function
+from bessemer.inference.collective import CollectiveEngine
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.posttraining.data.formats import plain_turns
 from bessemer.posttraining.rewards.judge import Completed, Judge, Judgement
@@ -29,7 +28,11 @@ from bessemer.posttraining.rewards.rule_based import ENVIRONMENT, FAILURE, TOTAL
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, Sampler, SamplerSettings, SamplingEngine
 from bessemer.posttraining.sampling.samples import Sample
+from bessemer.posttraining.sampling.served_policy import ServedModel, ServedPolicy
 from bessemer.tokenization.tokenizer import Tokenizer
+
+#: Threads for environments that say that they wait.
+DEFAULT_THREADS = 32
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class JudgedGroup:
 class PolicySampler(Sampler):
     """Completes prompts with the policy's current weights, and judges the completions."""
 
-    def __init__(self, judge: Judge, tokenizer: Tokenizer, config: RLConfig, seed: int) -> None:
+    def __init__(
+        self, judge: Judge, tokenizer: Tokenizer, config: RLConfig, seed: int, servers: ServedPolicy | None = None
+    ) -> None:
         settings = SamplerSettings(
             config.temperature,
             config.max_tokens,
@@ -55,7 +60,7 @@ class PolicySampler(Sampler):
             config.cpu_kernels,
             config.sampler_weights,
         )
-        super().__init__(tokenizer, settings, seed)
+        super().__init__(tokenizer, settings, seed, servers)
         self.judge = judge
         self._config = config
 
@@ -107,10 +112,25 @@ class EpisodeSampler(PolicySampler):
     """
 
     def __init__(
-        self, judge: Judge, tokenizer: Tokenizer, config: RLConfig, seed: int, new_environment: Callable[[], Environment]
+        self,
+        judge: Judge,
+        tokenizer: Tokenizer,
+        config: RLConfig,
+        seed: int,
+        new_environment: Callable[[], Environment],
+        servers: ServedPolicy | None = None,
     ) -> None:
-        super().__init__(judge, tokenizer, config, seed)
+        super().__init__(judge, tokenizer, config, seed, servers)
         self._new_environment = new_environment
+        number = config.environment_threads
+        if servers is not None:
+            # each episode waits either for its completion or for its environment
+            number = max(number or 0, servers.pool.concurrency * config.group_size)
+        self._waits = True if servers is not None or config.environment_threads else None if number is None else False
+        number = DEFAULT_THREADS if number is None else number
+        self._threads = DaemonThreads(number, "episodes") if number else None
+        #: Seconds that all episodes of a rollout spent in their environments.
+        self.waited = 0.0
 
     def judged(self, samples: Sequence[Sample], step: int) -> Judgement:
         """As `PolicySampler.judged`; an episode that broke off is left out and counted."""
@@ -133,34 +153,35 @@ class EpisodeSampler(PolicySampler):
         places: Sequence[int] | None = None,
         greedy: bool = False,
     ) -> list[Sample]:
-        assert isinstance(engine, Engine), "episodes are played in one process"
+        assert not isinstance(engine, CollectiveEngine), "episodes are played in one process"
         config = self._config
+        model: EngineModel | ServedModel
+        if isinstance(engine, Engine):
+            model = EngineModel(engine, adapter=self.adapter)
+        else:
+            length = min(config.context_length, engine.context_length or config.context_length)
+            model = ServedModel(engine, self._tokenizer, length)
         each_of = [(place, each) for place in range(len(prompts)) for each in range(number)]
         params = SamplingParams(
             temperature=0.0 if greedy else config.temperature, max_tokens=config.max_tokens, stop=list(config.stop or ())
         )
         episodes = play(
-            Assistant(EngineModel(engine, adapter=self.adapter)),
+            Assistant(model),
             [self._new_environment() for _ in each_of],
             [_task(prompts[place]) for place, _ in each_of],
             params,
             max_turns=config.max_turns,
-            seeds=[derive_seed(self._seed, *seeds, place, each) for place, each in each_of],
+            seeds=[derive_seed(self._seed, *seeds, place, each) for place, each in _numbered(each_of, places)],
+            threads=self._threads,
+            waits=self._waits,
         )
+        self.waited += sum(episode.waited for episode in episodes)
         return [_sample(prompts[place], episode) for (place, _), episode in zip(each_of, episodes, strict=True)]
 
 
-def load_environment(name: str, folder: Path) -> Callable[[], Environment]:
-    """The user's function that makes an environment, tried once. Raises ConfigError where it cannot be loaded, or fails."""
-    function = load_user_function(name, folder)
-    try:
-        made = function()
-    except Exception as error:  # a user's function may raise anything
-        raise ConfigError(f"environment: {name} fails: {type(error).__name__}: {error}") from None
-    missing = [method for method in ("tools", "reset", "step") if not hasattr(made, method)]
-    if missing:
-        raise ConfigError(f"environment: what {name} makes has no {' and no '.join(missing)}")
-    return function
+def _numbered(each_of: Sequence[tuple[int, int]], places: Sequence[int] | None) -> list[tuple[int, int]]:
+    """Of each episode the place of its prompt among all, and its number."""
+    return [(place if places is None else places[place], each) for place, each in each_of]
 
 
 def _task(encoded: EncodedPrompt) -> dict[str, Any]:
@@ -184,4 +205,5 @@ def _sample(encoded: EncodedPrompt, episode: Episode) -> Sample:
         answers[-1] if answers else "",
         is_cut=episode.end == "length",
         is_own=transcript.is_own,
+        versions=[one for one, is_own in zip(transcript.weight_versions, transcript.is_own, strict=True) if is_own],
     )

@@ -25,7 +25,7 @@ from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.posttraining.data.examples import drawn
-from bessemer.posttraining.rewards.judge import Judge, RewardError
+from bessemer.posttraining.rewards.judge import Judge, Judgement, RewardError
 from bessemer.posttraining.rl.advantages import is_informative
 from bessemer.posttraining.rl.batches import AdvantageBatches, BatchMaker, PairBatches
 from bessemer.posttraining.rl.config import RLConfig
@@ -50,6 +50,13 @@ class RolloutTally:
     refills: int | None = None
     failures: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, judged: Judged) -> None:
+        """Count the failures and the metrics of a group."""
+        for failure, count in judged.failures.items():
+            self.failures[failure] = self.failures.get(failure, 0) + count
+        for name, values in judged.metrics.items():
+            self.metrics.setdefault(name, []).extend(values)
 
 
 def rollout_figures(
@@ -144,7 +151,7 @@ def check_collapse(config: RLConfig, step: int, samples: Sequence[Sample], total
             )
 
 
-class _Judged(NamedTuple):
+class Judged(NamedTuple):
     """The completions of a prompt. failures: of rewards, by what went wrong; metrics: what rewards logged; both of a share in
     its first."""
 
@@ -248,14 +255,27 @@ class RolloutSource:
         """`validation_reward` and `validation_NAME` of each reward: means over greedy completions of the held-out prompts."""
         if not self._held_out:
             return {}
-        with self._sampler.sampling() as engine:
-            judged = self._judged(engine, self._held_out, 1, self._sampler.models.version, greedy=True)
+        judged = self._judged_held_out(self._held_out)
         means = {"validation_reward": _mean(float(one.group.totals_G) for one in judged)}
         if len(self._judge.names) > 1:
             for place, name in enumerate(self._judge.names):
                 means[f"validation_{name}"] = _mean(float(one.group.rewards_GK[0, place]) for one in judged)
         # a reward that judges none of them has no mean, and JSON has no NaN
         return {name: value for name, value in means.items() if not math.isnan(value)}
+
+    def held_out_rewards(self, models: ModelRoles, limit: int) -> list[float]:
+        """The reward of a greedy completion of each held-out prompt by another policy than the trained one, which is bound from
+        then on; NaN where none is given."""
+        models.version = self._config.steps or 0
+        self.bind(models)
+        return [float(one.group.totals_G) for one in self._judged_held_out(self._held_out[:limit])]
+
+    def _judged_held_out(self, prompts: Sequence[EncodedPrompt]) -> list[Judged]:
+        with self._sampler.sampling() as engine:
+            return self._judged(engine, prompts, 1, self._sampler.models.version, greedy=True)
+
+    def finish(self) -> None:
+        """The run is over: forget what is kept for a resumed one."""
 
     def close(self) -> None:
         self._log.close()
@@ -311,14 +331,10 @@ class RolloutSource:
         kept: list[JudgedGroup] = []
         equal: list[JudgedGroup] = []
         for refill in range(1 + (config.most_refills if config.dynamic_sampling else 0)):
-            prompts = self._next_prompts(config.groups - len(kept))
-            judged = self._judged(engine, prompts, config.group_size, step, seeds=("rollout", step, refill))
+            judged = self._next_judged(engine, config.groups - len(kept), step, refill)
             groups = [one.group for one in judged]
             for one in judged:
-                for failure, count in one.failures.items():
-                    tally.failures[failure] = tally.failures.get(failure, 0) + count
-                for name, values in one.metrics.items():
-                    tally.metrics.setdefault(name, []).extend(values)
+                tally.add(one)
             informative = [bool(is_informative(group.totals_G, config.group_size)) for group in groups]
             tally.groups += len(groups)
             tally.equal += len(groups) - sum(informative)
@@ -329,6 +345,11 @@ class RolloutSource:
                 break
         return kept + equal[: config.groups - len(kept)]
 
+    def _next_judged(self, engine: SamplingEngine, count: int, step: int, refill: int) -> list[Judged]:
+        """The judged groups of the next prompts."""
+        prompts = self._next_prompts(count)
+        return self._judged(engine, prompts, self._config.group_size, step, seeds=("rollout", step, refill))
+
     def _judged(
         self,
         engine: SamplingEngine,
@@ -338,24 +359,32 @@ class RolloutSource:
         *,
         seeds: tuple[str | int, ...] = (),
         greedy: bool = False,
-    ) -> list[_Judged]:
+    ) -> list[Judged]:
         """`number` judged completions of each prompt; under a mesh each group of ranks makes its share."""
-        share = Share(self._sampler.models.mesh)
+        share = self._share()
         own, places = prompts[share.places], range(len(prompts))[share.places]
-        samples = self._sampler.completions(engine, own, number, seeds=seeds, places=places, greedy=greedy)
+        samples: list[Sample] = []
+        if share.leads or not share.of_first:
+            samples = self._sampler.completions(engine, own, number, seeds=seeds, places=places, greedy=greedy)
 
-        def judged() -> list[_Judged]:
+        def judged() -> list[Judged]:
             if not samples:
                 return []
-            judgement = self._sampler.judged(samples, step)
-            failures = {": ".join(failure): count for failure, count in judgement.failures.items()}
-            groups = self._sampler.groups_of(samples, judgement, number)
-            return [
-                _Judged(group, {} if place else failures, {} if place else judgement.metrics)
-                for place, group in enumerate(groups)
-            ]
+            return self._grouped(samples, self._sampler.judged(samples, step), number)
 
         return share.gathered(judged)
+
+    def _share(self) -> Share:
+        """Which prompts this process samples."""
+        return Share(self._sampler.models.mesh)
+
+    def _grouped(self, samples: Sequence[Sample], judgement: Judgement, number: int) -> list[Judged]:
+        """Judged samples by prompt, `number` of each."""
+        failures = {": ".join(failure): count for failure, count in judgement.failures.items()}
+        groups = self._sampler.groups_of(samples, judgement, number)
+        return [
+            Judged(group, {} if place else failures, {} if place else judgement.metrics) for place, group in enumerate(groups)
+        ]
 
     def _next_prompts(self, count: int) -> list[EncodedPrompt]:
         """The next prompts, in a new order every epoch."""

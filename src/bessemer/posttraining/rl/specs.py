@@ -135,9 +135,10 @@ def _rl(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]:
 
 def _fingerprint(config: RLConfig, outside: Outside) -> Any:
     from bessemer.posttraining.data.examples import files_fingerprint
+    from bessemer.posttraining.data.made import is_data_name
     from bessemer.posttraining.rewards.config import rewards_fingerprint
 
-    files = files_fingerprint([name for name in config.data if "." in name], outside.folder)
+    files = files_fingerprint([name for name in config.data if "." in name or is_data_name(name)], outside.folder)
     models = rewards_fingerprint(config.rewards, outside.folder)
     # models only where there are any, so that the keys of other runs stay
     return [files, models] if models else files

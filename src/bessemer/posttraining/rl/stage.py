@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from bessemer.core.errors import ConfigError, SourceError
+from bessemer.assistant.tool_formats import format_name_of
+from bessemer.core.errors import ConfigError, RequestError, SourceError
 from bessemer.core.hashing import derive_seed
-from bessemer.core.records import TABLES, is_table
+from bessemer.core.records import TABLES
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import holds_codes
-from bessemer.posttraining.data.examples import read_examples
-from bessemer.posttraining.data.formats import Turns
+from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, read_examples
+from bessemer.posttraining.data.formats import Turns, messages_of
+from bessemer.posttraining.data.made import data_path, is_data_name
 from bessemer.posttraining.data.splitting import split_examples
 from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.rewards.config import RewardContext, RewardTask
@@ -23,17 +25,21 @@ from bessemer.posttraining.rewards.judge import Judge
 from bessemer.posttraining.rl.advantages import CRITIC, ActorCriticObjective
 from bessemer.posttraining.rl.batches import pair_objective
 from bessemer.posttraining.rl.config import CriticConfig, RLConfig
+from bessemer.posttraining.rl.environments.registry import OWN_TASKS, Environments, load_environments
 from bessemer.posttraining.rl.objective import PolicyObjective
-from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, load_environment
+from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, PolicySampler
 from bessemer.posttraining.rl.rollouts import RolloutSource
-from bessemer.posttraining.sampling.samples import Prompt
+from bessemer.posttraining.rl.served_rollouts import ServedRolloutSource
+from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts
+from bessemer.posttraining.sampling.served_policy import ServedPolicy
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
-from bessemer.tokenization.chat import checked_messages
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.keeping import HeldOut
 from bessemer.training.loop import OnStepEnd
 from bessemer.training.model_roles import REFERENCE, OtherModel
 from bessemer.training.objectives import Objective
@@ -63,14 +69,18 @@ def rl(
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
     objective: Objective = PolicyObjective.of(config) if config.pair_loss is None else pair_objective(config)
-    gathered = gather_prompts(config, run.folder, run.seed)
+    environments = None
+    if config.environment is not None:
+        environments = load_environments(config.environment, run.folder, config.environment_options, config.max_turns)
+    reader = RowReader(config.on_bad_row, run.progress.say)
+    gathered = gather_prompts(config, run.folder, run.seed, reader, environments)
     training = _fitting(gathered.training, tokenizer, config)
     held_out = _fitting(gathered.held_out, tokenizer, config)
     left_out = len(gathered.training) + len(gathered.held_out) - len(training) - len(held_out)
     if left_out:
         run.progress.say(
             f"  {left_out:,} prompts are left out: they have more than {config.context_length - config.max_tokens:,} tokens, "
-            "context_length without max_tokens"
+            "context_length without max_tokens, or the model's chat template refuses them"
         )
     if not training:
         raise SourceError("no prompt is left to train on; raise context_length, or lower validation_share")
@@ -85,20 +95,29 @@ def rl(
     cost = RunCost(seconds_per_step=partial(seconds_per_step, trial, cycle=config.updates))
     job = TrainingJob.open(config, model, run, description="rl", cost=cost, only_resolve=only_resolve)
     config, mesh = job.config, job.mesh
+    if mesh.leads:
+        reader.write_bad_rows(out / BAD_ROWS)
     if mesh.layout.pipeline > 1:
         raise ConfigError(
             f"parallel: pipeline {mesh.layout.pipeline}: each rank trains some layers, and sampling needs all; take tensor or "
             "data_shard"
         )
     rl_seed = derive_seed(run.seed, "rl")
-    sampler = None
-    if config.environment is not None:
-        if not mesh.alone:
-            raise ConfigError(f"environment: episodes are played in one process, and {mesh.layout.world_size} were started")
-        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, load_environment(config.environment, run.folder))
-    source = RolloutSource(
-        training, judge, tokenizer, config, out, seed=rl_seed, progress=run.progress, held_out=held_out, sampler=sampler
-    )
+    servers = _servers(config, tokenizer, model, run)
+    sampler = PolicySampler(judge, tokenizer, config, rl_seed, servers)
+    if environments is not None:
+        if not mesh.alone and servers is None:
+            raise ConfigError(
+                f"environment: episodes are played in one process, and {mesh.layout.world_size} were started; with rollouts, "
+                "servers sample for all"
+            )
+        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, environments.new, servers)
+    sources = {"seed": rl_seed, "progress": run.progress, "held_out": held_out, "sampler": sampler}
+    source: RolloutSource
+    if servers is None:
+        source = RolloutSource(training, judge, tokenizer, config, out, **sources)
+    else:
+        source = ServedRolloutSource(training, judge, tokenizer, config, out, **sources, servers=servers)
     others = []
     if config.critic is not None:
         others.append(_critic(job, config.critic, model if config.critic.start == "policy" else reward_model))
@@ -116,16 +135,33 @@ def rl(
             decoder.use_batch_invariant_kernels()
         return on_step_end
 
+    rewards = HeldOut("held-out reward", source.held_out_rewards) if held_out else None
     try:
-        summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(begin))
+        hooks = TrainingHooks(begin, held_out=rewards)
+        summary = job.train(source, objective=objective, others=others, hooks=hooks)
+        source.finish()
     finally:
         source.close()
+    if mesh.leads:
+        record_training(out, model, format_name_of(tokenizer))
     without = {"parameters", "tokens_per_second", "gflops", "mfu"}
     return {
         "prompts": len(training),
         "held_out": len(held_out),
+        **reader.figures,
         **{name: value for name, value in summary.items() if name not in without},
     }
+
+
+def _servers(config: RLConfig, tokenizer: Tokenizer, model: Path, run: RunContext) -> ServedPolicy | None:
+    """The servers that the settings name."""
+    settings = config.rollouts
+    if settings is None:
+        return None
+    folder = run.out / "served" if settings.folder is None else run.folder / settings.folder
+    return ServedPolicy(
+        settings, tokenizer, model, folder, run.progress.say, temperature=config.temperature, longest=config.context_length
+    )
 
 
 def needs_reference(config: RLConfig) -> bool:
@@ -154,7 +190,7 @@ def _critic(job: TrainingJob[RLConfig], critic: CriticConfig, folder: Path | Non
 def _fitting(prompts: list[Prompt] | Any, tokenizer: Tokenizer, config: RLConfig) -> list[Prompt]:
     """The prompts that leave room for a completion."""
     most = config.context_length - config.max_tokens
-    return [prompt for prompt in prompts if len(prompt.encoded(tokenizer)) <= most]
+    return [prompt for prompt, _ in fitting_prompts(prompts, tokenizer, most)]
 
 
 @dataclass(frozen=True)
@@ -166,17 +202,27 @@ class Prompts:
     tasks: Mapping[str, RewardTask]
 
 
-def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
+def gather_prompts(
+    config: RLConfig,
+    folder: Path,
+    seed: int,
+    reader: RowReader | None = None,
+    environments: Environments | None = None,
+) -> Prompts:
     """The prompts of all data that the settings name, each once, in order.
 
-    Raises SourceError for rows that are malformed, ConfigError for a task that there is not or that generates nothing,
-    ArtefactError for a task's data.
+    environments: that may have tasks of their own. Raises SourceError for rows that are malformed, ConfigError for a task that
+    there is not or that generates nothing, ArtefactError for a task's data.
     """
+    reader = reader or RowReader(config.on_bad_row)
     prompts: list[Prompt] = []
     tasks: dict[str, RewardTask] = {}
     for name in config.data:
-        if is_table(name):
-            prompts += read_examples(folder / name, partial(_prompt, config))
+        if name == OWN_TASKS:
+            prompts += _own_tasks(config, environments)
+            continue
+        if is_data_name(name):
+            prompts += read_examples(data_path(name, folder, {}), partial(_prompt, config), reader)
             continue
         task = _task(name, config, folder)
         if task.name in tasks:
@@ -189,6 +235,17 @@ def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
             prompts.append(Prompt(turns, columns, task.generation.stop, task.begin_token))
     training, held_out = split_examples(prompts, _whole, config.validation_share, seed)
     return Prompts(training, held_out, tasks)
+
+
+def _own_tasks(config: RLConfig, environments: Environments | None) -> list[Prompt]:
+    if environments is None or environments.tasks is None:
+        raise ConfigError(f"data: {OWN_TASKS}: the environment has no tasks of its own; name a file of rows")
+    try:
+        # the names of columns are the source's, whatever the setting for files says
+        own = config.with_changes(prompt_column="prompt")
+        return [_prompt(own, row) for row in environments.tasks]
+    except (ValueError, RequestError) as error:
+        raise SourceError(f"data: {OWN_TASKS}: {error}") from None
 
 
 def _task(name: str, config: RLConfig, folder: Path) -> GenerationTask:
@@ -213,16 +270,12 @@ def _prompt(config: RLConfig, row: Mapping[str, Any]) -> Prompt:
         given = [{"role": "user", "content": given}]
     elif not isinstance(given, list) or not given:
         raise ValueError(f"needs messages or a text under {config.prompt_column!r}; it has {given!r}"[:200])
-    if config.system is not None and not _begins_with_system(given):
-        given = [{"role": "system", "content": config.system}, *given]
-    messages = checked_messages(given, first=1)
+    messages = list(messages_of(given, config.prompt_column))
+    if config.system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system}, *messages]
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{config.prompt_column}: the prompt ends with the assistant, whose turn it is to answer")
     return Prompt(tuple(messages), columns)
-
-
-def _begins_with_system(messages: Sequence[Any]) -> bool:
-    return isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
 
 
 def _whole(prompt: Prompt) -> str:

@@ -23,6 +23,8 @@ from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantisation.quantised_decoder import quantisable
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
+from bessemer.posttraining.sampling.served_policy import ServedPolicy
+from bessemer.posttraining.sampling.server_pool import ServerPool
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.adapter_config import KERNELS_OVER_CODES
 from bessemer.training.model_roles import ModelRoles
@@ -31,7 +33,7 @@ from bessemer.training.objectives import POLICY
 #: Most sequences of the engine, and fewest tokens of its step.
 _MOST_SEQUENCES, _LEAST_BATCHED_TOKENS = 256, 512
 
-SamplingEngine = Engine | CollectiveEngine
+SamplingEngine = Engine | CollectiveEngine | ServerPool
 
 #: What the policy's weights are when it samples.
 SamplerWeights = Literal["policy", "int8", "int4", "fp8"]
@@ -62,10 +64,12 @@ class Sampler:
     """Completes prompts with the policy's current weights.
 
     An adapter in training is merged into the weights while compiled kernels sample, since they pack the weights in any case.
-    Otherwise the engine applies it as an adapter, and in one process the weights are not copied.
+    Otherwise the engine applies it as an adapter, and in one process the weights are not copied. Servers get a copy of either.
     """
 
-    def __init__(self, tokenizer: Tokenizer, settings: SamplerSettings, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: SamplerSettings, seed: int, servers: ServedPolicy | None = None) -> None:
+        """servers: that sample in place of an engine of this process; of several processes the first one asks them."""
+        self._servers = servers
         self._tokenizer = tokenizer
         self._settings = settings
         self._seed = seed
@@ -75,7 +79,9 @@ class Sampler:
         self.adapter: str | None = None
 
     def bind(self, models: ModelRoles) -> None:
-        self._models = models
+        """Sample with the policy of these models from now on."""
+        if models is not self._models:
+            self._models, self._engine, self.adapter = models, None, None
 
     @property
     def models(self) -> ModelRoles:
@@ -86,6 +92,9 @@ class Sampler:
     def sampling(self) -> Iterator[SamplingEngine]:
         """The engine with the policy's current weights, of all processes of a mesh. Leaves the random state unchanged."""
         models = self.models
+        if self._servers is not None:
+            yield self._servers.with_weights_of(models)
+            return
         with models.prepared(POLICY) as prepared, torch.random.fork_rng(), ExitStack() as entered:
             model = prepared.model
             if self._settings.weights != "policy":
@@ -208,6 +217,7 @@ class Sampler:
                     rollouts.log_probs[row, first:end].tolist(),
                     rollouts.texts[row],
                     rollouts.finish_reasons[row] == "length",
+                    versions=rollouts.weight_version[row, first:end].tolist(),
                 )
             )
         return samples

@@ -19,8 +19,9 @@ from torch import Tensor
 from bessemer.core.errors import BessemerError
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.posttraining.data.encoding import encode_prompt
+from bessemer.posttraining.data.encoding import RowCounts, Unrendered, encode_prompt
 from bessemer.posttraining.data.formats import Answered, Message, Turns
+from bessemer.posttraining.data.turns import RowError
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import best_fit, pack_rows
@@ -63,11 +64,29 @@ class Prompt:
         return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in self.turns)
 
 
+def fitting_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int) -> list[tuple[Prompt, list[int]]]:
+    """The prompts of at most `longest` tokens, with their tokens. Those that the model's chat template refuses are left out.
+    Raises SourceError where they are many."""
+    fitting: list[tuple[Prompt, list[int]]] = []
+    unrendered: list[Unrendered] = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            ids = prompt.encoded(tokenizer)
+        except RowError as error:
+            unrendered.append(Unrendered(f"prompt {number:,}", str(error)))
+            continue
+        if len(ids) <= longest:
+            fitting.append((prompt, ids))
+    RowCounts(longest, unrendered=tuple(unrendered), total=len(prompts)).check("prompts")
+    return fitting
+
+
 @dataclass(frozen=True)
 class Sample:
     """A completion. ids: of prompt and completion; log_probs: of the completion's tokens, as sampled, an end token among them.
     is_cut: it came to the most tokens, and has not ended. is_own: of each of the ids, whether the policy wrote it; None: all of
-    the completion. Others, results of tools for example, are no targets."""
+    the completion. Others, results of tools for example, are no targets. versions: of the weights that each of the completion's
+    tokens was sampled with; None: those of the rollout."""
 
     prompt: Prompt
     ids: Sequence[int]
@@ -76,6 +95,7 @@ class Sample:
     text: str
     is_cut: bool
     is_own: Sequence[bool] | None = None
+    versions: Sequence[int] | None = None
 
     @property
     def places(self) -> np.ndarray:
@@ -251,24 +271,33 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Share:
-    """This process's share of a rollout: the ranks that share every matrix form one group, which samples together."""
+    """This process's share of a rollout: the ranks that share every matrix form one group, which samples together.
+
+    of_first: the first rank has all of it, since it alone asks servers.
+    """
 
     mesh: Mesh
+    of_first: bool = False
+
+    @property
+    def _ranks(self) -> int:
+        """Ranks of a group."""
+        return self.mesh.layout.world_size if self.of_first else self.mesh.layout.tensor
 
     @property
     def groups(self) -> int:
-        """Tensor groups of the job."""
-        return self.mesh.layout.world_size // self.mesh.layout.tensor
+        """Groups of the job, each with a share."""
+        return self.mesh.layout.world_size // self._ranks
 
     @property
     def places(self) -> slice:
         """The prompts of this group: every n-th of n groups."""
-        return slice(self.mesh.rank // self.mesh.layout.tensor, None, self.groups)
+        return slice(self.mesh.rank // self._ranks, None, self.groups)
 
     @property
     def leads(self) -> bool:
         """Whether this process judges for its group."""
-        return self.mesh.rank % self.mesh.layout.tensor == 0
+        return self.mesh.rank % self._ranks == 0
 
     def gathered(self, make: Callable[[], list[Value]]) -> list[Value]:
         """Results of `make` on each group's first rank, for all places in order, on every process.
@@ -285,7 +314,7 @@ class Share:
                 report = ([], error)
         everyone: list[Any] = [None] * self.mesh.layout.world_size
         dist.all_gather_object(everyone, report)
-        parts = everyone[:: self.mesh.layout.tensor]
+        parts = everyone[:: self._ranks]
         for _, failure in parts:
             if failure is not None:
                 raise failure

@@ -7,9 +7,21 @@ from typing import ClassVar, Literal, Self
 from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
-from bessemer.core.records import TABLES, is_table
+from bessemer.core.records import TABLES, is_text_file
 from bessemer.core.usercode import is_user_function
-from bessemer.posttraining.data.made import DOCS_QUESTIONS, MADE_DATA, REVISIONS, SYNTHETIC, TASK, TRUNCATE, Truncate
+from bessemer.posttraining.data.made import (
+    DOCS_QUESTIONS,
+    MADE_DATA,
+    ON_BAD_ROW,
+    PLACES,
+    REVISIONS,
+    SYNTHETIC,
+    TASK,
+    TRUNCATE,
+    OnBadRow,
+    Truncate,
+    is_data_name,
+)
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
@@ -27,8 +39,8 @@ class SFTConfig(TuningConfig):
 
     data: list[str] = setting(
         description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS} and {SYNTHETIC} of stages above; a task whose right answers "
-        f"are known, as in {TASK}sums; files of rows, as JSON lines, JSON, CSV or Parquet: {{messages}}, {{prompt, "
-        "completion}, ShareGPT's {conversations}, Alpaca's {instruction, input, output} (docs/sft.md); or your own "
+        f"are known, as in {TASK}sums; {PLACES}: {{messages}}, {{prompt, completion}}, ShareGPT's "
+        "{conversations}, Alpaca's {instruction, input, output}, or texts, which are learnt whole (docs/rows.md); or your own "
         "file.py:function that gives such rows.",
         default_factory=lambda: [DOCS_QUESTIONS],
         min_length=1,
@@ -46,6 +58,7 @@ class SFTConfig(TuningConfig):
     task_items: int = setting(600, "Items of a task to train on, the first ones; none of them is held out.", gt=0)
     validation_share: float = setting(0.05, "Fraction of a file's conversations that is held out.", ge=0, lt=1)
     truncate: Truncate = setting("drop", TRUNCATE)
+    on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     epochs: float = setting(3.0, "Passes over the conversations; without effect when steps is given.", gt=0)
 
     pretraining_share: float = setting(
@@ -99,11 +112,12 @@ class SFTConfig(TuningConfig):
     @classmethod
     def _known_data(cls, names: list[str]) -> list[str]:
         for name in names:
-            is_known = name in MADE_DATA or name.startswith(TASK) or is_table(name)
+            is_known = name in MADE_DATA or name.startswith(TASK) or is_data_name(name) or is_text_file(name)
             if not is_known and not is_user_function(name):
                 known = nearest(name, list(MADE_DATA))
                 raise ValueError(
-                    f"{name!r} is neither a file of rows ({', '.join(TABLES)}), nor made data, nor a file.py:function{known}"
+                    f"{name!r} is neither a file of rows ({', '.join(TABLES)}), a folder/ or hub:ORGANISATION/NAME, nor made "
+                    f"data, nor a file.py:function{known}"
                 )
         return names
 
@@ -143,6 +157,12 @@ Method = Literal["full", "lora", "qlora"]
 FULL_LEARNING_RATE = 1e-5
 
 
+#: General tasks that are asked where none are named; they bring their data.
+GENERAL_TASKS = ("general_knowledge", "general_texts")
+#: Items of each at most, so that the time is bounded.
+GENERAL_LIMIT = 100
+
+
 class FinetuneConfig(Config):
     """How a model is fine-tuned on questions and answers."""
 
@@ -164,7 +184,18 @@ class FinetuneConfig(Config):
     )
     batch_size: int | None = setting(None, "Rows of a batch; absent: as many as hold eight conversations.", gt=0)
     truncate: Truncate = setting("drop", TRUNCATE)
+    on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     held_out: float = setting(0.1, "Share of the data that is held out, to see whether the model got better.", gt=0, lt=1)
+    general: list[str] = setting(
+        default_factory=lambda: list(GENERAL_TASKS),
+        description="General tasks, answered by likelihood before and after: what was forgotten; empty: none.",
+    )
+    general_limit: int = setting(GENERAL_LIMIT, "Items of each general task, the first ones.", unit="items", ge=2)
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        description="Experiment trackers that also get the records of metrics.jsonl.",
+        affects_output=False,
+        default_factory=list,
+    )
     merge: bool = setting(
         False, "Also write model/, the weights with the adapter merged into them; at any time later too.", affects_output=False
     )

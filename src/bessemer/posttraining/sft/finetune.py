@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json, write_text
 from bessemer.inference.engine import Engine, EngineConfig
@@ -29,11 +28,12 @@ from bessemer.model.formats import ModelSource
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.tuned_folder import ADAPTER, BASE, HELD_OUT_TASK, MODEL, RECORD, place_of_base
-from bessemer.posttraining.data.examples import Conversation
+from bessemer.posttraining.data.examples import Conversation, data_hash
 from bessemer.posttraining.data.packing import EncodedExample
 from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import prepare_base
 from bessemer.posttraining.sft.finetune_plan import Sizes, plan_finetuning, product_dtype
+from bessemer.posttraining.sft.forgetting import GeneralTasks, ItemResults
 from bessemer.posttraining.sft.report import one_line
 from bessemer.posttraining.sft.stage import sft
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -132,7 +132,7 @@ _WHAT = "record of a fine-tuning"
 class Finetuned:
     """Result of a fine-tuning. before_N, after_N: mean loss of each conversation held out, in nats a token; ids_N: of these.
     answers: of some of their questions, with what the model said before and after. base: the folder that an adapter is for;
-    tokenizer_hash: of its tokenizer."""
+    tokenizer_hash: of its tokenizer. general: items of general tasks before and after; None: none were asked."""
 
     method: Method
     base: Path
@@ -142,12 +142,23 @@ class Finetuned:
     after_N: np.ndarray
     answers: Sequence[dict[str, str]]
     metrics: dict[str, Any]
+    general: tuple[ItemResults, ItemResults] | None = None
 
 
 def finetune(
-    config: FinetuneConfig, source: ModelSource, data: Path, out: Path, *, seed: int, device: str, progress: Progress
+    config: FinetuneConfig,
+    source: ModelSource,
+    data: str,
+    out: Path,
+    *,
+    seed: int,
+    device: str,
+    progress: Progress,
+    general: GeneralTasks | None = None,
 ) -> Finetuned:
     """Fine-tune a model on a file of questions and answers; the same call continues where it was stopped.
+
+    general: tasks by which it is seen what the model forgot; None: that is not measured.
 
     Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, the task
     `held_out.yaml`, and `finetune.json`. Raises SourceError, RequestError or ArtefactError for data and models that cannot be
@@ -164,8 +175,8 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     if not (out / RECORD).exists():
         write_json(out / RECORD, {"asked": asked_of(config, source, data, seed)})
-    if "prompt_column" in plan.settings:
-        progress.say(f"{data}: questions in {plan.settings['prompt_column']!r}, answers in {plan.settings['answer_column']!r}")
+    for line in plan.understood:
+        progress.say(line)
     base = prepare_base(source, out / BASE, progress)
     chosen = {"method": plan.method, "reason": plan.reason, "base": place_of_base(base, out)}
     record = chosen | read_json(out / RECORD, _WHAT)
@@ -188,39 +199,78 @@ def finetune(
     runtime, start = Runtime.of(tuning, chosen_device), StartingModel.of(base, tuning, seed)
     questions = _Questions(plan.held_out, tokenizer, plan.base.config.max_position_embeddings)
 
-    def measured(model: Decoder, when: str, adapter: Adapter | None = None) -> tuple[np.ndarray, list[str]]:
-        """Losses and answers, as training computes: what is frozen may lie in half precision."""
+    def measured(model: Decoder, when: str, adapter: Adapter | None = None) -> _Measured:
+        """Losses, answers and general tasks, as training computes: what is frozen may lie in half precision."""
         with runtime.evaluating(model):
             answers = questions.answers(model, adapter)
             with adapted(model, [] if adapter is None else [(adapter, None)]):
-                return measure(model, description=f"loss {when}"), answers
+                losses_N = measure(model, description=f"loss {when}")
+                return _Measured(losses_N, answers, _general_results(general, model, tokenizer, progress, when))
 
     write_task(out, plan.held_out, tokenizer)
-    before_N, answers_before = measured(start.whole(chosen_device), "before")
+    before = measured(start.whole(chosen_device), "before")
     samples = _Samples(questions, plan.sizes.steps, progress)
-    metrics = sft(tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show)
+    metrics = sft(
+        tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show, shows_data=False
+    )
     if method == "full":
-        after_N, answers_after = measured(load_model(out / MODEL, device=chosen_device), "after")
+        after = measured(load_model(out / MODEL, device=chosen_device), "after")
     else:
         tuned = start.whole(chosen_device)
         adapter = read_adapter(out / ADAPTER, load_model(base)).to(chosen_device, torch.float32).fitted(tuned)
-        after_N, answers_after = measured(tuned, "after", adapter)
+        after = measured(tuned, "after", adapter)
     return Finetuned(
         method,
         base,
         tokenizer.hash,
         [one.id for one, _ in plan.examples],
-        before_N,
-        after_N,
-        questions.compared(answers_before, answers_after),
+        before.losses_N,
+        after.losses_N,
+        questions.compared(before.answers, after.answers),
         metrics,
+        None if before.general is None or after.general is None else (before.general, after.general),
     )
 
 
-def asked_of(config: FinetuneConfig, source: ModelSource, data: Path, seed: int) -> dict[str, Any]:
+class _Measured(NamedTuple):
+    """A model's losses of what was held out, its answers, and its results of general tasks; None where none are asked."""
+
+    losses_N: np.ndarray
+    answers: list[str]
+    general: ItemResults | None
+
+
+#: Tokens of a general task's question at most; a longer one is cut from the left. Sequences scored at once.
+_GENERAL_TOKENS, _GENERAL_SEQUENCES = 2048, 16
+
+
+def _general_results(
+    general: GeneralTasks | None, model: Decoder, tokenizer: Tokenizer, progress: Progress, when: str
+) -> ItemResults | None:
+    if general is None:
+        return None
+    length = min(_GENERAL_TOKENS, model.config.max_position_embeddings)
+    engine = Engine(model, tokenizer, config=_engine_config(model, length, _GENERAL_SEQUENCES))
+    with progress.task(f"general tasks {when}", total=sum(general.counts.values()), unit="questions") as task:
+        return general.results(engine, task.advance)
+
+
+def _engine_config(model: Decoder, length: int, sequences: int) -> EngineConfig:
+    """An engine that computes as the trainer does."""
+    return EngineConfig(
+        max_model_len=length,
+        max_num_seqs=sequences,
+        # compiled kernels would copy the weights, and round activations where weights are quantised, unlike the trainer
+        cpu_kernels="off",
+        # with quantised weights the engine's cache would be in half precision, unlike the trainer
+        kv_cache_dtype="float32" if is_quantised(model) else "auto",
+    )
+
+
+def asked_of(config: FinetuneConfig, source: ModelSource, data: str, seed: int) -> dict[str, Any]:
     """Everything that identifies a fine-tuning."""
-    also = {"also": {hash_file(Path(name)): weight for name, weight in config.also.items()}}
-    return {"settings": config.output_settings() | also, "model": source.name, "data": hash_file(data), "seed": seed}
+    also = {"also": {data_hash(name): weight for name, weight in config.also.items()}}
+    return {"settings": config.output_settings() | also, "model": source.name, "data": data_hash(data), "seed": seed}
 
 
 def finished(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
@@ -231,10 +281,11 @@ def finished(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] |
     record = out / RECORD
     if record.exists():
         record_of_run = read_json(record, _WHAT)
-        given = record_of_run.get("asked", {})
-        # older records also say whether the adapter was merged
+        given, wanted = record_of_run.get("asked", {}), asked()
+        # older records also say whether the adapter was merged, and lack the settings that came later
         given.get("settings", {}).pop("merge", None)
-        if given != asked():
+        defaults = {name: value for name, value in FinetuneConfig().output_settings().items() if name in wanted["settings"]}
+        if given != wanted and given | {"settings": defaults | given.get("settings", {})} != wanted:
             raise ArtefactError(
                 f"{out}: holds another fine-tuning, of other data, another model or settings; name another folder"
             )
@@ -267,6 +318,7 @@ def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, dev
         "diagnostics_every": 0,
         "dtype": str(product_dtype(device)).removeprefix("torch."),
         "compile": False,
+        "track": config.track,
     }
     if method == "full":
         return settings | {"learning_rate": config.learning_rate or FULL_LEARNING_RATE}
@@ -299,14 +351,7 @@ class _Questions:
         prompts = [ids for _, _, ids in self._questions[:most]]
         if not prompts:
             return []
-        config = EngineConfig(
-            max_model_len=max(map(len, prompts)) + tokens,
-            max_num_seqs=len(prompts),
-            # compiled kernels would copy the weights, and round activations where weights are quantised, unlike the trainer
-            cpu_kernels="off",
-            # with quantised weights the engine's cache would be in half precision, unlike the trainer
-            kv_cache_dtype="float32" if is_quantised(model) else "auto",
-        )
+        config = _engine_config(model, max(map(len, prompts)) + tokens, len(prompts))
         with without_adapters(model):
             engine = Engine(model, self._tokenizer, config=config)
             name = None

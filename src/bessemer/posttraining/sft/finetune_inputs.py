@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, SourceError
 from bessemer.core.progress import Progress
-from bessemer.core.records import read_records
 from bessemer.core.store import new_folder
 from bessemer.data.sources.io.paths import READ_BY
 from bessemer.model.config import ModelConfig
@@ -21,7 +18,9 @@ from bessemer.model.formats import ModelSource, import_model
 from bessemer.model.formats.gguf_import import GgufFile, in_a_family, write_tokenizer
 from bessemer.model.storage.folder import TOKENIZER_FILES, holds_codes, read_model_config
 from bessemer.model.storage.library import download
-from bessemer.posttraining.data.formats import ANSWERS, CONTINUE, PROMPTS, is_plain_text
+from bessemer.posttraining.data.formats import CONTINUE
+from bessemer.posttraining.data.understanding import DataPlace, open_rows
+from bessemer.posttraining.data.understanding import find_columns as columns_of
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.control_tokens import TEMPLATE_TOKENS
 from bessemer.tokenization.folder import CHAT_TEMPLATE_FILE
@@ -116,50 +115,17 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-#: Suffixes of files that hold texts, and no questions with answers.
-_TEXT_FILES = {".docx", ".odt", ".rtf"}
-_TEXT_FILES |= {suffix for suffix, source in READ_BY.items() if source not in ("tables", "code") and suffix != ".jsonl"}
+def find_columns(place: DataPlace, prompt: str | None, answer: str | None) -> tuple[str, str] | None:
+    """The columns of questions and of answers of a table: those that are named, or the ones that can be told by their names;
+    None for rows that are conversations or texts in a form of their own.
 
-
-def find_columns(path: Path, prompt: str | None, answer: str | None) -> tuple[str, str] | None:
-    """The columns of questions and of answers of a file: those that are named, or the ones that can be told by their names;
-    None for rows that are conversations in a format of their own.
-
-    Raises SourceError where they cannot be told, or there are none of the names given, and for a folder or a file of texts;
-    ArtefactError as `read_records`.
+    Raises SourceError where they cannot be told, or there are none of the names given, and what `open_rows` does.
     """
-    if path.is_dir() or path.suffix.lower() in _TEXT_FILES:
-        what = "a folder" if path.is_dir() else "a file of text"
-        raise SourceError(f"{path}: is {what}, and finetune learns answers from a table of questions and answers; {CONTINUE}")
-    row = read_records(path)[0].values
-    for option, name in (("--prompt-column", prompt), ("--answer-column", answer)):
-        if name is not None and name not in row:
-            raise SourceError(f"{path}: {option}: there is no column {name!r}{nearest(name, list(row))}")
-    if prompt is None and answer is None and _is_conversation(row):
-        return None
-    if prompt is None and answer is None and is_plain_text(row):
-        raise SourceError(
-            f"{path}: no name of its columns ({', '.join(map(repr, row))}) tells of questions and answers; {CONTINUE}; or name "
-            "the two columns with --prompt-column and --answer-column"
-        )
-    columns = prompt or _only(path, row, PROMPTS, "--prompt-column"), answer or _only(path, row, ANSWERS, "--answer-column")
-    if columns[0] == columns[1]:
-        raise SourceError(f"{path}: the column {columns[0]!r} cannot be question and answer both")
-    return columns
+    if isinstance(place, Path) and (source := READ_BY.get(place.suffix.lower())) not in _READ_HERE:
+        raise SourceError(f"{place}: is no table, and no text; {{source: {source}}} reads such files, and {CONTINUE}")
+    options = ("--prompt-column", "--answer-column")
+    return columns_of(open_rows(place), prompt, answer, options, is_chat=True)
 
 
-def _is_conversation(row: Mapping[str, Any]) -> bool:
-    """Whether `formats.as_answered` makes a conversation of a row, and not a text without roles."""
-    if "messages" in row or "conversations" in row or isinstance(row.get("prompt"), list):
-        return True
-    return "instruction" in row and ("output" in row or "response" in row) and "completion" not in row
-
-
-def _only(path: Path, row: Mapping[str, Any], names: Sequence[str], option: str) -> str:
-    """The one column that has one of these names."""
-    matching = [column for column in row if str(column).strip().lower() in names]
-    if len(matching) == 1:
-        return matching[0]
-    columns = ", ".join(map(repr, row))
-    what = f"{' and '.join(map(repr, matching))} could both be meant" if matching else f"none of {columns} tells by its name"
-    raise SourceError(f"{path}: {what}; name the column with {option}")
+#: Sources of documents whose files are tables or texts, which tuning reads too.
+_READ_HERE = (None, "tables", "files", "docs")

@@ -21,9 +21,11 @@ from bessemer.core.metrics import size
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, is_fast
 from bessemer.model.formats import ModelSource
-from bessemer.posttraining.data.encoding import NothingLearntError
-from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.packing import EncodedExample, encode_conversation, fit_conversations, pack_examples
+from bessemer.posttraining.data.examples import Conversation, RowReader
+from bessemer.posttraining.data.made import data_name, data_path
+from bessemer.posttraining.data.mask import text_parts
+from bessemer.posttraining.data.packing import EncodedExample, encode_conversation, fit_conversations, fit_each, pack_examples
+from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.posttraining.sft.config import FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, read_base
 from bessemer.posttraining.sft.stage import gather_conversations
@@ -156,7 +158,7 @@ class Sizes:
 class FinetunePlan:
     """settings: which conversations `sft` reads. examples: of those held out that have something to learn within a row.
     tokens, learnt: of the conversations of a pass, and those of them that are targets. needs: peak memory by method, in bytes.
-    free: that can be used."""
+    free: that can be used. understood: lines about the data, for a terminal. bad_rows: number of rows that are left out."""
 
     settings: dict[str, Any]
     training: Sequence[Conversation]
@@ -170,6 +172,8 @@ class FinetunePlan:
     reason: str
     needs: Mapping[Method, float]
     free: float
+    understood: Sequence[str] = ()
+    bad_rows: int = 0
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -177,6 +181,7 @@ class FinetunePlan:
         return {
             "conversations": len(self.training),
             "held_out": len(self.held_out),
+            **({"bad_rows": self.bad_rows} if self.bad_rows else {}),
             "tokens": self.tokens,
             "learnt_tokens": self.learnt,
             **asdict(self.sizes),
@@ -212,15 +217,18 @@ class FinetunePlan:
 
 
 def plan_finetuning(
-    config: FinetuneConfig, source: ModelSource, data: Path, *, seed: int, device: str, scratch: Path
+    config: FinetuneConfig, source: ModelSource, data: str, *, seed: int, device: str, scratch: Path
 ) -> FinetunePlan:
     """Read the data and the model's settings, and choose what is left open.
 
-    scratch: a folder for files of the tokenizer. Raises SourceError, RequestError or ArtefactError
-    for data and models that cannot be used, ConfigError for settings, and a model that memory does not hold.
+    data: a file, a folder, or the name of a data set of the hub. scratch: a folder for files of the tokenizer. Raises
+    SourceError, RequestError or ArtefactError for data and models that cannot be used, ConfigError for settings, and a model
+    that memory does not hold.
     """
     settings = settings_of(config, data)
-    training, held_out = gather_conversations(SFTConfig.parse(settings), None, Path(), seed)
+    understood: list[str] = []
+    reader = RowReader(config.on_bad_row, understood.append)
+    training, held_out = gather_conversations(SFTConfig.parse(settings), None, Path(), seed, reader=reader)
     # copies of a conversation count once as evidence
     held_out = list({one.id: one for one in held_out}.values())
     if len(held_out) < _FEWEST or not training:
@@ -250,23 +258,28 @@ def plan_finetuning(
         reason=chosen[1],
         needs=needs,
         free=free,
+        understood=understood,
+        bad_rows=len(reader.bad),
     )
 
 
-def settings_of(config: FinetuneConfig, data: Path) -> dict[str, Any]:
+def settings_of(config: FinetuneConfig, data: str | Path) -> dict[str, Any]:
     """The settings of `sft` that say which conversations it reads.
 
     Raises SourceError for a file whose columns cannot be told, ConfigError where files call them differently.
     """
-    columns = find_columns(data, config.prompt_column, config.answer_column)
-    others = {Path(name).resolve(): weight for name, weight in config.also.items()}
+    own = data_name(data)
+    columns = find_columns(data_path(own, Path(), {}), config.prompt_column, config.answer_column)
+    others = {data_name(name): weight for name, weight in config.also.items()}
     for other in others:
-        if (other_columns := find_columns(other, config.prompt_column, config.answer_column)) != columns:
+        other_columns = find_columns(data_path(other, Path(), {}), config.prompt_column, config.answer_column)
+        if other_columns != columns:
             raise ConfigError(f"{other}: its columns are {other_columns}, and those of {data} are {columns}; call them alike")
     settings: dict[str, Any] = {
-        "data": [str(path) for path in (data.resolve(), *others)],
-        "weights": {str(path): weight for path, weight in others.items()},
+        "data": [own, *others],
+        "weights": others,
         "validation_share": config.held_out,
+        "on_bad_row": config.on_bad_row,
     }
     if columns is not None:
         settings |= dict(zip(("prompt_column", "answer_column"), columns, strict=True))
@@ -289,22 +302,13 @@ def product_dtype(device: torch.device) -> torch.dtype:
 
 
 def learnt_parts(conversation: Conversation, tokenizer: Tokenizer, longest: int) -> list[tuple[str, bool]] | None:
-    """A conversation's text in parts that are learnt, or not; None where it does not fit into a row, or teaches nothing."""
+    """A conversation's text, or that of its last turn where turns are examples by themselves, in parts that are learnt, or not.
+    None where it does not fit into a row, or teaches nothing."""
     try:
-        encoded = encode_conversation(conversation, tokenizer)
-    except NothingLearntError:
+        *_, encoded = encode_conversation(conversation, tokenizer)
+    except (NothingLearntError, RowError):
         return None
-    if encoded.inputs > longest or not encoded.is_learnt.any():
-        return None
-    parts: list[tuple[list[int], bool]] = []
-    for id, is_learnt in zip(encoded.ids.tolist(), encoded.is_learnt.tolist(), strict=True):
-        if not parts or parts[-1][1] != is_learnt:
-            parts.append(([], is_learnt))
-        parts[-1][0].append(id)
-    return [
-        (tokenizer.decode_bytes(ids, skip_special=False, beginning=not place).decode("utf-8", "replace"), is_learnt)
-        for place, (ids, is_learnt) in enumerate(parts)
-    ]
+    return text_parts(encoded, tokenizer) if encoded.inputs <= longest and encoded.is_learnt.any() else None
 
 
 def _middle_left_out(text: str) -> str:
@@ -329,10 +333,9 @@ def _method(
 def _within(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int, config: FinetuneConfig
 ) -> list[tuple[Conversation, EncodedExample]]:
-    """The conversations that have something to learn within a row."""
-    fitting = [
-        (one, example) for one in conversations for example in fit_conversations([one], tokenizer, context, config.truncate)[0]
-    ]
+    """The conversations that have something to learn within a row, each with its last example."""
+    fitted, _ = fit_each(conversations, tokenizer, context, config.truncate)
+    fitting = [(one, examples[-1]) for one, examples in zip(conversations, fitted, strict=True) if examples]
     if len(fitting) < _FEWEST:
         raise SourceError(
             f"{len(fitting):,} conversations held out have an answer within {context:,} tokens; raise --context-length"

@@ -15,7 +15,23 @@ import numpy as np
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.records import json_lines
-from bessemer.core.report import Answer, Answers, Curves, Facts, Heading, Metrics, Part, Section, Series, StageReport, Text
+from bessemer.core.report import (
+    Answer,
+    Answers,
+    Cell,
+    Column,
+    Curves,
+    Facts,
+    Heading,
+    Metrics,
+    Part,
+    ReportData,
+    Section,
+    Series,
+    StageReport,
+    Table,
+    Text,
+)
 from bessemer.core.statistics import Estimate, paired_difference
 from bessemer.training.report import diagnostics, summary_line, task_accuracies, training_curves
 
@@ -146,8 +162,51 @@ def size_word(estimate: Estimate) -> str | None:
 
 
 def record_lines(result: Mapping[str, Any]) -> list[str]:
-    """Lines on a fine-tuning from its record: answers before and after, what was learnt, and the verdict."""
-    return [*answer_lines(result.get("answers", ())), result["data"], result["verdict"]]
+    """Lines on a fine-tuning from its record: answers before and after, what was learnt and forgotten, and the verdict."""
+    forgotten = result.get("forgetting")
+    return [
+        *answer_lines(result.get("answers", ())),
+        result["data"],
+        *([] if forgotten is None else forgetting_lines(forgotten)),
+        result["verdict"],
+    ]
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def forgetting_table(figures: Mapping[str, Any]) -> Table:
+    """The figures of `forgetting` by task, for a page or a terminal."""
+    rows = [
+        (
+            Cell(f"{name} ({task['items']:,})"),
+            _accuracies(task).removeprefix("accuracy ").removesuffix(", ") or "–",
+            f"{task['loss_before']:.3f} → {task['loss_after']:.3f}",
+            Cell(f"{task['rise']:+.3f}", remark=_range(task["interval"])),
+        )
+        for name, task in figures["tasks"].items()
+    ]
+    columns = [Column("General task"), Column("Accuracy", True), Column("Loss, nats a token", True), Column("Rise", True)]
+    return Table(columns, rows)
+
+
+def _accuracies(task: Mapping[str, Any]) -> str:
+    """Accuracies for a line; nothing of texts that no model writes word by word."""
+    before, after = task["accuracy_before"], task["accuracy_after"]
+    return f"accuracy {before:.3f} → {after:.3f}, " if before or after else ""
+
+
+def forgetting_lines(figures: Mapping[str, Any]) -> list[str]:
+    """The figures of `forgetting` for a terminal: a line a task, and the verdict."""
+    names = {name: f"{name} ({task['items']:,})" for name, task in figures["tasks"].items()}
+    width = max(map(len, names.values()))
+    lines = [
+        f"  {names[name]:<{width}}  {_accuracies(task)}loss {task['loss_before']:.3f} → {task['loss_after']:.3f}, "
+        f"{task['rise']:+.3f}{_range(task['interval'])}"
+        for name, task in figures["tasks"].items()
+    ]
+    return [*lines, figures["verdict"]]
 
 
 def compared_lines(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
@@ -177,12 +236,33 @@ def compared_lines(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -
 
 
 def answer_lines(answers: Sequence[Mapping[str, str]]) -> list[str]:
-    """Questions with the answers before and after, for a terminal."""
+    """Questions with the answer of the data and those before and after, below each other, for a terminal."""
     lines = []
     for one in answers:
         lines.append(f"  {one_line(one['prompt'], _SHOWN)}")
-        lines += [f"    {when}: {one_line(one[when], _SHOWN) or '(nothing)'}" for when in ("before", "after")]
+        sides = (("data", "reference"), ("before", "before"), ("after", "after"))
+        lines += [f"    {name}: {one_line(one[key], _SHOWN) or '(nothing)'}" for name, key in sides if key in one]
     return lines
+
+
+def tuning_report(name: str, record: Mapping[str, Any], records: Sequence[Metrics]) -> ReportData:
+    """The page of a finished fine-tuning: the verdict, what was forgotten, samples side by side, and the curves.
+
+    record: of `finetune.json`. records: the lines of `metrics.jsonl`.
+    """
+    result = record["result"]
+    held_out: list[Part] = [Text(result["verdict"], lead=True), Text(result["data"])]
+    sections = [Section("Better or not", held_out, headline=True)]
+    if (forgotten := result.get("forgetting")) is not None:
+        sections.append(Section("Forgotten", [Text(forgotten["verdict"], lead=True), forgetting_table(forgotten)]))
+    if result.get("answers"):
+        columns = [Column(heading) for heading in ("Held-out question", "The data", "Before", "After")]
+        sides = ("prompt", "reference", "before", "after")
+        rows = [tuple(one.get(side) or "(nothing)" for side in sides) for one in result["answers"]]
+        sections.append(Section("Answers side by side", [Table(columns, rows)]))
+    sections.append(Section("Training", [*training_curves(records), Facts(result.get("metrics", {}))]))
+    description = f"{result['method']}: {record.get('reason', '')}"
+    return ReportData(name=name, description=description, sections=sections)
 
 
 def one_line(text: str, most: int) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.usercode import is_user_function
@@ -24,7 +25,14 @@ from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import read_model_config
-from bessemer.posttraining.data.examples import Conversation, made_conversations, read_conversations, write_conversations
+from bessemer.posttraining.data.examples import (
+    BAD_ROWS,
+    Conversation,
+    RowReader,
+    made_conversations,
+    read_conversations,
+    write_conversations,
+)
 from bessemer.posttraining.data.made import DOCS_QUESTIONS, MADE_DATA, TASK, data_path
 from bessemer.posttraining.data.packing import PackedBatches, PackedConversations, pack_conversations, validation_on
 from bessemer.posttraining.data.splitting import are_held_out, opening_key, opening_of
@@ -35,10 +43,12 @@ from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import find_tasks
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch, BatchSource, StatelessBatches, TokenBatches, concatenated
 from bessemer.training.head import target_log_probs
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.keeping import losses_held_out
 from bessemer.training.loop import OnStepEnd, no_metrics
 from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.trainer import Trainer
@@ -127,6 +137,7 @@ def sft(
     made: Mapping[str, Path] | None = None,
     on_validation: Callable[[int, Decoder], None] | None = None,
     only_resolve: bool = False,
+    shows_data: bool = True,
     **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
     """Fine-tune the model of folder `model` on conversations; resumes from `out`.
@@ -135,13 +146,15 @@ def sft(
     `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named in the
     settings are relative to `folder`. made: files of stages above, by their names in `data`. on_validation: receives the
     finished steps and the model in training, with its adapter beside the weights where it has one, in one process.
-    only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the headline metrics. Raises SourceError
+    only_resolve: measure, and raise SettingsResolvedError with the settings. shows_data: say what was understood of the data.
+    Returns the headline metrics. Raises SourceError
     for conversations that are missing or malformed, and what `TrainingJob` raises.
     """
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
     config = config.fitted_to(read_model_config(model).max_position_embeddings)
-    training, held_out = gather_conversations(config, documents, run.folder, run.seed, made)
+    reader = RowReader(config.on_bad_row, run.progress.say if shows_data else lambda line: None)
+    training, held_out = gather_conversations(config, documents, run.folder, run.seed, made, reader)
     packed, validation = (
         pack_conversations(some, tokenizer, config.context_length, config.truncate) for some in (training, held_out)
     )
@@ -168,6 +181,7 @@ def sft(
     if mesh.leads:
         write_conversations(out / "conversations" / "train.jsonl", training)
         write_conversations(out / "conversations" / "validation.jsonl", held_out)
+        reader.write_bad_rows(out / BAD_ROWS)
 
     def validate(decoder: Decoder) -> OnStepEnd:
         if config.neftune_alpha is not None:
@@ -190,10 +204,14 @@ def sft(
     objective = None
     if config.loss == "dft":
         objective = NextTokenObjective(read_model_config(model), training_loss=dynamic_fine_tuning)
-    summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=TrainingHooks(validate))
+    hooks = TrainingHooks(validate, held_out=losses_held_out(validation.batch, config))
+    summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=hooks)
+    if mesh.leads:
+        record_training(out, model, format_name_of(tokenizer))
     return {
         "conversations": len(training),
         "held_out": len(held_out),
+        **reader.figures,
         **packed.counts.figures,
         "rows": packed.rows,
         "filled": round(packed.filled, 4),
@@ -212,12 +230,18 @@ def _source(config: SFTConfig, packed: PackedConversations, shards: TokenShards 
 
 
 def gather_conversations(
-    config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path] | None = None
+    config: SFTConfig,
+    documents: Path | None,
+    folder: Path,
+    seed: int,
+    made: Mapping[str, Path] | None = None,
+    reader: RowReader | None = None,
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(training, held-out) conversations of all data that the settings name; none of the second opens as one of the first.
     Raises SourceError, and ConfigError for an unknown task or function, and for a task whose answers are
     not known."""
-    sets = [(name, _conversations_of(name, config, documents, folder, seed, made or {})) for name in config.data]
+    reader = reader or RowReader(config.on_bad_row)
+    sets = [(name, _conversations_of(name, config, documents, folder, seed, made or {}, reader)) for name in config.data]
     # over all sets at once, since one question may be in two of them
     openings = [opening_of(one.answered) for _, given in sets for one in given.to_split]
     sides = iter(are_held_out(openings, config.validation_share, seed))
@@ -241,7 +265,13 @@ class _Set(NamedTuple):
 
 
 def _conversations_of(
-    name: str, config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path]
+    name: str,
+    config: SFTConfig,
+    documents: Path | None,
+    folder: Path,
+    seed: int,
+    made: Mapping[str, Path],
+    reader: RowReader,
 ) -> _Set:
     if name == DOCS_QUESTIONS:
         if documents is None:
@@ -255,10 +285,11 @@ def _conversations_of(
         return _Set(questions, make_questions(documents, VALIDATION, config.validation_questions, seed))
     if name.startswith(TASK):
         return _Set(task_conversations(name.removeprefix(TASK), config.task_items))
-    columns = None if name in MADE_DATA else config.columns
+    if name in MADE_DATA:
+        return _Set(to_split=read_conversations(data_path(name, folder, made)))
     if is_user_function(name):
-        return _Set(to_split=made_conversations(name, folder, columns))
-    return _Set(to_split=read_conversations(data_path(name, folder, made), columns))
+        return _Set(to_split=made_conversations(name, folder, config.columns, reader))
+    return _Set(to_split=read_conversations(data_path(name, folder, made), config.columns, reader))
 
 
 def _weighted(conversations: list[Conversation], weight: float, seed: int) -> list[Conversation]:

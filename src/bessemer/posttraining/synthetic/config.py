@@ -11,6 +11,7 @@ from bessemer.data.config import CleanConfig, DeduplicateConfig, LimitConfig, Se
 from bessemer.data.deduplication.registry import MinHashConfig
 from bessemer.data.filters.registry import scores_of
 from bessemer.posttraining.chat_models import ChatModelConfig
+from bessemer.posttraining.data.made import ON_BAD_ROW, PLACES, OnBadRow
 
 #: Raised when the same settings and inputs give other rows than before.
 REVISE_VERSION = 2
@@ -22,8 +23,9 @@ class PrincipledConfig(Config):
 
     shorthand: ClassVar[str | None] = "data"
 
-    data: list[str] = setting(description="Files of prompts, as JSON lines, JSON, CSV or Parquet.", min_length=1)
+    data: list[str] = setting(description=f"Prompts: {PLACES}.", min_length=1)
     prompt_column: str = setting("prompt", "Column of the prompts: messages, or a text that the user says.")
+    on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     limit: int | None = setting(None, "The first prompts only; absent: all.", unit="prompts", ge=1)
     policy: str | None = setting(
         None, "YAML file of the policy that gives the principles; absent: Bessemer's own.", affects_output=False
@@ -105,10 +107,9 @@ class SynthesizeConfig(Config):
 
     shorthand: ClassVar[str | None] = "data"
 
-    data: list[str] = setting(
-        description="Files of seeds, rows with a prompt, as JSON lines, JSON, CSV or Parquet.", min_length=1
-    )
+    data: list[str] = setting(description=f"Seeds, rows with a prompt: {PLACES}.", min_length=1)
     prompt_column: str = setting("prompt", "Column of the prompts: messages, or a text that the user says.")
+    on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     prompts: int | None = setting(
         None, "Prompts to write after the example of seeds; absent: the seeds themselves are answered.", unit="prompts", ge=1
     )

@@ -22,9 +22,9 @@ from bessemer.core.progress import Progress
 from bessemer.inference.chat import EngineChat
 from bessemer.inference.engine import Engine
 from bessemer.posttraining.chat_models import chat_models_fingerprint, open_chat_model, place_fingerprint
-from bessemer.posttraining.data.examples import read_examples
+from bessemer.posttraining.data.examples import RowReader, read_examples
 from bessemer.posttraining.data.formats import Message, Turns, as_answered, as_pair, as_prompt
-from bessemer.posttraining.data.made import FinishedRows, write_rows
+from bessemer.posttraining.data.made import FinishedRows, data_path, write_rows
 from bessemer.posttraining.synthetic.config import PrincipledConfig
 
 
@@ -54,9 +54,13 @@ class OpenPrompt:
     answers: tuple[str, ...] = ()
 
 
-def read_prompts(config: PrincipledConfig, folder: Path) -> list[OpenPrompt]:
+def read_prompts(config: PrincipledConfig, folder: Path, progress: Progress | None = None) -> list[OpenPrompt]:
     """The prompts of all files that the settings name, in order. Raises SourceError or ArtefactError, with file and line."""
-    rows = [row for name in config.data for row in read_examples(folder / name, partial(as_open_prompt, config.prompt_column))]
+    parse, reader = (
+        partial(as_open_prompt, config.prompt_column),
+        RowReader(config.on_bad_row, None if progress is None else progress.say),
+    )
+    rows = [row for name in config.data for row in read_examples(data_path(name, folder, {}), parse, reader)]
     return rows[: config.limit]
 
 
@@ -204,7 +208,7 @@ def work_through(
     """
     policy = read_policy(None if config.policy is None else folder / config.policy)
     policy.chosen_principles(config.principles)
-    prompts = read_prompts(config, folder)
+    prompts = read_prompts(config, folder, progress)
     checkpoint = path.parent / ".checkpoints" / path.name
     finished = FinishedRows(checkpoint, work_identity(config, model, prompts, policy, folder, seed))
     speakers = Speakers(config, model, folder, device)

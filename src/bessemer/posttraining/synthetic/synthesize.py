@@ -31,9 +31,9 @@ from bessemer.posttraining.chat_models import (
     place_fingerprint,
     provenance,
 )
-from bessemer.posttraining.data.examples import read_examples
+from bessemer.posttraining.data.examples import RowReader, read_examples
 from bessemer.posttraining.data.formats import Message, as_prompt, conversation_text
-from bessemer.posttraining.data.made import FinishedRows, write_rows
+from bessemer.posttraining.data.made import FinishedRows, data_path, write_rows
 from bessemer.posttraining.synthetic.config import SYNTHESIZE_VERSION, SynthesizeConfig
 from bessemer.tasks.judge import fence_around
 
@@ -144,7 +144,8 @@ def synthesize(
     """
     progress = progress or Silent()
     parse = partial(as_prompt, column=config.prompt_column)
-    seeds = [prompt for name in config.data for prompt in read_examples(folder / name, parse)]
+    reader = RowReader(config.on_bad_row, progress.say)
+    seeds = [prompt for name in config.data for prompt in read_examples(data_path(name, folder, {}), parse, reader)]
     work = _Work(config, model, out, seeds, seed, folder, progress)
     writer = _writer(config, model, folder, device)
     drafts = [NewRow(prompt, [place]) for place, prompt in enumerate(seeds)]

@@ -190,6 +190,7 @@ def _chat(body: ChatRequest, caller: Caller) -> Chat:
         thinking_budget=body.budget,
         answers=body.n,
         cache_salt=body.cache_salt,
+        priority=caller.client.priority(body.priority),
     )
 
 
@@ -223,9 +224,10 @@ def _prepare(served: Served, body: CompletionRequest, caller: Caller) -> _Comple
     limits = [served.most_tokens(name, len(tokens), body.token_limit, caller) for name, tokens in prompts.items()]
     params = [body.sampling(limit) for limit in limits]
     adapter, salt = served.adapter(body.model), caller.salt(body.cache_salt)
+    priority = caller.client.priority(body.priority)
     with _refusals(body):
         requests = [
-            served.engine.prepare(list(tokens), its_params, adapter=adapter, cache_salt=salt)
+            served.engine.prepare(list(tokens), its_params, priority=priority, adapter=adapter, cache_salt=salt)
             for tokens, its_params in zip(prompts.values(), params, strict=True)
         ]
     return _Completions(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.sampling.grammar import check_size
-from bessemer.inference.sampling.params import GRAMMARS, SamplingParams
+from bessemer.inference.sampling.params import GRAMMARS, Mark, SamplingParams
 from bessemer.serving.config import (
     ANSWERS,
     CHOICES,
@@ -159,8 +159,25 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class GenerationRequest(Body):
-    """What both endpoints take. The fields in `_SHARED` mean what they mean in `SamplingParams`."""
+if TYPE_CHECKING:
+    _ServedSettings = Body
+else:
+    _ServedSettings = create_model(
+        "_ServedSettings",
+        __base__=Body,
+        **{
+            name: (Annotated[(field.annotation, *field.metadata)], field.default)
+            for name, field in SamplingParams.model_fields.items()
+            if Mark.SERVED in field.metadata
+        },
+    )
+
+
+class GenerationRequest(_ServedSettings):
+    """What both endpoints take: the engine's settings that carry `Mark.SERVED`, and those below.
+
+    The fields in `_SHARED` mean what they mean in `SamplingParams`.
+    """
 
     model: Name
     n: int = Field(1, ge=1, le=CHOICES.most)
@@ -169,11 +186,6 @@ class GenerationRequest(Body):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
-    min_p: float = Field(0.0, ge=0, le=1)
-    typical_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token)] = Field(
         default_factory=dict
     )
@@ -181,7 +193,6 @@ class GenerationRequest(Body):
     seed: int | None = None
     stop: Annotated[Stops, BeforeValidator(_stop_list)] = Field(default_factory=list)
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=STOP_TOKENS.most)
-    ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -189,6 +200,7 @@ class GenerationRequest(Body):
     guided_choice: list[str] | None = Field(None, min_length=1)
     guided_grammar: str | None = None
     cache_salt: str | None = Field(None, min_length=1)
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -356,9 +368,14 @@ class CompletionRequest(GenerationRequest):
     suffix: str | None = None
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=LIKELIEST.most)
+    logprobs_mode: Literal["raw", "temperature", "sampled"] = "raw"
+    return_weight_versions: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.return_weight_versions and (self.stream or self.best_of is not None):
+            name = "stream" if self.stream else "best_of"
+            raise misfit("return_weight_versions", f"return_weight_versions: of whole answers as they were sampled; no {name}")
         if self.best_of is not None and self.best_of < self.n:
             raise misfit("best_of", f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
         if self.stream and self.answers > self.n:
@@ -392,5 +409,6 @@ class CompletionRequest(GenerationRequest):
         return {
             "best_of": self.best_of,
             "logprobs": self.logprobs,
+            "logprobs_mode": self.logprobs_mode,
             "prompt_logprobs": self.logprobs if self.echo else None,
         }

@@ -189,6 +189,7 @@ class CompletionReply(_OpenAIReply):
     """The response to `/v1/completions`. Completion i of prompt p is choice p · n + i."""
 
     event_kind = "text_completion"
+    _body: CompletionRequest
 
     def __init__(
         self,
@@ -223,6 +224,10 @@ class CompletionReply(_OpenAIReply):
                 text, log_probs = self._part(index, completion.text, completion.log_probs or [], first.prompt_log_probs or [])
                 self._ids[index] += completion.token_ids
                 choices.append(self._choice(index, text, log_probs, completion.finish_reason))
+        if self._body.return_weight_versions:
+            made = [each for request in self._requests for each in (request, *request.siblings)]
+            for choice, request in zip(choices, made, strict=True):
+                choice["weight_versions"] = list(request.weight_versions)
         return {**self._head("text_completion"), "choices": choices, "usage": self._usage()}
 
     def _bodies(self, step: Iterable[tuple[int, Chunk]]) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from bessemer.serving.openai.tools import FunctionTool, tools_of
 from bessemer.serving.runtime.bodies import ApiError, Body, Name, misfit, read_body
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served, check_encoded
+from bessemer.tokenization.trained_template import check_trained_template
 
 
 class TokenizeRequest(Body):
@@ -88,8 +89,10 @@ class UnloadAdapter(Body):
 class AdaptersApi:
     """The routes of adapters. root: the folder below which adapters lie; None: none may be loaded."""
 
-    def __init__(self, served: Served, root: Path | None) -> None:
+    def __init__(self, served: Served, root: Path | None, *, other_template: bool = False) -> None:
+        """other_template: whether an adapter may have been trained with another chat template."""
         self._served = served
+        self._other_template = other_template
         self._root = None if root is None else root.resolve()
 
     def router(self) -> APIRouter:
@@ -107,6 +110,8 @@ class AdaptersApi:
             raise _refused(f"'{body.lora_name}' is served already; unload it, or send load_inplace: true", "lora_name")
         folder = self._folder(body.lora_path)
         try:
+            if not self._other_template:
+                check_trained_template([folder], self._served.engine.tokenizer.chat_template)
             await asyncio.to_thread(self._served.engine.load_adapter, body.lora_name, folder)
         except ArtefactError as error:
             # the path on this machine is not for clients

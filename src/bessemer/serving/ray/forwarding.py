@@ -78,7 +78,7 @@ _SCOPE_KEYS = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_
 #: Fields of all APIs that make up a prompt, in their order within it.
 _PROMPT_FIELDS = ("model", "system", "instructions", "tools", "messages", "input", "prompt")
 #: The routes whose bodies are prompts.
-_PROMPT_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_PROMPT_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/api/generate")
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,18 @@ class Client:
     #: Set when the key is revoked; its requests then end.
     revoked: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def priority(self, wanted: int) -> int:
+        """The priority of a request, lower is more urgent. Raises ApiError (403) for one before everybody else's, which on a
+        server with keys is an admin's to ask for."""
+        if wanted < 0 and self.id and not self.is_admin:
+            raise ApiError(
+                "a priority below 0 goes before other clients' requests; it needs an admin's key",
+                status=403,
+                parameter="priority",
+                code="not_allowed",
+            )
+        return wanted
+
     def take_request(self) -> None:
         """Count a request. Raises ApiError (429) when an allowance is used up."""
         for allowance, what in ((self.requests, "requests"), (self.tokens, "tokens")):

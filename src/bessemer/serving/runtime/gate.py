@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ ErrorBody = Callable[[str, ApiError], dict[str, Any]]
 #: Paths that need no key: monitoring has none.
 PUBLIC = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/openapi.json"})
 _MIB = 2**20
+#: The scheme of a key's header, in any case (RFC 9110, section 11.1).
+_BEARER = re.compile(r"^bearer +", re.IGNORECASE)
 
 #: Name of the logger of requests.
 REQUEST_LOG = "bessemer.requests"
@@ -118,7 +121,7 @@ class Gate:
         if self._keys is None or path in self._public:
             return self._everybody
         # Anthropic's clients send x-api-key
-        bearer = [value.removeprefix("Bearer ") for value in headers.getlist("authorization")]
+        bearer = [_BEARER.sub("", value) for value in headers.getlist("authorization")]
         client = self._keys.client([*bearer, *headers.getlist("x-api-key")])
         if client is None:
             raise ApiError(

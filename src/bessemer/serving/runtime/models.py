@@ -18,6 +18,8 @@ from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
 from bessemer.serving.runtime.bodies import ApiError, overloaded
 from bessemer.serving.runtime.worker import Worker
+from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.trained_template import check_trained_template
 
 #: Seconds between two checks for idle models.
 IDLE_CHECK_SECONDS = 5.0
@@ -231,6 +233,7 @@ class ModelSetup:
     """A model with its adapters, and additional models, all by name; nothing is loaded yet.
 
     model: a folder or a GGUF file. max_models, models_memory, keep_alive: limits of the additional models' `ModelPool`.
+    other_template: whether a chat template may be another than the one in training.
     """
 
     model: Path
@@ -242,12 +245,16 @@ class ModelSetup:
     max_models: int = 2
     models_memory: float | None = None
     keep_alive: float | None = None
+    other_template: bool = False
 
     def open_engine(self) -> Engine:
-        """The engine with its adapters. Raises what `Engine` and `load_adapter` raise."""
-        engine = Engine(self.model, device=self.device, config=self.engine)
+        """The engine with its adapters. Raises what `Engine` and `load_adapter` raise, and ArtefactError for a chat template
+        that is not the one in training."""
+        engine = self._open(self.model)
         try:
             for name, folder in self.adapters.items():
+                if not self.other_template:
+                    check_trained_template([folder], engine.tokenizer.chat_template)
                 engine.load_adapter(name, folder)
         except BaseException:
             engine.close()
@@ -260,9 +267,17 @@ class ModelSetup:
             return None
         return ModelPool(
             self.additional,
-            lambda place: Engine(place, device=self.device, config=self.engine),
+            self._open,
             max_waiting=max_waiting,
             most=self.max_models,
             memory=self.models_memory,
             keep_alive=self.keep_alive,
         )
+
+    def _open(self, place: Path) -> Engine:
+        """A model's engine, after a check of its template, before weights are read."""
+        if not self.other_template and place.is_dir():
+            tuned = tuned_model(place) or TunedModel(place, None)
+            folders = [tuned.folder] if tuned.adapter is None else [tuned.folder, tuned.adapter]
+            check_trained_template(folders, load_tokenizer(tuned.folder).chat_template)
+        return Engine(place, device=self.device, config=self.engine)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from bessemer.assistant.assistant import TurnMaker
-from bessemer.assistant.conversation import AssistantConfig, Conversation
+from bessemer.assistant.conversation import AssistantConfig, Conversation, with_system_in_place
 from bessemer.assistant.hooks import Hook
-from bessemer.assistant.messages import Message, as_messages, with_system_first
+from bessemer.assistant.messages import Message, as_messages
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
@@ -34,7 +33,7 @@ class Chat:
     """A conversation to answer, from any of the APIs.
 
     messages: in the form of chat completions. params_of: sampling settings, given the most tokens of an answer. parameter_of:
-    the request's parameter that an error's text is about. token_limit: the client's own.
+    the request's parameter that an error's text is about. token_limit: the client's own. priority: lower is more urgent.
     """
 
     caller: Caller
@@ -48,6 +47,7 @@ class Chat:
     thinking_budget: int | None = None
     answers: int = 1
     cache_salt: str | None = None
+    priority: int = 0
 
 
 class Served:
@@ -204,7 +204,8 @@ class Served:
         salt = chat.caller.salt(chat.cache_salt)
 
         def prepare(tokens: Sequence[int], params: SamplingParams) -> Request:
-            return self.engine.prepare(list(tokens), params, adapter=self.adapter(chat.model), cache_salt=salt)
+            adapter, priority = self.adapter(chat.model), chat.priority
+            return self.engine.prepare(list(tokens), params, priority=priority, adapter=adapter, cache_salt=salt)
 
         turns = []
         try:
@@ -250,22 +251,8 @@ class Served:
         Anthropic's API, and in vLLM's with `continue_final_message`."""
         messages = as_messages(chat.messages)
         prefix = messages.pop() if messages[-1].role == "assistant" and not messages[-1].calls else None
-        if any(message.role == "system" for message in messages[1:]) and not self._takes_system_anywhere:
-            messages = with_system_first(messages)
+        messages = with_system_in_place(messages, self.engine.tokenizer)
         return messages, prefix if prefix is not None and prefix.text else None
-
-    @cached_property
-    def _takes_system_anywhere(self) -> bool:
-        """Whether the chat template writes a system message that is not the first. Some refuse it, some leave it out."""
-        first, later = {"role": "system", "content": "first"}, {"role": "system", "content": "later"}
-        user = {"role": "user", "content": "question"}
-        tokenizer = self.engine.tokenizer
-        try:
-            ids = tokenizer.apply_chat_template([first, user, later], add_generation_prompt=True)
-        except RequestError:
-            return False
-        text = tokenizer.decode(ids)
-        return text.find("question") < text.find("later")
 
 
 def characters_of(value: Any) -> int:

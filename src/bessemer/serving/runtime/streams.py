@@ -1,4 +1,4 @@
-"""HTTP responses of all APIs: as one body, or as server-sent events; and errors as the API's own."""
+"""HTTP responses of all APIs: as one body, or as a stream (server-sent events, lines); and errors as the API's own."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ class Work(Protocol):
 
 
 class Reply(ABC):
-    """The response in one API's format. Texts are server-sent events, several of them joined, or ""."""
+    """The response in one API's format. Texts are parts of a stream (server-sent events, lines), several joined, or ""."""
 
     #: Sent after `QUIET_SECONDS` of silence.
     ping = PING
+    #: Of a stream.
+    media_type = "text/event-stream"
 
     @property
     def is_large(self) -> bool:
@@ -90,7 +92,7 @@ async def respond(
     events = _events(work, reply, admission.pop_all(), after_step)
     # from here on, the generator holds the admission
     await anext(events)
-    return EventStream(events, headers, reply.ping)
+    return EventStream(events, headers, reply.ping, reply.media_type)
 
 
 async def _whole(
@@ -145,11 +147,15 @@ class EventStream(StreamingResponse):
     """A stream of server-sent events, which no cache keeps and no proxy holds back."""
 
     def __init__(
-        self, events: AsyncIterable[str] | Iterable[str], headers: Mapping[str, str] | None = None, ping: str = PING
+        self,
+        events: AsyncIterable[str] | Iterable[str],
+        headers: Mapping[str, str] | None = None,
+        ping: str = PING,
+        media_type: str = Reply.media_type,
     ) -> None:
         """headers: added to the response's. ping: sent after every `QUIET_SECONDS` without an event."""
         own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers={**own, **(headers or {})})
+        super().__init__(events, media_type=media_type, headers={**own, **(headers or {})})
         self._ping = ping.encode()
         self._is_quiet = True
 

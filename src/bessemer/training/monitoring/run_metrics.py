@@ -9,7 +9,7 @@ What asks the tasks is passed in: it lies above this package.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -125,12 +125,19 @@ def open_tasks(config: ValidationSettings, folder: Path, opener: OpenTasks | Non
 
     Raises ConfigError for a task that there is not, and where nothing asks tasks; ArtefactError for data that is missing.
     """
-    if not config.tasks:
+    return opened_tasks(config.tasks, config.tasks_data, config.tasks_limit, folder, opener)
+
+
+def opened_tasks(
+    names: Sequence[str], data: str | None, limit: int, folder: Path, opener: OpenTasks | None
+) -> TaskScorer | None:
+    """Tasks by name or file, with their data in the folder `data`; relative paths, and what is raised: as of `open_tasks`."""
+    if not names:
         return None
     if opener is None:
         raise ConfigError("tasks: no function that asks them was passed in; the pipeline passes one")
-    names = [str(folder / name) if name.endswith((".yaml", ".yml")) else name for name in config.tasks]
-    return opener(names, None if config.tasks_data is None else folder / config.tasks_data, config.tasks_limit)
+    placed = [str(folder / name) if name.endswith((".yaml", ".yml")) else name for name in names]
+    return opener(placed, None if data is None else folder / data, limit)
 
 
 def check_processes(processes: int) -> None:

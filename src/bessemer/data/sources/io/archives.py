@@ -18,7 +18,7 @@ from typing import IO, Self, cast
 
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
-from bessemer.core.records import UTF8
+from bessemer.core.text_encoding import UTF8
 from bessemer.data.limited import Helpers
 from bessemer.data.sources.io.paths import uncompressed_name
 from bessemer.data.sources.io.streams import Stream, broken_stream, open_stream, stream_of, text_of

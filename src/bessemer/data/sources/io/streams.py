@@ -19,7 +19,7 @@ from isal import igzip_lib
 
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
-from bessemer.core.records import UTF8, encoding_of
+from bessemer.core.text_encoding import UTF8, encoding_of
 from bessemer.data.sources.io.paths import compression_of
 
 #: Bytes of a text by which its encoding is detected.
