@@ -433,7 +433,7 @@ class RLConfig(TuningConfig):
         }
         for reason, holds in refused.items():
             if holds:
-                raise ValueError(f"bitwise_consistent and {reason}")
+                raise ValueError(f"bitwise_consistent does not go with {reason}")
         return self
 
     @model_validator(mode="after")

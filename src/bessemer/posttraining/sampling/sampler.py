@@ -20,7 +20,7 @@ from bessemer.model.cpu_kernels import library
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.quantised_decoder import quantisable
+from bessemer.model.quantisation.quantised_decoder import quantisable, weight_name
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
 from bessemer.posttraining.sampling.served_policy import ServedPolicy
@@ -74,7 +74,7 @@ class Sampler:
         self._settings = settings
         self._seed = seed
         self._models: ModelRoles | None = None
-        self._engine: SamplingEngine | None = None
+        self._engine: Engine | CollectiveEngine | None = None
         #: Name of the policy's adapter in the engine; None: merged, or there is none.
         self.adapter: str | None = None
 
@@ -98,7 +98,7 @@ class Sampler:
         with models.prepared(POLICY) as prepared, torch.random.fork_rng(), ExitStack() as entered:
             model = prepared.model
             if self._settings.weights != "policy":
-                yield self._rounded_engine(model)
+                yield entered.enter_context(self._rounded_engine(model))
                 return
             entered.enter_context(without_adapters(model))
             kernels = self._kernels(model)
@@ -124,7 +124,7 @@ class Sampler:
         if is_quantised(model):
             raise ConfigError(f"sampler_weights: {settings.weights}: the policy's weights are codes already; take policy")
         rounded = rounded_copy(model, settings.weights)
-        kernels = "off" if settings.cpu_kernels == "off" or library() is None else "on"
+        kernels: Literal["on", "off"] = "off" if settings.cpu_kernels == "off" or library() is None else "on"
         engine = Engine(
             rounded, self._tokenizer, config=self._engine_config(rounded, kernels).with_changes(kv_cache_dtype="auto")
         )
@@ -144,9 +144,9 @@ class Sampler:
             threads=models.runtime.threads,
         )
 
-    def _new_engine(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> SamplingEngine:
+    def _new_engine(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> Engine | CollectiveEngine:
         models, config = self.models, self._engine_config(model, kernels)
-        engine: SamplingEngine
+        engine: Engine | CollectiveEngine
         if models.mesh.alone:
             engine = Engine(model, self._tokenizer, config=config)
         else:
@@ -257,8 +257,9 @@ def rounded_copy(model: Decoder, weights: SamplerWeights) -> Decoder:
         quantise(copy, QuantizeConfig(scheme=weights))
         return copy
     for name, _ in quantisable(copy):
-        layer = copy.get_submodule(name)
-        weight_NK = layer.weight.data
-        scale_N1 = weight_NK.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST_FLOAT8
-        layer.weight.data = (weight_NK / scale_N1).to(torch.float8_e4m3fn).to(weight_NK.dtype) * scale_N1
+        # the tensors are the policy's own: they are replaced, not changed
+        weight = copy.get_parameter(weight_name(name))
+        weight_NK = weight.data
+        scale_N1 = weight_NK.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST_FLOAT8
+        weight.data = (weight_NK / scale_N1).to(torch.float8_e4m3fn).to(weight_NK.dtype) * scale_N1
     return copy
