@@ -93,6 +93,7 @@ STUDIES = [
     Benchmark("deduplication", ("scaling",)),
     Benchmark("refinery_memory"),
     Benchmark("adapter_memory"),
+    Benchmark("sampler_gap"),
     Benchmark("shard_loading"),
     Benchmark("deduplication", ("memory",)),
 ]

@@ -37,22 +37,36 @@ def test_two_make_the_student_of_one(two, rows, model_folder, teacher_folder, to
         torch.testing.assert_close(second[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
 
 
-def on_policy(student, teacher, data, out, loss, parallel):  # noqa: F811
+def on_policy(student, teacher, data, out, loss, parallel, adapter=None):  # noqa: F811
     out.mkdir(exist_ok=True)
     sampled = {"answers": "student", "loss": loss, "samples_per_prompt": 2, "sampling_temperature": 0.8, "evaluate_every": 1}
-    settings = {**SETTINGS, "steps": 2, "data": ["prompts.jsonl"], "learning_rate": 1e-3, **sampled, "parallel": parallel}
+    settings = {**SETTINGS, "steps": 2, "data": ["prompts.jsonl"], "learning_rate": 1e-3, "adapter": adapter, **sampled}
+    settings["parallel"] = parallel
     config = DistillationConfig.parse(settings, "distillation")
     return distill(config, student, teacher, out, seed=3, device="cpu", folder=data)
 
 
 @pytest.mark.parametrize(
-    ("loss", "parallel"),
-    [("policy_gradient", {"data_shard": 2}), slow("reverse_kl", {"data_replicate": 2})],
+    ("loss", "parallel", "adapter"),
+    [
+        ("policy_gradient", {"data_shard": 2}, None),
+        slow("reverse_kl", {"data_replicate": 2}, None),
+        slow("policy_gradient", {"data_shard": 2}, 4),
+    ],
     ids=str,
 )
-def test_two_sample_and_learn_what_one_does(two, loss, parallel, model_folder, teacher_folder, data, tmp_path):  # noqa: F811
+def test_two_sample_and_learn_what_one_does(
+    two,
+    loss,
+    parallel,
+    adapter,
+    model_folder,  # noqa: F811
+    teacher_folder,  # noqa: F811
+    data,  # noqa: F811
+    tmp_path,
+):
     # the student is the one that is sure: what it says, the other finds unlikely
-    arguments = {"student": teacher_folder, "teacher": model_folder, "data": data, "loss": loss}
+    arguments = {"student": teacher_folder, "teacher": model_folder, "data": data, "loss": loss, "adapter": adapter}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     on_policy(**arguments, out=tmp_path / "one", parallel={})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bessemer.core.metrics import read_metrics
+from bessemer.model.cpu_kernels import library
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.storage.folder import load_model, read_model_config, save_model
 from bessemer.posttraining.rl.config import RLConfig
@@ -86,6 +87,17 @@ def test_two_processes_make_the_run_of_one(two, model, data, tmp_path, method, p
     first, second = (load_model(tmp_path / place / "model").state_dict() for place in ("one", "two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, 4], ids=["weights", "adapter"])
+def test_two_processes_agree_with_their_samplers_to_the_bit(two, model, data, tmp_path, adapter):  # noqa: F811
+    if library() is None:
+        pytest.skip("there are no compiled kernels here")
+    changes = {"bitwise_consistent": True, "adapter": adapter}
+    two.run(trained, model=model, data=data, out=tmp_path, method="grpo", parallel={"data_shard": 2}, **changes)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["log_ratio_max"] for line in lines] == [0.0, 0.0]
 
 
 @pytest.mark.slow

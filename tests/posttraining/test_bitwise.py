@@ -9,6 +9,8 @@ from bessemer.model.cpu_kernels import library
 from bessemer.posttraining.rl import objective
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import MismatchError
+from bessemer.posttraining.sampling.sampler import rounded_copy
+from tests.inference.models import small_decoder
 
 from .test_rl import SETTINGS, data, run  # noqa: F401
 
@@ -51,12 +53,40 @@ def test_one_bit_of_difference_stops_the_run(model_folder, data, tmp_path, monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "bfloat16"}, "bitwise_consistent and dtype bfloat16: take float32"),
-        ({"compile": True}, "bitwise_consistent and compile: true"),
-        ({"adapter": {"rank": 4, "dora": True}}, "bitwise_consistent and adapter.dora"),
-        ({"parallel": {"tensor": 2}}, "bitwise_consistent and parallel.tensor: take data_replicate or data_shard"),
+        ({"dtype": "bfloat16"}, "bitwise_consistent does not go with dtype bfloat16: take float32"),
+        ({"sampler_weights": "int8"}, "bitwise_consistent does not go with sampler_weights: int8"),
+        (
+            {"rollouts": "http://127.0.0.1:9"},
+            "bitwise_consistent does not go with rollouts: servers sample by kernels of their own",
+        ),
+        ({"compile": True}, "bitwise_consistent does not go with compile: true"),
+        ({"adapter": {"rank": 4, "dora": True}}, "bitwise_consistent does not go with adapter.dora"),
+        ({"parallel": {"tensor": 2}}, "bitwise_consistent does not go with parallel.tensor: take data_replicate or data_shard"),
     ],
 )
 def test_what_cannot_agree_is_refused_before_the_run(changes, message):
     with pytest.raises(ConfigError, match=message):
         RLConfig.parse({"data": ["prompts.jsonl"], **SETTINGS, "bitwise_consistent": True, **changes}, "rl")
+
+
+@pytest.mark.parametrize("adapter", [None, 4], ids=["weights", "adapter"])
+def test_a_rounded_sampler_is_measured_and_the_coarser_the_further(adapter, model_folder, data, tmp_path):  # noqa: F811
+    gaps = {}
+    for weights in ("policy", "int8", "fp8", "int4"):
+        out = tmp_path / weights
+        run(model_folder, data, out, steps=2, validation_share=0, sampler_weights=weights, adapter=adapter, learning_rate=1e-3)
+        lines = read_metrics(out / "metrics.jsonl")
+        assert all(line["log_ratio_max"] >= line["log_ratio"] and 0 <= line["log_ratio_over_cap"] <= 1 for line in lines)
+        gaps[weights] = sum(line["log_ratio"] for line in lines) / len(lines)
+    assert gaps["policy"] < 1e-5 < min(gaps["int8"], gaps["fp8"]) and max(gaps["int8"], gaps["fp8"]) < gaps["int4"]
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("architecture", ["dense", "experts"])
+def test_a_rounded_copy_leaves_the_policy_as_it_is(architecture, weights):
+    model = small_decoder(architecture)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens_BT = torch.arange(3, 23)[None]
+    moved = (rounded_copy(model, weights)(tokens_BT) - model(tokens_BT)).abs().max()
+    assert 1e-4 < moved < 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

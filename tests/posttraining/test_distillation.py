@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bessemer.core.errors import ArtefactError, ConfigError, SourceError
+from bessemer.core.errors import ArtefactError, BessemerError, ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.report import StageReport
+from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.model.config import ModelConfig, ModelStageConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.stage import build_model
@@ -19,15 +20,18 @@ from bessemer.posttraining.data.examples import read_conversations
 from bessemer.posttraining.distillation import answers as teacher_answers
 from bessemer.posttraining.distillation import specs as report
 from bessemer.posttraining.distillation.answers import ANSWERS, TeacherAnswer, prompt_of
-from bessemer.posttraining.distillation.config import DistillationConfig
+from bessemer.posttraining.distillation.config import DistillationConfig, TeacherServerConfig
 from bessemer.posttraining.distillation.objective import teacher_fingerprint
 from bessemer.posttraining.distillation.stage import distill
+from bessemer.posttraining.distillation.teacher_server import TeacherServer
 from bessemer.posttraining.sampling.samples import Prompt
 from bessemer.posttraining.specs import STAGES
+from tests import chat_server
 from tests.cases import slow
 from tests.inference.models import small_decoder
 from tests.model.tokenizers import write_small_tokenizer
 from tests.posttraining.test_formats import said
+from tests.serving.running import servers
 from tests.training.conftest import TINY, RecordedProgress
 
 SETTINGS = {
@@ -162,6 +166,49 @@ def test_on_its_own_answers_a_student_comes_nearer_to_its_teacher(loss, model_fo
     )
 
 
+@pytest.fixture
+def start():
+    with servers() as started:
+        yield started
+
+
+def serving(folder):
+    return Engine(folder, device="cpu", config=EngineConfig(threads=1, max_num_seqs=16))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_teacher_behind_a_server_teaches_as_its_folder_does(model_folder, teacher_folder, data, tmp_path, start):
+    settings = {"data": ["prompts.jsonl"], "answers": "student", "loss": "policy_gradient", "samples_per_prompt": 2}
+    # the student is the one that is sure
+    run(teacher_folder, model_folder, data, tmp_path / "folder", **settings)
+    url = start(serving(model_folder))
+    summary = run(teacher_folder, None, data, tmp_path / "server", teacher_server=f"{url}/v1", **settings)
+    assert "validation_reverse_kl" not in summary
+    for first, second in zip(*(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("folder", "server")), strict=True):
+        assert second["reverse_kl"] == pytest.approx(first["reverse_kl"], rel=1e-4) and second["teacher_seconds"] > 0
+        assert second["completion_tokens"] == first["completion_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "values", "message"),
+    [
+        (["x"] * 4, [None, -1.0, -2.0, -3.0], r"teacher_server: the teacher has another vocabulary than the student: 4 of 4"),
+        (["R"] * 2, [None, -1.0], r"scores 2 tokens of 4 that were sent"),
+        (None, None, r"gives no log-probabilities of a prompt"),
+    ],
+    ids=["vocabulary", "too few", "no scores"],
+)
+def test_a_server_that_is_no_teacher_of_this_student_is_refused(tokenizer, monkeypatch, tokens, values, message):
+    log_probs = None if tokens is None else {"tokens": tokens, "token_logprobs": values}
+    answer = 200, {}, json.dumps({"choices": [{"text": "", "logprobs": log_probs}]}).encode()
+    with chat_server.serving(monkeypatch) as started:
+        server = started(lambda body, number: answer)
+        teacher = TeacherServer(TeacherServerConfig(url=server.url, model="m"), tokenizer)
+        with pytest.raises(BessemerError, match=message):
+            teacher.log_probs([tokenizer.encode("RRRR")[-4:]])
+        assert server.requests[0][0] == "/v1/completions" and server.requests[0][2]["max_tokens"] == 0
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "changes",
@@ -262,6 +309,10 @@ def test_a_prompt_is_what_stands_before_the_last_answer():
         ({"data": ["p.jsonl"], "answers": "teacher", "max_tokens": 64}, r"leaves no room for a prompt"),
         ({"parallel": {"tensor": 2}}, r"parallel.tensor: distillation runs under data_replicate and data_shard alone"),
         ({"z_loss": 1e-4}, r"z_loss: beside cross_entropy"),
+        (
+            {"data": ["p.jsonl"], "answers": "student", "loss": "reverse_kl", "teacher_server": "http://127.0.0.1:9/v1"},
+            r"teacher_server: a server gives log-probabilities of single tokens",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_line(settings, message):

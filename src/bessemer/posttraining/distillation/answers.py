@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed, hash_value
@@ -30,9 +31,10 @@ from bessemer.posttraining.data.formats import Answered, as_answered, as_prompt,
 from bessemer.posttraining.data.made import FinishedRows, data_path
 from bessemer.posttraining.data.splitting import opening, split_examples
 from bessemer.posttraining.distillation.config import DistillationConfig
-from bessemer.posttraining.distillation.objective import TeacherHead, mean_reverse_kl
+from bessemer.posttraining.distillation.objective import TEACHER_LOG_PROBS, TeacherHead, mean_reverse_kl
+from bessemer.posttraining.distillation.teacher_server import TeacherServer
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, Sampler, SamplerSettings
-from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts, pack_samples
+from bessemer.posttraining.sampling.samples import Prompt, Share, fitting_prompts, pack_samples
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch, rows_of_step
 from bessemer.training.model_roles import ModelRoles
@@ -199,11 +201,21 @@ def _answers_of(
 
 class StudentBatches:
     """Batches of answers that the student samples with the weights of the step: a function of these and of the step's
-    number. Of several processes each samples its share of the prompts, and all get all answers."""
+    number. Of several processes each samples its share of the prompts, and all get all answers; where a server is the teacher,
+    each lets it score its share of the answers."""
 
     lookahead = 0
 
-    def __init__(self, prompts: Sequence[EncodedPrompt], tokenizer: Tokenizer, config: DistillationConfig, seed: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        tokenizer: Tokenizer,
+        config: DistillationConfig,
+        seed: int,
+        teacher: TeacherServer | None = None,
+    ) -> None:
+        """teacher: that scores the answers; None: the objective does, by the run's own."""
+        self._teacher = teacher
         self.batch_size = config.batch_size
         self._prompts = prompts
         self._config = config
@@ -256,8 +268,17 @@ class StudentBatches:
             "cut_share": statistics.fmean(sample.is_cut for sample in samples),
             "rollout_seconds": round(time.perf_counter() - start, 3),
         }
-        layout = self._sampler.models.mesh.layout
-        return pack_samples(samples, [True] * len(samples), self._padding_id, layout).batch
+        mesh = self._sampler.models.mesh
+        packed = pack_samples(samples, [True] * len(samples), self._padding_id, mesh.layout)
+        if self._teacher is None:
+            return packed.batch
+        start, share, teacher = time.perf_counter(), Share(mesh), self._teacher
+        scores = share.gathered(lambda: teacher.log_probs([sample.ids for sample in samples[share.places]]))
+        self._metrics["teacher_seconds"] = round(time.perf_counter() - start, 3)
+        values = [
+            {TEACHER_LOG_PROBS: torch.tensor(of_ids)[sample.places]} for sample, of_ids in zip(samples, scores, strict=True)
+        ]
+        return packed.with_target_values(samples, values).batch
 
 
 class HeldOutDivergence:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from bessemer.core.config import setting
+from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Plugin, Registry
 from bessemer.posttraining.data.made import ON_BAD_ROW, PLACES, TRUNCATE, OnBadRow, Truncate
@@ -40,6 +40,19 @@ DISTILLATION_LOSSES: Registry[DistillationLoss] = Registry(
 DISTILLATION_VERSION = 5
 
 
+class TeacherServerConfig(Config):
+    """A server that scores tokens, by OpenAI's `/v1/completions` with `echo` and `logprobs`: ours, vLLM, SGLang."""
+
+    url: str = setting(description="address of the API with its version, such as http://127.0.0.1:8000/v1")
+    model: str | None = setting(None, "the teacher's name there; absent: the first of its list")
+    key_variable: str = setting(
+        "", "environment variable that holds the key of the API; empty: it needs none", affects_output=False
+    )
+    workers: int = setting(8, "requests at once, of each process", affects_output=False, ge=1)
+    timeout: float = setting(120.0, "wait for an answer", unit="seconds", affects_output=False, gt=0)
+    attempts: int = setting(5, "tries of a request that fails for a reason that may pass", affects_output=False, ge=1)
+
+
 class DistillationConfig(TuningConfig):
     """The stage `distillation`: a model learns from another one. The defaults suit a real model."""
 
@@ -47,6 +60,11 @@ class DistillationConfig(TuningConfig):
 
     teacher: str | None = setting(
         None, "Folder of the model that is learnt from; absent: that of the stage that `from: {teacher: STAGE}` names."
+    )
+    teacher_server: TeacherServerConfig | None = setting(
+        None,
+        "In place of a folder, a server that has the teacher: an address, or settings. For answers: student and loss: "
+        "policy_gradient, which ask it for no more than the log-probabilities of the student's tokens.",
     )
     data: list[str] = setting(
         description="Of " + PLACES + ": conversations and prompts with answers as in sft; "
@@ -109,6 +127,13 @@ class DistillationConfig(TuningConfig):
         0.5, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
     )
 
+    def output_settings(self) -> dict[str, Any]:
+        """As of `Config`; without a teacher's server where there is none, so that stages that are made keep their keys."""
+        settings = super().output_settings()
+        if self.teacher_server is None:
+            del settings["teacher_server"]
+        return settings
+
     @property
     def packed(self) -> bool:
         """Whether rows hold several answers that do not attend to each other."""
@@ -118,6 +143,11 @@ class DistillationConfig(TuningConfig):
     def groups(self) -> int:
         """Prompts that the student answers at a step."""
         return self.batch_size // self.samples_per_prompt
+
+    @field_validator("teacher_server", mode="before")
+    @classmethod
+    def _addressed(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
     @field_validator("loss")
     @classmethod
@@ -169,6 +199,21 @@ class DistillationConfig(TuningConfig):
             raise ValueError("batch_size_warmup: the student answers as many prompts at each step; leave it out")
         if self.early_stopping_patience is not None or self.save == "best":
             raise ValueError("early_stopping_patience and save: best go by a validation loss, which answers: student has not")
+        return self
+
+    @model_validator(mode="after")
+    def _check_server(self) -> Self:
+        if self.teacher_server is None:
+            return self
+        if self.teacher is not None:
+            raise ValueError("teacher and teacher_server: there is one teacher; leave one of them out")
+        if self.answers != "student" or self.loss != POLICY_GRADIENT:
+            raise ValueError(
+                "teacher_server: a server gives log-probabilities of single tokens, which is what answers: student and loss: "
+                "policy_gradient learn from; for whole distributions name a folder: teacher"
+            )
+        if self.sampling_temperature != 1:
+            raise ValueError("teacher_server: servers give log-probabilities at temperature 1; set sampling_temperature: 1")
         return self
 
     @model_validator(mode="after")

@@ -123,8 +123,8 @@ def hidden_states(model: Decoder, batch: Batch) -> Tensor:
     return model.hidden(**batch.inputs)
 
 
-#: Key of log π − log π_teacher of the tokens that the student sampled.
-LOG_RATIOS = "teacher_log_ratios"
+#: Keys of values of the tokens that the student sampled: log π − log π_teacher; log π_teacher, where a server has given it.
+LOG_RATIOS, TEACHER_LOG_PROBS = "teacher_log_ratios", "teacher_log_probs"
 
 
 class DistillationObjective(Objective):
@@ -199,7 +199,9 @@ class OnPolicyObjective(Objective):
     def annotate(self, models: ModelRoles, batch: Batch) -> Batch:
         """Add log-ratios and advantages of the targets."""
         is_target_BT = batch.targets_BT != IGNORE_INDEX
-        teacher_BT = models.log_probs(batch, TEACHER, temperature=self._temperature)
+        teacher_BT = batch.per_token.get(TEACHER_LOG_PROBS)
+        if teacher_BT is None:
+            teacher_BT = models.log_probs(batch, TEACHER, temperature=self._temperature)
         log_ratios_BT = (batch.per_token[SAMPLER] - teacher_BT) * is_target_BT
         advantages_BT = -log_ratios_BT
         if self._baseline:

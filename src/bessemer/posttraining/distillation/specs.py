@@ -60,7 +60,10 @@ _NO_TEACHER = (
 )
 
 
-def _teacher(config: DistillationConfig, inputs: Mapping[str, Path], folder: Path) -> Path:
+def _teacher(config: DistillationConfig, inputs: Mapping[str, Path], folder: Path) -> Path | None:
+    """The teacher's folder; None where a server has it."""
+    if config.teacher_server is not None:
+        return None
     if config.teacher is None:
         return inputs["teacher"]
     from bessemer.posttraining.distillation.objective import teacher_folder
@@ -96,7 +99,8 @@ def _fingerprint(config: DistillationConfig, outside: Outside) -> Any:
 
 
 def _unread(config: DistillationConfig) -> frozenset[str]:
-    return frozenset([*(["teacher"] if config.teacher else []), *(["tokens"] if config.data else [])])
+    named = config.teacher or config.teacher_server
+    return frozenset([*(["teacher"] if named else []), *(["tokens"] if config.data else [])])
 
 
 def _own_teacher(config: DistillationConfig, inputs: Mapping[str, Path], cache: Path) -> str | None:

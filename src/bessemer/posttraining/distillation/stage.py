@@ -56,6 +56,7 @@ from bessemer.posttraining.distillation.objective import (
     TeacherHead,
     incomparable,
 )
+from bessemer.posttraining.distillation.teacher_server import TeacherServer
 from bessemer.posttraining.sampling.samples import Prompt
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -181,7 +182,8 @@ def own_material(config: DistillationConfig, tokenizer: Tokenizer, folder: Path,
         raise SourceError("no prompt is left to train on; raise context_length, or lower max_tokens")
 
     def batches(config: DistillationConfig) -> StudentBatches:
-        return StudentBatches(prompts, tokenizer, config, derive_seed(seed, "student"))
+        teacher = None if config.teacher_server is None else TeacherServer(config.teacher_server, tokenizer)
+        return StudentBatches(prompts, tokenizer, config, derive_seed(seed, "student"), teacher)
 
     return Material(
         math.ceil(config.epochs * len(prompts) / config.groups),
@@ -255,13 +257,14 @@ _WITHOUT = {"parameters", "tokens_per_second", "gflops", "mfu"}
 def distill(
     config: DistillationConfig,
     model: Path,
-    teacher: Path,
+    teacher: Path | None,
     out: Path,
     *,
     tokens: Path | None = None,
     **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
-    """Train the model of folder `model`, the student, on what that of folder `teacher` knows; resumes from `out`.
+    """Train the model of folder `model`, the student, on what that of folder `teacher` knows, or the server of the settings;
+    resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`; with the teacher's answers also
     `teacher_answers.jsonl` and `conversations/`. tokens: the run's token shards, where no data is named. Files that the
@@ -271,8 +274,9 @@ def distill(
     """
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
-    reason = incomparable(config, model, teacher)
-    if reason is not None and config.loss != CROSS_ENTROPY:
+    assert (teacher is None) == (config.teacher_server is not None), "a folder or a server"
+    reason = "a server gives no distributions" if teacher is None else incomparable(config, model, teacher)
+    if reason is not None and config.loss != CROSS_ENTROPY and teacher is not None:
         raise ConfigError(reason)
     if config.answers == "teacher" and dist.is_initialized() and dist.get_world_size() > 1:
         raise ConfigError(
@@ -294,7 +298,7 @@ def distill(
     compared = bool(config.validation_limit and material.held_out) and reason is None
     others = []
     head: TeacherHead | None = None
-    if config.loss != CROSS_ENTROPY or compared:
+    if teacher is not None and (config.loss != CROSS_ENTROPY or compared):
         other = job.other(TEACHER, teacher)
         head = TeacherHead.of(other.decoder, mesh) if other.load is None else TeacherHead.read(teacher, job.runtime.device)
         others = [other]
@@ -319,7 +323,7 @@ def distill(
 
 
 def _material(
-    config: DistillationConfig, tokenizer: Tokenizer, teacher: Path, tokens: Path | None, run: RunContext
+    config: DistillationConfig, tokenizer: Tokenizer, teacher: Path | None, tokens: Path | None, run: RunContext
 ) -> Material:
     if not config.data:
         if tokens is None:
@@ -328,6 +332,7 @@ def _material(
     if config.answers == "data":
         return answered_material(config, tokenizer, run.folder, run.seed, run.progress)
     if config.answers == "teacher":
+        assert teacher is not None, "the settings take no server that answers"
         return taught_material(config, teacher, tokenizer, run)
     return own_material(config, tokenizer, run.folder, run.seed, run.progress)
 

@@ -315,6 +315,11 @@ class RLConfig(TuningConfig):
         "Compiled kernels of the engine that samples. auto: where they compute the whole model, and dtype is float32; off: the "
         "model's own modules.",
     )
+    sampler_weights: Literal["policy", "int8", "int4", "fp8"] = setting(
+        "policy",
+        "Weights of the blocks while the policy samples: its own, or rounded to 8 or 4 bits or float8 at each rollout, in one "
+        "process. Log-probabilities then differ: see `log_ratio` and `log_ratio_over_cap`, and keep a correction.",
+    )
     bitwise_consistent: bool = setting(
         False,
         "Compute sampler and trainer by the same batch-invariant kernels, and stop the run at a step where a log-probability "
@@ -345,12 +350,14 @@ class RLConfig(TuningConfig):
     compile: Literal["auto"] | bool = setting(False, "Compile the blocks; rows have a new length at each rollout.")
 
     def output_settings(self) -> dict[str, Any]:
-        """As of `Config`; without servers and options of environments as before there were any, so that stages that are made
-        keep their keys."""
+        """As of `Config`; without settings that came later where they have their defaults, so that stages that are made keep
+        their keys."""
         settings = super().output_settings()
         for name, is_default in {
             "rollouts": self.rollouts is None,
             "environment_options": not self.environment_options,
+            "sampler_weights": self.sampler_weights == "policy",
+            "bitwise_consistent": not self.bitwise_consistent,
         }.items():
             if is_default:
                 del settings[name]
@@ -420,6 +427,7 @@ class RLConfig(TuningConfig):
         refused = {
             f"dtype {self.dtype}: take float32": self.dtype != "float32",
             "compile: true: a compiler chooses the order of sums; take false": self.compile is not False,
+            f"sampler_weights: {self.sampler_weights}: rounded weights are another model's": self.sampler_weights != "policy",
             "cpu_kernels: off: they are the kernels that both compute by": self.cpu_kernels == "off",
             "adapter.dora: norms of rows have no fixed order": self.adapter is not None and self.adapter.dora,
             "adapter.quantize: weights in codes are rounded otherwise": self.adapter is not None
@@ -427,10 +435,11 @@ class RLConfig(TuningConfig):
             "activation_checkpointing: selective: take full or none": self.activation_checkpointing == "selective",
             f"parallel.{split}: take data_replicate or data_shard": split is not None,
             "pair_loss: no ratio of policies is in it": self.pair_loss is not None,
+            "rollouts: servers sample by kernels of their own; sample in this process": self.rollouts is not None,
         }
         for reason, holds in refused.items():
             if holds:
-                raise ValueError(f"bitwise_consistent and {reason}")
+                raise ValueError(f"bitwise_consistent does not go with {reason}")
         return self
 
     @model_validator(mode="after")
@@ -473,6 +482,8 @@ class RLConfig(TuningConfig):
             raise ValueError(
                 "rollouts: max_staleness: older weights than those that are trained take a correction; truncate is the default"
             )
+        if self.rollouts is not None and self.sampler_weights != "policy":
+            raise ValueError(f"sampler_weights: {self.sampler_weights}: servers have weights of their own; leave it out")
         if self.critic is not None and self.reward_scale == "decoupled":
             raise ValueError("reward_scale: decoupled makes one advantage of a completion; a critic makes those of tokens")
         return self

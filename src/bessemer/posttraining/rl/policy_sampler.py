@@ -59,6 +59,7 @@ class PolicySampler(Sampler):
             config.stop,
             config.cpu_kernels,
             config.sleep,
+            config.sampler_weights,
         )
         super().__init__(tokenizer, settings, seed, servers)
         self.judge = judge

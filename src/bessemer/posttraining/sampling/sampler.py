@@ -15,8 +15,12 @@ from bessemer.inference.collective import CollectiveEngine
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.steps.plain import MOST_TOKENS
-from bessemer.model.adapters.trained import adapters_of, merged_in_place, without_adapters
+from bessemer.model.adapters.trained import adapter_of, adapters_of, merged, merged_in_place, without_adapters
+from bessemer.model.cpu_kernels import library
 from bessemer.model.decoder import Decoder
+from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.quantisation.quantised_decoder import quantisable, weight_name
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
 from bessemer.posttraining.sampling.served_policy import ServedPolicy
@@ -31,6 +35,9 @@ _MOST_SEQUENCES, _LEAST_BATCHED_TOKENS = 256, 512
 
 SamplingEngine = Engine | CollectiveEngine | ServerPool
 
+#: What the policy's weights are when it samples.
+SamplerWeights = Literal["policy", "int8", "int4", "fp8"]
+
 #: The engine's name for the adapter in training.
 _ADAPTER = "policy"
 
@@ -42,7 +49,7 @@ EncodedPrompt = tuple[Prompt, list[int]]
 class SamplerSettings:
     """Settings of completions. context_length: most tokens of a prompt and its completion. sequences: most completions
     at once. stop: texts at which a completion ends; None: those of its prompt. cpu_kernels: of the engine. sleeps: whether the
-    memory of its cache is free between two uses."""
+    memory of its cache is free between two uses. weights: its policy's own, or what they are rounded to before each use."""
 
     temperature: float
     max_tokens: int
@@ -51,6 +58,7 @@ class SamplerSettings:
     stop: Sequence[str] | None = None
     cpu_kernels: Literal["auto", "on", "off"] = "auto"
     sleeps: bool = False
+    weights: SamplerWeights = "policy"
 
 
 class Sampler:
@@ -90,6 +98,9 @@ class Sampler:
             return
         with models.prepared(POLICY) as prepared, torch.random.fork_rng(), ExitStack() as entered:
             model = prepared.model
+            if self._settings.weights != "policy":
+                yield entered.enter_context(self._rounded_engine(model))
+                return
             entered.enter_context(without_adapters(model))
             kernels = self._kernels(model)
             if adapters_of(model):
@@ -110,10 +121,25 @@ class Sampler:
             if self._settings.sleeps:
                 self._engine.sleep()
 
-    def _new_engine(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> Engine | CollectiveEngine:
+    def _rounded_engine(self, model: Decoder) -> Engine:
+        """An engine of a copy of the policy whose weights are rounded, its adapter merged before. Raises ConfigError."""
+        settings = self._settings
+        if not self.models.mesh.alone:
+            raise ConfigError(f"sampler_weights: {settings.weights}: weights are rounded in one process; take policy")
+        if is_quantised(model):
+            raise ConfigError(f"sampler_weights: {settings.weights}: the policy's weights are codes already; take policy")
+        rounded = rounded_copy(model, settings.weights)
+        kernels: Literal["on", "off"] = "off" if settings.cpu_kernels == "off" or library() is None else "on"
+        engine = Engine(
+            rounded, self._tokenizer, config=self._engine_config(rounded, kernels).with_changes(kv_cache_dtype="auto")
+        )
+        engine.update_weights(version=self.models.version)
+        return engine
+
+    def _engine_config(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> EngineConfig:
         models, settings = self.models, self._settings
         sequences = min(max(settings.sequences, 1), _MOST_SEQUENCES)
-        config = EngineConfig(
+        return EngineConfig(
             max_model_len=min(settings.context_length, model.config.max_position_embeddings),
             max_num_seqs=sequences,
             max_num_batched_tokens=max(_LEAST_BATCHED_TOKENS, MOST_TOKENS * sequences),
@@ -122,6 +148,9 @@ class Sampler:
             kv_cache_dtype="float32" if is_quantised(model) and models.runtime.dtype == "float32" else "auto",
             threads=models.runtime.threads,
         )
+
+    def _new_engine(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> Engine | CollectiveEngine:
+        models, config = self.models, self._engine_config(model, kernels)
         engine: Engine | CollectiveEngine
         if models.mesh.alone:
             engine = Engine(model, self._tokenizer, config=config)
@@ -216,3 +245,26 @@ class Sampler:
         samples = self.completions(engine, prompts[share.places], number, seeds=seeds, places=places)
         groups = share.gathered(lambda: [samples[start : start + number] for start in range(0, len(samples), number)])
         return [sample for group in groups for sample in group]
+
+
+#: Largest number of float8 e4m3.
+_LARGEST_FLOAT8 = 448.0
+
+
+@torch.no_grad()
+def rounded_copy(model: Decoder, weights: SamplerWeights) -> Decoder:
+    """A decoder of its own with the model's weights, the adapter in training merged into them, those of the blocks' matrices
+    rounded: to codes of 8 bits with a scale for each output, of 4 bits with one for each group, or to float8 (e4m3, with 3
+    bits behind the leading one) with a scale for each output. Products by codes meet activations of 8 bits where compiled
+    kernels compute them; float8 weights are multiplied in float32."""
+    copy = merged(model, adapter_of(model))
+    if weights != "fp8":
+        quantise(copy, QuantizeConfig(scheme=weights))
+        return copy
+    for name, _ in quantisable(copy):
+        # the tensors are the policy's own: they are replaced, not changed
+        weight = copy.get_parameter(weight_name(name))
+        weight_NK = weight.data
+        scale_N1 = weight_NK.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST_FLOAT8
+        weight.data = (weight_NK / scale_N1).to(torch.float8_e4m3fn).to(weight_NK.dtype) * scale_N1
+    return copy
