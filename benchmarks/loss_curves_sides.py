@@ -523,6 +523,7 @@ def _grpo_trainer(run: Run, rollouts: Any) -> Any:
         epsilon=CLIP,
         loss_type="grpo",
         scale_rewards="group",
+        use_bias_correction_kl=False,
     )
     return GRPOTrainer(
         model=_language_model(run),
