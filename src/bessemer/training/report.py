@@ -267,7 +267,7 @@ def comparison_sentence(metrics: Metrics) -> str:
 
 def _measured(measure: Metrics) -> str:
     before, after, *gains = _values(measure)
-    return f"{measure['name']} {before} → {after} (better by {gains[0]}, {gains[1]}, {measure['items']:,} items)"
+    return f"{measure['name']} {before} → {after} (gain {gains[0]}, {gains[1]}, {measure['items']:,} items)"
 
 
 def _values(measure: Metrics) -> tuple[str, str, str, str]:
