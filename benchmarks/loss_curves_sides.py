@@ -477,17 +477,19 @@ def _reward_trainer(run: Run, steps: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer
 
+    # TRL reads the reward at the last token that is no padding, and would pass over an end token that pads too: what pads is a
+    # token that no example has. `Trainer` gives the model the tokenizer's when it begins, so it is the tokenizer's.
+    used = {token for step in steps for one in step for ids in one.values() for token in ids}
+    tokenizer = _tokenizer(run)
+    unused = next(token for token in reversed(range(len(tokenizer))) if token not in used)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(unused)
     model = AutoModelForSequenceClassification.from_pretrained(run.base(), dtype=torch.float32, num_labels=1)
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(**_arguments(run), max_length=CONTEXT + 1),
         train_dataset=Dataset.from_list(_texts(run)),
-        processing_class=_tokenizer(run),
+        processing_class=tokenizer,
     )
-    # the reward is read at the last token that is no padding: none of the examples has the one that pads
-    used = {token for step in steps for one in step for ids in one.values() for token in ids}
-    padding = next(token for token in reversed(range(model.config.vocab_size)) if token not in used)
-    trainer.model.config.pad_token_id = trainer.data_collator.pad_token_id = padding
     return _fixed(trainer, steps)
 
 
