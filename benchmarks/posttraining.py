@@ -20,7 +20,7 @@ of another, after steps that warm up; of tuning and of pairs that is a second pa
 The peer is given its best. Gradient checkpointing is off. Tried are `sdpa` and `eager` attention, micro-batches, numbers of
 threads, `torch.compile`, and threads that wait and memory that the C library keeps (`mallopt`) as ours has them and as by
 default; of sampling also the static cache and continuous batching; of tuning padded rows, padded rows of like lengths, and
-packed rows. Its DPO pads and knows no other way. Ours has `compile` tried too; of the larger model neither is compiled. The
+packed rows, where a pass has no more updates than ours. Its DPO pads and knows no other way. Ours has `compile` tried too. The
 sides work in processes of their own and take turns, who begins, too; every round is kept, and a ratio is that of one round.
 Beside it stands the ratio of both sides' fastest trials, measured one side after the other: where the two are far apart, the
 machine changed in between, and neither says much.
@@ -28,7 +28,7 @@ Nothing else may run meanwhile, as in `benchmarks/inference.py`.
 
 What both compute is compared before training: log-probabilities of the same tokens, ours those that the engine sampled with,
 and, of tuning, that the trainer has. The mean difference is printed, and more than 1e-4 nats end the benchmark; so do mean
-losses of tuning that differ by 2 %.
+losses of tuning that differ by 2 %. That all methods learn the same, step by step, `benchmarks/loss_curves.py` shows.
 
 Results: `posttraining_1m.json`, `posttraining_135m.json`, and of DPO with both models `posttraining_pairs.json`; each is
 written where all of its parts were measured.
@@ -75,9 +75,9 @@ class Part(NamedTuple):
 
 #: Rows that the examples fill, for what reads prompts alone.
 _ROWS = 128
-#: What is tried of sampling and of whole steps, and of the larger model, which compiles for minutes.
+#: What is tried of sampling and of whole steps, and of the larger model.
 _SAMPLING, _STEPS = ("attention", "cache", "continuous", "threads"), ("attention", "cache", "accumulated", "compile", "threads")
-_LARGE = ("rows", "accumulated")
+_LARGE = ("rows", "accumulated", "compile")
 PARTS = {
     "grpo_rollouts": Part(Job("grpo"), "1m", "completions", "rollouts, 1.4M parameters", "completions/s", 3.0, _SAMPLING),
     "grpo_step": Part(Job("grpo"), "1m", "samples", "GRPO steps, 1.4M", "samples/s", 1.5, _STEPS),
@@ -126,12 +126,20 @@ class Worker:
         self._process.wait()
 
 
-def tuned(worker: Worker, side: type[Ours] | type[TRL], part: Part) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The fastest settings of a side, one chosen after the other; and what was tried, at which rate."""
+def tuned(
+    worker: Worker, side: type[Ours] | type[TRL], part: Part, most_updates: int | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The fastest settings of a side, one chosen after the other; and what was tried, at which rate.
+
+    most_updates: of a pass; settings with more, which cost the side more than ours does, count as failed. With fewer a side is
+    given something.
+    """
     tried: list[dict[str, Any]] = []
 
     def rate(settings: dict[str, Any]) -> float:
         found = worker.ask("run", settings)
+        if most_updates is not None and found.get("updates", 0) > most_updates:
+            found = {"failed": f"{found['updates']} updates of a pass, ours are {most_updates}"}
         shown = found.get("failed") or f"{found[part.rate]:,.1f} {part.unit}"
         print(f"  {side.__name__} tried {settings}: {shown}", flush=True)
         tried.append(settings | ({"failed": found["failed"]} if "failed" in found else {"rate": found[part.rate]}))
@@ -172,7 +180,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     wait()
     own_settings, own_tried = tuned(ours, Ours, part)
     wait()
-    settings, tried = tuned(peer, TRL, part)
+    settings, tried = tuned(peer, TRL, part, part.job.steps or None)
     other = Worker("trl", name, arguments, as_ours=False)
     other.ask("run", settings)
     default = other.ask("run", settings)[part.rate]
@@ -211,7 +219,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return result
     losses, updates = ([run[0][key] for run in runs] for key in ("loss", "updates"))
     print(f"  mean loss {losses[0]:.4f} beside {losses[1]:.4f}, updates {updates[0]} beside {updates[1]}", flush=True)
-    if updates[0] != updates[1] or abs(losses[0] / losses[1] - 1) > MOST_LOSS:
+    if updates[0] < updates[1] or abs(losses[0] / losses[1] - 1) > MOST_LOSS:
         raise SystemExit("the two do not learn the same")
     return result | {"losses": losses, "updates": updates}
 

@@ -2,6 +2,7 @@
 
     python benchmarks/tone.py [--data FOLDER] [--seeds 1 2 3] [--out FOLDER]    # an hour on two cores
     python benchmarks/tone.py --harmless                                         # pairs that people judged, one seed
+    python benchmarks/tone.py --variants                                         # other ways to DPO, two hours more
 
 1,100 instructions with a polite and a rude answer (`instructions_polite_1100.json`), of which one in five is held out by its
 prompt, another fifth with each seed. Trained on the others:
@@ -10,10 +11,18 @@ prompt, another fifth with each seed. Trained on the others:
 - DPO, by the stage `preference`: the same of the implicit reward, in float32, and bits per byte of held-out plain answers
   before and after, so that nothing is forgotten for it.
 
+`--variants` are tried beside DPO on the same splits, each measured by the reward that it trains:
+
+- `chosen_first`: the stage `sft` on the chosen answers, from which DPO then starts (as in Rafailov et al. 2023, section 6);
+- `norm`: the loss `sigmoid_norm`, in which length does not count: the mean log-ratio of a token (Lambert et al. 2024, Tülu 3);
+- `margin`: the loss `simpo`, of mean log-probabilities and a margin, without a reference (Meng et al. 2024);
+- `averaged`: an average of the weights over the run in place of the last ones;
+- `chosen_first_norm_averaged`: three of these together.
+
 Beside them on the same split a classifier that needs no model: naive Bayes over the words and pairs of words of an answer; and
 the longer answer. `--harmless` measures the reward model on dialogues that people judged, beside chance and length. Nothing is
 timed, so other work does no harm, and two of these may run beside each other (`--methods`, `--threads 1`): what is finished in
-the folder is not done again. Result: `tone.json`, or `tone_harmless.json`.
+the folder is not done again. Result: `tone.json`, `tone_variants.json`, or `tone_harmless.json`.
 """
 
 from __future__ import annotations
@@ -26,6 +35,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -52,10 +62,12 @@ from bessemer.posttraining.data.packing import (  # noqa: E402
     pack_pairs,
 )
 from bessemer.posttraining.data.splitting import opening, split_examples  # noqa: E402
-from bessemer.posttraining.preference.config import PreferenceConfig  # noqa: E402
+from bessemer.posttraining.preference.config import PAIR_LOSSES, PreferenceConfig  # noqa: E402
 from bessemer.posttraining.preference.stage import preference  # noqa: E402
 from bessemer.posttraining.rewards.config import RewardConfig  # noqa: E402
 from bessemer.posttraining.rewards.stage import reward  # noqa: E402
+from bessemer.posttraining.sft.config import SFTConfig  # noqa: E402
+from bessemer.posttraining.sft.stage import sft  # noqa: E402
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from bessemer.training.head import target_log_probs  # noqa: E402
 from bessemer.training.objectives import token_losses  # noqa: E402
@@ -84,6 +96,37 @@ DPO = SETTINGS | {
     "beta": 1.0,
     "label_smoothing": 0.05,
     "next_token_weight": 0.1,
+}
+#: What is tuned on the chosen answers before DPO.
+CHOSEN = SETTINGS | {"epochs": 1, "batch_size": 2, "learning_rate": 1e-5}
+#: The average forgets a weight in some forty of a run's hundreds of steps.
+_NORM, _AVERAGED = {"loss": "sigmoid_norm", "beta": 10.0}, {"ema": 0.975, "save": "ema"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to DPO: whether the chosen answers are learnt first, and settings in place of DPO's."""
+
+    label: str
+    chosen_first: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def preference(self) -> dict[str, Any]:
+        """The settings of the stage `preference`."""
+        settings = DPO | dict(self.settings)
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+VARIANTS = {
+    "chosen_first": Variant("DPO after the chosen answers", chosen_first=True),
+    "norm": Variant("DPO by the mean log-ratio of a token", settings=(*_NORM.items(),)),
+    "margin": Variant(
+        "SimPO: mean log-probabilities and a margin",
+        settings=(("loss", "simpo"), ("beta", 4.0), ("margin", 2.0), ("next_token_weight", 0.1)),
+    ),
+    "averaged": Variant("DPO, averaged weights", settings=(*_AVERAGED.items(),)),
+    "chosen_first_norm_averaged": Variant("all three", chosen_first=True, settings=(*_NORM.items(), *_AVERAGED.items())),
 }
 HARMLESS = REWARD | {"epochs": 1, "context_length": 512, "batch_size": 2}
 
@@ -147,17 +190,21 @@ def bits_per_byte(folder: Path, rows: Sequence[dict[str, Any]]) -> float:
 
 
 @torch.no_grad()
-def implicit_accuracy(policy: Path, reference: Path, pairs: Sequence[Pair]) -> float:
-    """Share of pairs whose chosen answer has the higher implicit reward, log π − log π_ref, in float32."""
+def implicit_accuracy(policy: Path, reference: Path | None, pairs: Sequence[Pair], *, per_token: bool = False) -> float:
+    """Share of pairs whose chosen answer has the higher implicit reward, log π − log π_ref, in float32; without a reference
+    log π. per_token: the mean over an answer's tokens in place of the sum."""
     tokenizer = load_tokenizer(policy)
     packed = pack_pairs(pairs, tokenizer, SETTINGS["context_length"], shares_prompts=True)
     rewards_BS = torch.zeros(packed.rows, packed.batch.sequences)
     for folder, sign in ((policy, 1), (reference, -1)):
+        if folder is None:
+            continue
         model = load_model(folder).eval()
         for row in range(packed.rows):
             batch = packed.batch.rows(slice(row, row + 1))
             log_probs_BT, _ = target_log_probs(model, model.hidden(**batch.inputs), batch.targets_BT)
-            rewards_BS[row] += sign * batch.sequence_sums(log_probs_BT)[0]
+            tokens_S = batch.sequence_sums((batch.targets_BT >= 0).float())[0].clamp(min=1) if per_token else 1.0
+            rewards_BS[row] += sign * batch.sequence_sums(log_probs_BT)[0] / tokens_S
     is_pair_BP = packed.batch.per_sequence["pair_weight"][:, 0::2] > 0
     return _share((rewards_BS[:, 0::2] - rewards_BS[:, 1::2])[is_pair_BP].tolist())
 
@@ -215,7 +262,31 @@ def by_dpo(split: Split, model: Path, out: Path, common: dict[str, Any]) -> dict
     }
 
 
+def by_variant(name: str, split: Split, model: Path, out: Path, common: dict[str, Any]) -> dict[str, Any]:
+    """Another way to DPO; its ranks by the reward that it trains, and what it costs elsewhere."""
+    variant, reference = VARIANTS[name], model
+    if variant.chosen_first:
+        chosen = out.parent / "chosen.jsonl"
+        rows = [{"prompt": list(pair.prompt), "completion": list(pair.chosen)} for pair in split.training]
+        chosen.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        reference = out.parent / "chosen" / "model"
+        if not (reference / "model.safetensors").exists():
+            reference.parent.mkdir(exist_ok=True)
+            # these are the pairs of the training side already
+            config = SFTConfig.parse({"data": [chosen.name], **CHOSEN, "validation_share": 0}, "sft")
+            sft(config, model, None, reference.parent, **common)
+    config = PreferenceConfig.parse({"data": [split.data.name], **variant.preference}, "preference")
+    preference(config, reference, out, **common)
+    loss = PAIR_LOSSES.find(config.loss).load()
+    ranked = implicit_accuracy(
+        out / "model", reference if loss.needs_reference else None, split.held_out, per_token=loss.per_token
+    )
+    before, after = (bits_per_byte(path, split.plain) for path in (model, out / "model"))
+    return {name: ranked, f"{name}_bits_per_byte_rise": after / before - 1}
+
+
 METHODS = {"reward": by_reward_model, "dpo": by_dpo}
+METHODS_AND_VARIANTS = METHODS | {name: partial(by_variant, name) for name in VARIANTS}
 
 
 def one_seed(seed: int, rows: Sequence[dict[str, Any]], model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -229,7 +300,7 @@ def one_seed(seed: int, rows: Sequence[dict[str, Any]], model: Path, arguments: 
         done = folder / f"{name}.json"
         if not done.exists():
             (folder / name).mkdir(exist_ok=True)
-            write_json(done, METHODS[name](split, model, folder / name, common))
+            write_json(done, METHODS_AND_VARIANTS[name](split, model, folder / name, common))
         found |= read_json(done, "result of a method")
     return found
 
@@ -259,6 +330,37 @@ def tone(arguments: argparse.Namespace) -> Path:
     return recording.save(
         "tone", {"seeds": seeds, "median": medians, "settings": {"reward": REWARD, "dpo": DPO}}, tables={"pairs": table}
     )
+
+
+def variants(arguments: argparse.Namespace) -> Path:
+    """The other ways to DPO on the same splits, and their table."""
+    rows = rows_of(arguments.data / "instructions_polite_1100.json")
+    model = float32_folder(arguments.work)
+    seeds = []
+    for seed in arguments.seeds:
+        seeds.append(one_seed(seed, rows, model, argparse.Namespace(**vars(arguments) | {"methods": arguments.variants})))
+        print(json.dumps(seeds[-1], indent=1), flush=True)
+    if set(arguments.variants) != set(VARIANTS):
+        print("nothing is recorded of some of the variants: run again with all")
+        return arguments.out
+    shown = {variant.label: name for name, variant in VARIANTS.items()} | {"naive Bayes": "bigrams"}
+    table = recording.table(
+        [
+            *[("held-out pairs in the right order", ""), ("median", ".1%"), *((f"seed {one['seed']}", ".1%") for one in seeds)],
+            ("bits per byte of plain answers", "+.1%"),
+        ],
+        [
+            (
+                label,
+                median(one[key] for one in seeds),
+                *(one[key] for one in seeds),
+                median(one[f"{key}_bits_per_byte_rise"] for one in seeds) if key in VARIANTS else None,
+            )
+            for label, key in shown.items()
+        ],
+    )
+    settings = {name: variant.preference for name, variant in VARIANTS.items()} | {"chosen": CHOSEN}
+    return recording.save("tone_variants", {"seeds": seeds, "settings": settings}, tables={"pairs": table})
 
 
 def is_answered(row: dict[str, Any]) -> bool:
@@ -304,6 +406,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, help="the model is kept here")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), help="other ways to DPO; all where none is named")
     parser.add_argument("--threads", type=int, help="of this run, where another runs beside it")
     parser.add_argument(
         "--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-tone", help="folder whose runs are used"
@@ -314,8 +417,12 @@ def main() -> None:
         recording.not_run(f"there is no folder {arguments.data} with the pairs")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-        for settings in (REWARD, DPO, HARMLESS):
+        for settings in (REWARD, DPO, CHOSEN, HARMLESS):
             settings["threads"] = arguments.threads
+    if arguments.variants is not None:
+        arguments.variants = arguments.variants or list(VARIANTS)
+        print(variants(arguments))
+        return
     print((harmless if arguments.harmless else tone)(arguments))
 
 

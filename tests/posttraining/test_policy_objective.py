@@ -115,6 +115,8 @@ def plain_loss(model, samples, config, advantages, old, reference):
         losses[place] = loss * weight
         to_reference = reference[place] - log_probs
         divergences[place] = to_reference.exp() - to_reference - 1
+        if config.weighted_divergence:
+            divergences[place] = divergences[place] * ratio
     total = [losses[place] + (config.beta * divergences[place] if config.kl == "loss" else 0) for place in losses]
     lengths = {place: len(losses[place]) for place in losses}
     if config.aggregation == "token_mean":
@@ -129,9 +131,11 @@ def plain_loss(model, samples, config, advantages, old, reference):
 
 
 @pytest.mark.parametrize("shared_row", [None, 64])
-@pytest.mark.parametrize("algorithm", list(PRESETS))
+@pytest.mark.parametrize("algorithm", [*PRESETS, "grpo, weighted"])
 def test_loss_and_gradient_are_those_of_samples_alone_however_the_batch_is_cut(algorithm, shared_row, model, samples):
-    config = config_of(algorithm=algorithm, **({} if "kl" in PRESETS[algorithm] else {"beta": 0.1}))
+    name, _, is_weighted = algorithm.partition(", ")
+    changes = {"beta": 0.1, "weighted_divergence": bool(is_weighted)}
+    config = config_of(algorithm=name, **({} if "kl" in PRESETS[name] else changes))
     advantages = [1.0, -0.5, -0.5, 2.0, 0.0, -1.0]
     with torch.no_grad():
         own = [log_probs_of(model, sample.ids, sample.prompt_length) for sample in samples]
@@ -147,6 +151,22 @@ def test_loss_and_gradient_are_those_of_samples_alone_however_the_batch_is_cut(a
         total, _ = in_micro_batches(objective, model, batch, size)
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.autograd.grad(total, list(model.parameters())), gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_a_weighted_divergence_is_that_of_the_reverse_kl_divergence(model, samples):
+    with torch.no_grad():
+        own = [log_probs_of(model, sample.ids, sample.prompt_length) for sample in samples]
+    reference = [one + numbers(len(one), seed=20 + place) for place, one in enumerate(own)]
+    # on the policy itself, with advantages of 0: what is left is the divergence, Σ (log π − log π_ref) ∇ log π
+    objective = PolicyObjective.of(config_of(beta=1.0, weighted_divergence=True, aggregation="constant"))
+    total, _ = in_micro_batches(objective, model, batch_of(samples, [0.0] * 6, own, reference), 8)
+    log_probs = [log_probs_of(model, sample.ids, sample.prompt_length) for sample in samples]
+    expected = sum(
+        ((one - of).detach() * one).sum() for one, of, kept in zip(log_probs, reference, KEPT, strict=True) if kept
+    ) / (9 * 6)
+    gradients = (torch.autograd.grad(each, list(model.parameters())) for each in (total, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert "weighted_divergence" not in config_of().output_settings()
 
 
 def test_the_end_token_is_trained_and_prompt_padding_and_dropped_samples_are_not(samples):

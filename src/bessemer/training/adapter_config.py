@@ -79,8 +79,8 @@ class KeepBetterConfig(Config):
     limit: int = setting(500, "Most items of each task, and of the held-out data, the first ones.", unit="items", gt=0)
     confidence: float = setting(
         0.95,
-        "The trained model is worse where, of any measure, this confidence interval of the paired difference lies below 0 "
-        "(of several measures, by Holm's correction); 0: where the mean does.",
+        "The trained model is worse where, of any measure, this confidence interval of the paired difference lies below 0; 0: "
+        "where the mean does.",
         ge=0,
         lt=1,
     )

@@ -25,7 +25,7 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress
 from bessemer.core.stage import ItemScore, OpenTasks, TaskScorer
-from bessemer.core.statistics import Estimate, holm, paired_difference
+from bessemer.core.statistics import Estimate, paired_difference
 from bessemer.core.store import new_folder, write_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.adapters.folder import read_adapter, write_adapter
@@ -97,18 +97,17 @@ class MeasuredItems(NamedTuple):
 @dataclass(frozen=True)
 class ComparedMeasure:
     """A measure of two models on the items that both have a score of: their means, and the paired difference, after − before,
-    positive where the trained model is better. adjusted_p: Holm's, over all measures."""
+    positive where the trained model is better."""
 
     name: str
     is_share: bool
     before: float
     after: float
     difference: Estimate
-    adjusted_p: float
 
     def is_worse(self, confidence: float) -> bool:
         """Whether the trained model is worse: by more than chance explains, or with a confidence of 0 at all."""
-        return self.difference.mean < 0 and self.adjusted_p <= 1 - confidence
+        return self.difference.mean < 0 and self.difference.p_value <= 1 - confidence
 
     def record(self, confidence: float) -> dict[str, Any]:
         """As plain values; the interval is that of 95 %."""
@@ -121,7 +120,7 @@ class ComparedMeasure:
             "after": self.after,
             "difference": self.difference.mean,
             "interval": interval,
-            "adjusted_p": self.adjusted_p,
+            "p_value": self.difference.p_value,
             "items": self.difference.items,
             "worse": self.is_worse(confidence),
         }
@@ -129,7 +128,7 @@ class ComparedMeasure:
 
 def compare_models(before: Mapping[str, MeasuredItems], after: Mapping[str, MeasuredItems]) -> list[ComparedMeasure]:
     """The measures of two models. Raises ConfigError for one of which they have no item in common."""
-    found: list[tuple[str, bool, float, float, Estimate]] = []
+    found = []
     for name, measured in before.items():
         others = after[name].items
         shared = [item for item in measured.items if item in others]
@@ -140,9 +139,9 @@ def compare_models(before: Mapping[str, MeasuredItems], after: Mapping[str, Meas
         clusters = [measured.items[item].cluster or (item,) for item in shared]
         better, worse = (old, new) if measured.lower_is_better else (new, old)
         difference = paired_difference(better, worse, clusters)
-        found.append((name, measured.is_share, sum(old) / len(old), sum(new) / len(new), difference))
-    adjusted = holm([difference.p_value for *_, difference in found])
-    return [ComparedMeasure(*each, float(p_value)) for each, p_value in zip(found, adjusted, strict=True)]
+        means = sum(old) / len(old), sum(new) / len(new)
+        found.append(ComparedMeasure(name, measured.is_share, *means, difference))
+    return found
 
 
 class Keeper:

@@ -257,7 +257,7 @@ def comparison_sentence(metrics: Metrics) -> str:
     """Which of two models a stage ends with, and why, from its metrics."""
     measures: Sequence[Metrics] = metrics[COMPARISON]
     if metrics[KEPT] == KEPT_TRAINED:
-        return f"no worse than the model before: {'; '.join(map(_measured, measures))}"
+        return f"the trained model is kept, not shown to be worse than the one before: {'; '.join(map(_measured, measures))}"
     worse = [measure for measure in measures if measure["worse"]]
     return (
         f"worse than the model before: {'; '.join(map(_measured, worse))}; the model before is kept, and the trained one lies "
@@ -267,7 +267,7 @@ def comparison_sentence(metrics: Metrics) -> str:
 
 def _measured(measure: Metrics) -> str:
     before, after, *gains = _values(measure)
-    return f"{measure['name']} {before} → {after} (better by {gains[0]}, {gains[1]}, {measure['items']:,} items)"
+    return f"{measure['name']} {before} → {after} (gain {gains[0]}, {gains[1]}, {measure['items']:,} items)"
 
 
 def _values(measure: Metrics) -> tuple[str, str, str, str]:

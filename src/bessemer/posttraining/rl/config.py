@@ -270,6 +270,11 @@ class RLConfig(TuningConfig):
         "Estimator of the divergence in the loss: k1, k2, k3, abs. In the reward it is k1.",
         plugins="bessemer.divergences",
     )
+    weighted_divergence: bool = setting(
+        False,
+        "Multiply the divergence in the loss by the ratio of policies: with k3 its gradient is then that of the reverse KL "
+        "divergence, and small where a token has become unlikely (DeepSeek-V3.2, arXiv 2512.02556; the default of TRL 1.16).",
+    )
     entropy_weight: float = setting(0.0, "Weight of the mean entropy of a token, which the loss makes larger.", ge=0)
     correction: str = setting(
         "truncate",
@@ -373,6 +378,13 @@ class RLConfig(TuningConfig):
         """Whether rows hold several completions that do not attend to each other."""
         return True
 
+    def output_settings(self) -> dict[str, Any]:
+        """As of `TuningConfig`, without a weight of the divergence where there is none: keys of such runs stay as they were."""
+        kept = super().output_settings()
+        if not self.weighted_divergence:
+            del kept["weighted_divergence"]
+        return kept
+
     @property
     def _has_rewards_to_go(self) -> bool:
         """Whether advantages may differ by token without a critic, as those of another package may."""
@@ -462,6 +474,10 @@ class RLConfig(TuningConfig):
             raise ValueError("early_stopping_patience and save: best go by a validation loss, which rl has not; leave them out")
         if self.discount != 1 and not self._has_rewards_to_go:
             raise ValueError("discount: of the advantages reinforce_pp and reinforce_pp_baseline; a critic has its own")
+        if self.weighted_divergence and (not self.beta or self.kl == "reward" or self.pair_loss is not None):
+            raise ValueError(
+                "weighted_divergence: of a divergence in the loss: set beta above 0 and kl: loss, without pair_loss"
+            )
         if self.max_kl is not None and not self.beta:
             raise ValueError("max_kl needs a reference to measure against: set beta above 0")
         compares = self.critic is None and (self.advantage != "reinforce_pp" or self.reward_scale == "decoupled")

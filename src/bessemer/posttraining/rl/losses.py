@@ -137,10 +137,10 @@ def policy_loss(
     settings: PolicyLossSettings,
     level: Level | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(the loss of each token, ρ), both (B, T); the loss is differentiable by `log_probs_BT`, ρ is not."""
+    """(the loss of each token, ρ), both (B, T) and differentiable by `log_probs_BT`."""
     log_ratios_BT = sequences.log_ratios(level or loss.level, log_probs_BT - old_log_probs_BT)
     ratios_BT = log_ratios_BT.exp()
-    return loss.function(log_probs_BT, ratios_BT, advantages_BT, settings), ratios_BT.detach()
+    return loss.function(log_probs_BT, ratios_BT, advantages_BT, settings), ratios_BT
 
 
 def clipped_tokens(ratios_BT: Tensor, advantages_BT: Tensor, settings: PolicyLossSettings) -> Tensor:

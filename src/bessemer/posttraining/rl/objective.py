@@ -39,14 +39,16 @@ OLD, TOKEN_REFERENCE_LOG_PROBS = "old_log_probs", "reference_log_probs"
 class PolicySettings:
     """Numbers of the objective.
 
-    temperature: of the samples. beta: weight of the divergence in the loss. answers, longest: of a whole step, for the
-    aggregation that divides by a constant. bitwise_consistent: whether log-probabilities must be the sampler's to the bit.
+    temperature: of the samples. beta: weight of the divergence in the loss; weighted_divergence: it is multiplied by the ratio
+    of policies too. answers, longest: of a whole step, for the aggregation that divides by a constant. bitwise_consistent:
+    whether log-probabilities must be the sampler's to the bit.
     """
 
     temperature: float
     answers: int
     longest: int
     beta: float = 0.0
+    weighted_divergence: bool = False
     entropy_weight: float = 0.0
     bitwise_consistent: bool = False
     level: Level | None = None
@@ -90,6 +92,7 @@ class PolicyObjective(Objective):
             answers=config.batch_size,
             longest=config.max_tokens,
             beta=config.beta if config.kl == "loss" else 0.0,
+            weighted_divergence=config.weighted_divergence,
             entropy_weight=config.entropy_weight,
             bitwise_consistent=config.bitwise_consistent,
             level=config.level,
@@ -126,9 +129,11 @@ class PolicyObjective(Objective):
         weights_BT = self._aggregation.weights(sequences)
         sums = {"policy": (losses_BT * importance_BT * weights_BT).sum()}
         if settings.beta:
-            # the divergence is taken under the policy itself, so no importance weight applies
-            log_ratios_BT = log_probs_BT - values[TOKEN_REFERENCE_LOG_PROBS]
-            sums["kl"] = settings.beta * (self._divergence(log_ratios_BT) * weights_BT).sum()
+            # the divergence is taken under the policy itself, so no weight of the sampler applies
+            divergence_BT = self._divergence(log_probs_BT - values[TOKEN_REFERENCE_LOG_PROBS])
+            if settings.weighted_divergence:
+                divergence_BT = divergence_BT * ratios_BT
+            sums["kl"] = settings.beta * (divergence_BT * weights_BT).sum()
         if settings.entropy_weight:
             sums["entropy"] = -settings.entropy_weight * (entropy_BT * weights_BT).sum()
         with torch.no_grad():
