@@ -10,8 +10,9 @@ from peft import PeftModel
 from bessemer.core.errors import RequestError
 from bessemer.model.adapters.folder import write_adapter
 from bessemer.posttraining.rl.losses import CISPO, CLIP, GSPO, IMPORTANCE, PolicyLossSettings, Sequences, policy_loss
+from bessemer.serving.tinker.config import TrainingSettings
 from bessemer.serving.tinker.losses import LOSSES, Values, batch_of
-from bessemer.serving.tinker.training import AdamSettings, BaseModel, LoraSettings, TrainingRun, TrainingSettings
+from bessemer.serving.tinker.training import AdamSettings, BaseModel, LoraSettings, TrainingRun
 from bessemer.serving.tinker.wire import Datum
 from bessemer.training.data.batches import Batch
 from tests.model.family_models import make

@@ -17,9 +17,10 @@ from bessemer.model.storage.folder import save_model
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.server import address_of, listen
 from bessemer.serving.tinker.app import new_tinker_server
-from bessemer.serving.tinker.service import TinkerLimits, TinkerService
+from bessemer.serving.tinker.config import TinkerLimits, TrainingSettings
+from bessemer.serving.tinker.service import TinkerService
 from bessemer.serving.tinker.states import StateStore
-from bessemer.serving.tinker.training import BaseModel, TrainingSettings
+from bessemer.serving.tinker.training import BaseModel
 from bessemer.serving.tinker.wire import PROTOBUF, Datum, messages
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

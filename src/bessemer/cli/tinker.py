@@ -58,6 +58,7 @@ def tinker(
     from bessemer.core.errors import ArtefactError
     from bessemer.inference.config import EngineConfig
     from bessemer.serving.config import ServingConfig
+    from bessemer.serving.tinker.config import TinkerLimits, TrainingSettings
 
     folder = find_model(model, runs)
     if folder.is_file():
@@ -65,17 +66,17 @@ def tinker(
     given = given_options(context, "host", "port", "api_key", "keys", "max_body", "request_log")
     config = ServingConfig.parse(given | {"hosts": [each.lower() for each in allow_host or ()]}, option_of("tinker"))
     engine = EngineConfig.parse(given_options(context, "kv_memory", "max_model_len", "max_num_seqs"), option_of("tinker"))
-    from bessemer.serving.tinker.app import serve_tinker
-    from bessemer.serving.tinker.service import TinkerLimits, TinkerService
-    from bessemer.serving.tinker.states import StateStore
-    from bessemer.serving.tinker.training import BaseModel, TrainingSettings
-
     limits = TinkerLimits.parse(
         given_options(context, "max_runs", "max_adapters", "snapshots", "idle_minutes"), option_of("tinker")
     )
     settings = TrainingSettings.parse(
         given_options(context, "device", "dtype", "micro_batch_tokens", "recompute"), option_of("tinker")
     )
+    from bessemer.serving.tinker.app import serve_tinker
+    from bessemer.serving.tinker.service import TinkerService
+    from bessemer.serving.tinker.states import StateStore
+    from bessemer.serving.tinker.training import BaseModel
+
     base = BaseModel(folder, settings)
     service = TinkerService(
         base, name or Path(model).name, StateStore(states), aliases=tuple(alias or ()), limits=limits, engine=engine

@@ -16,13 +16,7 @@ from typing import Any
 
 from bessemer.core.errors import BessemerError, failed_allocation
 from bessemer.serving.runtime.bodies import ApiError
-
-#: Seconds that a client's question waits for an answer; the client gives up after 45.
-ANSWER_SECONDS = 20.0
-#: Answers that are kept for clients that ask again, and their bytes together.
-KEPT_ANSWERS, KEPT_BYTES = 20_000, 1 << 28
-#: Requests of one run that may wait for their turn.
-_MOST_WAITING = 4096
+from bessemer.serving.tinker.config import ANSWER_SECONDS, KEPT_ANSWERS, KEPT_BYTES, MOST_WAITING
 
 _log = logging.getLogger(__name__)
 
@@ -141,8 +135,8 @@ class Turns:
         """Return when it is a request's turn. Raises ApiError where it was already, or the run is gone."""
         if number < self.next:
             raise ApiError(f"seq_id {number} comes after {self.next - 1}; the run has gone on")
-        if len(self.waiting) >= _MOST_WAITING:
-            raise ApiError(f"{_MOST_WAITING:,} requests of this run wait already; wait for their answers first")
+        if len(self.waiting) >= MOST_WAITING:
+            raise ApiError(f"{MOST_WAITING:,} requests of this run wait already; wait for their answers first")
         while number != self.next:
             await self.waiting.setdefault(number, asyncio.Event()).wait()
             self._check()

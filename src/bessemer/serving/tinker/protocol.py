@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from bessemer.core.errors import RequestError
 from bessemer.serving.config import METADATA_VALUE, NAME, STOPS
 from bessemer.serving.runtime.bodies import Body
+from bessemer.serving.tinker.config import MOST_LIKELIEST, MOST_SAMPLES
 from bessemer.serving.tinker.states import RunRecord, SavedWeights, iso_time
 from bessemer.serving.tinker.training import AdamSettings
 
@@ -181,15 +182,15 @@ class Sample(TinkerBody):
 
     prompt: ModelInput
     sampling_params: SamplingParameters
-    num_samples: Annotated[int, Field(ge=1, le=1024)] = 1
+    num_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
     sampling_session_id: Text | None = None
     seq_id: Number | None = None
     base_model: Text | None = None
     model_path: Text | None = None
     prompt_logprobs: bool | None = None
     prompt_logprobs_last_n: Annotated[int, Field(ge=1)] | None = None
-    topk_prompt_logprobs: Annotated[int, Field(ge=0, le=100)] = 0
-    topk_sample_logprobs: Annotated[int, Field(ge=0, le=100)] = 0
+    topk_prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] = 0
+    topk_sample_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] = 0
 
 
 class RequestId(TinkerBody):

@@ -15,38 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bessemer.core.config import Config, setting
 from bessemer.core.errors import RequestError
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller
+from bessemer.serving.tinker.config import UPKEEP_SECONDS, TinkerLimits
 from bessemer.serving.tinker.futures import Answers, TrainingThread, Turns
 from bessemer.serving.tinker.protocol import CreateModel, CreateSamplingSession, LoadWeights, OptimStep, Sample, SaveWeights
 from bessemer.serving.tinker.sampling import Samplers, SamplingSession
 from bessemer.serving.tinker.states import Address, RunRecord, SavedWeights, StateStore
 from bessemer.serving.tinker.training import BaseModel, LoraSettings, LossResult, TrainingRun
 from bessemer.serving.tinker.wire import ForwardBackward, write_forward_backward_output
-
-#: Seconds between two looks for sessions that have ended and weights that have expired.
-UPKEEP_SECONDS = 30.0
-
-
-class TinkerLimits(Config):
-    """What a Tinker server holds at once."""
-
-    max_runs: int = setting(8, "training runs in memory", unit="runs", affects_output=False, ge=1)
-    max_adapters: int = setting(16, "saved weights that are sampled from", unit="adapters", affects_output=False, ge=1)
-    snapshots: int = setting(
-        8, "weights of a run that were saved for a sampling client, without a name", unit="adapters", affects_output=False, ge=1
-    )
-    idle_minutes: float = setting(
-        30.0,
-        "time without a sign of a client after which its runs leave the memory",
-        unit="minutes",
-        affects_output=False,
-        gt=0,
-    )
 
 
 @dataclass(eq=False)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.distributed.collectives import clip_gradients
 from bessemer.distributed.sharding import product_matrices
@@ -30,6 +29,7 @@ from bessemer.model.adapters.trained import adapter_of, add_adapters, initial_te
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import check_dtype, choose_device
 from bessemer.model.storage.folder import load_model
+from bessemer.serving.tinker.config import LARGEST_RANK, TrainingSettings
 from bessemer.serving.tinker.losses import NamedObjective, batch_of, check_data, checked_config, find_loss
 from bessemer.serving.tinker.wire import Datum
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -42,22 +42,8 @@ from bessemer.training.trainer import Trainer
 
 #: α of every adapter: updates are scaled by α / rank (Schulman et al. 2025, "LoRA without regret").
 ALPHA = 32.0
-_LARGEST_RANK = 1024
 #: Layers by the setting of a run that trains them, by the part of their name.
 _PARTS = {"train_attn": "self_attn", "train_mlp": "mlp"}
-
-
-class TrainingSettings(Config):
-    """How all runs of a server are computed."""
-
-    device: str = setting("auto", "auto, cpu, cuda or mps", affects_output=False)
-    dtype: str = setting("float32", "dtype of matmuls, and of the frozen matrices: float32 or bfloat16")
-    micro_batch_tokens: int = setting(
-        2048, "tokens of examples that are computed at once, padding included", unit="tokens", affects_output=False, ge=1
-    )
-    recompute: bool = setting(
-        False, "compute the blocks again in the backward pass: less memory, a third more time", affects_output=False
-    )
 
 
 @dataclass(frozen=True)
@@ -71,8 +57,8 @@ class LoraSettings:
 
     def check(self) -> None:
         """Raises RequestError for an adapter that cannot be trained here."""
-        if not 1 <= self.rank <= _LARGEST_RANK:
-            raise RequestError(f"lora_config.rank: {self.rank}; between 1 and {_LARGEST_RANK:,}")
+        if not 1 <= self.rank <= LARGEST_RANK:
+            raise RequestError(f"lora_config.rank: {self.rank}; between 1 and {LARGEST_RANK:,}")
         if not (self.train_attn or self.train_mlp):
             raise RequestError(
                 "lora_config: this server trains attention and feed-forward layers, and not the unembedding; set train_attn "
@@ -107,15 +93,13 @@ class BaseModel:
     def __init__(self, folder: Path, settings: TrainingSettings | None = None) -> None:
         """Raises ArtefactError for a damaged folder, ConfigError for a device or a dtype that this machine does not have."""
         self.settings = settings or TrainingSettings()
-        if self.settings.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype {self.settings.dtype!r}: float32 or bfloat16")
         device = choose_device(self.settings.device)
         check_dtype(self.settings.dtype, device)
         self.folder = folder
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, device=device, dtype=torch.float32).eval()
         self.model.requires_grad_(False)
-        self.runtime = Runtime.of(ComputeSettings(dtype=self.settings.dtype, compile=False), device)  # type: ignore[arg-type]
+        self.runtime = Runtime.of(ComputeSettings(dtype=self.settings.dtype, compile=False), device)
         dtype = getattr(torch, self.settings.dtype)
         for matrix in product_matrices(self.model):
             # autocast would make a copy of a float32 matrix in every product, and the backward pass keep it
