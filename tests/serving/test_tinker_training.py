@@ -185,6 +185,18 @@ def test_runs_on_one_base_leave_each_other_and_the_base_alone(base):
     assert first.model.embed_tokens.weight.data_ptr() == base.model.embed_tokens.weight.data_ptr()
 
 
+def test_in_half_precision_the_base_is_half_as_large_and_the_adapter_whole(base):
+    half = BaseModel(base.folder, TrainingSettings(device="cpu", dtype="bfloat16"))
+    data = random_examples(200)
+    exact, run = (perturbed(TrainingRun(each, LoraSettings(4, 1))) for each in (base, half))
+    expected, found = (each.forward_backward(data, "cross_entropy") for each in (exact, run))
+    assert found.loss == pytest.approx(expected.loss, rel=0.05) and found.loss != expected.loss
+    assert {parameter.dtype for parameter in run.parameters.values()} == {torch.float32}
+    assert half.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in half.served().parameters()} == {torch.bfloat16}
+    run.optim_step(AdamSettings())
+
+
 def test_a_run_that_loads_a_state_goes_on_bit_for_bit(base):
     batches = [random_examples(200) for _ in range(4)]
 

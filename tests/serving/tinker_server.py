@@ -43,6 +43,10 @@ def example(tokens: Sequence[int], weights: Sequence[float] | None = None, **ten
     return Datum(np.array(tokens[:-1]), inputs | {name: np.array(values, np.float32) for name, values in tensors.items()})
 
 
+#: Two short examples.
+DATA = [example([5, 9, 3, 14, 22, 8]), example([7, 7, 2, 30])]
+
+
 @contextmanager
 def tinker_server(folder: Path, states: Path, limits: Mapping[str, Any] | None = None, **settings: Any) -> Iterator[str]:
     """The URL of a running server. settings: of `ServingConfig`."""

@@ -78,7 +78,10 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
     },
     "Tune and convert a model": {
         finetune: ("bessemer finetune smollm2 tickets.csv out",),
-        tinker: ("bessemer tinker models/smollm2 --port 8000", "bessemer tinker models/smollm2 --states saved --keys keys.jsonl"),
+        tinker: (
+            "bessemer tinker models/smollm2 --port 8000",
+            "bessemer tinker models/smollm2 --states saved --keys keys.jsonl",
+        ),
         merge: ("bessemer merge out merged",),
         label: ("bessemer label out labels --prompts questions.jsonl",),
         average: ("bessemer average mine@800 mine@1000 averaged",),

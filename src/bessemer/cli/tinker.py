@@ -56,6 +56,7 @@ def tinker(
     """Serve a model's training and sampling behind the Tinker API: the loops of tinker-cookbook run on this machine."""
     from bessemer.cli.named import find_model, given_options, option_of
     from bessemer.core.errors import ArtefactError
+    from bessemer.core.store import locked_folder
     from bessemer.inference.config import EngineConfig
     from bessemer.serving.config import ServingConfig
     from bessemer.serving.tinker.config import TinkerLimits, TrainingSettings
@@ -77,11 +78,13 @@ def tinker(
     from bessemer.serving.tinker.states import StateStore
     from bessemer.serving.tinker.training import BaseModel
 
-    base = BaseModel(folder, settings)
-    service = TinkerService(
-        base, name or Path(model).name, StateStore(states), aliases=tuple(alias or ()), limits=limits, engine=engine
-    )
-    print(service.engine.describe())
-    print(service.engine.arithmetic)
-    print(f"weights are saved below {states}; {len(list(states.glob('*/run.json'))):,} earlier runs")
-    serve_tinker(service, config)
+    # two servers would delete and replace each other's weights
+    with locked_folder(states):
+        base = BaseModel(folder, settings)
+        service = TinkerService(
+            base, name or Path(model).name, StateStore(states), aliases=tuple(alias or ()), limits=limits, engine=engine
+        )
+        print(service.engine.describe())
+        print(service.engine.arithmetic)
+        print(f"weights are saved below {states}; {len(list(states.glob('*/run.json'))):,} earlier runs")
+        serve_tinker(service, config)

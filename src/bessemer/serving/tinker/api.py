@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from bessemer.core.errors import RequestError
-from bessemer.serving.runtime.bodies import ApiError, read_body
+from bessemer.core.errors import BessemerError, RequestError
+from bessemer.serving.runtime.bodies import ApiError, Body, read_body, read_json
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.tinker.protocol import (
     CreateModel,
@@ -40,6 +40,7 @@ from bessemer.serving.tinker.wire import PROTOBUF, read_forward_backward
 
 PREFIX = "/api/v1"
 Route = Callable[..., Awaitable[Any]]
+Numbered = TypeVar("Numbered", bound=Body)
 #: What the client's own settings are on this server. Chunks of a request stay below the largest body.
 _CLIENT_CONFIG = {
     "pjwt_auth_enabled": False,
@@ -193,16 +194,29 @@ class TinkerApi:
         return _begun(self.service.forward_backward(read, caller_of(request)))
 
     async def optim_step(self, request: Request) -> dict[str, Any]:
-        return _begun(self.service.optim_step(await read_body(OptimStep, request), _owner(request)))
+        return await self._in_turn(OptimStep, self.service.optim_step, request)
 
     async def save_weights(self, request: Request) -> dict[str, Any]:
-        return _begun(self.service.save_state(await read_body(SaveWeights, request), _owner(request)))
+        return await self._in_turn(SaveWeights, self.service.save_state, request)
 
     async def save_weights_for_sampler(self, request: Request) -> dict[str, Any]:
-        return _begun(self.service.save_for_sampler(await read_body(SaveWeights, request), _owner(request)))
+        return await self._in_turn(SaveWeights, self.service.save_for_sampler, request)
 
     async def load_weights(self, request: Request) -> dict[str, Any]:
-        return _begun(self.service.load_state(await read_body(LoadWeights, request), _owner(request)))
+        return await self._in_turn(LoadWeights, self.service.load_state, request)
+
+    async def _in_turn(self, kind: type[Numbered], begin: Callable[[Numbered, str], Begun], request: Request) -> dict[str, Any]:
+        """Begin a request that has a number in its run. One that is refused has its turn as well, and the refusal as its
+        answer: the requests behind it would wait for ever."""
+        owner = _owner(request)
+        try:
+            return _begun(begin(await read_body(kind, request), owner))
+        except (ApiError, BessemerError) as error:
+            values = read_json(await request.body())
+            refused = self.service.refuse(values.get("model_id"), values.get("seq_id"), owner, error)
+            if refused is None:
+                raise
+            return _begun(refused)
 
     # -- sampling
 

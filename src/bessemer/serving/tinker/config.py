@@ -12,6 +12,8 @@ ANSWER_SECONDS = 20.0
 KEPT_ANSWERS, KEPT_BYTES = 20_000, 1 << 28
 #: Requests of one run that may wait for their turn.
 MOST_WAITING = 4096
+#: Sampling requests that wait; more are refused for now, with 429.
+MOST_SAMPLING = 16_384
 #: Seconds between two looks for sessions that have ended and weights that have expired.
 UPKEEP_SECONDS = 30.0
 #: Largest rank of an adapter.

@@ -47,6 +47,8 @@ class Samplers:
         self._loaded: OrderedDict[str, None] = OrderedDict()
         self._of_runs: dict[str, list[str]] = {}
         self._loading = asyncio.Lock()
+        #: Requests that wait or are computed.
+        self.requests = 0
         #: Requests that the engine has at once; others wait here, where they cost nothing.
         self._places = asyncio.Semaphore(2 * engine.max_num_seqs)
 
@@ -91,9 +93,13 @@ class Samplers:
         last = body.prompt_logprobs_last_n
         if last is not None and last >= len(ids):
             raise RequestError(f"prompt_logprobs_last_n: {last:,} of a prompt of {len(ids):,} tokens; at most {len(ids) - 1:,}")
-        adapter = await self._adapter(session)
-        async with self._places:
-            (completion,) = await self.engine.agenerate([ids], params, adapter=adapter, cache_salt=salt)
+        self.requests += 1
+        try:
+            adapter = await self._adapter(session)
+            async with self._places:
+                (completion,) = await self.engine.agenerate([ids], params, adapter=adapter, cache_salt=salt)
+        finally:
+            self.requests -= 1
         samples = [completion, *completion.others]
         answer = write_sample_response(
             [_sampled(each, body.topk_sample_logprobs) for each in samples],

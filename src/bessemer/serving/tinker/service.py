@@ -20,7 +20,7 @@ from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller
-from bessemer.serving.tinker.config import UPKEEP_SECONDS, TinkerLimits
+from bessemer.serving.tinker.config import MOST_SAMPLING, UPKEEP_SECONDS, TinkerLimits
 from bessemer.serving.tinker.futures import Answers, TrainingThread, Turns
 from bessemer.serving.tinker.protocol import CreateModel, CreateSamplingSession, LoadWeights, OptimStep, Sample, SaveWeights
 from bessemer.serving.tinker.sampling import Samplers, SamplingSession
@@ -309,6 +309,17 @@ class TinkerService:
 
         return self._begin(live, 0, "load_weights", create if is_new else _unreachable)
 
+    def refuse(self, run: Any, number: Any, owner: str, error: Exception) -> Begun | None:
+        """A request that was refused, in its turn; None where it has none."""
+        live = self._runs.get(run) if isinstance(run, str) else None
+        if live is None or live.record.owner != owner or not isinstance(number, int) or number < live.turns.next:
+            return None
+
+        def fail() -> dict[str, Any]:
+            raise error
+
+        return self._in_turn(live, number, "refused", fail)
+
     # -- saved weights
 
     def saved(self, text: str, owner: str) -> SavedWeights:
@@ -358,6 +369,10 @@ class TinkerService:
     def sample(self, body: Sample, caller: Caller) -> Begun:
         """Begin to sample."""
         self._check_open()
+        if self.samplers.requests >= MOST_SAMPLING:
+            raise ApiError(
+                "the server has too many samples to make; try again in a moment", status=429, kind="rate_limit_error"
+            )
         owner = caller.client.id
         if body.sampling_session_id is not None:
             sampling = self.sampler(body.sampling_session_id, owner)
