@@ -212,7 +212,11 @@ class StateStore:
         removed, now = 0, time.time()
         for path in self.folder.glob(f"*/*/*/{_CHECKPOINT}"):
             with self._lock:
-                expires = read_json(path, "checkpoint").get("expires") if path.exists() else None
+                try:
+                    expires = read_json(path, "checkpoint").get("expires")
+                except ArtefactError:
+                    # gone meanwhile, or damaged: nobody is told here
+                    continue
                 if expires is not None and expires < now:
                     self._delete(path.parent)
                     removed += 1
