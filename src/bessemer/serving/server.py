@@ -16,9 +16,10 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bessemer.assistant.hooks import Hook
@@ -143,13 +144,28 @@ def address_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+class Draining(Protocol):
+    """What a server asks of what it serves."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, whose failure stops the server."""
+
+    @property
+    def requests(self) -> int:
+        """Requests that are being answered."""
+
+    def drain(self) -> None:
+        """Begin nothing new."""
+
+
 class Server(uvicorn.Server):
     """Stops when its engine fails, and after SIGTERM when its requests are finished.
 
     While draining, `/ready` and new requests get 503, and `/health` 200. A second SIGTERM stops it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, served: Served, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, served: Draining, drain_seconds: float) -> None:
         super().__init__(config)
         self._served = served
         self._drain_seconds = drain_seconds
@@ -187,6 +203,11 @@ def create_server(
     """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. The other arguments are
     those of `create_app`."""
     app = create_app(engine, model_name, config, pages, pool, hooks)
+    return new_server(app, app.state.served, config.drain_seconds)
+
+
+def new_server(app: FastAPI, served: Draining, drain_seconds: float) -> Server:
+    """A server of any application, not yet running. served: what it drains and watches."""
     settings = uvicorn.Config(
         app,
         http=ImpatientProtocol,
@@ -200,7 +221,7 @@ def create_server(
         lifespan="on",
         server_header=False,
     )
-    return Server(settings, app.state.served, config.drain_seconds)
+    return Server(settings, served, drain_seconds)
 
 
 def serve(

@@ -363,6 +363,7 @@ class RLConfig(TuningConfig):
             "environment_options": not self.environment_options,
             "sampler_weights": self.sampler_weights == "policy",
             "bitwise_consistent": not self.bitwise_consistent,
+            "weighted_divergence": not self.weighted_divergence,
         }.items():
             if is_default:
                 del settings[name]
@@ -377,13 +378,6 @@ class RLConfig(TuningConfig):
     def packed(self) -> bool:
         """Whether rows hold several completions that do not attend to each other."""
         return True
-
-    def output_settings(self) -> dict[str, Any]:
-        """As of `TuningConfig`, without a weight of the divergence where there is none: keys of such runs stay as they were."""
-        kept = super().output_settings()
-        if not self.weighted_divergence:
-            del kept["weighted_divergence"]
-        return kept
 
     @property
     def _has_rewards_to_go(self) -> bool:

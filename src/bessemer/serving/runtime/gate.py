@@ -122,7 +122,9 @@ class Gate:
             return self._everybody
         # Anthropic's clients send x-api-key
         bearer = [_BEARER.sub("", value) for value in headers.getlist("authorization")]
-        client = self._keys.client([*bearer, *headers.getlist("x-api-key")])
+        given = [*bearer, *headers.getlist("x-api-key")]
+        # Tinker's clients send only keys that begin with tml-, which may stand before a key of this server
+        client = self._keys.client([*given, *(key.removeprefix("tml-") for key in given)])
         if client is None:
             raise ApiError(
                 "this server needs an API key: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'",
