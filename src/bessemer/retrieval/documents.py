@@ -13,6 +13,7 @@ from bessemer.data.sources.io.paths import READ_BY, advice, counted_kinds, suffi
 from bessemer.data.sources.registry import SOURCES, SourceSettings, open_source, source_name
 from bessemer.data.sources.source import Tally
 from bessemer.retrieval.index import IndexedDocument
+from bessemer.retrieval.python_builtins import builtin_documents
 
 #: Longest document, in bytes: a longer text is cut at blank lines by the source, or set aside.
 _DOCUMENT_BYTES = 10_000_000
@@ -38,7 +39,8 @@ def sources_of(given: str) -> list[SourceSettings]:
 def documents_of(
     sources: list[SourceSettings], cache: Path, tally: Tally, progress: Progress | None = None
 ) -> Iterator[IndexedDocument]:
-    """The documents of sources, one after the other. What cannot be read is counted and named in `tally`."""
+    """The documents of sources, one after the other; of `python_docs` what is compiled too. What cannot be read is counted and
+    named in `tally`."""
     seen: set[str] = set()
     for settings in sources:
         source, name = open_source(settings, Path(), cache), source_name(settings)
@@ -48,6 +50,8 @@ def documents_of(
                 place = document.locator if document.locator not in seen else f"{name}:{document.locator}"
                 seen.add(place)
                 yield IndexedDocument(place, document.text, document.heading, name, document.url or "")
+        if name == "python_docs":
+            yield from builtin_documents()
 
 
 def _parsed(sources: list[dict[str, Any]]) -> list[SourceSettings]:
