@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -33,6 +34,9 @@ def builtin_documents() -> Iterator[IndexedDocument]:
         if name in _LEFT_OUT or name.startswith(("_test", "_xx", "xx")) or (module := _compiled(name)) is None:
             continue
         known_as = _public(name)
+        if known_as.startswith("_"):
+            # what nobody imports by this name
+            continue
         for own, value in sorted(vars(module).items()):
             if own.startswith("_") or inspect.ismodule(value):
                 continue
@@ -59,7 +63,10 @@ def _compiled(name: str) -> ModuleType | None:
             return None
         suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
         if spec.origin == "built-in" or spec.origin.endswith(suffixes):
-            return importlib.import_module(name)
+            with warnings.catch_warnings():
+                # some are to leave the library
+                warnings.simplefilter("ignore", DeprecationWarning)
+                return importlib.import_module(name)
     except (ImportError, ValueError):
         pass
     return None
