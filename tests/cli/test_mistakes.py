@@ -187,12 +187,12 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None] | None, str]] = {
     "a table that is empty": (
         ["finetune", "model", "data.csv", "out"],
         file("data.csv", ""),
-        "data.csv: holds no rows; give a file with a row for each example, below a header where it is a .csv",
+        "data.csv: holds no rows; give a file with a row for each example, below a header where it is a .csv or .xlsx",
     ),
     "a table of a header alone": (
         ["finetune", "model", "data.csv", "out"],
         file("data.csv", "question,answer\n"),
-        "data.csv: holds no rows; give a file with a row for each example, below a header where it is a .csv",
+        "data.csv: holds no rows; give a file with a row for each example, below a header where it is a .csv or .xlsx",
     ),
     "a table that is not there": (
         ["finetune", "model", "data.csv", "out"],

@@ -69,7 +69,7 @@ def test_every_task_file_of_the_package_is_registered():
 def test_a_task_with_data_of_its_own_needs_nothing_else(name):
     (task,) = find_tasks(name, TaskOptions(limit=9))
     questions = task.questions()
-    contexts = {question.context if hasattr(question, "context") else question.parts[0].context for question in questions}
+    contexts = {str(question.context if hasattr(question, "context") else question.parts[0].context) for question in questions}
     assert len({question.id for question in questions}) == len(contexts) == 9
 
 

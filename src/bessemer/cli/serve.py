@@ -141,7 +141,7 @@ def serve(
     ] = None,
     accept_weights: Annotated[
         bool,
-        _models(
+        _access(
             "--accept-weights", help="Let a trainer (`rl` with rollouts) replace the weights: an admin key, or this machine."
         ),
     ] = False,

@@ -52,8 +52,7 @@ def _training_seconds(models: Mapping[str, Path]) -> float | None:
 
 
 def _quantize(context: StageContext) -> dict[str, Any]:
-    from bessemer.evaluation.quantisation import add_speed, quantise_folder
-    from bessemer.inference.engine import tokens_per_second
+    from bessemer.evaluation.quantisation import add_speed, quantise_folder, tokens_per_second
     from bessemer.tokenization.shards import TokenShards
 
     out = context.out / "model"

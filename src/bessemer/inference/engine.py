@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,15 @@ from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.build import model_length
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.execution.weights import LoadedAdapters, WeightsStamp
-from bessemer.inference.offline import LogProbsMode, Reading, Rollouts, WeightUpdates, collect_rollouts, params_of_prompts
+from bessemer.inference.offline import (
+    LogProbsMode,
+    Reading,
+    Rollouts,
+    Sleep,
+    WeightUpdates,
+    collect_rollouts,
+    params_of_prompts,
+)
 from bessemer.inference.request import (
     Chunk,
     Completion,
@@ -47,7 +54,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 __all__ = ["Capture", "Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams", "Score", "ScoreItem"]
 
 
-class Engine(AsyncGeneration, Reading, WeightUpdates):
+class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
     """Generates text with a model.
 
     Calls from several threads, and streams that take turns on one, share one engine core: a thread that waits for tokens
@@ -121,33 +128,6 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def is_asleep(self) -> bool:
-        """Whether the KV cache's memory is free."""
-        return self._is_asleep
-
-    def sleep(self) -> None:
-        """Free the memory of the KV cache for other users of the device, until `wake`. Cached keys are forgotten.
-
-        Raises RequestError while requests are in flight. Of a draft model the cache stays.
-        """
-        with self._lock:
-            if self.core.busy:
-                raise RequestError("the engine has requests in flight; it may sleep when they have ended")
-            if not self._is_asleep:
-                self.core.finish_step()
-                self.core.scheduler.preempt_all()
-                self.core.scheduler.forget()
-                self.core.runner.release_memory()
-                self._is_asleep = True
-
-    def wake(self) -> None:
-        """Have the memory of the KV cache again. An engine that is awake stays as it is."""
-        with self._lock:
-            if self._is_asleep:
-                self.core.runner.restore_memory()
-                self._is_asleep = False
 
     @property
     def failure(self) -> BessemerError | None:
@@ -395,27 +375,3 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         finally:
             with self._lock:
                 self.core.abort(request)
-
-
-#: Concurrent requests, as a small server has them, and the tokens of each prompt.
-STREAMS, _PROMPT = 8, 16
-_ROUNDS = 3
-
-
-def tokens_per_second(folder: Path, tokens: int, device: str = "auto") -> float:
-    """Tokens a second of `STREAMS` requests for `tokens` tokens each, prompts of 16 tokens included.
-
-    The best of three rounds, because another process can only slow one down.
-    """
-    engine = Engine(folder, device=device, config=EngineConfig(max_num_seqs=STREAMS, prefix_cache=False))
-    most = max(1, min(tokens, engine.context_length - _PROMPT))
-    params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
-    vocabulary = engine.model.config.vocab_size
-    prompts = [[(7 * row + place) % vocabulary for place in range(_PROMPT)] for row in range(STREAMS)]
-    engine.generate(prompts[:1], params.with_changes(max_tokens=2))
-    best = 0.0
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        engine.generate(prompts, params)
-        best = max(best, STREAMS * most / (time.perf_counter() - start))
-    return best

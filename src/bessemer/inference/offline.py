@@ -3,6 +3,7 @@
 - `Reading`: texts that are read and not continued: scores of continuations, embeddings, what is captured inside the model.
 - `Rollouts`: sampled completions as padded tensors, with their log-probabilities and the versions of the weights.
 - `WeightUpdates`: weights and adapters that change under in-flight requests.
+- `Sleep`: an engine that gives up the memory of its KV cache for a while.
 - `TextScorer`: logits of every next token of whole texts, by the engine's own runner and without a scheduler.
 """
 
@@ -212,6 +213,41 @@ class Reading(ABC):
     def _last_norm(self, states_PD: Tensor) -> Tensor:
         normed_PD: Tensor = self.model.norm(states_PD.to(self.model.device, self.model.dtype))
         return normed_PD.float()
+
+
+class Sleep:
+    """An engine that gives the memory of its KV cache to others for a while."""
+
+    core: EngineCore
+    _lock: FairLock
+    _is_asleep: bool
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the KV cache's memory is free."""
+        return self._is_asleep
+
+    def sleep(self) -> None:
+        """Free the memory of the KV cache for other users of the device, until `wake`. Cached keys are forgotten.
+
+        Raises RequestError while requests are in flight. Of a draft model the cache stays.
+        """
+        with self._lock:
+            if self.core.busy:
+                raise RequestError("the engine has requests in flight; it may sleep when they have ended")
+            if not self._is_asleep:
+                self.core.finish_step()
+                self.core.scheduler.preempt_all()
+                self.core.scheduler.forget()
+                self.core.runner.release_memory()
+                self._is_asleep = True
+
+    def wake(self) -> None:
+        """Have the memory of the KV cache again. An engine that is awake stays as it is."""
+        with self._lock:
+            if self._is_asleep:
+                self.core.runner.restore_memory()
+                self._is_asleep = False
 
 
 class WeightUpdates:

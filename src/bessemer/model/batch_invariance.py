@@ -42,8 +42,6 @@ Arguments = ParamSpec("Arguments")
 
 #: As `Activation` of step.h and `Pointwise` of batch_invariant.h.
 _SILU, _GELU, _GELU_TANH, _RELU, _TANH, _SIGMOID = range(6)
-#: Positions of a block of keys; the results do not depend on it.
-_BLOCK = 32
 
 
 def unsupported(config: ModelConfig) -> str | None:
@@ -226,58 +224,6 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, 
 def _add_rows_(out: Tensor, dim: int, rows_M: Tensor, added: Tensor, *, alpha: float = 1) -> Tensor:
     """As `Tensor.index_add_`, of rows of which each comes once."""
     return out.index_add_(dim, rows_M, added * alpha)
-
-
-class DocumentKeys:
-    """Where the keys of a mask's documents lie in blocks: what `paged_attention` needs, and the rows to copy there."""
-
-    def __init__(self, mask: AttentionMask, batch: int, length: int) -> None:
-        """mask: of `batch` rows of `length` tokens without a cache."""
-        assert mask.slots_BT is None and mask.slopes_H is None, "rows without a cache, whose attention does not go by distance"
-        starts, positions, tables, rows, slots = [0], [], [], [], []
-        order: list[Tensor] = []
-        blocks = 0
-        columns_T = torch.arange(length)
-        for row in range(batch):
-            for own_T, seen_T in self._of_row(mask, row, columns_T):
-                used = -(-len(seen_T) // _BLOCK)
-                order.append(row * length + own_T)
-                positions.append(torch.arange(len(seen_T) - len(own_T), len(seen_T), dtype=torch.int32))
-                starts.append(starts[-1] + len(own_T))
-                tables.append(torch.arange(blocks, blocks + used, dtype=torch.int32))
-                rows.append(row * length + seen_T)
-                slots.append(blocks * _BLOCK + torch.arange(len(seen_T)))
-                blocks += used
-        width = max(len(table) for table in tables)
-        #: Rows of the batch in the order of the sequences, and the sequences' place of each row.
-        self.order_N = torch.cat(order)
-        self.inverse_N = torch.argsort(self.order_N)
-        self.starts = torch.tensor(starts)
-        self.positions = torch.cat(positions)
-        self.tables = torch.stack([functional.pad(table, (0, width - len(table)), value=-1) for table in tables])
-        #: Rows of the keys and their places among the blocks' positions.
-        self.rows, self.slots, self.blocks = torch.cat(rows), torch.cat(slots), blocks
-
-    @staticmethod
-    def _of_row(mask: AttentionMask, row: int, columns_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each document of a row the columns of its tokens, and those that its last token sees, which end with them."""
-        if mask.documents_BT is None:
-            yield columns_T, columns_T
-            return
-        documents_T = mask.documents_BT[row]
-        for document in documents_T.unique().tolist():
-            own_T = columns_T[documents_T == document]
-            seen = documents_T == document
-            if mask.visible_to_BT is not None:
-                seen = (documents_T <= document) & (mask.visible_to_BT[row] >= document)
-            yield own_T, columns_T[seen & (columns_T <= own_T[-1])]
-
-    def paged(self, heads_BKTC: Tensor) -> Tensor:
-        """Keys or values in blocks, (blocks, K, positions, C)."""
-        flat_NKC = heads_BKTC.transpose(1, 2).flatten(0, 1)
-        placed = flat_NKC.new_zeros(self.blocks * _BLOCK, *flat_NKC.shape[1:])
-        placed[self.slots] = flat_NKC[self.rows]
-        return placed.unflatten(0, (self.blocks, _BLOCK)).transpose(1, 2).contiguous()
 
 
 def attention(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:

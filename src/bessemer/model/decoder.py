@@ -15,15 +15,16 @@ from torch.nn import functional
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.attention import LayerType, variant_of_type
-from bessemer.model.batch_invariance import DocumentKeys, unsupported, within_batch_invariance
 from bessemer.model.batch_invariance import attention as batch_invariant_attention
 from bessemer.model.batch_invariance import logits as batch_invariant_logits
+from bessemer.model.batch_invariance import unsupported, within_batch_invariance
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import BACKENDS, DENSE_BACKENDS, block_mask, capped
 from bessemer.model.layers.attention_mask import AttentionMask, Rows, WholeRows, alibi_slopes
 from bessemer.model.layers.block import Block, MtpModule
 from bessemer.model.layers.cache import Cache
+from bessemer.model.layers.document_keys import DocumentKeys
 from bessemer.model.layers.norms import make_norm
 from bessemer.model.layers.positions import RotaryPositions, Rotation, SinusoidalPositions
 from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised

@@ -179,7 +179,8 @@ async def watch_keys(keys: Keys | None) -> None:
 
 def error_body_of(path: str, error: ApiError) -> dict[str, Any]:
     """An error in the form of the API below `path`."""
-    if path.startswith(f"{ollama.PREFIX}/"):
+    # below /api/v1/ is the Tinker API
+    if path.startswith(f"{ollama.PREFIX}/") and not path.startswith(f"{ollama.PREFIX}/v1/"):
         return ollama.error_body(error)
     return error_body(error) if path.startswith(PREFIX) else error.body()
 

@@ -11,17 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.store import read_json, write_json
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
-from bessemer.tokenization.control_tokens import END_OF_TEXT, control_tokens
+from bessemer.tokenization.control_tokens import END_OF_TEXT, TURN_ENDS, control_tokens
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 #: Other files in published folders. What `tokenizer_config.json` says takes precedence over the map.
 SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+#: Usual names of begin and end tokens, for a folder that names none.
+BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", END_OF_TEXT, "[CLS]")
+END_NAMES = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "[SEP]")
 
 #: The `decoder` section of a byte-level tokenizer.
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -242,3 +249,40 @@ def template_hash(template: str) -> str:
 def token_text(token: Any) -> Any:
     """The text of a special token in these files: a string, or an object that holds it."""
     return token.get("content") if isinstance(token, Mapping) else token
+
+
+def mark_special(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Make tokens that the configuration names as special (`[UNK]`, say) control tokens, as `transformers` does."""
+    named = [value for name, value in config.items() if name.endswith("_token")]
+    for several in ("additional_special_tokens", "extra_special_tokens"):
+        values = config.get(several, [])
+        named += values.values() if isinstance(values, Mapping) else values
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    contents = [content for content in map(token_text, named) if isinstance(content, str) and content not in known]
+    tokenizer.add_special_tokens([content for content in contents if tokenizer.token_to_id(content) is not None])
+
+
+def begin_and_ends(folder: Path, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """The token that begins a text, and those that end one: the end token, the begin token that follows a document in
+    our shards, the ends of turns, and what the model's generation settings list."""
+    special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    bos, eos = (special.get(token_text(config.get(name))) for name in ("bos_token", "eos_token"))
+    if bos is None and eos is None:
+        bos, eos = (special.get(first_of(names, special) or "") for names in (BEGIN_NAMES, END_NAMES))
+    if bos is None:
+        bos = special.get(END_OF_TEXT, eos)
+    if eos is None:
+        eos = bos
+    if bos is None or eos is None:
+        raise ArtefactError(
+            f"{folder / TOKENIZER_CONFIG_FILE}: names no begin or end token that is in the vocabulary; add "
+            '"bos_token" and "eos_token" to it, each one of the special tokens of tokenizer.json'
+        )
+    turn_ends = [special[token] for token in TURN_ENDS if token in special]
+    return bos, [eos, bos, *turn_ends, *_listed_ends(folder, tokenizer.get_vocab_size())]
+
+
+def _listed_ends(folder: Path, vocab_size: int) -> list[int]:
+    listed = read_settings(folder / GENERATION_CONFIG_FILE).get("eos_token_id", [])
+    ids = listed if isinstance(listed, list) else [listed]
+    return [id for id in ids if isinstance(id, int) and 0 <= id < vocab_size]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -24,15 +24,14 @@ from bessemer.tokenization.chat import (
     encode_without_blocking,
 )
 from bessemer.tokenization.chat_turns import ChatTurns
-from bessemer.tokenization.control_tokens import END_OF_TEXT, TURN_ENDS
 from bessemer.tokenization.fast import LONG_TEXT, BulkEncoder, TokenizersEncoder, agree, bulk_encoder, slices
 from bessemer.tokenization.folder import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    first_of,
+    begin_and_ends,
+    mark_special,
     read_chat_template,
     read_configuration,
-    read_settings,
     template_hash,
     token_text,
 )
@@ -46,12 +45,6 @@ from bessemer.tokenization.vocabulary import (
     spread_runs,
     without_holes,
 )
-
-GENERATION_CONFIG_FILE = "generation_config.json"
-
-#: Usual names of begin and end tokens, for a folder that names none.
-BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", END_OF_TEXT, "[CLS]")
-END_NAMES = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "[SEP]")
 
 #: Upper bound for the tokens at a slice's ends that differ from those of the whole text.
 _AT_ENDS = 64
@@ -378,8 +371,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _mark_special(tokenizer, config)
-    bos_id, eos_ids = _begin_and_ends(folder, tokenizer, config)
+    mark_special(tokenizer, config)
+    bos_id, eos_ids = begin_and_ends(folder, tokenizer, config)
     try:
         return Tokenizer(folder, tokenizer, bos_id, eos_ids, read_chat_template(folder))
     except ArtefactError as error:
@@ -391,43 +384,6 @@ def _added_text(token: tokenizers.AddedToken) -> str:
     user-defined runs of spaces have."""
     content: str = token.content
     return content.replace(SPACE_MARK, " ") if token.normalized and not token.special else content
-
-
-def _mark_special(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Make tokens that the configuration names as special (`[UNK]`, say) control tokens, as `transformers` does."""
-    named = [value for name, value in config.items() if name.endswith("_token")]
-    for several in ("additional_special_tokens", "extra_special_tokens"):
-        values = config.get(several, [])
-        named += values.values() if isinstance(values, Mapping) else values
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    contents = [content for content in map(token_text, named) if isinstance(content, str) and content not in known]
-    tokenizer.add_special_tokens([content for content in contents if tokenizer.token_to_id(content) is not None])
-
-
-def _begin_and_ends(folder: Path, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tuple[int, list[int]]:
-    """The token that begins a text, and those that end one: the end token, the begin token that follows a document in
-    our shards, the ends of turns, and what the model's generation settings list."""
-    special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    bos, eos = (special.get(token_text(config.get(name))) for name in ("bos_token", "eos_token"))
-    if bos is None and eos is None:
-        bos, eos = (special.get(first_of(names, special) or "") for names in (BEGIN_NAMES, END_NAMES))
-    if bos is None:
-        bos = special.get(END_OF_TEXT, eos)
-    if eos is None:
-        eos = bos
-    if bos is None or eos is None:
-        raise ArtefactError(
-            f"{folder / TOKENIZER_CONFIG_FILE}: names no begin or end token that is in the vocabulary; add "
-            '"bos_token" and "eos_token" to it, each one of the special tokens of tokenizer.json'
-        )
-    turn_ends = [special[token] for token in TURN_ENDS if token in special]
-    return bos, [eos, bos, *turn_ends, *_listed_ends(folder, tokenizer.get_vocab_size())]
-
-
-def _listed_ends(folder: Path, vocab_size: int) -> list[int]:
-    listed = read_settings(folder / GENERATION_CONFIG_FILE).get("eos_token_id", [])
-    ids = listed if isinstance(listed, list) else [listed]
-    return [id for id in ids if isinstance(id, int) and 0 <= id < vocab_size]
 
 
 def _decoder(tokenizer: tokenizers.Tokenizer) -> Any:

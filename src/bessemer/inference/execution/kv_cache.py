@@ -98,15 +98,20 @@ def unwritten_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.devi
 def give_back(tensor: Tensor) -> None:
     """Give a tensor's whole storage on the host back to the system; it keeps its address, and is zero when it is read again.
 
-    Of whole pages of the system, and on Linux alone: elsewhere the memory stays, and the numbers too.
+    On Linux alone: elsewhere the memory stays, and the numbers too. What lies beside whole pages of the system is zeroed.
     """
     if sys.platform != "linux":
         return
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + tensor.untyped_storage().nbytes()) // page * page
-    if start < end:
-        ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+    storage, page = tensor.untyped_storage(), mmap.PAGESIZE
+    begin = storage.data_ptr()
+    end = begin + storage.nbytes()
+    first, last = -(-begin // page) * page, end // page * page
+    if first >= last:
+        ctypes.memset(begin, 0, end - begin)
+        return
+    ctypes.memset(begin, 0, first - begin)
+    ctypes.memset(last, 0, end - last)
+    ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 class PagedMemory:

@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from bessemer.model.batch_invariance import DocumentKeys
+    from bessemer.model.layers.document_keys import DocumentKeys
 
 # Shapes: B batch, T queries, S keys, H query heads.
 

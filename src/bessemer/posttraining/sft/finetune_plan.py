@@ -26,6 +26,7 @@ from bessemer.posttraining.data.made import data_name, data_path
 from bessemer.posttraining.data.mask import text_parts
 from bessemer.posttraining.data.packing import EncodedExample, encode_conversation, fit_conversations, fit_each, pack_examples
 from bessemer.posttraining.data.turns import NothingLearntError, RowError
+from bessemer.posttraining.data.understanding import DataPlace
 from bessemer.posttraining.sft.config import FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, read_base
 from bessemer.posttraining.sft.finetune_memory import TuningMemory, TuningShape, tuning_memory
@@ -281,10 +282,10 @@ def settings_of(config: FinetuneConfig, data: str | Path) -> dict[str, Any]:
     Raises SourceError for a file whose columns cannot be told, ConfigError where files call them differently.
     """
     own = data_name(data)
-    columns = find_columns(data_path(own, Path(), {}), config.prompt_column, config.answer_column)
+    columns = find_columns(_as_typed(own), config.prompt_column, config.answer_column)
     others = {data_name(name): weight for name, weight in config.also.items()}
     for other in others:
-        other_columns = find_columns(data_path(other, Path(), {}), config.prompt_column, config.answer_column)
+        other_columns = find_columns(_as_typed(other), config.prompt_column, config.answer_column)
         if other_columns != columns:
             raise ConfigError(f"{other}: its columns are {other_columns}, and those of {data} are {columns}; call them alike")
     settings: dict[str, Any] = {
@@ -296,6 +297,12 @@ def settings_of(config: FinetuneConfig, data: str | Path) -> dict[str, Any]:
     if columns is not None:
         settings |= dict(zip(("prompt_column", "answer_column"), columns, strict=True))
     return settings
+
+
+def _as_typed(name: str) -> DataPlace:
+    """The place of data, as messages name it: a path below the working directory without that."""
+    place, here = data_path(name, Path(), {}), Path.cwd()
+    return place.relative_to(here) if isinstance(place, Path) and place.is_relative_to(here) else place
 
 
 def row_length(lengths: Sequence[int], most: int) -> int:

@@ -15,7 +15,9 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import read_json, write_text
 from bessemer.tokenization.bpe import encode_piece
 from bessemer.tokenization.folder import (
+    BEGIN_NAMES,
     BYTE_LEVEL_DECODER,
+    END_NAMES,
     TOKENIZER_FILE,
     AddedToken,
     TokenizerContent,
@@ -25,7 +27,6 @@ from bessemer.tokenization.folder import (
     learned_size,
 )
 from bessemer.tokenization.split import SPLIT_REGEXES, pre_tokenizer, split_name
-from bessemer.tokenization.tokenizer import BEGIN_NAMES, END_NAMES
 from bessemer.tokenization.vocabulary import token_from_name, vocabulary_name
 
 
