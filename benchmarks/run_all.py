@@ -76,6 +76,7 @@ STUDIES = [
     Benchmark("optimizers"),
     Benchmark("quantisation"),
     Benchmark("merging"),
+    Benchmark("retrieval"),
     Benchmark("refined"),
     Benchmark("long_context"),
     Benchmark("distillation"),
