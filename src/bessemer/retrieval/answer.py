@@ -21,7 +21,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.retrieval.chunks import sentences
 from bessemer.retrieval.index import OpenIndex
 from bessemer.retrieval.search import Hit, search
-from bessemer.retrieval.store import EVERYTHING, Filter
+from bessemer.retrieval.store import EVERYTHING, PLAIN_WORDS, Filter
 
 SYSTEM = (
     "Answer the question from the numbered sources alone. Behind each statement cite its source as [1]. "
@@ -30,14 +30,6 @@ SYSTEM = (
 NOT_HELD = "The documents do not answer this."
 #: Share of a sentence's content words that its sources must have.
 SUPPORT = 0.5
-#: Words that carry no statement.
-_PLAIN = frozenset(
-    """a an the of in on at to for by with from as and or but nor not no is are was were be been being it its this that these
-    those which who whom what when where how why do does did can could may might will would shall should must have has had you
-    your i we they he she them his her our their there here then than so if into out up down over under about such also only
-    very
-    """.split()  # noqa: SIM905
-)
 _CITATION = re.compile(r"\[(\d+)\]")
 _QUOTED = re.compile(r"“([^“”]{8,})”|\"([^\"]{8,})\"")
 _WORD = re.compile(r"\w+")
@@ -182,7 +174,7 @@ def checked(text: str, sources: Sequence[Hit]) -> Answer:
 
 
 def _content_words(text: str) -> list[str]:
-    return [word for word in _WORD.findall(text.lower()) if word not in _PLAIN]
+    return [word for word in _WORD.findall(text.lower()) if word not in PLAIN_WORDS]
 
 
 def _quotes(text: str, sources: Sequence[Hit]) -> Iterator[Quote]:

@@ -24,6 +24,14 @@ _TABLE = "passages"
 APPROXIMATE_ABOVE = 100_000
 #: Rows of a batch that is written or read.
 ROWS_AT_ONCE = 4096
+#: English words that say nothing of what a text is about: a question is searched for without them.
+PLAIN_WORDS = frozenset(
+    """a an the of in on at to for by with from as and or but nor not no is are was were be been being it its this that these
+    those which who whom what when where how why do does did can could may might will would shall should must have has had you
+    your i we they he she them his her our their there here then than so if into out up down over under about such also only
+    very
+    """.split()  # noqa: SIM905
+)
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 #: Where a capital begins a part of a name: parseInt, HTTPServer.
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -122,6 +130,7 @@ class LanceStore:
     def by_words(self, query: str, count: int, where: Filter = EVERYTHING) -> list[Found]:
         """The passages with the words of a query, the best by BM25 first."""
         words = searched_words(query)
+        words = " ".join(word for word in words.split() if word.lower() not in PLAIN_WORDS) or words
         if not words:
             return []
         search = self._table.search(words, query_type="fts", fts_columns="words")
