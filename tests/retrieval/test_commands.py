@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bessemer.cli.main import main
+from tests.serving.running import babbling_engine
 
 pytest.importorskip("lancedb")
 
@@ -35,6 +36,22 @@ def test_a_folder_is_indexed_searched_and_brought_up_to_date(tmp_path, capsys):
     code, printed, _ = run(capsys, "search", str(out), "melts", "--json", "-n", "1")
     (hit,) = json.loads(printed)
     assert hit["text"] == "Iron melts at 1538 degrees." and hit["ranks"] == {"words": 1}
+
+
+def test_a_question_is_answered_by_a_models_folder_with_sources_and_marks(tmp_path, capsys):
+    babbling_engine(tmp_path / "engine", context=2048)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "metal.md").write_text("Iron rusts in water.\n")
+    index, model = str(tmp_path / "i"), str(tmp_path / "engine" / "model")
+    run(capsys, "index", str(tmp_path / "docs"), index, "--embedder", "none")
+    code, printed, _ = run(capsys, "ask", model, index, "Does iron rust?", "--max-tokens", "24", "--json", "--device", "cpu")
+    answer = json.loads(printed)
+    assert code == 0 and answer["is_held"] and [source["document"] for source in answer["sources"]] == ["metal.md#0"]
+    assert all(set(one["cited"]) <= {1} for one in answer["statements"])
+    code, printed, _ = run(capsys, "ask", model, index, "Does iron rust?", "--max-tokens", "24", "--device", "cpu")
+    assert code == 0 and "[1] metal.md#0, bytes 0 to 20" in printed
+    code, printed, _ = run(capsys, "ask", model, index, "zebra", "--device", "cpu")
+    assert code == 0 and "The documents do not answer this." in printed
 
 
 @pytest.mark.parametrize(

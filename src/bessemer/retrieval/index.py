@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from bessemer.retrieval.store import LanceStore, Passage, StoreWriter
 INDEX = "index.json"
 _FORMAT = 1
 _VERSIONS = "versions"
+#: What sources fetch for documents, beside the index.
+CACHE = "cache"
 
 
 class IndexConfig(Config):
@@ -54,7 +57,7 @@ class IndexedDocument:
     url: str = ""
     groups: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def content(self) -> str:
         """Hash of all that the index holds of it."""
         return hash_value([self.text, self.title, self.source, self.url, list(self.groups)])
@@ -128,7 +131,7 @@ class _Build:
     def __init__(self, out: Path, config: IndexConfig | None, embedder: Embedder | None, progress: Progress) -> None:
         self._out = out
         self._before = _read(out) if (out / INDEX).exists() else None
-        if self._before is None and any(path.name != _VERSIONS for path in out.iterdir()):
+        if self._before is None and any(path.name not in (_VERSIONS, CACHE) for path in out.iterdir()):
             raise ArtefactError(f"{out}: there are files here that are no index; name another folder")
         own = IndexConfig() if self._before is None else IndexConfig.parse(self._before["config"], str(out / INDEX))
         self._config = config or own
@@ -153,6 +156,17 @@ class _Build:
         expected: dict[str, int] = {}
         kept: set[str] = set()
         waiting: list[IndexedDocument] = []
+        characters = 0
+
+        def write() -> None:
+            for written_document, passages in self._write(writer, waiting).items():
+                if passages:
+                    expected[written_document] = passages
+                else:
+                    counts["changed" if written_document in known else "added"] -= 1
+                    counts["empty"] += 1
+            waiting.clear()
+
         for document in documents:
             if document.place in states:
                 raise ConfigError(f"two documents are called {document.place!r}; each needs a place of its own")
@@ -168,10 +182,11 @@ class _Build:
                     expected[document.place] = written[document.place].passages
                 else:
                     waiting.append(document)
-            if sum(len(each.text) for each in waiting) > _CHARACTERS_AT_ONCE:
-                expected |= self._write(writer, waiting)
-                waiting = []
-        expected |= self._write(writer, waiting)
+                    characters += len(document.text)
+            if characters > _CHARACTERS_AT_ONCE:
+                write()
+                characters = 0
+        write()
         # what an earlier build has copied may be half of a document, and what it has embedded may have changed since
         writer.remove([name for name in written if name in kept or states.get(name) != written[name].content])
         if old is not None:
@@ -182,6 +197,7 @@ class _Build:
         deleted = len(known.keys() - expected.keys())
         if old is not None and not (counts["added"] or counts["changed"] or deleted):
             shutil.rmtree(place)
+            _marker(place).unlink()
         else:
             writer.finish(expected)
             self._swap(version, len(expected), sum(expected.values()))
@@ -195,8 +211,8 @@ class _Build:
 
     def _begin(self, version: int) -> Path:
         """The folder of the next version. What another build has begun there goes on where it was made in the same way."""
-        versions = self._out / _VERSIONS
-        place, marked = versions / str(version), versions / f"{version}.json"
+        place = self._out / _VERSIONS / str(version)
+        marked = _marker(place)
         if place.exists() and (not marked.exists() or read_json(marked) != self._made):
             shutil.rmtree(place)
         place.mkdir(parents=True, exist_ok=True)
@@ -204,7 +220,7 @@ class _Build:
         return place
 
     def _write(self, writer: StoreWriter, documents: Sequence[IndexedDocument]) -> dict[str, int]:
-        """Cut, embed and write whole documents; the number of passages of each."""
+        """Cut, embed and write whole documents; the number of passages of each, 0 of one that is headings alone."""
         passages: list[Passage] = []
         contents: list[str] = []
         for document in documents:
@@ -217,7 +233,7 @@ class _Build:
                 vectors_ND = self._embedder.embed([one.shown for one in passages], "document")
             writer.add(passages, contents, vectors_ND)
             self._progress.say(f"  {len(passages):,} passages of {len(documents):,} documents")
-        return dict(Counter(one.document for one in passages))
+        return {document.place: 0 for document in documents} | Counter(one.document for one in passages)
 
     def _swap(self, version: int, documents: int, passages: int) -> None:
         versions = self._out / _VERSIONS
@@ -227,6 +243,11 @@ class _Build:
             number = path.name.removesuffix(".json")
             if number.isdecimal() and (int(number) < version - 1 or path.suffix == ".json"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _marker(place: Path) -> Path:
+    """The file beside a version that says how it is made."""
+    return place.with_name(f"{place.name}.json")
 
 
 #: Characters of documents that are cut and embedded between two writes.

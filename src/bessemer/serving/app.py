@@ -21,6 +21,7 @@ from bessemer.inference.engine import Engine
 from bessemer.serving.anthropic.api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.ollama import api as ollama
+from bessemer.serving.ollama.replies import error_body as ollama_error
 from bessemer.serving.openai.api import OpenAIApi
 from bessemer.serving.openai.vllm_routes import AdaptersApi, DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from bessemer.serving.openai.weight_routes import WeightsApi
@@ -181,7 +182,7 @@ def error_body_of(path: str, error: ApiError) -> dict[str, Any]:
     """An error in the form of the API below `path`."""
     # below /api/v1/ is the Tinker API
     if path.startswith(f"{ollama.PREFIX}/") and not path.startswith(f"{ollama.PREFIX}/v1/"):
-        return ollama.error_body(error)
+        return ollama_error(error)
     return error_body(error) if path.startswith(PREFIX) else error.body()
 
 

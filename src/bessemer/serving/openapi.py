@@ -11,8 +11,8 @@ from importlib.metadata import version
 from typing import Any
 
 from bessemer.serving.anthropic.protocol import CountRequest, MessagesRequest
-from bessemer.serving.ollama.api import Lines
 from bessemer.serving.ollama.protocol import ChatBody, EmbedBody, GenerateBody, ShowBody
+from bessemer.serving.ollama.replies import Lines
 from bessemer.serving.openai.api import EmbeddingsRequest
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
 from bessemer.serving.openai.vllm_routes import DetokenizeRequest, LoadAdapter, TokenizeRequest, UnloadAdapter

@@ -8,13 +8,12 @@ teacher is needed by the policy gradient of its log-ratios, so that it may lie o
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.http_client import ApiError, HttpClient, TransientError, wait_before
+from bessemer.core.http_client import ApiError, HttpClient, repeated
 from bessemer.posttraining.distillation.config import TeacherServerConfig
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -91,11 +90,9 @@ class TeacherServer:
 
     def _repeated(self, path: str, body: Mapping[str, Any] | None) -> Any:
         """The answer to a POST, or to a GET without a body; failures that may pass are tried again."""
-        for attempt in range(1, self._config.attempts + 1):
-            try:
-                return self._client.get(path) if body is None else self._client.post(path, body)
-            except TransientError as error:
-                if attempt == self._config.attempts:
-                    raise ApiError(f"teacher_server: {self._client.url}: {error}, {attempt} times") from None
-                time.sleep(wait_before(attempt, error, _FIRST_WAIT))
-        raise AssertionError("unreachable")
+        return repeated(
+            lambda: self._client.get(path) if body is None else self._client.post(path, body),
+            f"teacher_server: {self._client.url}",
+            self._config.attempts,
+            _FIRST_WAIT,
+        )

@@ -133,12 +133,12 @@ class ServedModel:
     def complete(self, generation: Generation) -> Sequence[Delta]:
         """The completion, a delta for each token. Raises RequestError for a prompt that does not fit, and as
         `ServerPool.complete`."""
-        room = self.context_length - len(generation.token_ids)
-        if room < 1:
+        left = self.context_length - len(generation.token_ids)
+        if left < 1:
             raise RequestError(
                 f"the model's context is {self.context_length:,} tokens, and the prompt has {len(generation.token_ids):,}"
             )
-        params = generation.params.with_changes(max_tokens=min(generation.params.max_tokens, room))
+        params = generation.params.with_changes(max_tokens=min(generation.params.max_tokens, left))
         (one,) = self._pool.complete(generation.token_ids, 1, params)
         last = len(one.token_ids) - 1
         reason = "length" if one.is_cut else "stop"

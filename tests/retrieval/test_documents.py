@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bessemer.retrieval.python_builtins import builtin_documents
+from bessemer.retrieval.documents import builtin_documents
 
 
 def test_compiled_functions_and_methods_have_their_public_names_and_words():
