@@ -40,7 +40,8 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.device import is_fast
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORE_INDEX, Batch, TokenBatches
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
+from bessemer.training.data.batches import TokenBatches
 from bessemer.training.loop import train
 from bessemer.training.objectives import linear_cross_entropy, next_token_loss
 from bessemer.training.optim.lr_schedule import evenly_spaced

@@ -17,7 +17,7 @@ from posttraining_data import CONTEXT, Subject, prepare
 if TYPE_CHECKING:
     import torch
 
-    from bessemer.training.data.batches import Batch
+    from bessemer.training.data.batch import Batch
 
 #: Methods, as a table has them.
 METHODS = {
@@ -422,7 +422,7 @@ def _with_adapter(run: Run, model: Any) -> Any:
     from bessemer.model.adapters.folder import write_adapter
     from bessemer.model.adapters.trained import adapter_of
     from bessemer.model.storage.folder import load_model
-    from bessemer.training.adapter_config import AdapterConfig
+    from bessemer.training.config_parts import AdapterConfig
     from bessemer.training.starting_model import StartingModel
 
     adapter = AdapterConfig(rank=RANK, alpha=ALPHA)

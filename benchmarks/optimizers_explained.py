@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.objectives import next_token_loss
 
 BETAS, EPS = (0.9, 0.95), 1e-8

@@ -96,7 +96,7 @@ def _small_model(folder: Path) -> None:
     from bessemer.tokenization.control_tokens import control_tokens
     from bessemer.tokenization.folder import write_folder
     from bessemer.tokenization.tokenizer import load_tokenizer
-    from bessemer.training.data.batches import Batch
+    from bessemer.training.data.batch import Batch
     from bessemer.training.model_setup import prepare_model
     from bessemer.training.objectives import build_objective
     from bessemer.training.optim.optimizers import build_optimizers

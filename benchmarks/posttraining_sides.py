@@ -168,9 +168,8 @@ class Ours:
         from bessemer.posttraining.data.packing import pack_conversations
         from bessemer.posttraining.sft.config import SFTConfig
         from bessemer.tokenization.tokenizer import load_tokenizer
-        from bessemer.training.model_roles import ModelRoles
+        from bessemer.training.model_roles import POLICY, ModelRoles
         from bessemer.training.model_setup import PreparedModel
-        from bessemer.training.objectives import POLICY
         from bessemer.training.runtime import Runtime
         from bessemer.training.starting_model import StartingModel
 

@@ -153,7 +153,7 @@ def _trainer(model: Any, config: Any, optimizer: str) -> Any:
 
 
 def _batch(rows: Any) -> Any:
-    from bessemer.training.data.batches import Batch
+    from bessemer.training.data.batch import Batch
 
     return Batch(rows[:, :-1], rows[:, 1:])
 

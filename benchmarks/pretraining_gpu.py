@@ -60,7 +60,7 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
     from bessemer.model.config import ModelConfig
     from bessemer.model.initialisation import initial_decoder
     from bessemer.scaling.hardware import card_of_device
-    from bessemer.training.data.batches import Batch
+    from bessemer.training.data.batch import Batch
     from bessemer.training.model_setup import prepare_model
     from bessemer.training.monitoring.profiler import measured_peak, own_times
     from bessemer.training.objectives import next_token_loss

@@ -15,12 +15,13 @@ from bessemer.model.quantisation.base import Codes
 from bessemer.model.quantisation.calibration import Statistics
 from bessemer.model.quantisation.quantise import gptq
 from bessemer.model.quantisation.schemes import W8A8, Int4, int8_product, integer_product
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.monitoring.diagnostics import Diagnostics
-from bessemer.training.objectives import balance_experts, next_token_loss, router_losses, routing_metrics, visits_by_layer
+from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.pretrain_config import PretrainConfig
+from bessemer.training.routing import balance_experts, router_losses, routing_metrics, visits_by_layer
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 

@@ -17,12 +17,12 @@ from bessemer.posttraining.data.packing import PairExample, pack_pair_examples
 from bessemer.posttraining.preference.losses import SIGMOID, PairLossSettings
 from bessemer.posttraining.preference.objective import KTOObjective, PreferenceObjective
 from bessemer.posttraining.rewards.stage import RewardObjective
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.head import token_log_probs
 from bessemer.training.loop import train
-from bessemer.training.model_roles import ModelRoles, OtherModel
+from bessemer.training.model_roles import POLICY, ModelRoles, OtherModel
 from bessemer.training.model_setup import prepare_model
-from bessemer.training.objectives import POLICY, Count, Metric, NextTokenObjective, Objective, Terms
+from bessemer.training.objectives import Count, Metric, NextTokenObjective, Objective, Terms
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 

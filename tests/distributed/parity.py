@@ -10,7 +10,8 @@ from bessemer.distributed.layout import Layout, ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
+from bessemer.training.data.batches import StatelessBatches
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import build_objective
 from bessemer.training.optim.optimizers import build_optimizers

@@ -12,7 +12,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.layers.feed_forward import Experts
 from bessemer.training.loop import train
-from bessemer.training.objectives import POLICY
+from bessemer.training.model_roles import POLICY
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from tests.cases import slow

@@ -9,7 +9,7 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.model.storage.folder import save_model
 from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.posttraining.sft.finetune_memory import TuningShape, tuning_memory
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.optim.optimizers import build_optimizers

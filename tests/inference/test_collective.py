@@ -20,10 +20,9 @@ from bessemer.inference.execution.runner import Runner
 from bessemer.tokenization.bpe import byte_level_bpe
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.model_roles import ModelRoles
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
+from bessemer.training.model_roles import POLICY, ModelRoles
 from bessemer.training.model_setup import prepare_model
-from bessemer.training.objectives import POLICY
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from tests.cases import slow

@@ -18,7 +18,7 @@ from bessemer.model.adapters.trained import adapter_of, add_adapters, without_ad
 from bessemer.model.cpu_kernels import library
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import load_model
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import target_log_probs
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 from tests.model.family_models import ONE_OF_EACH, make

@@ -4,7 +4,7 @@ import torch
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.storage.folder import load_model, save_model
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.objectives import mtp_targets
 from tests.model.family_models import make
 from tests.model.randomised import random_decoder

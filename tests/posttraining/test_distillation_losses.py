@@ -22,12 +22,12 @@ from bessemer.posttraining.distillation.objective import (
 )
 from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER
 from bessemer.training import logit_chunks
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import pack_rows
 from bessemer.training.logit_chunks import ChunkSize
-from bessemer.training.model_roles import ModelRoles
+from bessemer.training.model_roles import POLICY, ModelRoles
 from bessemer.training.model_setup import PreparedModel
-from bessemer.training.objectives import POLICY, LossContext
+from bessemer.training.objectives import LossContext
 from bessemer.training.runtime import Runtime
 from tests.training.conftest import TINY
 from tests.training.test_head import Largest, full_logits, made_pair

@@ -7,7 +7,7 @@ import pytest
 from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.posttraining.sampling.samples import SAMPLER, Prompt, Sample, pack_samples
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from tests.posttraining.test_rl import data, run  # noqa: F401
 from tests.posttraining.test_served_rollouts import serving
 from tests.serving.running import servers

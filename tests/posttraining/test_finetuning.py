@@ -39,7 +39,7 @@ from bessemer.posttraining.sft.report import verdict
 from bessemer.tasks.questions import ItemResult
 from bessemer.tasks.registry import read_task
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.optim.optimizers import build_optimizers

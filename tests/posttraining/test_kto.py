@@ -17,9 +17,9 @@ from bessemer.posttraining.data.packing import HeldOutBatches, others_before, pa
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, KTOObjective
 from bessemer.posttraining.preference.stage import preference
-from bessemer.training.model_roles import REFERENCE, ModelRoles
+from bessemer.training.model_roles import POLICY, REFERENCE, ModelRoles
 from bessemer.training.model_setup import PreparedModel
-from bessemer.training.objectives import POLICY, LossContext
+from bessemer.training.objectives import LossContext
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import TotalsReducer

@@ -10,7 +10,7 @@ from bessemer.model.storage.folder import load_model
 from bessemer.posttraining.data.examples import Conversation
 from bessemer.posttraining.data.packing import HeldOutBatches, PackedBatches, encode_conversation, pack_conversations
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.objectives import next_token_loss
 
 

@@ -18,7 +18,7 @@ from bessemer.posttraining.rl.losses import (
     policy_loss,
     value_loss,
 )
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 
 GROUP = 4
 REWARDS = [1.0, 0.0, 0.5, 0.25, 2.0, 2.0, 2.0, 2.0, -1.0, 3.0, math.nan, 0.0]

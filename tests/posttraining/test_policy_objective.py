@@ -9,7 +9,7 @@ from bessemer.model.storage.folder import load_model
 from bessemer.posttraining.rl.config import PRESETS, RLConfig
 from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS, PolicyObjective
 from bessemer.posttraining.sampling.samples import ADVANTAGES, Prompt, Sample, pack_samples
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import target_log_probs
 from bessemer.training.objectives import LossContext
 from tests.cases import in_turn

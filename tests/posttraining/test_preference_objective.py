@@ -12,7 +12,7 @@ from bessemer.posttraining.data.packing import can_share_prompts, pack_pairs
 from bessemer.posttraining.preference.config import PAIR_LOSSES, PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.objectives import LossContext
 from tests.inference.models import small_decoder
 from tests.posttraining.test_formats import said

@@ -24,10 +24,10 @@ from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.rollouts import CollapseError, RolloutSource, check_collapse
 from bessemer.posttraining.rl.stage import gather_prompts, rl
 from bessemer.posttraining.sampling.samples import Prompt, Sample
-from bessemer.training.data.batches import IGNORE_INDEX
-from bessemer.training.model_roles import ModelRoles
+from bessemer.training.data.batch import IGNORE_INDEX
+from bessemer.training.model_roles import POLICY, ModelRoles
 from bessemer.training.model_setup import PreparedModel
-from bessemer.training.objectives import POLICY, LossContext
+from bessemer.training.objectives import LossContext
 from bessemer.training.runtime import Runtime
 from tests.cases import slow
 from tests.inference.models import small_decoder, small_tokenizer

@@ -20,7 +20,7 @@ from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS
 from bessemer.posttraining.rl.policy_sampler import JudgedGroup
 from bessemer.posttraining.rl.stage import rl
 from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER, Prompt, Sample
-from bessemer.training.objectives import POLICY
+from bessemer.training.model_roles import POLICY
 from tests.posttraining.test_ppo import data  # noqa: F401
 
 #: Tokens of the prompt and of the answers to it, and what the answers are worth, by group.

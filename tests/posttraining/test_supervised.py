@@ -14,7 +14,8 @@ from bessemer.posttraining.data.packing import PackedBatches, encode_conversatio
 from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.posttraining.sft.stage import MixedBatches, add_embedding_noise, dynamic_fine_tuning, sft
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
+from bessemer.training.data.batch import IGNORE_INDEX
+from bessemer.training.data.batches import TokenBatches
 from bessemer.training.objectives import token_losses
 from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig

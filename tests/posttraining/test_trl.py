@@ -16,9 +16,9 @@ from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import KTOObjective, PreferenceObjective
 from bessemer.posttraining.rewards.stage import RewardObjective
-from bessemer.training.model_roles import REFERENCE, ModelRoles
+from bessemer.training.model_roles import POLICY, REFERENCE, ModelRoles
 from bessemer.training.model_setup import PreparedModel
-from bessemer.training.objectives import POLICY, LossContext
+from bessemer.training.objectives import LossContext
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from tests.posttraining.test_formats import said

@@ -7,7 +7,7 @@ from bessemer.model.activations import block_activations, final_norm_activations
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.parts import Numerics, StoredActivations
 from bessemer.training.model_setup import recompute_activations
-from bessemer.training.objectives import routers
+from bessemer.training.routing import routers
 
 from .live_memory import LiveMemory
 from .models import MODELS

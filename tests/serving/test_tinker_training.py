@@ -14,7 +14,7 @@ from bessemer.serving.tinker.config import TrainingSettings
 from bessemer.serving.tinker.losses import LOSSES, Values, batch_of
 from bessemer.serving.tinker.training import AdamSettings, BaseModel, LoraSettings, TrainingRun
 from bessemer.serving.tinker.wire import Datum
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from tests.model.family_models import make
 from tests.model.tokenizers import write_small_tokenizer
 from tests.serving.tinker_server import example, tiny_folder

@@ -5,7 +5,7 @@ from torch import nn
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.model_setup import recompute_activations, use_float8
 from bessemer.training.objectives import next_token_loss
 

@@ -15,7 +15,8 @@ from bessemer.training.autotune import StepTiming, resolve
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import BatchSizes, growing_sizes, stages_by_rows, stages_by_steps
-from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, WarmedUpBatches, concatenated
+from bessemer.training.data.batch import Batch, concatenated
+from bessemer.training.data.batches import StatelessBatches, TokenBatches, WarmedUpBatches
 from bessemer.training.loop import train
 from bessemer.training.pretrain import AnnealedBatches
 from bessemer.training.pretrain_config import PretrainConfig

@@ -6,7 +6,8 @@ import torch
 
 from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import Batch, TokenBatches, rows_of_step
+from bessemer.training.data.batch import Batch
+from bessemer.training.data.batches import TokenBatches, rows_of_step
 
 
 @pytest.fixture(scope="module")

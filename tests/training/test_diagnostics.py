@@ -11,7 +11,8 @@ from bessemer.distributed.mesh import ALONE
 from bessemer.inspection.recording import record
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
+from bessemer.training.data.batches import StatelessBatches
 from bessemer.training.loop import train
 from bessemer.training.monitoring.diagnostics import place_of
 from bessemer.training.runtime import Runtime

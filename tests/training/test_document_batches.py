@@ -4,7 +4,8 @@ import torch
 
 from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
+from bessemer.training.data.batch import IGNORE_INDEX
+from bessemer.training.data.batches import TokenBatches
 from bessemer.training.data.packing import DocumentBatches
 from bessemer.training.data.token_stream import DocumentSources
 from bessemer.training.objectives import next_token_loss

@@ -11,7 +11,8 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import FAMILIES, read_config
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import Batch, StatelessBatches
+from bessemer.training.data.batch import Batch
+from bessemer.training.data.batches import StatelessBatches
 from bessemer.training.loop import train
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime

@@ -8,7 +8,8 @@ from bessemer.tokenization.control_tokens import FILL_IN_THE_MIDDLE_SPELLINGS
 from bessemer.tokenization.existing import add_tokens
 from bessemer.tokenization.prompts import FimTokens, fim_tokens, infill_prompt
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
+from bessemer.training.data.batch import IGNORE_INDEX
+from bessemer.training.data.batches import TokenBatches
 from bessemer.training.data.packing import DocumentBatches
 from bessemer.training.data.token_stream import DocumentSources, FillInTheMiddle
 from tests.model.tokenizers import write_small_tokenizer

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bessemer.training import chunked_head, logit_chunks
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import head_divergence, linear_cross_entropy, token_log_probs
 from bessemer.training.logit_chunks import ChunkSize, chunk_size
 

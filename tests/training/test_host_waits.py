@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import build_objective, next_token_loss
 from bessemer.training.optim.optimizers import build_optimizers

@@ -9,11 +9,11 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.loop import train
-from bessemer.training.model_roles import REFERENCE, ModelRoles, OtherModel
+from bessemer.training.model_roles import POLICY, REFERENCE, ModelRoles, OtherModel
 from bessemer.training.model_setup import PreparedModel
-from bessemer.training.objectives import POLICY, Count, Objective, Terms
+from bessemer.training.objectives import Count, Objective, Terms
 from bessemer.training.runtime import Runtime
 from tests.distributed.parity import RandomBatches
 

@@ -6,9 +6,10 @@ from torch.nn import functional
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.objectives import balance_experts, next_token_loss, router_losses, routing_metrics, visits_by_layer
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
+from bessemer.training.objectives import next_token_loss
 from bessemer.training.pretrain_config import PretrainConfig
+from bessemer.training.routing import balance_experts, router_losses, routing_metrics, visits_by_layer
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 

@@ -7,7 +7,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.storage.folder import load_model
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.head import linear_cross_entropy
 from bessemer.training.monitoring.coordinate_check import coordinate_check, growth, widened
 from bessemer.training.objectives import next_token_loss

@@ -3,7 +3,8 @@ import threading
 import pytest
 import torch
 
-from bessemer.training.data.batches import Batch, Prefetcher
+from bessemer.training.data.batch import Batch
+from bessemer.training.data.batches import Prefetcher
 
 
 def batch_of(step):

@@ -3,7 +3,7 @@ import torch
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.runtime import Runtime

@@ -8,17 +8,13 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from bessemer.assistant.messages import BadCall, TextDelta, ThinkingDelta
 from bessemer.inference.sampling.params import overlap
-
-if TYPE_CHECKING:
-    from bessemer.assistant.tool_formats import ToolFormat
-
 
 #: JSON schema of each tool's arguments, by the tool's name.
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -187,6 +183,21 @@ class _State(Enum):
     BARE_CALL = auto()
 
 
+class CallTags(Protocol):
+    """What the parser reads of a `ToolFormat`, where its fields are described."""
+
+    @property
+    def opening(self) -> str: ...
+    @property
+    def closing(self) -> str | None: ...
+    @property
+    def is_bare(self) -> bool: ...
+    @property
+    def is_json(self) -> bool: ...
+    @property
+    def read(self) -> Callable[[str, Schemas], list[ParsedCall]]: ...
+
+
 class OutputParser(MessageParser):
     """Parses a message with thinking at its beginning, text, and calls in tags.
 
@@ -195,7 +206,7 @@ class OutputParser(MessageParser):
 
     def __init__(
         self,
-        tool_format: ToolFormat | None,
+        tool_format: CallTags | None,
         thinking: ThinkingTags | None = None,
         *,
         in_thinking: bool = False,

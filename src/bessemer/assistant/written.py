@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from bessemer.assistant.messages import BadCall, Message, TextDelta, ThinkingDelta
-from bessemer.assistant.parser import ParsedCall, Schemas
-
-if TYPE_CHECKING:
-    from bessemer.assistant.tool_formats import ToolFormat
+from bessemer.assistant.parser import MessageParser, ParsedCall, Schemas
 
 
 class Piece(NamedTuple):
@@ -129,12 +126,8 @@ def schemas_of(tools: Sequence[Mapping[str, Any]], message: Message) -> Schemas:
     return {call.name: {} for call in message.calls} | described
 
 
-def reads_back(written: str, message: Message, tool_format: ToolFormat, schemas: Schemas, *, is_thinking: bool) -> bool:
-    """Whether the parser reads a text as this message: thinking, text and calls, but for white space around them.
-
-    schemas: of the tools that may be called. is_thinking: whether the prompt has opened thinking.
-    """
-    parser = tool_format.parser(schemas or None, in_thinking=is_thinking)
+def reads_back(written: str, message: Message, parser: MessageParser) -> bool:
+    """Whether a new parser reads a text as this message: thinking, text and calls, but for white space around them."""
     thinking, text, calls = "", "", []
     for event in [*parser.feed(written), *parser.finish()]:
         match event:

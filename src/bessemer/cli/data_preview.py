@@ -55,7 +55,7 @@ def _model(model: str, runs: Path) -> tuple[Tokenizer, int]:
     """The tokenizer and the context of a model, without its weights."""
     from tempfile import TemporaryDirectory
 
-    from bessemer.cli.finetune import model_source
+    from bessemer.cli.named import model_source
     from bessemer.posttraining.sft.finetune_inputs import read_base
 
     with TemporaryDirectory() as scratch:

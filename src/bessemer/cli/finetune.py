@@ -12,7 +12,6 @@ from bessemer.cli.options import Device, Model, Runs
 
 if TYPE_CHECKING:
     from bessemer.core.progress import Progress
-    from bessemer.model.formats import ModelSource
     from bessemer.posttraining.sft.config import FinetuneConfig
     from bessemer.posttraining.sft.finetune import Finetuned
     from bessemer.posttraining.sft.forgetting import GeneralTasks
@@ -105,7 +104,7 @@ def finetune(
 
     Exit code 0: done. 2: a mistake, and nothing was made. 3: the model was made, and breaks a limit that was given.
     """
-    from bessemer.cli.named import given_options, option_of
+    from bessemer.cli.named import given_options, model_source, option_of
     from bessemer.core.errors import writing_to
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import locked_folder
@@ -197,15 +196,6 @@ def _weights(given: list[str]) -> dict[str, float]:
             raise ConfigError(f"--also {option}: name a file, and each file once")
         weights[name] = weight
     return weights
-
-
-def model_source(model: str, runs: Path) -> ModelSource:
-    """What MODEL means, as `import` takes it."""
-    from bessemer.cli.named import find_model
-    from bessemer.model.formats import ModelSource
-
-    path = find_model(model, runs)
-    return ModelSource("gguf" if path.is_file() else "folder", str(path))
 
 
 def _result(tuned: Finetuned) -> dict[str, Any]:

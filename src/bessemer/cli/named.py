@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.params import SamplingParams
+    from bessemer.model.formats import ModelSource
     from bessemer.pipeline.run_folder import RunFolder
 
 
@@ -222,3 +223,11 @@ def _named(option: str, what: str, given: list[str] | None, taken: Mapping[str, 
             )
         places[name] = place
     return places
+
+
+def model_source(model: str, runs: Path) -> ModelSource:
+    """What MODEL means, as `import` takes it."""
+    from bessemer.model.formats import ModelSource
+
+    path = find_model(model, runs)
+    return ModelSource("gguf" if path.is_file() else "folder", str(path))

@@ -95,7 +95,7 @@ def print_finetune_plan(
     """Print what a fine-tuning would take; nothing is imported, trained or written."""
     from tempfile import TemporaryDirectory
 
-    from bessemer.cli.finetune import model_source
+    from bessemer.cli.named import model_source
     from bessemer.posttraining.sft.finetune_plan import plan_finetuning
 
     with TemporaryDirectory() as scratch:

@@ -34,7 +34,7 @@ from bessemer.model.storage.folder import load_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.chunked_head import Head, Workspace
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import linear_cross_entropy, token_log_probs
 from bessemer.training.validation import LanguageModel, Scored
 

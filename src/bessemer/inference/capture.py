@@ -13,8 +13,6 @@ from bessemer.core.errors import RequestError
 from bessemer.inference.execution.backend import Observed
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner
-from bessemer.inference.request import ScheduledRequest
-from bessemer.inference.sampling.sampler import Sampled
 from bessemer.inference.scheduling.sequence import ScheduledChunk, TokenSequence
 from bessemer.model.adapters import Adapter
 from bessemer.model.attention import variant_of
@@ -231,31 +229,6 @@ class Recorder:
             for head in heads:
                 of_heads[layer, head] += weights_HPS[head].clone()
         return of_heads
-
-
-class CaptureRequest(ScheduledRequest):
-    """Reads a prompt for its captured values alone: no logits, no tokens."""
-
-    def __init__(self, sequence: TokenSequence, recorder: Recorder, adapter: Adapter | None = None) -> None:
-        super().__init__(sequence, adapter, recorder)
-        self._recorder = recorder
-        self._is_read = False
-
-    @property
-    def done(self) -> bool:
-        return self._is_read or self.error is not None
-
-    @property
-    def captured(self) -> Captured:
-        """What was captured, once it is done."""
-        return self._recorder.captured(self.sequence.prompt_length)
-
-    def wanted_rows(self, chunk: ScheduledChunk) -> range:
-        return range(0)
-
-    def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
-        self._is_read = True
-        return super().take(sampled)
 
 
 @torch.inference_mode()

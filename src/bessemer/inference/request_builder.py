@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.capture import Capture, CaptureRequest, Recorder
+from bessemer.inference.capture import Capture, Recorder
 from bessemer.inference.execution.weights import LoadedAdapter
-from bessemer.inference.request import Completion, CompletionText, LogitsRequest, Prompt, Request
+from bessemer.inference.request import CaptureRequest, Completion, CompletionText, LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import SamplingState, no_token

@@ -7,7 +7,9 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
-from bessemer.model.attention import LayerType
+
+#: Types of layers, as a model's `layer_types` names them.
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 
 class RopeScaling(Config):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.core.errors import ConfigError
-from bessemer.model.attention import LayerType, variant_of_type
+from bessemer.model.architecture import LayerType
+from bessemer.model.attention import variant_of_type
 from bessemer.model.batch_invariance import attention as batch_invariant_attention
 from bessemer.model.batch_invariance import logits as batch_invariant_logits
 from bessemer.model.batch_invariance import unsupported, within_batch_invariance
@@ -363,7 +364,9 @@ class Decoder(nn.Module):
             if self.attention_backend == "flex" and whole and has_scores:
                 masks[kind] = masks[kind]._replace(blocks=block_mask(masks[kind], queries, keys, device))
             if self.is_batch_invariant:
-                masks[kind] = masks[kind]._replace(keys=DocumentKeys(masks[kind], len(hidden_BTD), keys))
+                assert slots_BT is None and slopes_H is None, "rows without a cache, whose attention does not go by distance"
+                documents = DocumentKeys(documents_BT, visible_to_BT, len(hidden_BTD), keys)
+                masks[kind] = masks[kind]._replace(keys=documents)
         return masks
 
     def _rotations(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> dict[LayerType, Rotation | None]:

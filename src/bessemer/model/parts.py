@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from bessemer.model.architecture import DecoderShape
+from bessemer.model.architecture import DecoderShape
 
 Shape = tuple[int, ...]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -356,9 +358,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     """
     folder = Path(folder)
     if folder.suffix == ".gguf" and folder.is_file():
-        from bessemer.tokenization.formats.gguf_import import open_gguf_tokenizer
-
-        return open_gguf_tokenizer(folder)
+        return _of_gguf(folder)
     path = folder / TOKENIZER_FILE
     if not path.exists():
         raise ArtefactError(f"{path}: no such file; a tokenizer's folder holds it beside {TOKENIZER_CONFIG_FILE}")
@@ -377,6 +377,17 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         return Tokenizer(folder, tokenizer, bos_id, eos_ids, read_chat_template(folder))
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error}") from None
+
+
+def _of_gguf(path: Path) -> Tokenizer:
+    from bessemer.tokenization.formats.gguf_import import import_gguf
+
+    scratch = TemporaryDirectory()
+    import_gguf(path).write(Path(scratch.name), compact=True)
+    tokenizer = load_tokenizer(scratch.name)
+    # the tokenizer reads some files only when they are needed
+    weakref.finalize(tokenizer, scratch.cleanup)
+    return tokenizer
 
 
 def _added_text(token: tokenizers.AddedToken) -> str:

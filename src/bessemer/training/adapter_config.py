@@ -1,13 +1,14 @@
-"""Settings of low-rank adapters in training, and of the stages that may train one. Imports no PyTorch."""
+"""Settings of the stages that tune a trained model, whole or by an adapter. Imports no PyTorch."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import field_validator, model_validator
 
-from bessemer.core.config import Config, setting
+from bessemer.core.config import setting
 from bessemer.training.config import LoopConfig
+from bessemer.training.config_parts import AdapterConfig, KeepBetterConfig
 
 #: Peak learning rate of an adapter: about ten times that of full tuning, whatever the rank (Schulman et al. 2025, "LoRA
 #: without regret").
@@ -19,77 +20,6 @@ KERNELS_OVER_CODES = (
     "cpu_kernels: on: over a quantised model the kernels round activations to 8 bits, and log-probabilities would not be the "
     "trainer's; leave it out"
 )
-
-
-class AdapterConfig(Config):
-    """A low-rank adapter that is trained in place of the weights (LoRA; Hu et al. 2021)."""
-
-    shorthand: ClassVar[str | None] = "rank"
-
-    rank: int = setting(16, "Rank r of every update B A.", gt=0)
-    alpha: float = setting(32.0, "Updates are scaled by alpha / rank.", gt=0)
-    rslora: bool = setting(False, "Scale by alpha / √rank instead (Kalajdzievski 2023).")
-    dora: bool = setting(
-        False, "Train the norm of every row of W + s B A too, apart from its direction (Liu et al. 2024); in one process."
-    )
-    dropout: float = setting(
-        0.0, "Share of a layer's inputs that its update does not see in a step; in one process.", ge=0, lt=1
-    )
-    modules: list[str] = setting(
-        description="Linear layers that are changed, by patterns of their names or of the last part, as in q_proj or "
-        "layers.[0-3].*; empty: all of attention, feed-forward and shared experts.",
-        default_factory=list,
-    )
-    modules_to_save: list[str] = setting(
-        description="Modules that are trained whole beside the updates, by patterns of their names or of the last part, as in "
-        "embed_tokens, lm_head, norm; their weights are no codes and lie in float32. In one process.",
-        default_factory=list,
-    )
-    quantize: Literal["int8", "int4", "nf4"] | None = setting(
-        None,
-        "Hold the frozen weights of the blocks in 8 or 4 bits (QLoRA; Dettmers et al. 2023): int4 in groups of 32 with float32 "
-        "scales, nf4 as the paper has it; absent: as the model's folder has them, which may be quantised itself.",
-    )
-    merge: bool = setting(
-        True,
-        "Also write model/, the weights with the adapter merged into them, which a later stage can read; false: the adapter "
-        "alone.",
-    )
-
-    @property
-    def scale(self) -> float:
-        """The factor of B A."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
-
-
-class KeepBetterConfig(Config):
-    """When a stage gives up what it trained: where that is worse than the model it started from, on the same items."""
-
-    shorthand: ClassVar[str | None] = "tasks"
-
-    tasks: list[str] = setting(
-        description="Tasks that both models are asked, by name or YAML file (docs/tasks.md); `tasks_data` is their folder.",
-        default_factory=list,
-    )
-    held_out: bool = setting(
-        True,
-        "Compare on the stage's own held-out data too: the loss of its rows in sft and preference, the reward of its prompts, "
-        "completed greedily, in rl.",
-    )
-    limit: int = setting(500, "Most items of each task, and of the held-out data, the first ones.", unit="items", gt=0)
-    confidence: float = setting(
-        0.95,
-        "The trained model is worse where, of any measure, this confidence interval of the paired difference lies below 0; 0: "
-        "where the mean does.",
-        ge=0,
-        lt=1,
-    )
-
-    @model_validator(mode="after")
-    def _check_measures(self) -> Self:
-        if not self.tasks and not self.held_out:
-            raise ValueError("held_out: false leaves nothing to compare on; name tasks")
-        return self
 
 
 class TuningConfig(LoopConfig):

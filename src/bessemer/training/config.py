@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
 from bessemer.core.environment import cxx_compiler
 from bessemer.core.errors import ConfigError
 from bessemer.training.config_parts import (
+    VALIDATIONS,
+    AdapterConfig,
     BatchSettings,
     CheckpointSettings,
     ComputeSettings,
     ExportSettings,
+    KeepBetterConfig,
     MonitoringSettings,
-    OptimizerSettings,
     ValidationSettings,
 )
-from bessemer.training.optim.lr_schedule import LearningRates, ScheduleSettings
-
-if TYPE_CHECKING:
-    from bessemer.training.adapter_config import AdapterConfig, KeepBetterConfig
+from bessemer.training.optim.lr_schedule import LearningRates, ScheduleSettings, evenly_spaced, multiples
+from bessemer.training.optim.registry import OptimizerSettings
 
 #: Shapes for which PyTorch compiles a function before it gives up and runs it eagerly (`recompile_limit`).
 _COMPILED_SHAPES = 8
@@ -168,6 +168,14 @@ class LoopConfig(
     def time_limit(self) -> float | None:
         """Minutes that the run may take; None: as many as its steps take."""
         return None
+
+    @property
+    def validated_steps(self) -> frozenset[int]:
+        """The steps after which a run is validated; the last one always."""
+        assert self.steps is not None
+        if self.evaluate_every is None:
+            return evenly_spaced(self.steps, VALIDATIONS)
+        return multiples(self.evaluate_every, self.steps)
 
     @property
     def resolved(self) -> bool:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from bessemer.core.config import Config, setting
-from bessemer.core.errors import ConfigError
-from bessemer.core.usercode import is_user_function
 from bessemer.distributed.layout import ParallelConfig
-from bessemer.training.optim.registry import GROUP, OPTIMIZERS
 
 
 class BatchSizeStage(NamedTuple):
@@ -197,101 +194,6 @@ class BatchSettings(Config):
         return f"batch_size_warmup: a batch of {odd} rows is no multiple of {' × '.join(ranks + micro)}"
 
 
-class OptimizerSettings(Config):
-    """The update of the weights, and what of the loss is the optimizer's: clipping and the z-loss."""
-
-    optimizer: str = setting(
-        "muon",
-        "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw, sgd, lion, adafactor: that one for all; one "
-        "that an installed package adds (entry points bessemer.optimizers); or your own file.py:function, which gets the "
-        "groups of parameters and returns a torch Optimizer.",
-        code=True,
-        plugins=GROUP,
-    )
-    optimizer_bits: Literal[32, 8] = setting(
-        32, "Bits of each number in AdamW's states; 8 (Dettmers et al. 2022) needs torchao.", unit="bits"
-    )
-    optimizer_paging: bool = setting(
-        False,
-        "Keep AdamW's states outside the device's memory: on a GPU in the host's, on a CPU in a mapped temporary file; in one "
-        "process. The same weights, bit for bit.",
-        affects_output=False,
-    )
-    learning_rate: float = setting(5e-3, "Peak learning rate.", gt=0)
-    matrix_learning_rate: float | None = setting(
-        None,
-        "Peak learning rate for the matrices of the blocks; absent: learning_rate. Muon's updates are scaled to the size of "
-        "AdamW's, so that one rate serves both.",
-        gt=0,
-    )
-    mup_base_width: int | None = setting(
-        None,
-        "Hidden width at which the learning rate was tuned. At another one muP (Yang et al. 2022) scales the learning rate of "
-        "each kind of weight and, in pretrain, the initial weights of a new model; for muon, adamw, lion. Absent: no scaling.",
-        unit="channels",
-        gt=0,
-    )
-    weight_decay: float = setting(
-        0.1, "Weight decay of the matrices of the blocks, decoupled but in sgd; nothing else decays.", ge=0
-    )
-    beta1: float = setting(0.9, "AdamW's decay of the mean of gradients, and Lion's β₁.", ge=0, lt=1)
-    beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients, and Lion's β₂, which wants 0.98.", ge=0, lt=1)
-    momentum: float = setting(0.95, "Momentum of Muon and of SGD.", ge=0, lt=1)
-    nesterov: bool = setting(True, "Nesterov momentum in Muon and SGD (Nesterov 1983).")
-    freeze: list[str] = setting(
-        description="Parameters that are not trained, by patterns of their names, as in embed_tokens.* or layers.[0-3].*; they "
-        "have no gradients and no optimizer states, and checkpoints leave them out.",
-        default_factory=list,
-    )
-    learning_rate_factors: dict[str, float] = setting(
-        description="Factors of the learning rate by patterns of parameters' names, as in {layers.0.*: 0.1}; the first that "
-        "matches counts.",
-        default_factory=dict,
-    )
-    gradient_clip: float = setting(1.0, "Largest norm of the gradient; a longer one is scaled down to it.", gt=0)
-    z_loss: float = setting(
-        0.0,
-        "Weight of the mean of (log Σ exp logits)² in the loss, which keeps logits from drifting (PaLM and OLMo 2: 1e-4). "
-        "Validation leaves it out.",
-        ge=0,
-    )
-
-    @field_validator("optimizer")
-    @classmethod
-    def _known_optimizer(cls, name: str) -> str:
-        if not is_user_function(name):
-            try:
-                OPTIMIZERS.find(name)
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
-        return name
-
-    @field_validator("learning_rate_factors")
-    @classmethod
-    def _positive_factors(cls, factors: dict[str, float]) -> dict[str, float]:
-        for pattern, factor in factors.items():
-            if factor <= 0:
-                raise ValueError(f"{pattern!r}: {factor:g} is no factor of a learning rate; freeze leaves parameters out")
-        return factors
-
-    @model_validator(mode="after")
-    def _check_width(self) -> Self:
-        if self.mup_base_width is not None and self.optimizer in ("sgd", "adafactor"):
-            raise ValueError(
-                "mup_base_width is for muon, adamw, lion and your own, whose updates do not depend on the gradient's size: not "
-                f"{self.optimizer}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_bits(self) -> Self:
-        if self.optimizer_paging and (self.optimizer != "adamw" or self.optimizer_bits != 32):
-            raise ValueError("optimizer_paging: of AdamW's states of 32 bits; set optimizer: adamw and optimizer_bits: 32")
-        if self.optimizer_bits != 32 and self.optimizer not in ("muon", "adamw"):
-            raise ValueError(f"optimizer_bits: {self.optimizer_bits} is for AdamW's states, and {self.optimizer} has none")
-        return self
-
-
 #: Validations of a run without `evaluate_every`.
 VALIDATIONS = 8
 
@@ -418,3 +320,74 @@ class MonitoringSettings(Config):
         affects_output=False,
         ge=0,
     )
+
+
+class AdapterConfig(Config):
+    """A low-rank adapter that is trained in place of the weights (LoRA; Hu et al. 2021)."""
+
+    shorthand: ClassVar[str | None] = "rank"
+
+    rank: int = setting(16, "Rank r of every update B A.", gt=0)
+    alpha: float = setting(32.0, "Updates are scaled by alpha / rank.", gt=0)
+    rslora: bool = setting(False, "Scale by alpha / √rank instead (Kalajdzievski 2023).")
+    dora: bool = setting(
+        False, "Train the norm of every row of W + s B A too, apart from its direction (Liu et al. 2024); in one process."
+    )
+    dropout: float = setting(
+        0.0, "Share of a layer's inputs that its update does not see in a step; in one process.", ge=0, lt=1
+    )
+    modules: list[str] = setting(
+        description="Linear layers that are changed, by patterns of their names or of the last part, as in q_proj or "
+        "layers.[0-3].*; empty: all of attention, feed-forward and shared experts.",
+        default_factory=list,
+    )
+    modules_to_save: list[str] = setting(
+        description="Modules that are trained whole beside the updates, by patterns of their names or of the last part, as in "
+        "embed_tokens, lm_head, norm; their weights are no codes and lie in float32. In one process.",
+        default_factory=list,
+    )
+    quantize: Literal["int8", "int4", "nf4"] | None = setting(
+        None,
+        "Hold the frozen weights of the blocks in 8 or 4 bits (QLoRA; Dettmers et al. 2023): int4 in groups of 32 with float32 "
+        "scales, nf4 as the paper has it; absent: as the model's folder has them, which may be quantised itself.",
+    )
+    merge: bool = setting(
+        True,
+        "Also write model/, the weights with the adapter merged into them, which a later stage can read; false: the adapter "
+        "alone.",
+    )
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+class KeepBetterConfig(Config):
+    """When a stage gives up what it trained: where that is worse than the model it started from, on the same items."""
+
+    shorthand: ClassVar[str | None] = "tasks"
+
+    tasks: list[str] = setting(
+        description="Tasks that both models are asked, by name or YAML file (docs/tasks.md); `tasks_data` is their folder.",
+        default_factory=list,
+    )
+    held_out: bool = setting(
+        True,
+        "Compare on the stage's own held-out data too: the loss of its rows in sft and preference, the reward of its prompts, "
+        "completed greedily, in rl.",
+    )
+    limit: int = setting(500, "Most items of each task, and of the held-out data, the first ones.", unit="items", gt=0)
+    confidence: float = setting(
+        0.95,
+        "The trained model is worse where, of any measure, this confidence interval of the paired difference lies below 0; 0: "
+        "where the mean does.",
+        ge=0,
+        lt=1,
+    )
+
+    @model_validator(mode="after")
+    def _check_measures(self) -> Self:
+        if not self.tasks and not self.held_out:
+            raise ValueError("held_out: false leaves nothing to compare on; name tasks")
+        return self

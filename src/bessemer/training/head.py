@@ -27,7 +27,7 @@ from bessemer.model import batch_invariance
 from bessemer.model.cpu_kernels.logits import cross_entropy_
 from bessemer.model.decoder import Decoder
 from bessemer.training.chunked_head import Head, HeadGradients, Workspace, spread, through_softcap_, without_masked
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.logit_chunks import chunk_size
 
 #: KL(teacher ‖ student), KL(student ‖ teacher), and the generalised Jensen–Shannon divergence between the two.

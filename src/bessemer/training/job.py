@@ -27,7 +27,7 @@ from bessemer.training.model_setup import Load, PreparedModel
 from bessemer.training.monitoring.profiler import device_peak
 from bessemer.training.monitoring.run_metrics import PeriodicTasks, ThroughputCheck, check_processes, open_tasks
 from bessemer.training.objectives import LossFunction, Objective
-from bessemer.training.optim.lr_schedule import multiples, validated_steps
+from bessemer.training.optim.lr_schedule import multiples
 from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import StartingModel, open_beside
 
@@ -220,7 +220,7 @@ class TrainingJob(Generic[SomeConfig]):
             return on_step_end
         check_processes(self.mesh.layout.world_size)
         assert config.steps is not None
-        steps = validated_steps(config) if config.tasks_every is None else multiples(config.tasks_every, config.steps)
+        steps = config.validated_steps if config.tasks_every is None else multiples(config.tasks_every, config.steps)
         score = PeriodicTasks(scorer, decoder, self.start.folder, steps)
         self.run.progress.say(
             f"  {', '.join(config.tasks)}: up to {config.tasks_limit:,} items each, asked {len(steps):,} times"

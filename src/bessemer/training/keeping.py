@@ -32,13 +32,13 @@ from bessemer.model.adapters.folder import read_adapter, write_adapter
 from bessemer.model.adapters.trained import adapter_of, is_trained_by_adapter, merged
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import load_model, read_model_config, save_model
-from bessemer.training.adapter_config import KeepBetterConfig
 from bessemer.training.config import LoopConfig
-from bessemer.training.data.batches import Batch
-from bessemer.training.model_roles import ModelRoles
+from bessemer.training.config_parts import KeepBetterConfig
+from bessemer.training.data.batch import Batch
+from bessemer.training.model_roles import POLICY, ModelRoles
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.monitoring.run_metrics import opened_tasks
-from bessemer.training.objectives import POLICY, LossContext, Objective, build_objective
+from bessemer.training.objectives import LossContext, Objective, build_objective
 from bessemer.training.report import COMPARISON, KEPT, KEPT_BEFORE, KEPT_TRAINED, comparison_sentence
 from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import StartingModel

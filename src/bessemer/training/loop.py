@@ -27,15 +27,14 @@ from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager
 from bessemer.training.checkpoint.state import AVERAGE, ModelState, SourceState, Stateful, TrainingState
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import BatchSource, Prefetcher, ReadWhenNeeded, WarmedUpBatches
-from bessemer.training.model_roles import ModelRoles, OtherModel
+from bessemer.training.model_roles import POLICY, ModelRoles, OtherModel
 from bessemer.training.model_setup import Load, PreparedModel, prepare_model
 from bessemer.training.monitoring.diagnostics import Diagnostics
 from bessemer.training.monitoring.guards import BestValidation, OutlierDetector
 from bessemer.training.monitoring.profiler import StepProfiler
 from bessemer.training.monitoring.run_metrics import Throughput, ThroughputCheck
 from bessemer.training.monitoring.trackers import open_trackers
-from bessemer.training.objectives import POLICY, LossFunction, Objective, as_objective, build_objective
-from bessemer.training.optim.lr_schedule import validated_steps
+from bessemer.training.objectives import LossFunction, Objective, as_objective, build_objective
 from bessemer.training.optim.mup import width_ratio
 from bessemer.training.optim.optimizers import build_optimizers, freeze_parameters, scale_learning_rates
 from bessemer.training.optim.weight_averaging import MovingAverage
@@ -249,7 +248,7 @@ class TrainingLoop:
         self._steps = self.config.steps
         self._runtime, self._mesh = self.trainer.runtime, self.trainer.mesh
         self._learning_rates = self.config.learning_rates
-        self._validated = validated_steps(self.config)
+        self._validated = self.config.validated_steps
         self._threads: ThreadChoices | None = None
         self._saved_at = time.monotonic()
         #: The newest value of every metric.

@@ -22,12 +22,13 @@ from bessemer.model.adapters import Adapter
 from bessemer.model.adapters.trained import adapter_of, adapters_of, is_of_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.training.config import LoopConfig
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.head import target_log_probs
 from bessemer.training.model_setup import Load, PreparedModel
-from bessemer.training.objectives import POLICY
 from bessemer.training.runtime import Runtime
 
+#: The role of the model that a run is about.
+POLICY = "policy"
 #: The role of the model that a policy must not drift from.
 REFERENCE = "reference"
 

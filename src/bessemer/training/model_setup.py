@@ -24,8 +24,8 @@ from bessemer.distributed.stages import DecoderStage
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.feed_forward import Router
 from bessemer.training.config import LoopConfig
-from bessemer.training.data.batches import Batch
-from bessemer.training.objectives import has_router_losses, router_losses
+from bessemer.training.data.batch import Batch
+from bessemer.training.routing import has_router_losses, router_losses
 from bessemer.training.runtime import Runtime
 
 #: Initial loss scale, factor of its changes, and finite steps in a row after which it grows.

@@ -25,13 +25,14 @@ from bessemer.tokenization.prompts import fim_tokens
 from bessemer.tokenization.shards import ANNEAL, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.checkpoint.export import find_checkpoint
-from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, concatenated, read_rows
+from bessemer.training.data.batch import Batch, concatenated
+from bessemer.training.data.batches import StatelessBatches, TokenBatches, read_rows
 from bessemer.training.data.packing import DocumentBatches
 from bessemer.training.data.token_stream import DocumentSources, FillInTheMiddle
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.loop import OnStepEnd
 from bessemer.training.monitoring.run_metrics import ThroughputCheck
-from bessemer.training.optim.lr_schedule import log_spaced, validated_steps
+from bessemer.training.optim.lr_schedule import log_spaced
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.trainer import Trainer
@@ -251,7 +252,7 @@ class _PeriodicEvaluation:
         self._sample = sample
         steps = config.steps
         assert steps is not None
-        self._validated_steps = validated_steps(config)
+        self._validated_steps = config.validated_steps
         self._sampled_steps = log_spaced(steps, config.sample_points) if sample and self._prompts else frozenset()
 
     def __call__(self, finished: int, trainer: Trainer) -> dict[str, float]:

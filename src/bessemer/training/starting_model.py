@@ -36,8 +36,8 @@ from bessemer.model.storage.folder import (
     scorer_config,
 )
 from bessemer.model.storage.weights import StoredTensors, find_tensors
-from bessemer.training.adapter_config import AdapterConfig
 from bessemer.training.config import LoopConfig
+from bessemer.training.config_parts import AdapterConfig
 from bessemer.training.model_setup import Load
 
 

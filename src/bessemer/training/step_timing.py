@@ -15,7 +15,8 @@ from bessemer.distributed.mesh import ALONE, Mesh, agree
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.training.config import LoopConfig
-from bessemer.training.data.batches import Batch, StatelessBatches
+from bessemer.training.data.batch import Batch
+from bessemer.training.data.batches import StatelessBatches
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import LossFunction, Objective, build_objective
 from bessemer.training.optim.optimizers import build_optimizers, freeze_parameters

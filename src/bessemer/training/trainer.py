@@ -26,25 +26,23 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.distributed.pipeline import Pipeline
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import widest_float
-from bessemer.training.data.batches import Batch, BatchSource
-from bessemer.training.model_roles import ModelRoles
+from bessemer.training.data.batch import Batch
+from bessemer.training.data.batches import BatchSource
+from bessemer.training.model_roles import POLICY, ModelRoles
 from bessemer.training.model_setup import LossScale, PreparedModel, Unscaled
 from bessemer.training.objectives import (
-    POLICY,
     Count,
     LossContext,
     LossFunction,
     Objective,
     Terms,
     as_objective,
-    balance_experts,
     mean_by_source,
-    routing_metrics,
     sums_by_source,
-    visits_by_layer,
 )
 from bessemer.training.optim.optimizers import step_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
+from bessemer.training.routing import balance_experts, routing_metrics, visits_by_layer
 from bessemer.training.runtime import Runtime
 from bessemer.training.validation import summed_loss
 

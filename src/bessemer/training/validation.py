@@ -22,7 +22,7 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress, Silent
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import linear_cross_entropy
 
 

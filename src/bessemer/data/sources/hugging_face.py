@@ -126,5 +126,13 @@ def open_hugging_face(settings: HuggingFaceSource, folder: Path, cache: Path) ->
     return HuggingFace(settings, place if place.is_dir() else None)
 
 
+def hugging_face_fingerprint(
+    settings: HuggingFaceSource, folder: Path, cache: Path, fetch: bool, progress: Progress | None
+) -> Any:
+    """The data set and its revision, or the contents of a folder's files. Raises as `open_hugging_face`."""
+    source = open_hugging_face(settings, folder.absolute(), cache)
+    return source.fingerprint(ContentFingerprints(cache, progress))
+
+
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -294,7 +294,13 @@ OWN_SOURCES = (
     _own("mbox", "mbox", "archives of mailing lists", MboxSource),
     _own("files", "chats", "conversations as JSON lines", ChatsSource),
     _own("tables", "tables", "Parquet, CSV and JSON lines", TablesSource),
-    _own("hugging_face", "hugging_face", "data sets of the Hugging Face Hub", HuggingFaceSource),
+    SourcePlugin(
+        "hugging_face",
+        "data sets of the Hugging Face Hub",
+        f"{_CODE}.hugging_face:open_hugging_face",
+        HuggingFaceSource,
+        f"{_CODE}.hugging_face:hugging_face_fingerprint",
+    ),
 )
 SOURCES: Registry[SourceOpener] = Registry("source", "bessemer.sources", OWN_SOURCES)
 
@@ -338,11 +344,10 @@ def source_fingerprint(
     own = source_plugin(settings.source).load_fingerprint()
     if own is not None:
         return own(settings, folder, cache, fetch, progress)
-    from bessemer.data.sources.hugging_face import HuggingFace
     from bessemer.data.sources.io.file_source import FileSource
     from bessemer.data.sources.io.paths import ContentFingerprints
 
     source = open_source(settings, folder.absolute(), cache)
-    if isinstance(source, (FileSource, HuggingFace)):
+    if isinstance(source, FileSource):
         return source.fingerprint(ContentFingerprints(cache, progress))
     return source.fingerprint()

@@ -7,18 +7,11 @@ which shards itself and says where adapters and scales go in. The rest of the co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
+from bessemer.model.architecture import DecoderShape, LayerType
 from bessemer.model.attention.base import AttentionVariant
 from bessemer.model.attention.delta_net import DeltaNet
 from bessemer.model.attention.grouped_query import GroupedQuery
 from bessemer.model.attention.latent import Latent
-
-if TYPE_CHECKING:
-    from bessemer.model.architecture import DecoderShape
-
-#: Types of layers, as a model's `layer_types` names them.
-LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 VARIANTS: tuple[AttentionVariant, ...] = (GroupedQuery(), Latent(), DeltaNet())
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from bessemer.model.architecture import DecoderShape, LayerType
 from bessemer.model.parts import ModelPart, Numerics, StoredActivations
-
-if TYPE_CHECKING:
-    from bessemer.model.architecture import DecoderShape
-    from bessemer.model.attention import LayerType
 
 
 class KeyValueShape(NamedTuple):

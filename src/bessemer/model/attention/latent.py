@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from bessemer.model.architecture import DecoderShape, LayerType
 from bessemer.model.attention.base import AttentionVariant, KeyValueShape
 from bessemer.model.parts import FLOAT32_BYTES, ModelPart, Numerics, Shape, StoredActivations
-
-if TYPE_CHECKING:
-    from bessemer.model.architecture import DecoderShape
-    from bessemer.model.attention import LayerType
 
 
 class Latent(AttentionVariant):

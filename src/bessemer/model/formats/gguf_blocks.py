@@ -24,8 +24,7 @@ from torch import Tensor
 from bessemer.core.environment import usable_cores
 from bessemer.model.cpu_kernels import library
 from bessemer.model.families.layout import Stored
-from bessemer.model.quantisation.base import Codes, Scheme
-from bessemer.model.quantisation.config import first_scheme
+from bessemer.model.quantisation.base import Codes, Scheme, first_scheme
 from bessemer.model.quantisation.integers import BLOCK, LARGEST_INT8
 from bessemer.model.quantisation.schemes import Int8
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bessemer.model.layers.document_keys import DocumentKeys
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-    from bessemer.model.layers.document_keys import DocumentKeys
 
 # Shapes: B batch, T queries, S keys, H query heads.
 

@@ -11,24 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bessemer.model.layers.attention_mask import AttentionMask
-
 #: Positions of a block of keys; the results do not depend on it.
 BLOCK = 32
 
 
 class DocumentKeys:
-    """Where the keys of a mask's documents lie in blocks: what `paged_attention` needs, and the rows to copy there."""
+    """Where the keys of packed documents lie in blocks: what `paged_attention` needs, and the rows to copy there."""
 
-    def __init__(self, mask: AttentionMask, batch: int, length: int) -> None:
-        """mask: of `batch` rows of `length` tokens without a cache."""
-        assert mask.slots_BT is None and mask.slopes_H is None, "rows without a cache, whose attention does not go by distance"
+    def __init__(self, documents_BT: Tensor | None, visible_to_BT: Tensor | None, batch: int, length: int) -> None:
+        """documents_BT, visible_to_BT: of the `AttentionMask` of `batch` rows of `length` tokens without a cache."""
         starts, positions, tables, rows, slots = [0], [], [], [], []
         order: list[Tensor] = []
         blocks = 0
         columns_T = torch.arange(length)
         for row in range(batch):
-            for own_T, seen_T in self._of_row(mask, row, columns_T):
+            for own_T, seen_T in self._of_row(documents_BT, visible_to_BT, row, columns_T):
                 used = -(-len(seen_T) // BLOCK)
                 order.append(row * length + own_T)
                 positions.append(torch.arange(len(seen_T) - len(own_T), len(seen_T), dtype=torch.int32))
@@ -48,17 +45,19 @@ class DocumentKeys:
         self.rows, self.slots, self.blocks = torch.cat(rows), torch.cat(slots), blocks
 
     @staticmethod
-    def _of_row(mask: AttentionMask, row: int, columns_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _of_row(
+        documents_BT: Tensor | None, visible_to_BT: Tensor | None, row: int, columns_T: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each document of a row the columns of its tokens, and those that its last token sees, which end with them."""
-        if mask.documents_BT is None:
+        if documents_BT is None:
             yield columns_T, columns_T
             return
-        documents_T = mask.documents_BT[row]
+        documents_T = documents_BT[row]
         for document in documents_T.unique().tolist():
             own_T = columns_T[documents_T == document]
             seen = documents_T == document
-            if mask.visible_to_BT is not None:
-                seen = (documents_T <= document) & (mask.visible_to_BT[row] >= document)
+            if visible_to_BT is not None:
+                seen = (documents_T <= document) & (visible_to_BT[row] >= document)
             yield own_T, columns_T[seen & (columns_T <= own_T[-1])]
 
     def paged(self, heads_BKTC: Tensor) -> Tensor:

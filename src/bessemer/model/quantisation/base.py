@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.config import SCHEMES, QuantizeConfig
 
 # Shapes: N outputs, K inputs, G groups of a row, P bytes of a row of codes.
 
@@ -183,3 +183,8 @@ class Codes:
     def dequantised(self) -> Tensor:
         """The weights that the codes stand for, float32, (…, N, K)."""
         return self.scheme.dequantise(self.tensors)
+
+
+def first_scheme(ask: Callable[[type[Scheme]], Scheme | None]) -> Scheme | None:
+    """The first result that is not None, over the classes of all schemes, ours before others; None without one."""
+    return next((found for plugin in SCHEMES.values() if (found := ask(plugin.load())) is not None), None)

@@ -7,19 +7,14 @@ The settings are those of the stage `quantize`, of `bessemer quantize`, and of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Plugin, Registry
-
-if TYPE_CHECKING:
-    from bessemer.model.quantisation.base import Scheme
-
 
 #: Entry points of other packages' schemes.
 GROUP = "bessemer.quantisation"
@@ -28,8 +23,10 @@ _SCHEMES = "bessemer.model.quantisation.schemes"
 
 
 @dataclass(frozen=True)
-class SchemePlugin(Plugin["type[Scheme]"]):
-    """settings_read: of the stage's settings, those that it heeds. is_calibrated: whether gptq and awq can choose its codes,
+class SchemePlugin(Plugin[Any]):
+    """A class of schemes (`base.Scheme`), which loads PyTorch.
+
+    settings_read: of the stage's settings, those that it heeds. is_calibrated: whether gptq and awq can choose its codes,
     which are then an `IntegerScheme`'s. for_ends: whether the setting `head` may name it."""
 
     settings_read: tuple[str, ...] = ()
@@ -37,7 +34,7 @@ class SchemePlugin(Plugin["type[Scheme]"]):
     for_ends: bool = True
 
 
-SCHEMES: Registry[type[Scheme]] = Registry(
+SCHEMES: Registry[Any] = Registry(
     "scheme",
     GROUP,
     [
@@ -79,11 +76,6 @@ def scheme_plugin(name: str) -> SchemePlugin:
     if not isinstance(plugin, SchemePlugin):
         raise ConfigError(f"the entry point {name!r} of {GROUP} is not a SchemePlugin")
     return plugin
-
-
-def first_scheme(ask: Callable[[type[Scheme]], Scheme | None]) -> Scheme | None:
-    """The first result that is not None, over the classes of all schemes, ours before others; None without one."""
-    return next((found for plugin in SCHEMES.values() if (found := ask(plugin.load())) is not None), None)
 
 
 #: Version: raised when the same settings and inputs give other codes than before (golden outputs in the tests), or when

@@ -34,8 +34,8 @@ from bessemer.model.families import OWN, family_of
 from bessemer.model.families.base import Family
 from bessemer.model.families.layout import FilePatterns, Stored, whole
 from bessemer.model.initialisation import empty_decoder
-from bessemer.model.quantisation.base import CompressedForm, Scheme
-from bessemer.model.quantisation.config import SCHEMES, first_scheme
+from bessemer.model.quantisation.base import CompressedForm, Scheme, first_scheme
+from bessemer.model.quantisation.config import SCHEMES
 from bessemer.model.quantisation.nf4 import BLOCK, LEVELS, NF4, SCALE_BLOCK, dynamic_map
 from bessemer.model.quantisation.quantised_decoder import EMBEDDING, HEAD, quantisable, weight_name
 from bessemer.model.quantisation.quantised_layers import quantised_parts

@@ -23,7 +23,7 @@ from bessemer.posttraining.data.turns import (
     prompt_inputs,
 )
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 
 #: Inputs and targets, of equal length; -100 marks a token without a target.
 Row = tuple[np.ndarray, np.ndarray]

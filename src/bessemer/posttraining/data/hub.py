@@ -14,15 +14,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bessemer.core.config import nearest
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import ArtefactError, ConfigError, SourceError
 from bessemer.core.records import COMPRESSIONS, is_table
-
-if TYPE_CHECKING:
-    from bessemer.posttraining.data.understanding import RowSet
 
 PREFIX = "hub:"
 _NAME = re.compile(
@@ -162,10 +159,10 @@ class HubDataset:
                 raise SourceError(f"{self}: has no configuration and no folder {self.configuration!r}")
         return splits_by_name(names)
 
-    def taken(self, rows: RowSet) -> RowSet:
-        """The rows that are wanted of all of a split."""
-        begin, end = (_position(text, len(rows.records)) for text in self.rows)
-        return replace(rows, name=str(self), records=rows.records[begin:end])
+    def wanted(self, count: int) -> slice:
+        """Which rows are wanted of a split of `count`."""
+        begin, end = (_position(text, count) for text in self.rows)
+        return slice(begin, end)
 
     def _listing(self) -> tuple[list[str], str, str | None]:
         """(files, commit, revision) of the repository; those of the cache where the hub cannot be reached."""

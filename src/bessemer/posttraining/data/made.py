@@ -16,7 +16,6 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, SourceError
 from bessemer.core.hashing import hash_value
 from bessemer.core.records import TABLES, is_table
-from bessemer.core.stage import Outside
 from bessemer.core.store import write_text
 from bessemer.posttraining.data.hub import PREFIX, HubDataset, is_hub_dataset, looks_like_hub_dataset
 
@@ -128,13 +127,6 @@ def checked_pairs(names: list[str]) -> list[str]:
                 f"pairs{nearest(name, list(MADE_PAIRS))}"
             )
     return names
-
-
-def pairs_fingerprint(config: Any, outside: Outside) -> dict[str, str]:
-    """Hashes of the files that the settings name under `data`, for a stage's key."""
-    from bessemer.posttraining.data.examples import files_fingerprint
-
-    return files_fingerprint(files_of(config.data), outside.folder)
 
 
 #: Key of the first line, which identifies what the rows were made from.

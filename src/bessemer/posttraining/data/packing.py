@@ -30,10 +30,10 @@ from bessemer.posttraining.data.formats import Labelled, Pair
 from bessemer.posttraining.data.made import Truncate
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import LoopConfig
-from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
+from bessemer.training.data.batches import StatelessBatches, rows_of_step
 from bessemer.training.data.packing import best_fit, pack_rows
 from bessemer.training.loop import OnStepEnd, validation_metrics
-from bessemer.training.optim.lr_schedule import validated_steps
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def validation_on(packed: Batch, config: LoopConfig) -> OnStepEnd:
     """Validation on packed rows at the steps that the settings name; no metrics without rows."""
     if not packed.tokens_BT.shape[0]:
         return lambda finished, trainer: {}
-    source, validated = HeldOutBatches(packed, config.batch_size), validated_steps(config)
+    source, validated = HeldOutBatches(packed, config.batch_size), config.validated_steps
     return lambda finished, trainer: validation_metrics(trainer, source, source.steps) if finished in validated else {}
 
 

@@ -247,7 +247,7 @@ class TrainedConversation:
             if not reply.opened and self._reads_back(own, message, schemas, is_open):
                 return body, True
             before = self._segments(self._format.written_thinking(message.thinking.strip(), is_open=is_open))
-            if before and reads_back(self._said(before) + own, message, self._format, schemas, is_thinking=is_open):
+            if before and self._reads_back(self._said(before) + own, message, schemas, is_open):
                 return [*before, *body], False
         thinking, text, calls = message.thinking.strip(), message.text.strip(), calls_of(message)
         try:
@@ -263,7 +263,7 @@ class TrainedConversation:
     def _reads_back(self, written: str, message: Message, schemas: Any, is_open: bool) -> bool:
         if not message.thinking and not message.calls and not is_open and written.strip() == message.text.strip():
             return True
-        return reads_back(written, message, self._format, schemas, is_thinking=is_open)
+        return reads_back(written, message, self._format.parser(schemas or None, in_thinking=is_open))
 
     def _segments(self, pieces: Sequence[Piece]) -> list[Segment]:
         return [Segment(text, is_tag and self._tokenizer.control_id(text) is not None, True) for text, is_tag in pieces if text]

@@ -65,16 +65,14 @@ def open_rows(place: DataPlace) -> RowSet:
     a folder that holds none, and what the hub raises.
     """
     if isinstance(place, HubDataset):
-        tables = place.tables()
-        return place.taken(_joined(str(place), [(path, read_table(path)) for path in tables]))
+        return _of_hub(place)
     path = place
     if not path.is_dir():
         if is_text_file(path.name):
             return _texts(str(path), [path])
         return _joined(str(path), [(path, read_table(path))])
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists() or _is_hub_layout(path):
-        dataset = HubDataset.of_folder(path)
-        return dataset.taken(_joined(str(path), [(file, read_table(file)) for file in dataset.tables()]))
+        return _of_hub(HubDataset.of_folder(path))
     tables, texts = files_in(path)
     if tables and texts:
         raise SourceError(
@@ -84,6 +82,11 @@ def open_rows(place: DataPlace) -> RowSet:
     if not tables and not texts:
         raise SourceError(f"{path}: holds no table and no text ({', '.join(TEXTS)}) to learn from")
     return _joined(str(path), [(file, read_table(file)) for file in tables]) if tables else _texts(str(path), texts)
+
+
+def _of_hub(dataset: HubDataset) -> RowSet:
+    rows = _joined(str(dataset), [(path, read_table(path)) for path in dataset.tables()])
+    return replace(rows, records=rows.records[dataset.wanted(len(rows.records))])
 
 
 def _is_hub_layout(folder: Path) -> bool:

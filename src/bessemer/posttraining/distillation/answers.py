@@ -36,7 +36,8 @@ from bessemer.posttraining.distillation.teacher_server import TeacherServer
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, Sampler, SamplerSettings
 from bessemer.posttraining.sampling.samples import Prompt, Share, fitting_prompts, pack_samples
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import Batch, rows_of_step
+from bessemer.training.data.batch import Batch
+from bessemer.training.data.batches import rows_of_step
 from bessemer.training.model_roles import ModelRoles
 
 

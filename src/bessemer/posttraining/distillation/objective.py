@@ -35,10 +35,10 @@ from bessemer.posttraining.rl.losses import IMPORTANCE, TOKEN_MEAN, TRUNCATE
 from bessemer.posttraining.rl.objective import PolicyObjective, PolicySettings
 from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER, of_all_rows
 from bessemer.tokenization.folder import TOKENIZER_FILE
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.head import linear_cross_entropy
-from bessemer.training.model_roles import ModelRoles
-from bessemer.training.objectives import POLICY, Count, LossContext, Metric, Objective, Terms, token_losses
+from bessemer.training.model_roles import POLICY, ModelRoles
+from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms, token_losses
 
 #: The role of the teacher.
 TEACHER = "teacher"

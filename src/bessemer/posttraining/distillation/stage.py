@@ -65,7 +65,6 @@ from bessemer.training.data.batches import BatchSource, TokenBatches
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.loop import OnStepEnd, no_metrics
 from bessemer.training.objectives import Objective
-from bessemer.training.optim.lr_schedule import validated_steps
 from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte
 
@@ -100,7 +99,7 @@ def text_material(config: DistillationConfig, tokens: Path, tokenizer: Tokenizer
         )
 
     def validate(config: DistillationConfig, decoder: Decoder) -> OnStepEnd:
-        validated, of_teacher = validated_steps(config), dict[str, float]()
+        validated, of_teacher = config.validated_steps, dict[str, float]()
 
         def score(model: Decoder, trainer: Trainer, **options: Any) -> float:
             score = bits_per_byte(
@@ -207,7 +206,7 @@ def with_held_out_divergence(
     if not prompts:
         return validate
     divergence = HeldOutDivergence(prompts, tokenizer, config, teacher, derive_seed(seed, "held out"))
-    validated = validated_steps(config)
+    validated = config.validated_steps
 
     def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
         metrics = validate(finished, trainer)

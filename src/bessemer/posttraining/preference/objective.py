@@ -14,10 +14,10 @@ from torch import Tensor
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.data.packing import mismatched
 from bessemer.posttraining.preference.losses import PairLoss, PairLossSettings, kto
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.head import target_log_probs
-from bessemer.training.model_roles import REFERENCE, ModelRoles
-from bessemer.training.objectives import POLICY, Count, LossContext, Metric, Objective, Terms
+from bessemer.training.model_roles import POLICY, REFERENCE, ModelRoles
+from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 
 #: Key of the reference's log-probabilities of tokens.
 REFERENCE_LOG_PROBS = "reference_log_probs"

@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from bessemer.core.report import Facts, Metrics, Part, Section, StageReport, Text
-from bessemer.core.stage import StageContext
-from bessemer.posttraining.data.made import PAIRS_NEEDS, made_paths, pairs_fingerprint, unread_pairs
+from bessemer.core.stage import Outside, StageContext
+from bessemer.posttraining.data.made import PAIRS_NEEDS, files_of, made_paths, unread_pairs
 from bessemer.posttraining.preference.config import PREFERENCE_VERSION, PreferenceConfig
 from bessemer.posttraining.sft.report import metric_curves
 from bessemer.training.report import diagnostics, task_accuracies, training_curves
@@ -65,6 +65,13 @@ def _preference(context: StageContext, *, only_resolve: bool = False) -> dict[st
         only_resolve=only_resolve,
         **training_arguments(context),
     )
+
+
+def pairs_fingerprint(config: Any, outside: Outside) -> dict[str, str]:
+    """Hashes of the files that the settings name under `data`, for a stage's key."""
+    from bessemer.posttraining.data.examples import files_fingerprint
+
+    return files_fingerprint(files_of(config.data), outside.folder)
 
 
 STAGES = (

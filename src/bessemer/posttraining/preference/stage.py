@@ -49,12 +49,12 @@ from bessemer.posttraining.preference.objective import (
 )
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import RunCost
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.keeping import losses_held_out
-from bessemer.training.model_roles import REFERENCE, ModelRoles
+from bessemer.training.model_roles import POLICY, REFERENCE, ModelRoles
 from bessemer.training.model_setup import PreparedModel
-from bessemer.training.objectives import POLICY, Objective
+from bessemer.training.objectives import Objective
 from bessemer.training.runtime import Runtime
 
 #: Metadata key of the hash of what a file's log-probabilities depend on, and the fields of a batch among it.

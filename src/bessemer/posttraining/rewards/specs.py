@@ -8,7 +8,8 @@ from typing import Any
 
 from bessemer.core.report import Facts, Metrics, Part, Section, StageReport, Text
 from bessemer.core.stage import StageContext
-from bessemer.posttraining.data.made import PAIRS_NEEDS, made_paths, pairs_fingerprint, unread_pairs
+from bessemer.posttraining.data.made import PAIRS_NEEDS, made_paths, unread_pairs
+from bessemer.posttraining.preference.specs import pairs_fingerprint
 from bessemer.posttraining.rewards.assessment import HELD_OUT, assessment_parts, read_scored_pairs
 from bessemer.posttraining.rewards.config import REWARD_VERSION, RewardConfig
 from bessemer.posttraining.sft.report import metric_curves

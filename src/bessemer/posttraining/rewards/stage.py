@@ -31,7 +31,7 @@ from bessemer.posttraining.rewards.config import RewardConfig
 from bessemer.posttraining.rewards.model_based import RewardModel
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import RunCost
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 

@@ -22,7 +22,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.posttraining.rl.config import CriticConfig
 from bessemer.posttraining.rl.losses import value_loss
 from bessemer.posttraining.sampling.samples import ADVANTAGES, Packed, of_all_rows
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.model_roles import ModelRoles
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 

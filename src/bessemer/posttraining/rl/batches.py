@@ -23,9 +23,8 @@ from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS
 from bessemer.posttraining.rl.policy_sampler import JudgedGroup
 from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER, Packed, Sample, of_all_rows, pack_samples
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.model_roles import REFERENCE, ModelRoles
-from bessemer.training.objectives import POLICY
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
+from bessemer.training.model_roles import POLICY, REFERENCE, ModelRoles
 
 
 @dataclass(frozen=True)

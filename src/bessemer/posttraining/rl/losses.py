@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.objectives import Count, LossContext
 
 #: Level of an importance ratio: one token, a whole sequence, or the geometric mean over its tokens.

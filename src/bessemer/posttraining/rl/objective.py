@@ -27,7 +27,7 @@ from bessemer.posttraining.rl.losses import (
     policy_loss,
 )
 from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.head import target_log_probs
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 

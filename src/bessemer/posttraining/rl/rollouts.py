@@ -33,7 +33,8 @@ from bessemer.posttraining.rl.policy_sampler import JudgedGroup, PolicySampler
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, SamplingEngine
 from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import Batch, rows_at
+from bessemer.training.data.batch import Batch
+from bessemer.training.data.batches import rows_at
 from bessemer.training.model_roles import ModelRoles
 
 #: File of all completions with their rewards, one line each.

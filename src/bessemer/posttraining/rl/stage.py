@@ -42,7 +42,6 @@ from bessemer.training.keeping import HeldOut
 from bessemer.training.loop import OnStepEnd
 from bessemer.training.model_roles import REFERENCE, OtherModel
 from bessemer.training.objectives import Objective
-from bessemer.training.optim.lr_schedule import validated_steps
 from bessemer.training.trainer import Trainer
 
 
@@ -135,7 +134,7 @@ def rl(
         objective = ActorCriticObjective(objective, config.critic)
     if needs_reference(config):
         others.append(job.other(REFERENCE, model))
-    validated = validated_steps(config)
+    validated = config.validated_steps
 
     def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
         metrics = source.take_metrics() | {"tokens": source.trained_tokens}

@@ -27,8 +27,7 @@ from bessemer.posttraining.sampling.served_policy import ServedPolicy
 from bessemer.posttraining.sampling.server_pool import ServerPool
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.adapter_config import KERNELS_OVER_CODES
-from bessemer.training.model_roles import ModelRoles
-from bessemer.training.objectives import POLICY
+from bessemer.training.model_roles import POLICY, ModelRoles
 
 #: Most sequences of the engine, and fewest tokens of its step.
 _MOST_SEQUENCES, _LEAST_BATCHED_TOKENS = 256, 512

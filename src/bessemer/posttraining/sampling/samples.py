@@ -23,7 +23,7 @@ from bessemer.posttraining.data.encoding import RowCounts, Unrendered, encode_pr
 from bessemer.posttraining.data.formats import Answered, Message, Turns
 from bessemer.posttraining.data.turns import RowError
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import best_fit, pack_rows
 from bessemer.training.model_roles import ModelRoles
 

@@ -40,7 +40,7 @@ from bessemer.posttraining.sft.report import one_line
 from bessemer.posttraining.sft.stage import sft
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import pack_rows
 from bessemer.training.objectives import token_losses
 from bessemer.training.runtime import Runtime

@@ -32,7 +32,7 @@ from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, r
 from bessemer.posttraining.sft.finetune_memory import TuningMemory, TuningShape, tuning_memory
 from bessemer.posttraining.sft.stage import gather_conversations
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.data.packing import best_fit
 from bessemer.training.starting_model import FROZEN
 

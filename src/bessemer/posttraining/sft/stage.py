@@ -44,7 +44,8 @@ from bessemer.tasks.registry import find_tasks
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import RunCost
-from bessemer.training.data.batches import Batch, BatchSource, StatelessBatches, TokenBatches, concatenated
+from bessemer.training.data.batch import Batch, concatenated
+from bessemer.training.data.batches import BatchSource, StatelessBatches, TokenBatches
 from bessemer.training.head import target_log_probs
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.keeping import losses_held_out

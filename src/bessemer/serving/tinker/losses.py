@@ -30,7 +30,7 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import RequestError
 from bessemer.model.decoder import Decoder
 from bessemer.serving.tinker.wire import Datum
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.head import target_log_probs
 from bessemer.training.objectives import Count, LossContext, Objective, Terms
 

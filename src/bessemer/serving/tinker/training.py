@@ -34,7 +34,7 @@ from bessemer.serving.tinker.losses import NamedObjective, batch_of, check_data,
 from bessemer.serving.tinker.wire import Datum
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.config_parts import ComputeSettings
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.model_setup import recompute_activations
 from bessemer.training.optim.optimizers import step_optimizers
 from bessemer.training.runtime import Runtime

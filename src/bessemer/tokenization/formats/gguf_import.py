@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 import reprlib
-import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from bessemer.core.config import nearest
@@ -29,7 +27,6 @@ from bessemer.tokenization.folder import (
 from bessemer.tokenization.formats.gguf_metadata import read_metadata
 from bessemer.tokenization.sentencepieces import merges_of, meta_to_spaces, spaces_to_meta
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer
-from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.tokenization.vocabulary import byte_characters
 
 #: llama.cpp requires a merge in a byte-level tokenizer. These two characters stand for no byte, so this one never applies.
@@ -65,16 +62,6 @@ def import_gguf(path: Path, split: str | None = None) -> TokenizerContent:
     is damaged, has no tokenizer, or one of a kind that a `tokenizer.json` cannot be made of.
     """
     return _Gguf(path).tokenizer(split)
-
-
-def open_gguf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a GGUF file. Raises as `import_gguf`."""
-    scratch = TemporaryDirectory()
-    import_gguf(path).write(Path(scratch.name), compact=True)
-    tokenizer = load_tokenizer(scratch.name)
-    # the tokenizer reads some files only when they are needed
-    weakref.finalize(tokenizer, scratch.cleanup)
-    return tokenizer
 
 
 def _is_text(value: Any) -> bool:

@@ -23,7 +23,8 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_value
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, epochs_of_step, rows_of_step
+from bessemer.training.data.batch import IGNORE_INDEX, Batch
+from bessemer.training.data.batches import StatelessBatches, epochs_of_step, rows_of_step
 from bessemer.training.data.token_stream import ADDED_TOKENS, FillInTheMiddle, memmapped_arrays
 
 #: Version of the row plan; raised when the same documents are packed into different rows.

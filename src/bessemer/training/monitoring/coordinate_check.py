@@ -18,7 +18,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import LoopConfig
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.objectives import build_objective
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
 from bessemer.training.optim.optimizers import build_optimizers

@@ -22,7 +22,7 @@ from bessemer.distributed.collectives import local_squares
 from bessemer.distributed.mesh import Mesh, local
 from bessemer.model.device import widest_float
 from bessemer.training.config import LoopConfig
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batch import Batch
 from bessemer.training.trainer import Trainer
 
 #: Whether a step with this loss and this gradient norm is taken.

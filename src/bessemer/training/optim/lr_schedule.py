@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
-from bessemer.training.config_parts import VALIDATIONS, BatchSizes
-
-if TYPE_CHECKING:
-    from bessemer.training.config import LoopConfig
+from bessemer.training.config_parts import BatchSizes
 
 
 class ScheduleSettings(Config):
@@ -164,11 +161,3 @@ def log_spaced(steps: int, points: int) -> frozenset[int]:
     """`points` numbers of finished steps, each four times the one before, the last at the end: a model changes fast at
     first and slowly later. Fewer in a short run."""
     return frozenset(max(1, steps // 4**point) for point in range(points))
-
-
-def validated_steps(config: LoopConfig) -> frozenset[int]:
-    """The steps after which a run is validated; the last one always."""
-    assert config.steps is not None
-    if config.evaluate_every is None:
-        return evenly_spaced(config.steps, VALIDATIONS)
-    return multiples(config.evaluate_every, config.steps)

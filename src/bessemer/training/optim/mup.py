@@ -28,7 +28,7 @@ import torch
 from bessemer.distributed.mesh import ALONE, Mesh, local
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.training.config_parts import OptimizerSettings
+from bessemer.training.optim.registry import OptimizerSettings
 
 #: Kind of a weight as the width grows: a vector or a table; from width to width; from the width to a fixed number of outputs;
 #: the last norm.

@@ -25,11 +25,10 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.distributed.collectives import redistributed
 from bessemer.training.config import LoopConfig
-from bessemer.training.config_parts import OptimizerSettings
 from bessemer.training.optim.muon import Muon
 from bessemer.training.optim.mup import rate_factor
 from bessemer.training.optim.paged import PagedAdamW
-from bessemer.training.optim.registry import find_optimizer
+from bessemer.training.optim.registry import OptimizerSettings, find_optimizer
 
 
 class Lion(Optimizer):
