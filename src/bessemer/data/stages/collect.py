@@ -91,20 +91,17 @@ class NearestGroups:
     lowest: tuple[float, str] | None = None
     highest: tuple[float, str] | None = None
 
-    def add(self, groups: Iterable[str]) -> None:
-        """Include some groups."""
-        for group in set(groups):
-            self._take((place_of(group), group))
+    def include(self, groups: Iterable[str]) -> None:
+        """Take some groups into account."""
+        for group in groups:
+            placed = (place_of(group), group)
+            self.lowest = min(self.lowest or placed, placed)
+            self.highest = max(self.highest or placed, placed)
 
-    def merge(self, other: NearestGroups) -> None:
-        """Include what another has seen."""
-        for group in (other.lowest, other.highest):
-            if group is not None:
-                self._take(group)
-
-    def _take(self, group: tuple[float, str]) -> None:
-        self.lowest = min(self.lowest or group, group)
-        self.highest = max(self.highest or group, group)
+    @property
+    def names(self) -> list[str]:
+        """The names of both; empty before any group."""
+        return [group[1] for group in (self.lowest, self.highest) if group is not None]
 
 
 def place_of(group: str) -> float:
@@ -151,7 +148,7 @@ def collect(
     tallies = {source_name(source): Tally() for source in config.sources}
     readings, skipped = _readings(config.sources, scratch, cache, folder, progress, tallies)
     sizes = sum(reading.unit.size_bytes for reading in readings)
-    groups = NearestGroups()
+    groups, documents_as_groups = NearestGroups(), NearestGroups()
     documents_of: Counter[str] = Counter()
     documents = read = 0
     speed = Speed()
@@ -160,7 +157,8 @@ def collect(
             reading = readings[number]
             documents += figures["documents"]
             documents_of[reading.source_name] += figures["documents"]
-            groups.merge(NearestGroups(*(tuple(group) if group else None for group in figures["groups"])))
+            groups.include(figures["groups"])
+            documents_as_groups.include(figures["documents_as_groups"])
             _add(tallies[reading.source_name], figures["tally"])
             read += reading.unit.size_bytes
             note = f"{documents:,} documents · {speed.of(documents, read)} · {reading.source_name}"
@@ -177,12 +175,8 @@ def collect(
         raise SourceError(f"collect: no document with text was found in {', '.join(names)}{first}")
 
     splitter = Splitter(config.validation_share, by_document=config.hold_out == "documents")
-    if splitter.by_document:
-        groups = _documents_as_groups(readings)
-    while (remedy := splitter.remedy(groups)) is not None:
+    while (remedy := splitter.remedy(documents_as_groups if splitter.by_document else groups)) is not None:
         splitter = remedy
-        if splitter.by_document:
-            groups = _documents_as_groups(readings)
     merge = partial(
         _merge,
         out=place,
@@ -269,21 +263,18 @@ def _read(reading: _Reading, buckets: int) -> dict[str, Any]:
         tally = Tally()
         documents = reading.source.read(reading.unit, head.position, tally)
         head = write_segments(reading.source_name, documents, reading.segments, head, number, tally, buckets)
-    groups = NearestGroups()
-    groups.add(_groups(reading, Splitter(0.0)))
-    return {"documents": head.documents, "tally": head.tally, "groups": [groups.lowest, groups.highest]}
-
-
-def _groups(reading: _Reading, splitter: Splitter) -> set[str]:
-    return {splitter.group(group, identity) for group, identity in groups_and_ids(segment_files(reading.segments))}
-
-
-def _documents_as_groups(readings: list[_Reading]) -> NearestGroups:
-    """The nearest groups where each document is a group of its own."""
-    groups = NearestGroups()
-    for reading in readings:
-        groups.add(_groups(reading, Splitter(0.0, by_document=True)))
-    return groups
+    groups, documents_as_groups = NearestGroups(), NearestGroups()
+    names = set()
+    for group, identity in groups_and_ids(segment_files(reading.segments)):
+        names.add(identity if group is None else group)
+        documents_as_groups.include([identity])
+    groups.include(names)
+    return {
+        "documents": head.documents,
+        "tally": head.tally,
+        "groups": groups.names,
+        "documents_as_groups": documents_as_groups.names,
+    }
 
 
 def _merge(
