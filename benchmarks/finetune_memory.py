@@ -86,7 +86,8 @@ def tiny_folder(work: Path, tokenizer: Path) -> Path:
     """A model of a few layers, whose vocabulary is that of a tokenizer's folder."""
     from bessemer.model.config import ModelConfig
     from bessemer.model.initialisation import initial_decoder
-    from bessemer.model.storage.folder import read_model_config, save_model
+    from bessemer.model.storage.folder import save_model
+    from bessemer.model.storage.model_config import read_model_config
 
     folder = work / "tiny-finetune"
     if not (folder / "config.json").exists():

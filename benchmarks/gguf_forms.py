@@ -52,7 +52,8 @@ def billion(work: Path, form: str) -> Path:
     from bessemer.model.formats.gguf_export import export_gguf
     from bessemer.model.formats.gguf_import import import_gguf
     from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
-    from bessemer.model.storage.folder import read_model_config, save_model
+    from bessemer.model.storage.folder import save_model
+    from bessemer.model.storage.model_config import read_model_config
 
     path, wide, small = work / f"billion-{form}.gguf", work / "billion-F16.gguf", work / "smollm2"
     if path.exists():

@@ -72,7 +72,8 @@ def load(rank: int, rendezvous: str, folder: str, parallel: dict[str, Any], by_s
     from bessemer.distributed.mesh import Mesh
     from bessemer.distributed.parallelize import load_shards
     from bessemer.model.initialisation import empty_decoder
-    from bessemer.model.storage.folder import load_model, read_model_config
+    from bessemer.model.storage.folder import load_model
+    from bessemer.model.storage.model_config import read_model_config
     from bessemer.model.storage.weights import find_tensors
     from bessemer.training.model_setup import prepare_model
     from bessemer.training.pretrain_config import PretrainConfig

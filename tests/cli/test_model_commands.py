@@ -18,8 +18,9 @@ from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.model import formats as exchange
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.model.storage.folder import load_model, read_end_tokens, save_model
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.model.storage.library import WEIGHTS_INDEX
+from bessemer.model.storage.model_config import read_end_tokens
 from bessemer.serving import server
 from bessemer.tokenization.control_tokens import FILL_IN_THE_MIDDLE_SPELLINGS
 from bessemer.tokenization.formats.gguf_metadata import read_head

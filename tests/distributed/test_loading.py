@@ -10,7 +10,8 @@ from bessemer.distributed.mesh import ALONE, Mesh, local
 from bessemer.distributed.parallelize import load_shards
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import empty_decoder, initial_decoder
-from bessemer.model.storage.folder import load_model, read_model_config, save_model
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.model.storage.weights import find_tensors
 from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.job import RunContext, TrainingHooks, TrainingJob

@@ -6,7 +6,8 @@ import torch
 from bessemer.core.metrics import read_metrics
 from bessemer.model.cpu_kernels import library
 from bessemer.model.initialisation import initial_decoder
-from bessemer.model.storage.folder import load_model, read_model_config, save_model
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.stage import rl
 from tests.cases import slow

@@ -11,7 +11,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.families.base import prefixed
 from bessemer.model.layers.attention_mask import attention_mask
 from bessemer.model.layers.cache import DecoderCache
-from bessemer.model.storage.folder import huggingface_config
+from bessemer.model.storage.model_config import huggingface_config
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
 GROUPED = SHAPES["grouped"]

@@ -9,7 +9,8 @@ from bessemer.model.families import FAMILIES, family_of
 from bessemer.model.families.layout import TensorBox
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.layers.cache import DecoderCache
-from bessemer.model.storage.folder import load_model, read_model_config, save_model
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.model.storage.weights import find_tensors, read_boxes
 from tests.model.family_models import CASES, make
 

@@ -15,7 +15,8 @@ from bessemer.core.store import write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device
 from bessemer.model.storage import weights as weights_file
-from bessemer.model.storage.folder import load_model, read_end_tokens, read_model_config, save_model
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.model.storage.model_config import read_end_tokens, read_model_config
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 from tests.model.tokenizers import write_small_tokenizer

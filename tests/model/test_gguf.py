@@ -21,7 +21,8 @@ from bessemer.model.formats.gguf_export import GGUF_DTYPES, export_gguf
 from bessemer.model.formats.gguf_families import BY_MODEL_TYPE
 from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.model.formats.gguf_open import open_gguf
-from bessemer.model.storage.folder import load_model, read_end_tokens, save_model
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.model.storage.model_config import read_end_tokens
 from bessemer.tokenization.formats.gguf_metadata import read_head
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.gguf_fuzz import changed_files

@@ -15,8 +15,9 @@ from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.formats.gguf_open import open_gguf
+from bessemer.model.formats.pull import pull
 from bessemer.model.storage.folder import save_model
-from bessemer.model.storage.library import kept_models, pull, remove
+from bessemer.model.storage.library import kept_models, remove
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

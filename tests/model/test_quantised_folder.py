@@ -14,7 +14,8 @@ from bessemer.model.families import layout as file_patterns
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantisation.quantised_layers import QuantisedLinear, quantised_parts
-from bessemer.model.storage.folder import load_model, read_model_config, save_model
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.model.storage.model_config import read_model_config
 from tests.cases import slow_but
 from tests.model.family_models import CASES, ONE_OF_EACH, make
 from tests.model.randomised import SHAPES, random_decoder, random_tokens

@@ -9,7 +9,8 @@ from bessemer.core.errors import ArtefactError
 from bessemer.inference.build import open_model
 from bessemer.inference.config import EngineConfig
 from bessemer.model.formats.gguf_export import export_gguf
-from bessemer.model.storage.folder import as_scorer, load_model, load_scorer, new_head, read_model_config, save_model
+from bessemer.model.storage.folder import as_scorer, load_model, load_scorer, new_head, save_model
+from bessemer.model.storage.model_config import read_model_config
 from tests.cases import slow_but
 from tests.model.family_models import CASES, make
 

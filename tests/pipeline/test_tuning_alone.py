@@ -13,7 +13,8 @@ from bessemer.core.yaml_file import read_yaml
 from bessemer.model import device
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.model.storage.folder import read_model_config, save_model
+from bessemer.model.storage.folder import save_model
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.pipeline.report import run_report, sentences
 from bessemer.pipeline.run_folder import RunFolder

@@ -51,7 +51,7 @@ def import_(
     if special:
         raise ConfigError("--special: for a tokenizer in a tiktoken file, and this is a model")
     from bessemer.model.formats import import_model
-    from bessemer.model.storage.folder import read_model_config
+    from bessemer.model.storage.model_config import read_model_config
 
     for note in import_model(model, out, dtype=dtype, split=split):
         print(f"note: {note}")
@@ -197,7 +197,8 @@ def _importance(folder: Path, text: Path | None, file: Path | None, tokens: int)
     from bessemer.evaluation.quantisation import calibration_rows, opened_tokens
     from bessemer.model.formats.gguf_export import as_llama_cpp
     from bessemer.model.formats.gguf_imatrix import compute_importance, matrices_of, read_importance, write_importance
-    from bessemer.model.storage.folder import load_model, read_model_config, refuse_quantised
+    from bessemer.model.storage.folder import load_model
+    from bessemer.model.storage.model_config import read_model_config, refuse_quantised
     from bessemer.tokenization.tokenizer import load_tokenizer
 
     if text is None:

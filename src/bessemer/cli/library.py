@@ -16,7 +16,7 @@ def pull(
 ) -> None:
     """Keep a model in the folder models/ (or BESSEMER_MODELS), where every command finds it by its name."""
     from bessemer.core.metrics import size
-    from bessemer.model.storage.library import pull as keep
+    from bessemer.model.formats.pull import pull as keep
 
     kept, notes = keep(source, name)
     for note in notes:

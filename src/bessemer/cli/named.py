@@ -72,7 +72,8 @@ def _fetched(name: str, *, yes: bool) -> Path:
     import typer
 
     from bessemer.core.metrics import size
-    from bessemer.model.storage.library import library_folder, pull, size_to_fetch
+    from bessemer.model.formats.pull import pull, size_to_fetch
+    from bessemer.model.storage.library import library_folder
 
     if not yes:
         if not sys.stdin.isatty():

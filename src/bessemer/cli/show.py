@@ -266,7 +266,7 @@ def _model(folder: Path) -> RenderableType:
 
     from bessemer.core.store import read_json
     from bessemer.model.config import model_metrics
-    from bessemer.model.storage.folder import read_model_config
+    from bessemer.model.storage.model_config import read_model_config
     from bessemer.views import terminal
     from bessemer.views.parts_terminal import section
 

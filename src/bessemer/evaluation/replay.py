@@ -289,7 +289,7 @@ def find_thing(name: str, find: Callable[[str], Path]) -> Thing:
 
 def _is_coded(place: Path) -> bool:
     """Whether a model's weights are codes, of which an answer may differ from that of the model they were made from."""
-    from bessemer.model.storage.folder import holds_codes
+    from bessemer.model.storage.model_config import holds_codes
     from bessemer.tokenization.formats.gguf_metadata import read_head
 
     if place.is_file():

@@ -60,8 +60,9 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantisation.quantised_layers import is_quantised
-from bessemer.model.storage.folder import load_model, read_end_tokens, read_sampling_settings
+from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.library import find_kept
+from bessemer.model.storage.model_config import read_end_tokens, read_sampling_settings
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 

@@ -47,7 +47,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.statistics import EngineStatistics
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.folder import GENERATION_CONFIG
+from bessemer.model.storage.model_config import GENERATION_CONFIG
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
 

@@ -24,16 +24,9 @@ from bessemer.core.store import follow, new_folder, refuse_nonempty, write_json
 from bessemer.model.config import ModelConfig, ModelStageConfig, model_metrics
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.model.storage.folder import (
-    CONFIG,
-    GENERATION_CONFIG,
-    load_model,
-    read_model_config,
-    refuse_quantised,
-    save_initial_model,
-    save_model,
-)
+from bessemer.model.storage.folder import load_model, save_initial_model, save_model
 from bessemer.model.storage.library import import_advice
+from bessemer.model.storage.model_config import CONFIG, GENERATION_CONFIG, read_model_config, refuse_quantised
 from bessemer.tokenization.existing import Extension, add_tokens
 from bessemer.tokenization.tokenizer import load_tokenizer
 

@@ -106,7 +106,7 @@ def _what_would_fit(context: StageContext) -> str:
     import torch.distributed as dist
 
     from bessemer.distributed.layout import Layout
-    from bessemer.model.storage.folder import read_model_config
+    from bessemer.model.storage.model_config import read_model_config
     from bessemer.scaling.job import Candidate
     from bessemer.scaling.planner import suggest_settings
     from bessemer.training.autotune import AUTOTUNE

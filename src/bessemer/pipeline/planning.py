@@ -69,7 +69,7 @@ def model_of(folder: Path, stages: Sequence[Stage]) -> ModelConfig | None:
     if config is None:
         return None
     if config.init_from is not None:
-        from bessemer.model.storage.folder import read_model_config
+        from bessemer.model.storage.model_config import read_model_config
 
         return read_model_config(folder / config.init_from).with_changes(**config.given)
     tokenize = _last_config(stages, TokenizeConfig)

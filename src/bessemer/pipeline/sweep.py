@@ -54,7 +54,7 @@ def trained_run(folder: Path) -> TrainedRun:
     Earlier losses do not count: they were measured before the learning rate's decay. Raises ArtefactError where no pretraining
     is finished.
     """
-    from bessemer.model.storage.folder import read_model_config
+    from bessemer.model.storage.model_config import read_model_config
 
     run = RunFolder(folder.parent, folder.name)
     run.record()

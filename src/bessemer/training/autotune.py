@@ -29,7 +29,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import check_dtype, choose_device, is_fast
-from bessemer.model.storage.folder import read_model_config
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.training.config import LoopConfig, check_compiler
 from bessemer.training.config_parts import VALIDATIONS
 from bessemer.training.pretrain_config import PretrainConfig

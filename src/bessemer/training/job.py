@@ -15,7 +15,7 @@ from bessemer.core.stage import OpenTasks, TaskScorer
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.adapters.trained import adapters_of
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.folder import read_model_config
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.training.autotune import RunCost, prepare_run
 from bessemer.training.checkpoint.export import save_trained, save_trained_adapter
 from bessemer.training.config import LoopConfig

@@ -31,7 +31,8 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.model.adapters.folder import read_adapter, write_adapter
 from bessemer.model.adapters.trained import adapter_of, is_trained_by_adapter, merged
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.folder import load_model, read_model_config, save_model
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import KeepBetterConfig
 from bessemer.training.data.batch import Batch

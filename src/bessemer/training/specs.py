@@ -40,7 +40,7 @@ def rows_too_long_for_existing(config: LoopConfig, above: Mapping[str, Any], fol
     if model is None or model.init_from is None:
         return None
     from bessemer.model.stage import changed_config, existing_model
-    from bessemer.model.storage.folder import read_model_config
+    from bessemer.model.storage.model_config import read_model_config
 
     existing = read_model_config(existing_model(model.init_from, folder))
     return _longer_rows(config, changed_config(model, existing).max_position_embeddings)

@@ -24,17 +24,8 @@ from bessemer.model.initialisation import empty_decoder
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantisation.quantised_layers import quantised_parts
-from bessemer.model.storage.folder import (
-    SCORE,
-    holds_codes,
-    load_model,
-    load_scorer,
-    new_head,
-    read_model_config,
-    refuse_quantised,
-    refuse_scorer,
-    scorer_config,
-)
+from bessemer.model.storage.folder import SCORE, load_model, load_scorer, new_head, scorer_config
+from bessemer.model.storage.model_config import holds_codes, read_model_config, refuse_quantised, refuse_scorer
 from bessemer.model.storage.weights import StoredTensors, find_tensors
 from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import AdapterConfig

@@ -18,7 +18,8 @@ from bessemer.data.corpus.reader import TRAIN, holds_documents
 from bessemer.data.corpus.search import Passage, passages
 from bessemer.inspection.inspect import piece_of
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.folder import load_model, read_model_config
+from bessemer.model.storage.folder import load_model
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.serving.runtime.bodies import ApiError, Body, read_body
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served

@@ -36,7 +36,8 @@ from bessemer.inference.speculation.verification import propose
 from bessemer.model.attention import is_recurrent
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.storage import read_settings
-from bessemer.model.storage.folder import CONFIG, load_model, read_model_config
+from bessemer.model.storage.folder import load_model
+from bessemer.model.storage.model_config import CONFIG, read_model_config
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 

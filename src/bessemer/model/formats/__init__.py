@@ -145,7 +145,8 @@ def _torch_dtype(dtype: str | None) -> torch.dtype | None:
 def _import_folder(path: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
     """Load a Hugging Face folder, which checks it, and save it in our form, tensor by tensor."""
     from bessemer.core.store import new_folder, read_json, write_json
-    from bessemer.model.storage.folder import CONFIG, GENERATION_CONFIG, load_model, save_model
+    from bessemer.model.storage.folder import load_model, save_model
+    from bessemer.model.storage.model_config import CONFIG, GENERATION_CONFIG
     from bessemer.tokenization.formats.exchange import find_source, import_tokenizer
     from bessemer.tokenization.tokenizer import load_tokenizer
 

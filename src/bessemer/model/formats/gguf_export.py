@@ -34,7 +34,8 @@ from bessemer.model.layers.positions import rotary_frequencies
 from bessemer.model.quantisation.base import Codes
 from bessemer.model.quantisation.quantised_decoder import dequantised_tensors, weight_name
 from bessemer.model.quantisation.quantised_layers import quantised_parts
-from bessemer.model.storage.folder import load_model, read_model_config, refuse_scorer
+from bessemer.model.storage.folder import load_model
+from bessemer.model.storage.model_config import read_model_config, refuse_scorer
 from bessemer.tokenization.chat_templates import template_name
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from bessemer.tokenization.formats.gguf_import import TokenType

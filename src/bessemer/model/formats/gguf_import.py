@@ -22,7 +22,7 @@ from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequant
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.quantisation.base import Codes, Scheme
-from bessemer.model.storage.folder import GENERATION_CONFIG, write_model_config
+from bessemer.model.storage.model_config import GENERATION_CONFIG, write_model_config
 from bessemer.model.storage.weights import Entry, write_weights
 from bessemer.tokenization.formats.gguf_import import import_gguf as import_gguf_tokenizer
 from bessemer.tokenization.formats.gguf_metadata import TensorInfo, read_head

@@ -24,7 +24,7 @@ from bessemer.model.quantisation.base import Scheme
 from bessemer.model.quantisation.integers import BLOCK
 from bessemer.model.quantisation.quantised_decoder import replace_with_quantised_modules, set_dtype
 from bessemer.model.quantisation.storage import quantisable_weights
-from bessemer.model.storage.folder import read_end_tokens
+from bessemer.model.storage.model_config import read_end_tokens
 from bessemer.tokenization.tokenizer import Tokenizer
 
 

@@ -37,7 +37,8 @@ from bessemer.model.layers.cache import AttentionInputs, Cache
 from bessemer.model.layers.feed_forward import Experts, Routing
 from bessemer.model.layers.positions import Rotation
 from bessemer.model.quantisation.quantised_decoder import dequantised
-from bessemer.model.storage.folder import CONFIG, TOKENIZER_FILES, load_model, read_model_config
+from bessemer.model.storage.folder import load_model
+from bessemer.model.storage.model_config import CONFIG, TOKENIZER_FILES, read_model_config
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -28,7 +28,8 @@ from bessemer.model.families.layout import Stored
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.merging.config import METHODS, MergeConfig, describe, is_folder, value_at
 from bessemer.model.merging.methods import DeltaOptions, linear, merge_deltas, slerp
-from bessemer.model.storage.folder import CONFIG, load_model, read_model_config, refuse_quantised, write_model_config
+from bessemer.model.storage.folder import load_model
+from bessemer.model.storage.model_config import CONFIG, read_model_config, refuse_quantised, write_model_config
 from bessemer.model.storage.tuned_folder import tuned_model
 from bessemer.model.storage.weights import Entry, WeightsFile, find_tensors, opening, write_weights
 from bessemer.tokenization.folder import TOKENIZER_FILE

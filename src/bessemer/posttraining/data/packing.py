@@ -23,7 +23,7 @@ import torch
 from bessemer.core.errors import RequestError, SourceError
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.model.storage.folder import read_model_config
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.posttraining.data.encoding import Encoded, Row, RowCounts, RowFitter, encode_answer, encode_turns
 from bessemer.posttraining.data.examples import Conversation, prompt_key
 from bessemer.posttraining.data.formats import Labelled, Pair

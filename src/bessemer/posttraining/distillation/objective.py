@@ -19,8 +19,8 @@ from bessemer.core.store import follow, read_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.layout import TensorBox
-from bessemer.model.storage.folder import CONFIG, read_model_config
 from bessemer.model.storage.library import import_advice
+from bessemer.model.storage.model_config import CONFIG, read_model_config
 from bessemer.model.storage.weights import EMBEDDING, HEAD, find_tensors, read_boxes
 from bessemer.posttraining.chat_models import place_fingerprint
 from bessemer.posttraining.distillation.config import DISTILLATION_LOSSES, DistillationConfig

@@ -13,7 +13,7 @@ from bessemer.core.errors import ConfigError, RequestError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.records import TABLES
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.folder import holds_codes
+from bessemer.model.storage.model_config import holds_codes
 from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, read_examples
 from bessemer.posttraining.data.formats import Turns, messages_of
 from bessemer.posttraining.data.made import data_path, is_data_name

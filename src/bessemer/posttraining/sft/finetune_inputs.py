@@ -16,8 +16,8 @@ from bessemer.data.sources.io.paths import READ_BY
 from bessemer.model.config import ModelConfig
 from bessemer.model.formats import ModelSource, import_model
 from bessemer.model.formats.gguf_import import GgufFile, in_a_family, write_tokenizer
-from bessemer.model.storage.folder import TOKENIZER_FILES, holds_codes, read_model_config
 from bessemer.model.storage.library import download
+from bessemer.model.storage.model_config import TOKENIZER_FILES, holds_codes, read_model_config
 from bessemer.posttraining.data.formats import CONTINUE
 from bessemer.posttraining.data.understanding import DataPlace, open_rows
 from bessemer.posttraining.data.understanding import find_columns as columns_of

@@ -23,7 +23,7 @@ from bessemer.core.usercode import is_user_function
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.folder import read_model_config
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.posttraining.data.examples import (
     BAD_ROWS,
     Conversation,

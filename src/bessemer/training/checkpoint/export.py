@@ -22,7 +22,8 @@ from bessemer.model.adapters.folder import write_adapter
 from bessemer.model.adapters.trained import adapter_of, is_trained_by_adapter, merged
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.model.storage.folder import SCORE, load_model, load_scorer, read_model_config, save_model
+from bessemer.model.storage.folder import SCORE, load_model, load_scorer, save_model
+from bessemer.model.storage.model_config import read_model_config
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.checkpoint.manager import (
     CHECKPOINTS,

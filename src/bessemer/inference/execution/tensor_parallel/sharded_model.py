@@ -39,7 +39,8 @@ from bessemer.model.adapters import Adapter
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.quantisation.storage import read_settings
-from bessemer.model.storage.folder import CONFIG, load_model, read_model_config, refuse_scorer
+from bessemer.model.storage.folder import load_model
+from bessemer.model.storage.model_config import CONFIG, read_model_config, refuse_scorer
 
 
 class Command(NamedTuple):
