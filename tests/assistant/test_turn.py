@@ -466,8 +466,6 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(tokenizer, thinking
     list(Assistant(ScriptedModel(tokenizer, "Warm."), PARAMS).turn(conversation))
     with pytest.raises(RequestError, match="nothing that the assistant could answer"):
         list(Assistant(ScriptedModel(tokenizer), PARAMS).turn(conversation))
-    with pytest.raises(RequestError, match="the chat template has no place for tools"):
-        list(Assistant(ScriptedModel(thinking_tokenizer), PARAMS, [WEATHER]).turn(asked()))
 
 
 def test_settings_that_cannot_work_are_refused(tokenizer):

@@ -255,17 +255,33 @@ def test_weightless_turns_and_those_of_the_prompt_are_context(families):
             encode_turns(PLAIN[:1], [marked[1]], tokenizer)
 
 
+def test_a_template_without_a_place_for_tools_learns_calls_as_they_are_served(families):
+    tokenizer = families("gemma2")
+    *_, (context, learnt) = turns_of(encode_turns((), CALLS[1:], tokenizer, TOOLS))
+    text = tokenizer.decode(context)
+    assert "<tool_response>" in text and "find_weather" in text and learnt
+    calls = [
+        turn for turn in turns_of(encode_turns((), CALLS[1:], tokenizer, TOOLS)) if "<tool_call>" in tokenizer.decode(turn[1])
+    ]
+    assert len(calls) == sum(bool(message.get("tool_calls")) for message in CALLS)
+
+
 def test_rows_that_a_template_cannot_write_are_counted_with_their_places_and_many_end_the_run(families):
     tokenizer = families("gemma2")
     rows = [Row.of(PLAIN, "a.jsonl")] * 60
-    bad = [Row(Row.of(CALLS, "a.jsonl", TOOLS).answered, "a.jsonl", f"a.jsonl:{line}") for line in (7, 9)]
+    twice = [
+        {"role": "user", "content": "One."},
+        {"role": "user", "content": "Two."},
+        {"role": "assistant", "content": "Three."},
+    ]
+    bad = [Row(Row.of(twice, "a.jsonl").answered, "a.jsonl", f"a.jsonl:{line}") for line in (7, 9)]
     examples, counts = fit_conversations([*rows, *bad], tokenizer, 500)
     assert len(examples) >= 60 and counts.left_out == 2
     (sentence,) = counts.sentences("62 conversations")
-    assert sentence.startswith("  2 of 62 conversations are left out: a.jsonl:7: message 3 calls the tool 'find_weather'")
+    assert sentence.startswith("  2 of 62 conversations are left out: a.jsonl:7: ") and "roles must alternate" in sentence
     assert sentence.endswith("1 more (a.jsonl:9)")
     with pytest.raises(
-        SourceError, match=r"4 of 64 conversations cannot be written by the model.s chat template: a\.jsonl:7: message"
+        SourceError, match=r"4 of 64 conversations cannot be written by the model.s chat template: a\.jsonl:7: .*alternate"
     ):
         fit_conversations([*rows, *bad, *bad], tokenizer, 500)
 

@@ -221,6 +221,23 @@ def test_the_plain_template_refuses_tools(trained, given):
         trained("bpe", "plain")[0].render_chat(**given)
 
 
+@pytest.mark.parametrize("messages", [TOOL_MESSAGES, [{"role": "system", "content": "Be brief."}, *TOOL_MESSAGES]])
+def test_a_template_without_a_place_for_tools_gets_them_in_words_as_ours_has_them(messages):
+    def text_and_control_tokens(template, tools):
+        segments = foreign(template).segments(messages, True, tools)
+        text = "".join(segment.text for segment in segments)
+        return text, [segment.text for segment in segments if segment.is_control]
+
+    for tools in (TOOLS, None):
+        assert text_and_control_tokens(OLD_CHATML, tools) == text_and_control_tokens(CHAT_TEMPLATES["chatml"], tools)
+
+
+def test_where_a_template_refuses_a_system_message_the_first_message_describes_the_tools():
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + OLD_CHATML
+    text = "".join(segment.text for segment in foreign(refusing).segments([MESSAGES[0]], True, TOOLS))
+    assert text.startswith("<|endoftext|><|im_start|>user\n# Tools") and f"</tool_call>\n\nWhat does it do?" in text
+
+
 def test_a_line_break_shared_with_the_template_is_the_templates(tokenizer):
     assert said(tokenizer, [{"role": "assistant", "content": "\nx"}]) == "x<|im_end|>"
 

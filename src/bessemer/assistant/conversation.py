@@ -102,13 +102,6 @@ class Transcript:
         self.weight_versions += [weight_version] * len(ids)
 
 
-def takes_tools(chat_template: str | None) -> bool:
-    """Whether a chat template describes tools, or writes calls of them at least. DeepSeek's do that alone: the system message
-    describes them."""
-    text = chat_template or ""
-    return "tools" in text or "tool_calls" in text
-
-
 def with_system_in_place(messages: list[Message], tokenizer: Tokenizer) -> list[Message]:
     """The messages as the chat template takes them: system messages at the beginning alone, unless it writes them anywhere."""
     is_later = any(message.role == "system" for message in messages[1:])
@@ -196,14 +189,12 @@ class Conversation:
     def encode(self, tokenizer: Tokenizer) -> None:
         """Encode the new messages into the transcript, up to where the assistant speaks next.
 
-        Raises RequestError where the chat template refuses it, has no place for the tools, or cannot be continued in tokens.
+        Raises RequestError where the chat template refuses it, or cannot be continued in tokens.
         """
         messages, transcript = self.template_inputs(), self.transcript
         if self._encoded == len(messages):
             return
         tools = self._tools or None
-        if tools and not takes_tools(tokenizer.chat_template):
-            raise RequestError(f"{tokenizer.folder}: the chat template has no place for tools; offer none to this model")
         if not transcript.ids:
             transcript.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools))
         else:

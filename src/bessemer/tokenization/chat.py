@@ -22,7 +22,13 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from bessemer.core.errors import RequestError
-from bessemer.tokenization.chat_templates import MARKED_TEMPLATES, CompiledTemplate, TemplateError, template_name
+from bessemer.tokenization.chat_templates import (
+    MARKED_TEMPLATES,
+    TOOLS_IN_WORDS,
+    CompiledTemplate,
+    TemplateError,
+    template_name,
+)
 from bessemer.tokenization.control_tokens import ControlTokens, StandIns, map_strings, split_at, strings_of
 
 #: A message: `role` and `content`, and `tool_calls` for calls of tools. Templates may read other keys.
@@ -86,6 +92,22 @@ class ChatTemplate:
     def marks_generation(self) -> bool:
         """Whether `{% generation %}` marks what the assistant says."""
         return self._template.marks_generation
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template describes tools, or writes calls of them at least. DeepSeek's do that alone: the system message
+        describes them."""
+        return "tools" in self.text or "tool_calls" in self.text
+
+    @cached_property
+    def writes_system(self) -> bool:
+        """Whether the template writes a system message; Gemma's refuses it, others leave it out."""
+        messages = [{"role": "system", "content": "first words"}, {"role": "user", "content": "a question"}]
+        variables = {**self._variables, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            return "first words" in self._template.render(variables, ("", ""))
+        except TemplateError:
+            return False
 
     def with_thinking(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with `reasoning_content` under the name `thinking` too, where the template reads that one, as that of
@@ -264,12 +286,15 @@ class EscapedConversation:
         return max((match.start() for match in self._of._control.pattern.finditer(text)), default=0)
 
     def _render(self, given: Mapping[str, Any], messages: int, add_generation_prompt: bool) -> str:
+        rendered, tools = given["messages"][:messages], given["tools"]
+        if not self._of.takes_tools:
+            rendered, tools = with_tools_in_words(rendered, tools, in_system=self._of.writes_system), None
         variables = {
             **self._of._variables,
-            "messages": given["messages"][:messages],
-            "tools": given["tools"],
+            "messages": rendered,
+            "tools": tools,
             # SmolLM3's name of tools that are called in JSON
-            "xml_tools": given["tools"],
+            "xml_tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -277,6 +302,47 @@ class EscapedConversation:
             return self._of._template.render(variables, self._marks)
         except TemplateError as fault:
             raise self._of.refused(fault) from None
+
+
+def with_tools_in_words(
+    messages: Sequence[Message], tools: Sequence[Tool] | None, *, in_system: bool = True
+) -> list[dict[str, Any]]:
+    """Messages for a template without a place for tools, which then stand in the text as Hermes models have them: described in
+    the system message, called in `<tool_call>`, answered by the user in `<tool_response>`, results in a row in one message.
+
+    in_system: whether there may be a system message; otherwise the first message describes them.
+    """
+    placed: list[dict[str, Any]] = []
+    results: dict[str, Any] | None = None
+    for message in messages:
+        if message["role"] == "tool":
+            answer = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if results is None:
+                placed.append(results := {"role": "user", "content": answer})
+            else:
+                results["content"] += f"\n{answer}"
+            continue
+        results = None
+        calls = [_call_in_words(call) for call in message.get("tool_calls") or ()]
+        content = "\n".join(filter(None, [message.get("content"), *calls]))
+        placed.append({**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content})
+    if tools:
+        described = TOOLS_IN_WORDS.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        if placed and placed[0]["role"] == "system":
+            placed[0]["content"] += f"\n\n{described}"
+        elif placed and not in_system:
+            placed[0]["content"] = f"{described}\n\n{placed[0]['content']}"
+        else:
+            placed.insert(0, {"role": "system", "content": described})
+    return placed
+
+
+def _call_in_words(call: Mapping[str, Any]) -> str:
+    function = _function(call)
+    arguments = function.get("arguments", {})
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    name = json.dumps(function.get("name"), ensure_ascii=False)
+    return f'<tool_call>\n{{"name": {name}, "arguments": {written}}}\n</tool_call>'
 
 
 def checked_messages(messages: Sequence[Message], first: int = 0) -> list[dict[str, Any]]:

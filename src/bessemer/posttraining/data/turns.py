@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bessemer.assistant.conversation import takes_tools, with_system_in_place
+from bessemer.assistant.conversation import with_system_in_place
 from bessemer.assistant.messages import Message, MessagePart, as_messages, with_call_ids, with_one_call_each, with_short_ids
 from bessemer.assistant.tool_formats import ToolFormat, format_of
 from bessemer.assistant.written import Piece, calls_of, reads_back, schemas_of
@@ -103,8 +103,7 @@ class TrainedConversation:
     """The turns of a conversation, rendered for training."""
 
     def __init__(self, messages: Sequence[Row], tokenizer: Tokenizer, tools: Sequence[Row] = ()) -> None:
-        """Raises RowError for a conversation with tools where the template has no place for them, and RequestError for
-        malformed messages."""
+        """Raises RequestError for malformed messages."""
         self._tokenizer = tokenizer
         self._format: ToolFormat = format_of(tokenizer)
         self._tools = list(tools)
@@ -116,7 +115,6 @@ class TrainedConversation:
         #: The number of each message of the assistant's among those that were given.
         self._numbers = [numbers.get(place, -1) for place, _ in placed]
         self._places = [place for place, message in enumerate(self._messages) if message.role == "assistant"]
-        self._check_tools()
 
     @cached_property
     def _turns(self) -> ChatTurns:
@@ -275,20 +273,6 @@ class TrainedConversation:
             raise RowError(
                 "the chat template ends what the assistant says by no control token, so that a model would not learn to stop"
             ) from None
-
-    def _check_tools(self) -> None:
-        if takes_tools(self._tokenizer.chat_template):
-            return
-        for number, message in enumerate(self._messages, start=1):
-            for call in message.calls:
-                raise RowError(
-                    f"message {number} calls the tool {call.name!r}, and the model's chat template shows no such calls, so "
-                    "that an answer without it would be learnt; take a model whose template has tools, or leave the row out"
-                )
-        if self._tools:
-            raise RowError(
-                "the model's chat template has no place for tools; take a model whose template has, or leave the row out"
-            )
 
 
 #: Segments at a context's end that may open thinking.
