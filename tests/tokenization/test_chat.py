@@ -235,7 +235,7 @@ def test_a_template_without_a_place_for_tools_gets_them_in_words_as_ours_has_the
 def test_where_a_template_refuses_a_system_message_the_first_message_describes_the_tools():
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + OLD_CHATML
     text = "".join(segment.text for segment in foreign(refusing).segments([MESSAGES[0]], True, TOOLS))
-    assert text.startswith("<|endoftext|><|im_start|>user\n# Tools") and f"</tool_call>\n\nWhat does it do?" in text
+    assert text.startswith("<|endoftext|><|im_start|>user\n# Tools") and "</tool_call>\n\nWhat does it do?" in text
 
 
 def test_a_line_break_shared_with_the_template_is_the_templates(tokenizer):
