@@ -111,24 +111,8 @@ def rl(
                 "servers sample for all"
             )
         sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, environments.new, servers)
-    source: RolloutSource
-    if servers is None:
-        source = RolloutSource(
-            training, judge, tokenizer, config, out, seed=rl_seed, progress=run.progress, held_out=held_out, sampler=sampler
-        )
-    else:
-        source = ServedRolloutSource(
-            training,
-            judge,
-            tokenizer,
-            config,
-            out,
-            seed=rl_seed,
-            progress=run.progress,
-            held_out=held_out,
-            sampler=sampler,
-            servers=servers,
-        )
+    kind = RolloutSource if servers is None else ServedRolloutSource
+    source = kind(sampler, training, out, run.progress, held_out)
     others = []
     if config.critic is not None:
         others.append(_critic(job, config.critic, model if config.critic.start == "policy" else reward_model))

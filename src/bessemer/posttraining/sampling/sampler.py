@@ -70,10 +70,10 @@ class Sampler:
 
     def __init__(self, tokenizer: Tokenizer, settings: SamplerSettings, seed: int, servers: ServedPolicy | None = None) -> None:
         """servers: that sample in place of an engine of this process; of several processes the first one asks them."""
-        self._servers = servers
-        self._tokenizer = tokenizer
+        self.servers = servers
+        self.tokenizer = tokenizer
         self._settings = settings
-        self._seed = seed
+        self.seed = seed
         self._models: ModelRoles | None = None
         self._engine: Engine | CollectiveEngine | None = None
         #: Name of the policy's adapter in the engine; None: merged, or there is none.
@@ -93,8 +93,8 @@ class Sampler:
     def sampling(self) -> Iterator[SamplingEngine]:
         """The engine with the policy's current weights, of all processes of a mesh. Leaves the random state unchanged."""
         models = self.models
-        if self._servers is not None:
-            yield self._servers.with_weights_of(models)
+        if self.servers is not None:
+            yield self.servers.with_weights_of(models)
             return
         with models.prepared(POLICY) as prepared, torch.random.fork_rng(), ExitStack() as entered:
             model = prepared.model
@@ -131,7 +131,7 @@ class Sampler:
         rounded = rounded_copy(model, settings.weights)
         kernels: Literal["on", "off"] = "off" if settings.cpu_kernels == "off" or library() is None else "on"
         engine = Engine(
-            rounded, self._tokenizer, config=self._engine_config(rounded, kernels).with_changes(kv_cache_dtype="auto")
+            rounded, self.tokenizer, config=self._engine_config(rounded, kernels).with_changes(kv_cache_dtype="auto")
         )
         engine.update_weights(version=self.models.version)
         return engine
@@ -153,9 +153,9 @@ class Sampler:
         models, config = self.models, self._engine_config(model, kernels)
         engine: Engine | CollectiveEngine
         if models.mesh.alone:
-            engine = Engine(model, self._tokenizer, config=config)
+            engine = Engine(model, self.tokenizer, config=config)
         else:
-            engine = CollectiveEngine(model, self._tokenizer, models.mesh, config)
+            engine = CollectiveEngine(model, self.tokenizer, models.mesh, config)
         if self.adapter is not None:
             engine.load_adapter(self.adapter, models.adapter())
         return engine
@@ -206,7 +206,7 @@ class Sampler:
                 temperature=0.0 if greedy else settings.temperature,
                 max_tokens=settings.max_tokens,
                 stop=list(prompt.stop if settings.stop is None else settings.stop),
-                seed=derive_seed(self._seed, *seeds, place),
+                seed=derive_seed(self.seed, *seeds, place),
             )
             for place, (prompt, _) in zip(range(len(prompts)) if places is None else places, prompts, strict=True)
         ]
