@@ -197,7 +197,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
         return _stage(folder.parent, examples)
     if documents := _bare_documents(folder):
         from bessemer.data.corpus.stats import folder_stats
-        from bessemer.views.corpus_terminal import show_corpus
+        from bessemer.views.data_terminal import show_corpus
 
         return show_corpus({documents.name: folder_stats(documents)}, examples=examples)
     raise ArtefactError(f"{thing}: holds nothing that Bessemer made (no manifest, config.json or tokenizer.json)")
@@ -235,7 +235,7 @@ def _stage(folder: Path, examples: int) -> RenderableType:
     stage, metrics = manifest["stage"], manifest["metrics"]
     if "documents_out" in metrics:
         from bessemer.data.corpus.dataset_card import lineage
-        from bessemer.views.corpus_terminal import show_corpus
+        from bessemer.views.data_terminal import show_corpus
 
         line = lineage(folder / "documents")
         stages: dict[str, Metrics] = {}

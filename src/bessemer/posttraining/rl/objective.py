@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bessemer.core.errors import BessemerError
 from bessemer.model.decoder import Decoder
-from bessemer.posttraining.rl.config import AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES, RLConfig
+from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.losses import (
     Aggregation,
     Correction,
@@ -26,6 +26,7 @@ from bessemer.posttraining.rl.losses import (
     k1,
     policy_loss,
 )
+from bessemer.posttraining.rl.methods import AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
 from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import target_log_probs
