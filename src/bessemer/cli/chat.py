@@ -130,7 +130,7 @@ def converse(
 
     interactive = sys.stdin.isatty()
     if interactive:
-        # Windows has none
+        # Windows has no readline
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (its import gives `input` a history and line editing)
         print(engine.arithmetic)

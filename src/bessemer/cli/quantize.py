@@ -75,7 +75,7 @@ def quantize(
             folder,
             unfinished,
             calibration=text.train,
-            # a text of --evaluate is used whole where nothing of it is held out
+            # a text of --evaluate without a held-out part is used whole
             held_out=held_out.held_out or (held_out.train if evaluate is not None else None),
             sample=check,
             seed=seed,

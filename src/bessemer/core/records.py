@@ -135,7 +135,7 @@ _LOGGED: set[tuple[str, ...]] = set()
 
 
 def read_table(path: Path) -> RecordTable:
-    """The rows of a file with notes on how it was read, and the rows that cannot be. Reads and raises as `read_records`."""
+    """The rows of a file, the rows that cannot be read, and notes on how it was read. Raises as `read_records`."""
     file, part = split_part(path)
     suffix = _suffix(file.name)
     reader = _READERS.get(suffix)

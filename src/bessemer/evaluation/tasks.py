@@ -250,7 +250,7 @@ class TaskScores:
         return {name: float(figures["accuracy"]) for name, figures in results.items()}
 
     def item_scores(self, model: Any, tokenizer: Path) -> dict[str, dict[str, ItemScore]]:
-        """The same by task and item."""
+        """Score of each item by task of a decoder with its present weights."""
         with _unchanged_random_state(model):
             return score_items(Engine(model, self._load(tokenizer)), self._tasks)
 

@@ -86,8 +86,8 @@ class EncoderEmbedder:
     """An encoder's folder, with what `sentence-transformers` says of its use where it says anything: else the mean is taken."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        """Raises ArtefactError for a folder without an encoder or a tokenizer, and for steps behind the encoder that are not
-        known."""
+        """Raises ArtefactError for a folder without an encoder or a tokenizer, and for an unknown module in its
+        `modules.json`."""
         self._folder = folder
         self._encoder = load_encoder(folder, device)
         self._device = torch.device(device)

@@ -200,7 +200,7 @@ class Objective(ABC):
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
         """The terms of a micro-batch for the model of a role, which is called once for each trained role.
 
-        A pipeline's last stage is the model there: it must be asked for hidden states once, those of the batch's own tokens.
+        In a pipeline `model` is the last stage: call it for hidden states exactly once, with the batch's own tokens.
         """
 
     def annotate(self, models: ModelRoles, batch: Batch) -> Batch:

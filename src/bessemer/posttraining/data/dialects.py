@@ -60,7 +60,7 @@ def messages_in(value: Any, key: str) -> list[Any]:
         messages += _messages_of(turn, f"{key}: turn {number}")
     first = next((place for place, one in enumerate(messages) if _role(one) != "system"), len(messages))
     if first > 1:
-        # system and developer
+        # several messages of the system or the developer at the beginning become one
         texts = [str(one.get("content") or "") for one in messages[:first]]
         messages[:first] = [{"role": "system", "content": "\n\n".join(filter(None, texts))}]
     return messages

@@ -171,7 +171,7 @@ class RowCounts:
             )
 
 
-#: Rows left out that are named after the first.
+#: Most places of left-out rows that a message lists after the first one, which it quotes.
 _NAMED_ROWS = 5
 
 

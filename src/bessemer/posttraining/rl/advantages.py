@@ -26,7 +26,7 @@ from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.model_roles import ModelRoles
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 
-#: Added to a standard deviation (TRL's and DeepSeekMath's implementations).
+#: Added to a standard deviation before it divides, as TRL and DeepSeekMath do.
 _EPSILON = 1e-4
 
 #: Arguments: rewards of answers, (R,), and answers per prompt. Returns advantages, (R,).

@@ -38,11 +38,12 @@ OLD, TOKEN_REFERENCE_LOG_PROBS = "old_log_probs", "reference_log_probs"
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """Numbers of the objective.
+    """Settings of the objective that are numbers or switches.
 
-    temperature: of the samples. beta: weight of the divergence in the loss; weighted_divergence: it is multiplied by the ratio
-    of policies too. answers, longest: of a whole step, for the aggregation that divides by a constant. bitwise_consistent:
-    whether log-probabilities must be the sampler's to the bit.
+    temperature: that of the samples. answers: completions of a whole step, and longest: most tokens of one; the aggregation
+    `constant` divides by their product. beta: weight of the divergence in the loss. weighted_divergence: whether the divergence
+    is also multiplied by the ratio of policies. bitwise_consistent: whether log-probabilities must equal the sampler's to the
+    bit.
     """
 
     temperature: float

@@ -31,7 +31,7 @@ from bessemer.posttraining.sampling.samples import Sample
 from bessemer.posttraining.sampling.served_policy import ServedModel, ServedPolicy
 from bessemer.tokenization.tokenizer import Tokenizer
 
-#: Threads for environments that say that they wait.
+#: Threads of a rollout whose environment has the attribute `waits`, where no setting gives their number.
 DEFAULT_THREADS = 32
 
 
@@ -96,7 +96,7 @@ class PolicySampler(Sampler):
         return False
 
     def groups_of(self, samples: Sequence[Sample], judgement: Judgement, size: int) -> list[JudgedGroup]:
-        """Judged samples by prompt, `size` of each, NaN where a sample is left out."""
+        """Samples and their rewards grouped by prompt, `size` samples each; rewards of a sample that is left out are NaN."""
         totals_R = torch.tensor(judgement.totals, dtype=torch.float64)
         rewards_RK = torch.tensor(
             [[math.nan if value is None else value for value in values] for values in judgement.values], dtype=torch.float64

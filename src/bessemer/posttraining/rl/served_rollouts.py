@@ -43,13 +43,13 @@ class GroupCollector:
         self._calls: dict[int, Future[Judged]] = {}
 
     def begin(self, numbers: Sequence[int]) -> None:
-        """Let groups begin, those of which that have not."""
+        """Begin those of the groups that have not begun."""
         for number in numbers:
             if number not in self._calls:
                 self._calls[number] = self._recalled(number) or self._threads.submit(partial(self._made, number))
 
     def take(self, number: int) -> Judged:
-        """A group that has begun; waits for it. Raises what its making raised."""
+        """Wait for a group that has begun, and return it. Raises the error that sampling or judging it raised."""
         judged = self._calls[number].result()
         del self._calls[number]
         return judged

@@ -193,13 +193,14 @@ class Packed:
         return self.of_samples(self.batch.sequence_sums(values_BT)) / self.target_counts.clamp(min=1)
 
 
-#: Rows of completions that share prompts are at most as long as this, or as two of the longest samples: longer ones spend time
-#: on masked attention.
+#: Where completions share a prompt in a row, the longest row: this many tokens, or twice the longest sample if that is more. In
+#: longer rows most of the attention is masked, which costs time.
 _SHARED_ROW = 256
 
 
 class _Together(NamedTuple):
-    """Neighbouring samples of one prompt, which a row holds once. size: its tokens and those of all completions."""
+    """Neighbouring samples of one prompt, which stands once in their row. first, number: their place among all samples and how
+    many they are. size: tokens of the prompt and of all completions."""
 
     first: int
     number: int
@@ -251,7 +252,7 @@ def pack_samples(
 
 
 def _arranged(samples: Sequence[Sample], layout: Layout, shared_row: int | None) -> tuple[int, list[_Together]]:
-    """Tokens of a row, and the samples that come into one together."""
+    """The length of a row in tokens, and the samples in groups that stay together in a row."""
     longest = max(len(sample.ids) - 1 for sample in samples)
     if shared_row is None:
         return layout.row_length(longest), [_Together(place, 1, len(sample.ids) - 1) for place, sample in enumerate(samples)]

@@ -48,7 +48,7 @@ class Finding:
 
     @property
     def is_hazard(self) -> bool:
-        """Whether it is of a category that the policy does not allow."""
+        """Whether the answer falls into a category that the policy does not allow."""
         return bool(self.hazards)
 
 

@@ -8,7 +8,7 @@ from bessemer.core.config import Config, setting
 
 #: Seconds that a client's question waits for an answer; the client gives up after 45.
 ANSWER_SECONDS = 20.0
-#: Answers that are kept for clients that ask again, and their bytes together.
+#: Results are kept for clients that ask again: how many, and how many bytes in all.
 KEPT_ANSWERS, KEPT_BYTES = 20_000, 1 << 28
 #: Requests of one run that may wait for their turn.
 MOST_WAITING = 4096

@@ -127,7 +127,7 @@ class TinkerService:
         return session
 
     def session(self, id: str, owner: str) -> Session:
-        """A client's session, which was heard of now. Raises ApiError (404)."""
+        """A client's session; the call counts as a sign of life. Raises ApiError (404)."""
         session = self._sessions.get(id)
         if session is None or session.owner != owner:
             raise ApiError(f"there is no session {id[:80]!r}: it ended, or the server was restarted", status=404)

@@ -33,7 +33,7 @@ from bessemer.serving.tinker.training import LoraSettings
 
 _FORMAT = 1
 _RUN, _CHECKPOINT, _STATE = "run.json", "checkpoint.json", "state.safetensors"
-#: Ending of weights that are whole and have not got their name yet.
+#: Suffix of a folder of weights that is complete and not renamed yet.
 _NEW = ".new"
 #: A name that a client may give to weights: a part of a path, and none that leads elsewhere.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")

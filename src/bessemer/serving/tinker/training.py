@@ -42,7 +42,7 @@ from bessemer.training.trainer import Trainer
 
 #: α of every adapter: updates are scaled by α / rank (Schulman et al. 2025, "LoRA without regret").
 ALPHA = 32.0
-#: Layers by the setting of a run that trains them, by the part of their name.
+#: Setting of a run → part of the names of the layers that it trains.
 _PARTS = {"train_attn": "self_attn", "train_mlp": "mlp"}
 
 
