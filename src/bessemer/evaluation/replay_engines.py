@@ -1,6 +1,6 @@
-"""Engines of a replay: what opens a form of a model, answers greedily, and gives logits after a prefix.
+"""Engines of a replay: each opens a form of a model, answers greedily, and gives logits after a prefix.
 
-`replay.py` compares them.
+`replay.py` compares their answers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Runtime(Protocol):
     name: str
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where the assistant speaks, by the model's own template and tokenizer; of a model without
-        a template of the last message's text."""
+        """Ids of a conversation up to where the assistant speaks, by the model's own template and tokenizer; without a
+        template, ids of the last message's text."""
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens after a prompt, without the end token."""
@@ -36,10 +36,10 @@ class Runtime(Protocol):
         """The tokens that end an answer."""
 
     def scores(self, prefix: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        """Logits of tokens after a prefix, but for a constant."""
+        """Logits of tokens after a prefix, up to a constant that is the same for all tokens."""
 
     def text(self, token: int) -> str:
-        """A token, readable."""
+        """A token as readable text."""
 
 
 class OurEngine:
@@ -47,7 +47,7 @@ class OurEngine:
 
     def __init__(self, place: Path, device: str = "cpu") -> None:
         self.name = "bessemer"
-        # one by one, as the others answer
+        # one request at a time, as in the other engines
         self._engine = Engine(place, device=device, config=EngineConfig(max_num_seqs=1, prefix_cache=False))
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
@@ -82,7 +82,7 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        # its warnings are for its own callers
+        # its warnings are meant for programmers
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.name = "transformers"
@@ -111,7 +111,7 @@ class TransformersEngine:
         tokens: list[int] = []
         given, cache = self._torch.tensor([list(prompt)]), None
         with self._torch.no_grad(), warnings.catch_warnings():
-            # the cache's argument has another name in the next versions
+            # later versions rename the argument `past_key_values`, and this one warns of it
             warnings.simplefilter("ignore", FutureWarning)
             for _ in range(max_tokens):
                 out = self._model(given, past_key_values=cache, use_cache=True)

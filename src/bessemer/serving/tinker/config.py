@@ -6,15 +6,15 @@ from typing import Literal
 
 from bessemer.core.config import Config, setting
 
-#: Seconds that a client's question waits for an answer; the client gives up after 45.
+#: Seconds that a client's request for a result is held open; the client gives up after 45.
 ANSWER_SECONDS = 20.0
 #: Results are kept for clients that ask again: how many, and how many bytes in all.
 KEPT_ANSWERS, KEPT_BYTES = 20_000, 1 << 28
 #: Requests of one run that may wait for their turn.
 MOST_WAITING = 4096
-#: Sampling requests that wait; more are refused for now, with 429.
+#: Most sampling requests that wait; further ones are refused with 429.
 MOST_SAMPLING = 16_384
-#: Seconds between two looks for sessions that have ended and weights that have expired.
+#: Seconds between two checks for silent sessions and expired weights.
 UPKEEP_SECONDS = 30.0
 #: Largest rank of an adapter.
 LARGEST_RANK = 1024
