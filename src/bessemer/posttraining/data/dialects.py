@@ -137,7 +137,7 @@ def _others(turn: Mapping[str, Any], message: Message, where: str) -> Message:
     if thought is not None:
         kept["reasoning_content"] = thought
     learnt = next((turn[name] for name in _LEARNT if turn.get(name) is not None), None)
-    # for turns of others the key has no effect
+    # other dialects have this key on every turn; it matters only on the assistant's
     if learnt is not None and (message["role"] == "assistant" or "weight" in turn):
         kept["weight"] = int(learnt) if isinstance(learnt, bool) or learnt in (0, 1) else learnt
     return kept

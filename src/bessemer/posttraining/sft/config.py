@@ -94,14 +94,14 @@ class SFTConfig(TuningConfig):
     )
 
     def fitted_to(self, longest: int) -> Self:
-        """These settings with rows within a model's context, unless their length is given."""
+        """These settings with rows no longer than a model's context, unless their length is given."""
         if self.has_given_length or self.context_length <= longest:
             return self
         return self.with_changes(context_length=longest)
 
     @property
     def has_given_length(self) -> bool:
-        """Whether somebody said how long rows are."""
+        """Whether the length of rows is given."""
         return "context_length" in self.model_fields_set
 
     @property
@@ -125,7 +125,7 @@ class SFTConfig(TuningConfig):
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
         for name, weight in self.weights.items():
-            # a recipe may inherit weights of data that it does not read
+            # a recipe may inherit weights for data that it does not use
             if name not in self.data and name not in MADE_DATA and not name.startswith(TASK):
                 raise ValueError(f"weights: {name!r} is not in data{nearest(name, self.data)}")
             if not 0 < weight <= 1000:
@@ -158,9 +158,9 @@ Method = Literal["full", "lora", "qlora"]
 FULL_LEARNING_RATE = 1e-5
 
 
-#: General tasks that are asked where none are named; they bring their data.
+#: Default general tasks, whose data come with the package.
 GENERAL_TASKS = ("general_knowledge", "general_texts")
-#: Items of each at most, so that the time is bounded.
+#: Most items of each general task, which bounds the time.
 GENERAL_LIMIT = 100
 
 
@@ -242,7 +242,7 @@ class FinetuneConfig(Config):
 
     @property
     def codes(self) -> Literal["int8", "int4", "nf4"]:
-        """The scheme of frozen weights of `qlora`."""
+        """The scheme of the frozen weights under `qlora`."""
         return self.base_dtype if self.base_dtype in ("int8", "int4", "nf4") else "int4"
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ AI_PREFERENCES_VERSION = 2
 
 
 class PrincipledConfig(Config):
-    """Settings of both stages: prompts, answers of an earlier model, a policy and a critic."""
+    """Settings that `revise` and `ai_preferences` share: prompts, answers of an earlier model, a policy and a critic."""
 
     shorthand: ClassVar[str | None] = "data"
 
@@ -42,7 +42,7 @@ class PrincipledConfig(Config):
 
 
 class ReviseConfig(PrincipledConfig):
-    """The stage `revise`: a model answers prompts, its answers are criticised by principles and written anew."""
+    """The stage `revise`: a model answers prompts; its answers are criticised by principles and rewritten."""
 
     rounds: int = setting(1, "Critiques and revisions of an answer, one behind the other, by one principle each.", ge=1)
 
@@ -61,7 +61,7 @@ HONESTY_VERSION = 2
 
 
 class HonestyConfig(Config):
-    """The stage `honesty`: pairs from documentation, of questions that it answers and of questions that it does not."""
+    """The stage `honesty`: pairs for questions that the documentation answers, and for questions that it does not."""
 
     shorthand: ClassVar[str | None] = "pairs"
 
