@@ -113,13 +113,13 @@ def show(
         ),
     ],
     against: Annotated[
-        list[str], typer.Option("--against", help="Another tokenizer to show THING beside: folder, run, .json, .gguf, .model.")
+        list[str], typer.Option("--against", help="Another tokenizer to compare THING with: folder, run, .json, .gguf, .model.")
     ] = [],  # noqa: B006 - typer wants the value itself
     text: Annotated[
         list[Path], typer.Option("--text", help="A text to measure tokenizers on; the first one is shown in its tokens.")
     ] = [],  # noqa: B006
     examples: Annotated[
-        int, typer.Option(help="Of a corpus: texts shown that were kept, and that were dropped for each reason.", min=0)
+        int, typer.Option(help="A corpus: how many kept texts to show, and how many dropped for each reason.", min=0)
     ] = 2,
     card: Annotated[bool, typer.Option("--card", help="Of a corpus: print its dataset card, in Markdown.")] = False,
     runs: Runs = Path("runs"),

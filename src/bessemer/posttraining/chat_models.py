@@ -25,7 +25,7 @@ class ChatModelConfig(JudgeConfig):
     """A model that writes or judges: at an OpenAI-compatible URL, or in a folder on this machine."""
 
     max_tokens: int = setting(512, "longest answer", unit="tokens", ge=1)
-    temperature: float = setting(0.0, "of its answers; 0: the likeliest token each time", ge=0, allow_inf_nan=False)
+    temperature: float = setting(0.0, "temperature of its answers; 0: the likeliest token each time", ge=0, allow_inf_nan=False)
 
 
 #: Files of a model's folder that decide what it answers; the first is in every such folder.

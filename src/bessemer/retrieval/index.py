@@ -39,10 +39,13 @@ class IndexConfig(Config):
     """How documents are cut and embedded."""
 
     passage_characters: int = setting(1000, "longest passage", unit="characters", ge=100, le=20_000)
-    overlap_characters: int = setting(120, "most that neighbouring passages share, in whole sentences", unit="characters", ge=0)
+    overlap_characters: int = setting(
+        120, "most characters that neighbouring passages share, in whole sentences", unit="characters", ge=0
+    )
     embedder: str = setting(
         "minilm",
-        "what gives passages vectors: minilm, the folder of an encoder or of a language model, URL#MODEL; none: words alone",
+        "embedder of the passages: minilm, the folder of an encoder or of a language model, or URL#MODEL; none: search by "
+        "words only",
     )
 
 

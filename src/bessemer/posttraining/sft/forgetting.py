@@ -108,11 +108,11 @@ def _finite(low: float, high: float) -> list[float] | None:
 class Limits(Config):
     """Limits for scripts: `bessemer finetune` ends with exit code 3 where a result does not meet one."""
 
-    fail_if_worse: bool = setting(False, "Break where the loss of what was held out is higher than before, with certainty.")
-    min_improvement: float | None = setting(None, "Least fall of the mean loss of what was held out.", unit="nats a token")
-    max_loss: float | None = setting(None, "Highest mean loss of what was held out, at the end.", unit="nats a token")
+    fail_if_worse: bool = setting(False, "Fail if the held-out loss is higher than before, with its whole interval.")
+    min_improvement: float | None = setting(None, "Least fall of the mean held-out loss.", unit="nats a token")
+    max_loss: float | None = setting(None, "Highest mean held-out loss at the end.", unit="nats a token")
     max_forgetting: float | None = setting(
-        None, "Highest mean rise of the loss of right answers to general tasks.", unit="nats a token"
+        None, "Largest rise of the mean loss of right answers to general tasks.", unit="nats a token"
     )
 
     def check(self, *, asks_tasks: bool) -> None:

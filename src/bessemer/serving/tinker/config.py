@@ -28,20 +28,18 @@ class TrainingSettings(Config):
     device: str = setting("auto", "auto, cpu, cuda or mps", affects_output=False)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of matmuls, and of the frozen matrices")
     micro_batch_tokens: int = setting(
-        2048, "tokens of examples that are computed at once, padding included", unit="tokens", affects_output=False, ge=1
+        2048, "tokens of a micro-batch, padding included", unit="tokens", affects_output=False, ge=1
     )
-    recompute: bool = setting(
-        False, "compute the blocks again in the backward pass: less memory, more time", affects_output=False
-    )
+    recompute: bool = setting(False, "recompute the blocks in the backward pass: less memory, more time", affects_output=False)
 
 
 class TinkerLimits(Config):
     """What a Tinker server holds at once."""
 
-    max_runs: int = setting(8, "training runs in memory", unit="runs", affects_output=False, ge=1)
-    max_adapters: int = setting(16, "saved weights that are sampled from", unit="adapters", affects_output=False, ge=1)
+    max_runs: int = setting(8, "most training runs in memory", unit="runs", affects_output=False, ge=1)
+    max_adapters: int = setting(16, "saved weights that are loaded for sampling", unit="adapters", affects_output=False, ge=1)
     snapshots: int = setting(
-        8, "weights of a run that were saved for a sampling client, without a name", unit="adapters", affects_output=False, ge=1
+        8, "copies of a run's weights that were saved for sampling without a name", unit="adapters", affects_output=False, ge=1
     )
     idle_minutes: float = setting(
         30.0,

@@ -36,9 +36,9 @@ _SHORT = 30.0
 class OpenEnvOptions(Config):
     """The setting `environment_options` of a server of OpenEnv."""
 
-    action: str | None = setting(None, "Field of the action that the policy's text is.")
+    action: str | None = setting(None, "The action's field that gets the policy's text.")
     fields: dict[str, Any] = setting(default_factory=dict, description="Further fields of every action.")
-    observation: str | None = setting(None, "Field of the observation that the policy is shown.")
+    observation: str | None = setting(None, "The observation's field that the policy is shown.")
     instructions: str | None = setting(None, "Text before the first observation.")
     tasks: int = setting(1000, "Tasks of `data: [environment]`, one a seed.", ge=1)
     seconds: float = setting(60.0, "Longest wait for a step.", gt=0)
