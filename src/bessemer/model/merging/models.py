@@ -297,7 +297,7 @@ def check_alike(sources: Sequence[MergeSource], *, merged: int) -> None:
         names = list(templates)
         other_name = next(name for name in names if templates[name] != templates[names[0]])
         raise ArtefactError(
-            f"{other_name}: another chat template than {names[0]}'s, and the merged model would know its own only "
+            f"{other_name}: another chat template than {names[0]}'s, so the merged model would know its own only "
             "in part; merge models that were tuned on one template"
         )
 
