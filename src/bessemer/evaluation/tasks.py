@@ -97,7 +97,8 @@ def score_tasks(engine: Engine, tasks: Sequence[Task]) -> dict[str, dict[str, An
 
 
 def score_items(engine: Engine, tasks: Sequence[Task]) -> dict[str, dict[str, ItemScore]]:
-    """The scores of a model as it is now, by task and item, of several forms those of the better one; nothing is written."""
+    """Scores of each item by task, of a model with its present weights; where a task has several forms, those of the better
+    one. Writes nothing."""
     scores = {}
     for task in tasks:
         lines = _answered(engine, task)

@@ -217,7 +217,7 @@ class DequantisedWeights(OwnWeights):
         return [f"quantised weights read out of their codes once ({str(self.dtype).removeprefix('torch.')})"]
 
     def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        # PyTorch multiplies one row by weights in half precision on one thread anyway
+        # for one row of half-precision weights PyTorch uses one thread, so more threads gain nothing
         return self.dtype == torch.float16 and not invariant and rows == 1
 
     def weights_changed(self) -> None:

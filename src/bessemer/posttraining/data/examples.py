@@ -106,7 +106,7 @@ BAD_ROWS = "bad_rows.jsonl"
 
 
 def understood_conversations(rows: RowSet, columns: tuple[str, str] | None = None) -> Understood[Answered]:
-    """Rows for supervised tuning, parsed. columns, and what is raised: as of `RowReader.conversations`."""
+    """Rows parsed for supervised tuning. columns: as in `RowReader.conversations`, and raises the same."""
     if columns is None:
         rows = with_known_names(rows)
         columns = find_columns(rows) if rows.records else None
