@@ -72,7 +72,7 @@ def init(
 def recipes(
     action: Annotated[str | None, typer.Argument(help="`show` prints one recipe.")] = None,
     name: Annotated[str | None, typer.Argument(help="The recipe to show: its name, or a .yaml file.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="With --full: KEY=VALUE …, as of `bessemer run`.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="With --full: KEY=VALUE …, as in `bessemer run`.")] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Show every setting, with the line of the file that it comes from, or its default.")
     ] = False,

@@ -67,7 +67,7 @@ class Record:
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used. number, place: as of `Record`. why: in one line, to stand behind the place."""
+    """A row that cannot be used. number, place: as in `Record`. why: in one line, to stand behind the place."""
 
     number: int
     place: str

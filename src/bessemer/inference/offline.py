@@ -202,7 +202,7 @@ class Reading(ABC):
     ) -> Tensor:
         """A vector for each prompt, (P, D) float32: the mean of its tokens' hidden states, or the state of its last token.
 
-        layer: as of `Capture.states`; None: after the last norm, as the head reads them. normalise: to length 1. Raises as
+        layer: as in `Capture.states`; None: after the last norm, as the head reads them. normalise: to length 1. Raises as
         `capture`.
         """
         last = self.model.config.num_hidden_layers if layer is None else layer

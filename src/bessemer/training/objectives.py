@@ -177,7 +177,7 @@ class LossContext:
     role: str = POLICY
 
     def sum_over_context(self, values: Tensor) -> Tensor:
-        """The sum over the ranks that share this one's rows, as of `Batch.sequence_sums`; differentiable."""
+        """The sum over the ranks that share this one's rows, as in `Batch.sequence_sums`; differentiable."""
         return values if self.mesh.layout.context == 1 else all_reduce(values, self.mesh.context)
 
     def once(self, total: Tensor) -> Tensor:

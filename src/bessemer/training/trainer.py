@@ -135,7 +135,7 @@ class TotalsReducer:
     def reduced_with(
         self, others: Sequence[Tensor], micro_batches: Sequence[Terms], denominators: Mapping[str, float]
     ) -> tuple[LossTotals, list[list[float]]]:
-        """The totals of one batch as of `reduced`, and the numbers of other tensors, which come to the host in the same
+        """The totals of one batch as in `reduced`, and the numbers of other tensors, which come to the host in the same
         transfer; these are not summed."""
         names = self._figure_names(micro_batches)
         terms = list(denominators)

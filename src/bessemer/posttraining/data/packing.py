@@ -96,7 +96,7 @@ class PackedConversations:
 def pack_conversations(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
 ) -> PackedConversations:
-    """Conversations in as few rows as best-fit decreasing finds. truncate, and what is raised: as of `fit_conversations`."""
+    """Conversations in as few rows as best-fit decreasing finds. truncate as in, and raises as, `fit_conversations`."""
     examples, counts = fit_conversations(conversations, tokenizer, context_length, truncate)
     return PackedConversations(pack_examples(examples, tokenizer, context_length), counts)
 
@@ -167,7 +167,7 @@ def _content(packed: Batch) -> str:
 
 
 class PairExample(NamedTuple):
-    """Both answers of a pair. margin, confidence, weight: as of `Pair`."""
+    """Both answers of a pair. margin, confidence, weight: as in `Pair`."""
 
     chosen: Row
     rejected: Row
@@ -234,7 +234,7 @@ def pack_pairs(
     shares_prompts: bool = False,
 ) -> PackedPairs:
     """Pairs in few rows. An answer and its prompt take at most half a row; longer ones are treated as by `RowFitter`.
-    shares_prompts: as of `pack_pair_examples`. Raises SourceError where longer ones are refused."""
+    shares_prompts: as in `pack_pair_examples`. Raises SourceError where longer ones are refused."""
     fitter = RowFitter(context_length // 2, truncate, example)
     packed: list[PairExample] = []
     equal = 0

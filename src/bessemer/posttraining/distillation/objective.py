@@ -183,7 +183,7 @@ class OnPolicyObjective(Objective):
     guards_loss = PolicyObjective.guards_loss
 
     def __init__(self, temperature: float, answers: int, longest: int, *, baseline: bool = True) -> None:
-        """temperature: of the samples. answers, longest: of a whole step, as of `PolicySettings`."""
+        """temperature: of the samples. answers, longest: of a whole step, as in `PolicySettings`."""
         self._policy = PolicyObjective(
             IMPORTANCE,
             TOKEN_MEAN,

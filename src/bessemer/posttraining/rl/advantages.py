@@ -152,7 +152,7 @@ def rewards_to_go(
 ) -> Tensor:
     """Σ γ^l r_{t+l} over the tokens of the mask, from each to its sequence's last; zero outside the mask.
 
-    Generalised advantages with λ = 1 of a critic whose values are 0. Arguments as of `generalised_advantages`.
+    Generalised advantages with λ = 1 of a critic whose values are 0. Arguments as in `generalised_advantages`.
     """
     values_BT = torch.zeros_like(rewards_BT)
     return generalised_advantages(

@@ -115,7 +115,7 @@ class RLConfig(TuningConfig):
     )
     pair_loss: str | None = setting(
         None,
-        "A loss of pairs, as of `preference`, on the best and the worst completion of each prompt, in place of advantages and "
+        "A loss of pairs, as in `preference`, on the best and the worst completion of each prompt, in place of advantages and "
         "of losses of tokens (online DPO); `beta` is then its own.",
         plugins="bessemer.preference_losses",
     )

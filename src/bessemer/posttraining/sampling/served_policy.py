@@ -29,7 +29,7 @@ _KEPT = 2
 
 class ServedPolicy:
     """Servers with the policy's weights. start: folder of the model from which training starts; written versions have its form
-    and tokenizer. folder: where versions are written. temperature, longest: as of `ServerPool.open`.
+    and tokenizer. folder: where versions are written. temperature, longest: as in `ServerPool.open`.
     """
 
     def __init__(

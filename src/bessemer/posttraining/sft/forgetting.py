@@ -63,7 +63,7 @@ def forgetting(before: ItemResults, after: ItemResults) -> dict[str, Any] | None
     elif high < 0:
         answer = "no, these became likelier"
     else:
-        answer = "not to be told"
+        answer = "undecided"
     early, late = (float(np.mean(side)) for side in zip(*losses, strict=True))
     words = (
         f"forgotten of general tasks: {answer}. Loss of right answers {early:.3f} → {late:.3f} nats a token (95 % interval of "

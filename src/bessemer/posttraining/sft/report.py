@@ -133,7 +133,7 @@ def verdict(before_N: np.ndarray, after_N: np.ndarray) -> dict[str, Any]:
     elif high < 0:
         answer = f"no, {size} worse"
     else:
-        answer = "not to be told"
+        answer = "undecided"
     words = (
         f"better than before on what was held out: {answer}. Loss {before:.3f} → {after:.3f} nats a token, "
         f"{abs(estimate.mean):.3f} {'lower' if estimate.mean > 0 else 'higher'} (95 % interval of the fall: {low:.3f} to "

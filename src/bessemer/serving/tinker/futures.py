@@ -135,7 +135,7 @@ class Turns:
     async def wait(self, number: int) -> None:
         """Wait until it is the turn of request `number`. Raises ApiError where that has passed, or the run has ended."""
         if number < self.next:
-            raise ApiError(f"seq_id {number} comes after {self.next - 1}; the run has gone on")
+            raise ApiError(f"seq_id {number} comes after {self.next - 1}; the run is past it")
         if len(self.waiting) >= MOST_WAITING:
             raise ApiError(f"{MOST_WAITING:,} requests of this run wait already; wait for their answers first")
         while number != self.next:
