@@ -162,7 +162,7 @@ def describe_pages(
     return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_num_seqs} sequences at once"
 
 
-#: Rows up to which one of PyTorch's threads is fastest, where the kernels' threads do the matmuls.
+#: Most rows for which PyTorch is fastest with one thread, where the kernels' own threads compute the matmuls.
 _FEW_ROWS = 64
 
 

@@ -34,7 +34,7 @@ _OURS: list[Plugin[PairLoss]] = [
     Plugin("simpo", "mean log-probabilities and a margin, no reference", f"{_LOSSES}:SIMPO"),
     Plugin("orpo", "odds ratio and cross-entropy in one, no reference", f"{_LOSSES}:ORPO"),
 ]
-#: Our own losses, whose settings are known.
+#: Our own losses: for these it is known which settings they use.
 BUILT_IN = tuple(one.name for one in _OURS)
 
 #: Default β. SimPO's applies to mean log-probabilities; 2 is the smallest good value of Meng et al. (2024).

@@ -84,7 +84,7 @@ _OUR_ADVANTAGES: list[Plugin[Advantage]] = [
         f"{_ADVANTAGES}:REINFORCE_PP_BASELINE",
     ),
 ]
-#: Our own losses, whose settings are known.
+#: Our own advantages: for these it is known which settings they use.
 BUILT_IN_ADVANTAGES = tuple(one.name for one in _OUR_ADVANTAGES)
 
 ADVANTAGES: Registry[Advantage] = Registry("advantage", "bessemer.advantages", _OUR_ADVANTAGES)

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from bessemer.core.config import Config, setting
 
-#: Kinds of servers: ours, and two whose routes for new weights are known; `openai` is any other, which is sent none.
+#: Kinds of servers: Bessemer's, two others whose routes for new weights are known, and `openai`, any other, which gets no new
+#: weights.
 ServerKind = Literal["auto", "bessemer", "vllm", "sglang", "openai"]
 
 #: None of them changes what is trained, but for the order in which completions come.
