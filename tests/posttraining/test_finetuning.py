@@ -396,14 +396,14 @@ def test_a_model_without_a_chat_template_gets_one_whose_tokens_it_knows(model_fo
         ([1.9, 2.1, 1.71, 2.0], "yes, clearly better"),
         ([1.97, 2.17, 1.77, 2.07], "yes, a little better"),
         ([3.0, 3.1, 2.9, 3.2], "no, much worse"),
-        ([2.5, 1.5, 2.4, 1.7], "not to be told"),
+        ([2.5, 1.5, 2.4, 1.7], "undecided"),
     ],
 )
 def test_the_verdict_has_a_size_and_needs_an_interval_on_one_side_of_zero(after, said):
     found = verdict(np.array([2.0, 2.2, 1.8, 2.1]), np.array(after))
     assert f"held out: {said}. Loss 2.025 →" in found["verdict"]
     assert found["better"] == said.startswith("yes")
-    assert found["size"] == (None if said == "not to be told" else said.split(", ")[1].rpartition(" ")[0])
+    assert found["size"] == (None if said == "undecided" else said.split(", ")[1].rpartition(" ")[0])
 
 
 def test_the_end_counts_what_was_learnt_cut_and_left_out(tmp_path):

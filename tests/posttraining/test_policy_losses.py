@@ -8,7 +8,6 @@ import torch
 
 from bessemer.posttraining.rl import advantages
 from bessemer.posttraining.rl.advantages import decoupled, generalised_advantages, is_informative
-from bessemer.posttraining.rl.config import ADVANTAGES, AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
 from bessemer.posttraining.rl.losses import (
     CorrectionSettings,
     PolicyLossSettings,
@@ -18,6 +17,7 @@ from bessemer.posttraining.rl.losses import (
     policy_loss,
     value_loss,
 )
+from bessemer.posttraining.rl.methods import ADVANTAGES, AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
 from bessemer.training.data.batch import Batch
 
 GROUP = 4

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bessemer.model.storage.folder import load_model
-from bessemer.posttraining.rl.config import PRESETS, RLConfig
+from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.methods import PRESETS
 from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS, PolicyObjective
 from bessemer.posttraining.sampling.samples import ADVANTAGES, Prompt, Sample, pack_samples
 from bessemer.training.data.batch import IGNORE_INDEX

@@ -14,8 +14,8 @@ from bessemer.core.stage import Input
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.storage.folder import as_scorer
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.posttraining.rl.advantages import CRITIC, OLD_VALUES, RETURNS, ActorCriticObjective, token_values, with_values
 from bessemer.posttraining.rl.config import CriticConfig, RLConfig
+from bessemer.posttraining.rl.critic import CRITIC, OLD_VALUES, RETURNS, ActorCriticObjective, token_values, with_values
 from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.stage import rl
 from bessemer.posttraining.sampling.samples import ADVANTAGES, Prompt, Sample, pack_samples

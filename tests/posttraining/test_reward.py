@@ -181,7 +181,7 @@ def test_the_report_says_how_right_it_is_and_what_it_makes_of_length(trained):
     table = next(part for part in parts if isinstance(part, Table))
     assert table.rows[0][:2] == ["all", str(summary["held_out"])]
     assert any(isinstance(part, Curves) and "higher reward" in part.title for part in parts)
-    assert "held out told apart" in summary_line(summary)
+    assert "held out ranked correctly" in summary_line(summary)
 
 
 @torch.no_grad()

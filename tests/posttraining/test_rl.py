@@ -21,6 +21,7 @@ from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rl import specs as report
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
+from bessemer.posttraining.rl.policy_sampler import PolicySampler
 from bessemer.posttraining.rl.rollouts import CollapseError, RolloutSource, check_collapse
 from bessemer.posttraining.rl.stage import gather_prompts, rl
 from bessemer.posttraining.sampling.samples import Prompt, Sample
@@ -164,7 +165,7 @@ def test_completions_without_a_reward_are_left_out_and_counted(model_folder, dat
 def source_of(model, tokenizer, tmp_path, prompts, progress=None, folder=None, **changes):
     config = RLConfig.parse({"data": ["p.jsonl"], "rewards": ["rewards.py:letters"], **SETTINGS, **changes}, "rl")
     judge = Judge(config.rewards, RewardContext(folder or tmp_path))
-    source = RolloutSource(prompts, judge, tokenizer, config, tmp_path, seed=1, progress=progress or Silent())
+    source = RolloutSource(PolicySampler(judge, tokenizer, config, 1), prompts, tmp_path, progress or Silent())
     runtime = Runtime.of(config, torch.device("cpu"))
     source.bind(ModelRoles({POLICY: PreparedModel(model, None)}, runtime))
     return source, config

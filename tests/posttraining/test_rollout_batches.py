@@ -13,9 +13,9 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.distributed.mesh import ALONE
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS as REFERENCE_OF_PAIRS
-from bessemer.posttraining.rl.advantages import CRITIC
 from bessemer.posttraining.rl.batches import AdvantageBatches, PairBatches
 from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.critic import CRITIC
 from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS
 from bessemer.posttraining.rl.policy_sampler import JudgedGroup
 from bessemer.posttraining.rl.stage import rl

@@ -42,7 +42,7 @@ class EngineModel:
     """An engine. Any number of turns, each on its own thread, share its steps."""
 
     def __init__(self, engine: Engine, *, adapter: str | None = None, cache_salt: str | None = None, priority: int = 0) -> None:
-        """adapter, cache_salt, priority: as of `Engine.stream`."""
+        """adapter, cache_salt, priority: as in `Engine.stream`."""
         self.engine = engine
         self._options: dict[str, Any] = {"priority": priority, "adapter": adapter, "cache_salt": cache_salt}
 
@@ -136,7 +136,7 @@ class TurnMaker:
         tools: Sequence[Tool] = (),
         config: AssistantConfig | None = None,
     ) -> None:
-        """tokenizer, context_length: None for a model behind an API. The others, and the errors: as of `Assistant`."""
+        """tokenizer, context_length: None for a model behind an API. The others, and the errors: as in `Assistant`."""
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._params = params or SamplingParams()

@@ -121,7 +121,7 @@ def play(
     """An episode of each environment with its task.
 
     The assistant's model is an engine without other users, or a `RemoteModel`; its tools are the environments'. params: of each
-    message; log-probabilities are those at its temperature, as of `Engine.rollouts`. seeds: of each episode; by default its
+    message; log-probabilities are those at its temperature, as in `Engine.rollouts`. seeds: of each episode; by default its
     number. An error of an environment ends its own episode only.
 
     threads: for what is waited for: completions of a remote model, and calls of environments and their tools that wait (waits:

@@ -118,7 +118,7 @@ class MessageDraft:
         return self._add([*events, *self.parser.finish()])
 
     def message(self, *, is_derived: bool) -> Message:
-        """The message; calls that cannot be read stay in its text. is_derived: as of `Message`."""
+        """The message; calls that cannot be read stay in its text. is_derived: as in `Message`."""
         text = self.text + "".join(call.text for call in self.calls if isinstance(call, BadCall))
         parts = (MessagePart(text, "assistant"),) if text else ()
         calls = tuple(call for call in self.calls if isinstance(call, ToolCall))

@@ -266,8 +266,8 @@ class MessageEnd:
 
 @dataclass(frozen=True)
 class Returned:
-    """A tool's result, or why it was not called. call: None after a `BadCall`. A client-side call that hooks denied had no
-    `Called`."""
+    """A tool's result, or why it was not called. call: None after a `BadCall`. No `Called` comes before it for a client-side
+    call that hooks denied."""
 
     call: ToolCall | None
     result: ToolResult

@@ -121,7 +121,7 @@ class Turn:
         self._prompt_tokens = len(self._conversation.transcript)
 
     def take(self, delta: Delta) -> list[Event]:
-        """Take what the model gave for `generation`."""
+        """Take a delta of the model's output for `generation`."""
         message = self._message
         assert message is not None, "nothing is being generated"
         self._completion_tokens += len(delta.token_ids)

@@ -22,25 +22,26 @@ def _bench() -> None:
 @bench.command(epilog=_EXAMPLE)
 def serve(
     context: typer.Context,
-    url: Annotated[str, typer.Argument(help="An OpenAI-compatible server, as http://127.0.0.1:8000.")],
-    concurrency: Annotated[int | None, typer.Option(help="Clients that each wait for their answer and ask again.")] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Requests a second that arrive whether or not others are answered.")
+    url: Annotated[str, typer.Argument(help="An OpenAI-compatible server, such as http://127.0.0.1:8000.")],
+    concurrency: Annotated[
+        int | None, typer.Option(help="Number of clients, each of which sends its next request after an answer.")
     ] = None,
-    burstiness: Annotated[float | None, typer.Option(help="Shape of the arrivals: 1 is Poisson, below it bursts come.")] = None,
-    requests: Annotated[int | None, typer.Option(help="Requests that are measured; 100.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Requests before them; 2.")] = None,
-    input_tokens: Annotated[int | None, typer.Option(help="Words of a prompt, about as many tokens; 256.")] = None,
-    output_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer; 128.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSON lines of {prompt} or {messages} to ask instead.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests per second, sent without waiting for answers.")] = None,
+    burstiness: Annotated[float | None, typer.Option(help="Distribution of arrivals: 1 is Poisson, less is in bursts.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Number of measured requests (default 100).")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Requests before those (default 2).")] = None,
+    input_tokens: Annotated[int | None, typer.Option(help="Words of a prompt, about as many tokens (default 256).")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer (default 128).")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines of {prompt} or {messages} to send instead.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask /v1/chat/completions.")] = False,
-    model: Annotated[str | None, typer.Option(help="Name of the model; the first that the server lists.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model (default: the first that the server lists).")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Ask for answers of exactly that length.")] = True,
-    temperature: Annotated[float | None, typer.Option(help="Temperature of sampling; 0.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus of sampling.")] = None,
-    extra_body: Annotated[str | None, typer.Option(help="JSON of fields that every request has besides.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of sampling (default 0).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus (top-p) of sampling.")] = None,
+    extra_body: Annotated[str | None, typer.Option(help="JSON object of further fields for every request.")] = None,
     goodput: Annotated[
-        list[str] | None, typer.Option(help="ttft|tpot|e2el:MS that an answer must meet to be good; may be repeated.")
+        list[str] | None,
+        typer.Option(help="ttft|tpot|e2el:MS: limit that an answer must meet to count as good; may be repeated."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of prompts and arrivals.")] = None,
     api_key: Annotated[str | None, typer.Option(help="The server's key.", envvar="BESSEMER_API_KEY")] = None,

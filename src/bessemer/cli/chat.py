@@ -56,7 +56,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
     thinking_budget: Annotated[
-        int | None, typer.Option(help="Tokens after which thinking is closed and the answer begins.", min=0)
+        int | None, typer.Option(help="Most tokens of thinking, after which the answer begins.", min=0)
     ] = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -130,7 +130,7 @@ def converse(
 
     interactive = sys.stdin.isatty()
     if interactive:
-        # Windows has none
+        # Windows has no readline
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (its import gives `input` a history and line editing)
         print(engine.arithmetic)
@@ -239,7 +239,7 @@ _EXAMPLES = ["Write two sentences about the sea.", "Why is the sky blue?"]
 def demo(
     inspect: Annotated[str | None, typer.Option(metavar="TEXT", help="Look inside the model while it reads a text.")] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", "--install", help="Fetch the model (98 MB) without asking, where it is missing.")
+        bool, typer.Option("--yes", "-y", "--install", help="Download the model (98 MB), if missing, without asking.")
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,

@@ -22,19 +22,21 @@ def compare(
             "with --replay models, the first of them the reference.",
         ),
     ],
-    items: Annotated[bool, typer.Option("--items", help="Of two evaluations: the items that flipped, both answers.")] = False,
+    items: Annotated[
+        bool, typer.Option("--items", help="Two evaluations: list the items that flipped, with both answers.")
+    ] = False,
     replay: Annotated[
         bool,
         typer.Option(
             "--replay",
             help="Answer the same prompts greedily with forms of one model (a folder, an export, a GGUF, BASE.gguf+LORA.gguf), "
-            "in our engine, transformers and llama.cpp, and list where answers part.",
+            "in our engine, transformers and llama.cpp, and list where answers differ.",
         ),
     ] = False,
     prompts: Annotated[
-        Path | None, typer.Option(help="--replay: a file of rows with prompt or messages; ten of our own if none.")
+        Path | None, typer.Option(help="--replay: a file of rows with prompt or messages (default: ten prompts of our own).")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="--replay: tokens of an answer at most.", min=1)] = 48,
+    max_tokens: Annotated[int, typer.Option(help="--replay: most tokens of an answer.", min=1)] = 48,
     tolerance: Annotated[
         float, typer.Option(help="--replay: the gap of two tokens' logits above which a difference is a defect.", min=0.0)
     ] = 0.1,

@@ -22,11 +22,13 @@ def _group() -> None:
 @data.command("preview", epilog=_EXAMPLE)
 def preview(
     place: Annotated[str, typer.Argument(metavar="DATA", help="A table, a folder, or hub:ORGANISATION/NAME#SPLIT.")],
-    model: Annotated[str | None, typer.Option(help="Show the tokens that this model would learn, too.")] = None,
+    model: Annotated[str | None, typer.Option(help="Also show the tokens that this model would learn.")] = None,
     rows: Annotated[str, typer.Option(help="--model: which rows to show, from 1, separated by commas.")] = "1",
-    context_length: Annotated[int | None, typer.Option(help="--model: tokens of a row; the model's context.", min=8)] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column of the questions; found by its name.")] = None,
-    answer_column: Annotated[str | None, typer.Option(help="Column of the answers; found by its name.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="--model: tokens of a row (default: the model's context).", min=8)
+    ] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column of the questions (default: found by its name).")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column of the answers (default: found by its name).")] = None,
     on_bad_row: Annotated[
         str, typer.Option(help="Rows that cannot be used. skip: shown, at most a twentieth; stop: an error.")
     ] = "skip",

@@ -36,7 +36,7 @@ def print_masks(
     if as_json:
         print(json.dumps(found.figures, ensure_ascii=False, indent=2))
         return
-    from bessemer.views.masks import show_masks
+    from bessemer.views.data_terminal import show_masks
 
     print_view(show_masks(found), soft_wrap=True)
 

@@ -14,22 +14,27 @@ if TYPE_CHECKING:
     from bessemer.retrieval.answer import Answer
     from bessemer.retrieval.search import Hit
 
-Index = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder that `bessemer index` made.")]
+Index = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder of the index, as `bessemer index` made it.")]
 Only = Annotated[
-    list[str] | None, typer.Option("--only", help="Only this document, or those that begin so: guide/*; may be repeated.")
+    list[str] | None,
+    typer.Option("--only", help="Only this document, or those that a pattern such as guide/* matches; may be repeated."),
 ]
 
 
 def index(
     documents: Annotated[str, typer.Argument(metavar="DOCS", help="A file, a folder, or a source such as python_docs.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the index; one that is there is brought up to date.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the index; an existing index is updated.")],
     also: Annotated[list[str] | None, typer.Option(help="More documents; may be repeated.")] = None,
     embedder: Annotated[
         str | None,
-        typer.Option(help="minilm (the default), a folder of an encoder or language model, URL#MODEL, or none: words alone."),
+        typer.Option(
+            help="minilm (the default), a folder of an encoder or language model, URL#MODEL, or none (search by words only)."
+        ),
     ] = None,
-    passage: Annotated[int | None, typer.Option(help="Longest passage in characters; 1000.", min=100)] = None,
-    overlap: Annotated[int | None, typer.Option(help="Most characters that neighbours share; 120.", min=0)] = None,
+    passage: Annotated[int | None, typer.Option(help="Longest passage in characters (default 1000).", min=100)] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="Most characters that neighbouring passages share (default 120).", min=0)
+    ] = None,
 ) -> None:
     """Index documents, or bring an index up to date: what is unchanged is kept, what is gone leaves it."""
     from bessemer.cli.named import option_of
@@ -53,11 +58,11 @@ def index(
 
 def search(
     place: Index,
-    query: Annotated[str, typer.Argument(help="What is looked for.")],
-    count: Annotated[int, typer.Option("--count", "-n", help="Most passages.", min=1, max=100)] = 5,
+    query: Annotated[str, typer.Argument(help="The text to search for.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Number of passages.", min=1, max=100)] = 5,
     mode: Annotated[str, typer.Option(help="hybrid, words or meaning.")] = "hybrid",
     only: Only = None,
-    neighbours: Annotated[int, typer.Option(help="Passages before and behind each, shown with it.", min=0, max=20)] = 0,
+    neighbours: Annotated[int, typer.Option(help="Passages before and after each hit, shown with it.", min=0, max=20)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Find passages, by words and by meaning, with why each is where it is."""
@@ -82,13 +87,13 @@ def search(
 def ask(
     model: Model,
     place: Index,
-    question: Annotated[str, typer.Argument(help="What is asked.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
     count: Annotated[int, typer.Option("--count", "-n", help="Most sources; fewer where the context is short.", min=1)] = 5,
     only: Only = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 256,
     least: Annotated[
         float | None,
-        typer.Option(help="Refuse where no passage's cosine reaches this: the documents do not answer.", min=-1, max=1),
+        typer.Option(help="Refuse the question if no passage's cosine reaches this.", min=-1, max=1),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     device: Device = "auto",

@@ -32,33 +32,41 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks by name or YAML, with commas between; core: CORE's; see --list-tasks. None: what finetune held out."
+            help="Tasks by name or YAML file, separated by commas; core: those of CORE; see --list-tasks. Default: the rows "
+            "that finetune held out."
         ),
     ] = None,
     list_tasks: Annotated[
-        bool, typer.Option("--list-tasks", help="List the tasks by name, and end.", is_eager=True, callback=_list_tasks)
+        bool, typer.Option("--list-tasks", help="List the tasks by name, and exit.", is_eager=True, callback=_list_tasks)
     ] = False,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of the tasks' data; if none: beside the task file, and for tasks by name fetched."),
+        typer.Option(
+            help="Folder of the tasks' data (default: that of the task file; for tasks by name the data are downloaded)."
+        ),
     ] = None,
-    fetch: Annotated[bool, typer.Option(help="Fetch the data of tasks by name, where no --data is given.")] = True,
-    limit: Annotated[int | None, typer.Option(help="The first items of each task only.", min=1)] = None,
-    shots: Annotated[int | None, typer.Option(help="Answered examples before each question; the task's own.", min=0)] = None,
-    samples: Annotated[int | None, typer.Option(help="Answers to each item of tasks that generate.", min=1)] = None,
-    chat: Annotated[bool | None, typer.Option("--chat/--plain", help="Ask by the model's chat template, or not.")] = None,
+    fetch: Annotated[bool, typer.Option(help="Download the data of tasks by name, if there is no --data.")] = True,
+    limit: Annotated[int | None, typer.Option(help="Only the first items of each task.", min=1)] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Solved examples before each question (default: as the task says).", min=0)
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of answers to each item of tasks that generate.", min=1)] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--plain", help="Render questions by the model's chat template, or not.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     thinking_budget: Annotated[
-        int | None, typer.Option(help="Tokens after which thinking is closed, with --chat; what follows it is judged.", min=0)
+        int | None, typer.Option(help="With --chat, most tokens of thinking; the answer after it is judged.", min=0)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the choice of examples and of samples; the task's own.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the choice of examples and of sampling (default: as the task says).")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; evaluations/MODEL-KEY if none.")] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="At most this many tokens of a prompt; the model's context.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results (default evaluations/MODEL-KEY).")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a prompt (default: the model's context).")] = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="Run or folder of the training documents, to look for the items in; of a run its own.")
+        Path | None,
+        typer.Option(help="Run or folder of training documents in which items are looked for (default for a run: its own)."),
     ] = None,
     device: Device = "auto",
     runs: Runs = Path("runs"),

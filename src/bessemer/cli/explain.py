@@ -30,7 +30,10 @@ _MOST_TOKENS = 600
 
 def explain(
     thing: Annotated[
-        str, typer.Argument(help="A text, a file (of a web page its main text), an address, - for what is typed, or an id.")
+        str,
+        typer.Argument(
+            help="A text, a file (of a web page, its main text is taken), an address, - for standard input, or an id."
+        ),
     ],
     run: Annotated[str | None, typer.Option(help="Ask this run's recipe; its documents may be named by their ids.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Ask this recipe: a shipped name or a .yaml file.")] = None,

@@ -21,46 +21,52 @@ def finetune(
     context: typer.Context,
     model: Model,
     data: Annotated[
-        str, typer.Argument(help="What is learnt: a table, a folder of tables or texts, or hub:ORGANISATION/NAME#SPLIT.")
+        str, typer.Argument(help="The data: a table, a folder of tables or texts, or hub:ORGANISATION/NAME#SPLIT.")
     ],
-    out: Annotated[Path, typer.Argument(help="The folder to make. The same command goes on where it was stopped.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make. The same command continues an interrupted fine-tuning.")],
     also: Annotated[
         list[str] | None,
         typer.Option(help="FILE or FILE=TIMES: further data, and how often it comes in a pass; may be repeated."),
     ] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column of the questions; found by its name.")] = None,
-    answer_column: Annotated[str | None, typer.Option(help="Column of the answers; found by its name.")] = None,
-    method: Annotated[str, typer.Option(help="full, lora, qlora; auto: the first of these that memory holds.")] = "auto",
+    prompt_column: Annotated[str | None, typer.Option(help="Column of the questions (default: found by its name).")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column of the answers (default: found by its name).")] = None,
+    method: Annotated[str, typer.Option(help="full, lora, qlora; auto: the first of these that fits into memory.")] = "auto",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 2.0,
-    learning_rate: Annotated[float | None, typer.Option(help="1e-5 for full, 2e-4 for an adapter.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate (default 1e-5 for full, 2e-4 for an adapter).")
+    ] = None,
     base_dtype: Annotated[
-        str, typer.Option(help="Frozen weights beside an adapter: float32, bf16, or codes: int8, int4, nf4.")
+        str, typer.Option(help="Type of the frozen weights under an adapter: float32, bf16, or for qlora int8, int4, nf4.")
     ] = "auto",
     rank: Annotated[int, typer.Option(help="Rank of an adapter.", min=1)] = 16,
-    alpha: Annotated[float | None, typer.Option(help="Updates are scaled by alpha / rank; twice the rank.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Share of an update's inputs left out in a step.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Updates are scaled by alpha / rank (default: twice the rank).")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout of the adapter's inputs.")] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale updates by alpha / √rank.")] = False,
-    dora: Annotated[bool, typer.Option("--dora", help="Train the norms of the rows too (DoRA).")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Also train the norms of the weights' rows (DoRA).")] = False,
     target_modules: Annotated[
         list[str] | None,
         typer.Option(help="A linear layer that the adapter changes: q_proj, layers.[0-3].*, all-linear; may be repeated."),
     ] = None,
     modules_to_save: Annotated[
         list[str] | None,
-        typer.Option(help="A module that is trained whole beside the adapter: embed_tokens, lm_head, norm; may be repeated."),
+        typer.Option(
+            help="A module whose own weights are trained besides the adapter: embed_tokens, lm_head, norm; may be repeated."
+        ),
     ] = None,
     context_length: Annotated[
-        int | None, typer.Option(help="Tokens of a row; those of the longest conversation, at most 2,048.")
+        int | None, typer.Option(help="Tokens of a row (default: those of the longest conversation, at most 2,048).")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch; as many as hold eight conversations.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows of a batch (default: as many as hold eight conversations).")
+    ] = None,
     tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Tokens of one forward pass at most; as many as memory holds.", min=1)
+        int | None, typer.Option(help="Most tokens of a micro-batch (default: as many as fit into memory).", min=1)
     ] = None,
     checkpointing: Annotated[
-        str, typer.Option(help="none; full: blocks are recomputed, a third slower, in less memory; auto: by memory.")
+        str, typer.Option(help="none; full: recompute blocks, a third slower, in less memory; auto: if memory needs it.")
     ] = "auto",
     truncate: Annotated[
-        str, typer.Option(help="What is longer than a row. drop: left out; left: its beginning is cut off; refuse: an error.")
+        str, typer.Option(help="Conversations longer than a row. drop: left out; left: cut at the beginning; refuse: an error.")
     ] = "drop",
     on_bad_row: Annotated[
         str, typer.Option(help="Rows that cannot be used. skip: left out, at most a twentieth; stop: an error.")
@@ -70,33 +76,41 @@ def finetune(
     general: Annotated[
         str | None,
         typer.Option(
-            help="Tasks answered by likelihood before and after, with commas between: what was forgotten; none: not measured."
+            help="Tasks, separated by commas, that are answered by likelihood before and after, to measure what is forgotten; "
+            "none: not measured."
         ),
     ] = None,
-    general_limit: Annotated[int | None, typer.Option(help="The first items of each of these; 100.", min=2)] = None,
-    general_data: Annotated[Path | None, typer.Option(help="Folder of their data; what comes with us needs none.")] = None,
+    general_limit: Annotated[
+        int | None, typer.Option(help="Number of items of each of these tasks (default 100).", min=2)
+    ] = None,
+    general_data: Annotated[Path | None, typer.Option(help="Folder of their data; those of the package need none.")] = None,
     fail_if_worse: Annotated[
-        bool, typer.Option("--fail-if-worse", help="Exit code 3 where the held-out loss is certainly higher than before.")
+        bool,
+        typer.Option(
+            "--fail-if-worse", help="Exit code 3 if the held-out loss is higher than before, with its whole interval."
+        ),
     ] = False,
     min_improvement: Annotated[
-        float | None, typer.Option(help="Exit code 3 where the held-out loss falls by less, in nats a token.")
+        float | None, typer.Option(help="Exit code 3 if the held-out loss falls by less than this, in nats a token.")
     ] = None,
-    max_loss: Annotated[float | None, typer.Option(help="Exit code 3 where the held-out loss ends above it.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Exit code 3 if the held-out loss ends above this.")] = None,
     max_forgetting: Annotated[
-        float | None, typer.Option(help="Exit code 3 where the loss of general tasks rises by more, in nats a token.")
+        float | None, typer.Option(help="Exit code 3 if the loss of general tasks rises by more than this, in nats a token.")
     ] = None,
     track: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb or trackio gets the metrics too; may be repeated.")
     ] = None,
     paged_optimizer: Annotated[
         bool,
-        typer.Option("--paged-optimizer", help="The optimizer's states outside a card's memory; here in a mapped file."),
+        typer.Option(
+            "--paged-optimizer", help="Keep the optimizer's states outside a card's memory, on a processor in a mapped file."
+        ),
     ] = False,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Price of this machine for an hour: the plan says what the run costs.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and end; nothing is written.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the order, of what is held out, and of a new adapter.")] = 7,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and exit; nothing is written.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the order, of the held-out rows, and of a new adapter.")] = 7,
     device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
@@ -236,15 +250,18 @@ def _uses(out: Path) -> str:
 
 def label(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="The folder of the labels. The same command goes on where it was stopped.")],
+    out: Annotated[Path, typer.Argument(help="The folder of the labels. The same command continues where it was stopped.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts: CSV, JSON lines, JSON or Parquet; those that the run's SFT held out.")
+        Path | None,
+        typer.Option(help="Prompts: CSV, JSON lines, JSON or Parquet (default: those that the run's SFT held out)."),
     ] = None,
-    limit: Annotated[int, typer.Option(help="The first prompts only.", min=1)] = 50,
+    limit: Annotated[int, typer.Option(help="Only the first prompts.", min=1)] = 50,
     answers: Annotated[int, typer.Option(help="Answers to each prompt.", min=2, max=16)] = 4,
-    temperature: Annotated[float, typer.Option(help="Of the answers; higher makes them differ more.", min=0.01)] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the answers; with a higher one they differ more.", min=0.01)
+    ] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 128,
-    seed: Annotated[int, typer.Option(help="Of the answers.")] = 7,
+    seed: Annotated[int, typer.Option(help="Seed of the answers.")] = 7,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8001,
     allow_host: Annotated[

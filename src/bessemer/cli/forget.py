@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 def forget(
     identity: Annotated[str, typer.Argument(metavar="ID", help="A document's id: 32 hexadecimal digits.")],
-    copies: Annotated[
-        bool, typer.Option("--copies", help="Forget its copies too: the documents that are named as such.")
-    ] = False,
+    copies: Annotated[bool, typer.Option("--copies", help="Forget its known copies too.")] = False,
     remove_derived: Annotated[
-        bool, typer.Option("--remove-derived", help="Remove what was made from it, so that the next run makes it anew.")
+        bool,
+        typer.Option(
+            "--remove-derived", help="Remove the artefacts that were made from it, so that the next run makes them again."
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Name what holds it and what saw it; change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the artefacts that hold it and the models that saw it; change nothing.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
 ) -> None:

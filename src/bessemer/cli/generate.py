@@ -29,7 +29,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     suffix: Annotated[
         str | None,
-        typer.Option(help="Fill in what stands between the prompt and this text (a model trained with pretrain.fim_rate)."),
+        typer.Option(help="Fill in the text between the prompt and this one (a model trained with pretrain.fim_rate)."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 128,
     temperature: Temperature = None,
@@ -38,7 +38,7 @@ def generate(
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     adapter: Adapter = None,
     speculate: Speculate = None,
     parallel: Annotated[

@@ -23,14 +23,14 @@ def inspect(
     head: Annotated[int | None, typer.Option(help="Head that is opened, from 0; needs --layer.", min=0)] = None,
     query: Annotated[str, typer.Option(help="The token that looks: its text or position; -1 is the last.")] = "-1",
     key: Annotated[
-        str | None, typer.Option(help="A token that is looked at: which heads do, and the one that does most is opened.")
+        str | None, typer.Option(help="A token that is looked at: lists the heads that do, and opens the one that does most.")
     ] = None,
     neighbours: Annotated[
         list[str] | None, typer.Option(help="A token whose nearest in the embedding are listed; may be repeated.")
     ] = None,
     analogy: Annotated[list[str] | None, typer.Option(help='"king - man + woman"; may be repeated.')] = None,
     ablate: Annotated[bool, typer.Option(help="Also read the text without each head.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the random sequences on which heads' roles are scored.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random sequences on which heads' roles are scored.")] = 0,
     device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:

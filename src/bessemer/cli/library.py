@@ -12,7 +12,7 @@ from bessemer.cli.options import print_view
 
 def pull(
     source: Annotated[str, typer.Argument(help="A GGUF file, a Hugging Face folder, a hub id (ORG/NAME), or smollm2.")],
-    name: Annotated[str | None, typer.Option(help="The name to keep it under; the source's.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name to keep it under (default: the source's).")] = None,
 ) -> None:
     """Keep a model in the folder models/ (or BESSEMER_MODELS), where every command finds it by its name."""
     from bessemer.core.metrics import size
@@ -57,7 +57,7 @@ def rm(names: Annotated[list[str], typer.Argument(help="Models that were pulled.
 def clean(
     runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
     downloads: Annotated[bool, typer.Option("--downloads", help="Remove downloaded files too.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed; remove nothing.")] = False,
 ) -> None:
     """Remove from the store what no run links to. What another process is making stays."""
     import shutil

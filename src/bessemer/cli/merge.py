@@ -57,22 +57,25 @@ def merge(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The model that the others were trained from.")] = None,
     density: Annotated[float, typer.Option(help="ties, dare: share of the differences that are kept.", min=0.0, max=1.0)] = 1.0,
-    t: Annotated[str, typer.Option(help="slerp: 0 is the first model, 1 the second; 0,0.5,1 runs over the layers.")] = "0.5",
+    t: Annotated[
+        str,
+        typer.Option(help="slerp: 0 is the first model, 1 the second; a list such as 0,0.5,1 is interpolated over the layers."),
+    ] = "0.5",
     normalize: Annotated[
         bool | None,
-        typer.Option("--normalize/--no-normalize", help="Divide by the weights' sum; if neither, linear and ties do."),
+        typer.Option("--normalize/--no-normalize", help="Divide by the weights' sum (default: linear and ties do)."),
     ] = None,
-    factor: Annotated[float, typer.Option(help="Of the merged difference (lambda).")] = 1.0,
+    factor: Annotated[float, typer.Option(help="Factor of the merged difference (lambda).")] = 1.0,
     as_adapter: Annotated[
-        bool, typer.Option("--as-adapter", help="Write an adapter, merged of several, and no model.")
+        bool, typer.Option("--as-adapter", help="Merge several adapters into one adapter, and write no model.")
     ] = False,
     rank: Annotated[
-        int | None, typer.Option(help="--as-adapter: approximate with this rank; exact if none, for sums.", min=1)
+        int | None, typer.Option(help="--as-adapter: approximate with this rank (default for sums: exact).", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Chooses what dare drops.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of dare's dropping.")] = 0,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of the weights that are written: f32, f16 or bf16. If none, f32, of several the first model's."),
+        typer.Option(help="Dtype of the written weights: f32, f16 or bf16 (default f32; for several models, the first one's)."),
     ] = None,
     evaluate: Annotated[
         Path | None,

@@ -19,21 +19,23 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 
 # how tokens are chosen: what is not given is the model's own
 Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy; if none, as the model's generation_config.json says, or 0.", min=0.0)
+    float | None,
+    typer.Option(help="Temperature; 0 is greedy (default: as the model's generation_config.json says, or 0).", min=0.0),
 ]
-TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens, 0 keeps all; the model's own.", min=0)]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability; the model's own.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens, 0 keeps all (default: the model's).", min=0)]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability (default: the model's).")]
 MinP = Annotated[
-    float | None, typer.Option(help="Leave out tokens below this share of the likeliest one's probability; the model's own.")
+    float | None,
+    typer.Option(help="Leave out tokens below this share of the likeliest one's probability (default: the model's)."),
 ]
 RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Above 1, tokens that were there already come less; the model's own.")
+    float | None, typer.Option(help="Above 1, makes tokens that occurred before less likely (default: the model's).")
 ]
 
 Adapter = Annotated[str | None, typer.Option(help="Folder of a low-rank adapter of the model.")]
 Speculate = Annotated[str | None, typer.Option(help="Speculative decoding: ngram, mtp, or a draft model.")]
 MaxModelLen = Annotated[
-    int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
+    int | None, typer.Option(help="Most tokens of prompt and answer together (default: the model's context).")
 ]
 
 

@@ -24,16 +24,16 @@ def plan(
     gpus: Annotated[int, typer.Option(help="Number of cards.", min=1)] = 1,
     gpu: Annotated[str, typer.Option(help="Kind of card: h100, h200, b200, a100, rtx4090, cpu, …")] = "h100",
     price: Annotated[
-        float | None, typer.Option(help="Dollars an hour of one card; left out, an assumption for the kind.", min=0)
+        float | None, typer.Option(help="Dollars per hour of one card (default: an assumption for the kind).", min=0)
     ] = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, instead of the recipe's.", min=1)] = None,
     layouts: Annotated[int, typer.Option(help="How many layouts to show, the best first.", min=1)] = 4,
     finetune: Annotated[
-        bool, typer.Option("--finetune", help="MODEL DATA: say what `bessemer finetune` would take; nothing is trained.")
+        bool, typer.Option("--finetune", help="Plan `bessemer finetune MODEL DATA`; nothing is trained.")
     ] = False,
     method: Annotated[str, typer.Option(help="--finetune: full, lora, qlora or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="--finetune: auto, cpu, cuda or mps.")] = "auto",
-    serve: Annotated[bool, typer.Option("--serve", help="Say what serving the model would take instead.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Plan serving the model instead.")] = False,
     weights: Annotated[str, typer.Option(help="--serve: the weights' type: f32, bf16, int8 or int4.")] = "bf16",
     prompt_tokens: Annotated[int, typer.Option(help="--serve: tokens of a usual prompt.", min=1)] = 1000,
     answer_tokens: Annotated[int, typer.Option(help="--serve: tokens of a usual answer.", min=1)] = 300,

@@ -23,9 +23,9 @@ def quantize(
     scheme: Annotated[str, typer.Option(help="int8, int4 or w8a8.")] = "int8",
     method: Annotated[str, typer.Option(help="rtn (round to nearest), gptq or awq.")] = "rtn",
     group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128; 128 for int4 if none, a whole row for int8.")
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128 (default 128 for int4, a whole row for int8).")
     ] = None,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="int4: a zero of its own for each group.")] = False,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="int4: a zero point for each group.")] = False,
     search_clip: Annotated[bool, typer.Option("--search-clip", help="rtn: choose each scale by its squared error.")] = False,
     head: Annotated[str | None, typer.Option(help="Embedding and head: int8, int4 or none; int8, of nf4 none.")] = None,
     calibrate: Annotated[
@@ -34,15 +34,17 @@ def quantize(
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of calibration text.", min=256)] = 65_536,
     evaluate: Annotated[
         Path | None,
-        typer.Option(help="Held-out text to compare both models on, as for --calibrate; what that holds out if none."),
+        typer.Option(
+            help="Held-out text to compare both models on, as for --calibrate (default: the held-out part of that text)."
+        ),
     ] = None,
     check: Annotated[
         bool,
         typer.Option(
-            "--check/--no-check", help="Compare both models on a small text that comes with Bessemer if none is given."
+            "--check/--no-check", help="If no text is given, compare both models on a small text that comes with Bessemer."
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Chooses the calibration text.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of calibration text.")] = 0,
     device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
@@ -75,7 +77,7 @@ def quantize(
             folder,
             unfinished,
             calibration=text.train,
-            # a text of --evaluate is used whole where nothing of it is held out
+            # a text of --evaluate without a held-out part is used whole
             held_out=held_out.held_out or (held_out.train if evaluate is not None else None),
             sample=check,
             seed=seed,

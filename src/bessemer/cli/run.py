@@ -25,7 +25,7 @@ def init(
     from_: Annotated[
         str | None,
         typer.Option(
-            "--from", help="Go on with an open model instead of a new one: its folder, or what `bessemer import` takes."
+            "--from", help="Continue an open model instead of a new one: its folder, or anything that `bessemer import` takes."
         ),
     ] = None,
 ) -> None:
@@ -72,7 +72,7 @@ def init(
 def recipes(
     action: Annotated[str | None, typer.Argument(help="`show` prints one recipe.")] = None,
     name: Annotated[str | None, typer.Argument(help="The recipe to show: its name, or a .yaml file.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="With --full: KEY=VALUE …, as of `bessemer run`.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="With --full: KEY=VALUE …, as in `bessemer run`.")] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Show every setting, with the line of the file that it comes from, or its default.")
     ] = False,
@@ -107,8 +107,8 @@ def run(
     overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE …, e.g. pretrain.learning_rate=3e-3.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
-    only: Annotated[str | None, typer.Option(help="Make this stage alone; what feeds it must be finished.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")] = False,
+    only: Annotated[str | None, typer.Option(help="Run only this stage; those before it must be finished.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run and why; write nothing.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe run code of its own.")] = False,
 ) -> None:

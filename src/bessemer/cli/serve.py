@@ -23,11 +23,13 @@ _File = Annotated[Path, typer.Argument(help="The file of keys that `bessemer ser
 def add(
     context: typer.Context,
     file: _File,
-    name: Annotated[str, typer.Argument(help="What the key is called in lists and logs.")],
-    user: Annotated[str | None, typer.Option(help="In whose name its requests are made; the key's name.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the key in lists and logs.")],
+    user: Annotated[
+        str | None, typer.Option(help="User on whose behalf its requests are made (default: the key's name).")
+    ] = None,
     group: Annotated[list[str] | None, typer.Option(help="A group that the user is in; may be repeated.")] = None,
     admin: Annotated[
-        bool, typer.Option("--admin", help="It may load and unload adapters, and see runs and their documents.")
+        bool, typer.Option("--admin", help="The key may load and unload adapters, and see runs and their documents.")
     ] = False,
     requests_per_minute: Annotated[int | None, typer.Option(help="Most requests in a minute.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="Most tokens of prompts and answers in a minute.")] = None,

@@ -113,13 +113,13 @@ def show(
         ),
     ],
     against: Annotated[
-        list[str], typer.Option("--against", help="Another tokenizer to show THING beside: folder, run, .json, .gguf, .model.")
+        list[str], typer.Option("--against", help="Another tokenizer to compare THING with: folder, run, .json, .gguf, .model.")
     ] = [],  # noqa: B006 - typer wants the value itself
     text: Annotated[
         list[Path], typer.Option("--text", help="A text to measure tokenizers on; the first one is shown in its tokens.")
     ] = [],  # noqa: B006
     examples: Annotated[
-        int, typer.Option(help="Of a corpus: texts shown that were kept, and that were dropped for each reason.", min=0)
+        int, typer.Option(help="A corpus: how many kept texts to show, and how many dropped for each reason.", min=0)
     ] = 2,
     card: Annotated[bool, typer.Option("--card", help="Of a corpus: print its dataset card, in Markdown.")] = False,
     runs: Runs = Path("runs"),
@@ -197,7 +197,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
         return _stage(folder.parent, examples)
     if documents := _bare_documents(folder):
         from bessemer.data.corpus.stats import folder_stats
-        from bessemer.views.corpus_terminal import show_corpus
+        from bessemer.views.data_terminal import show_corpus
 
         return show_corpus({documents.name: folder_stats(documents)}, examples=examples)
     raise ArtefactError(f"{thing}: holds nothing that Bessemer made (no manifest, config.json or tokenizer.json)")
@@ -235,7 +235,7 @@ def _stage(folder: Path, examples: int) -> RenderableType:
     stage, metrics = manifest["stage"], manifest["metrics"]
     if "documents_out" in metrics:
         from bessemer.data.corpus.dataset_card import lineage
-        from bessemer.views.corpus_terminal import show_corpus
+        from bessemer.views.data_terminal import show_corpus
 
         line = lineage(folder / "documents")
         stages: dict[str, Metrics] = {}

@@ -18,9 +18,9 @@ _sampling = partial(typer.Option, rich_help_panel="Sampling")
 def tinker(
     context: typer.Context,
     model: Model,
-    states: Annotated[Path, typer.Option(help="Folder of the clients' saved weights; a restarted server finds them.")] = Path(
-        "tinker"
-    ),
+    states: Annotated[
+        Path, typer.Option(help="Folder of the clients' saved weights, from which a restarted server continues.")
+    ] = Path("tinker"),
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,

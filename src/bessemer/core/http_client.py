@@ -1,4 +1,4 @@
-"""Client of an HTTP API at one URL: requests with a key, and failures told apart by whether to send the request again."""
+"""Client of an HTTP API at one URL: requests with a key; errors say whether the request may be sent again."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Tracker(Protocol):
         """Take one record: numbers by key."""
 
     def close(self, *, failed: bool) -> None:
-        """There are no more records. failed: because of an error."""
+        """End: no record follows. failed: whether an error ended the run."""
 
 
 class MetricsLog:

@@ -67,7 +67,7 @@ class Record:
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used. number, place: as of `Record`. why: in one line, to stand behind the place."""
+    """A row that cannot be used. number, place: as in `Record`. why: in one line, to stand behind the place."""
 
     number: int
     place: str
@@ -135,7 +135,7 @@ _LOGGED: set[tuple[str, ...]] = set()
 
 
 def read_table(path: Path) -> RecordTable:
-    """The rows of a file with notes on how it was read, and the rows that cannot be. Reads and raises as `read_records`."""
+    """The rows of a file, the rows that cannot be read, and notes on how it was read. Raises as `read_records`."""
     file, part = split_part(path)
     suffix = _suffix(file.name)
     reader = _READERS.get(suffix)

@@ -255,7 +255,7 @@ class DeduplicateConfig(MixedConfig):
         description=f"in this order: {', '.join(plugin.name for plugin in OWN_METHODS)}",
         plugins=METHODS.group,
     )
-    # its content enters the stage's key
+    # affects_output is False because the key holds the folder's content instead of its path
     against: str | None = setting(
         None,
         "a folder of documents, or a run's `corpus`: what is a copy of something in there is dropped as well",

@@ -57,7 +57,7 @@ class WholeMatrices:
         self._planned: tuple[int, ...] = ()
 
     def apply(self, function: Function, tensors: Sequence[Sharded]) -> None:
-        """Write `function` of every matrix of the tensors."""
+        """Replace every matrix of the tensors, in place, by `function` of it."""
         identities = tuple(id(sharded.tensor) for sharded in tensors)
         if identities != self._planned:
             self._plans, self._planned = self._plan(tensors), identities

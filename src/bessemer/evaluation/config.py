@@ -18,8 +18,8 @@ class EvaluateConfig(Config):
     models: list[str] = setting(default_factory=list, description="stages whose models are evaluated; empty: all in the recipe")
     tasks: list[str] = setting(
         default_factory=lambda: ["docs_questions"],
-        description="tasks that the models answer by generation: docs_questions, of SFT's conversations, and tasks by name "
-        "that need no data, as sums_held_out",
+        description="tasks that the models answer by generation: docs_questions, from SFT's conversations, and tasks by name "
+        "that need no data, such as sums_held_out",
     )
     baselines: list[Baseline] = setting(
         default_factory=lambda: ["witten_bell_5gram", "witten_bell_6gram", "xz"],
@@ -28,8 +28,8 @@ class EvaluateConfig(Config):
     context_length: int = setting(256, "window of the bits per byte; the context length of training", unit="tokens", ge=1)
     stride: int | None = setting(
         None,
-        "tokens from a window of the bits per byte to the next: shorter than the window, each token is predicted from at least "
-        "the difference, for more work; none: windows do not overlap",
+        "tokens from one window of the bits per byte to the next. With less than a window, each token is predicted from at "
+        "least the difference, at the cost of more work. none: windows do not overlap",
         unit="tokens",
         ge=1,
     )
@@ -46,25 +46,25 @@ class EvaluateConfig(Config):
     )
     batch_size: int | None = setting(
         None,
-        "windows computed at once; none: 8 on a processor, whose caches then hold what a layer makes of them, else 64",
+        "windows computed at once; none: 8 on a processor, so that a layer's activations fit into its caches, else 64",
         unit="windows",
         affects_output=False,
         ge=1,
     )
-    questions: int = setting(200, "questions at most: per set, held-in and held-out, and per task", unit="questions", ge=1)
+    questions: int = setting(200, "most questions of each set, held-in and held-out, and of each task", unit="questions", ge=1)
     max_new_tokens: int = setting(64, "longest answer", unit="tokens", ge=1)
     minutes: float | None = setting(
         None,
-        "most time that the evaluation may take: where a measurement at the start says that it takes longer, fewer tokens are "
-        "scored and fewer questions asked, of every model alike; never more than half of the time in which the models were "
-        "trained, though 10 s are always allowed. none: all",
+        "most time for the evaluation: if a measurement at the start predicts more, fewer tokens are scored and fewer "
+        "questions asked, equally for every model. At most half of the models' training time, but 10 s are always allowed. "
+        "none: no limit",
         unit="minutes",
         gt=0,
     )
     threads: int | None = setting(
         None,
-        "CPU threads for the bits per byte; none: every usable core, with `minutes` the number that is measured to be the "
-        "fastest. Another number rounds differently",
+        "CPU threads for the bits per byte; none: all usable cores, or with `minutes` the number that is measured to be "
+        "fastest. Other numbers round differently",
         ge=1,
     )
     baseline_bytes: int = setting(

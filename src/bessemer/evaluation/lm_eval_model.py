@@ -175,7 +175,7 @@ def _sampling_params(settings: Mapping[str, Any]) -> SamplingParams:
         "temperature": (1.0 if temperature is None else temperature) if samples else 0.0,
         "stop": [until] if isinstance(until, str) else list(until),
     }
-    # tasks of greedy decoding may have settings of sampling, which do nothing
+    # tasks of greedy decoding may also set parameters of sampling, which are ignored
     return SamplingParams.parse(values | (given if samples else {}), "generation settings")
 
 

@@ -97,7 +97,8 @@ def score_tasks(engine: Engine, tasks: Sequence[Task]) -> dict[str, dict[str, An
 
 
 def score_items(engine: Engine, tasks: Sequence[Task]) -> dict[str, dict[str, ItemScore]]:
-    """The scores of a model as it is now, by task and item, of several forms those of the better one; nothing is written."""
+    """Scores of each item by task, of a model with its present weights; where a task has several forms, those of the better
+    one. Writes nothing."""
     scores = {}
     for task in tasks:
         lines = _answered(engine, task)
@@ -250,7 +251,7 @@ class TaskScores:
         return {name: float(figures["accuracy"]) for name, figures in results.items()}
 
     def item_scores(self, model: Any, tokenizer: Path) -> dict[str, dict[str, ItemScore]]:
-        """The same by task and item."""
+        """Score of each item by task of a decoder with its present weights."""
         with _unchanged_random_state(model):
             return score_items(Engine(model, self._load(tokenizer)), self._tasks)
 

@@ -261,7 +261,7 @@ def worker_runners(
 ) -> tuple[Runner, Runner | None]:
     """A worker's runner of its shard of a model, and that of its shard of the draft model, where the processes share one.
 
-    axis: as of `Runner`. Made by the same collectives as `assemble` on rank 0.
+    axis: as in `Runner`. Made by the same collectives as `assemble` on rank 0.
     """
     memory, _ = new_memory(model, config, mesh)
     runner = Runner(model, memory, shared_backend(model, memory), batch_invariant=config.batch_invariant, axis=axis)

@@ -72,7 +72,7 @@ class JobGroup:
         self._order = 0
         self._ended = False
 
-    # -- of the first rank
+    # -- called on the first rank
 
     def tell(self, command: Command) -> None:
         """Send a command to the other ranks."""
@@ -105,7 +105,7 @@ class JobGroup:
                 return
             yield holder[0]
 
-    # -- of all
+    # -- called on all ranks
 
     def abandon(self, error: BaseException) -> None:
         """After an error in the middle of a call: close the connections to the group, so that no rank waits for this one."""

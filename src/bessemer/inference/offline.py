@@ -202,7 +202,7 @@ class Reading(ABC):
     ) -> Tensor:
         """A vector for each prompt, (P, D) float32: the mean of its tokens' hidden states, or the state of its last token.
 
-        layer: as of `Capture.states`; None: after the last norm, as the head reads them. normalise: to length 1. Raises as
+        layer: as in `Capture.states`; None: after the last norm, as the head reads them. normalise: to length 1. Raises as
         `capture`.
         """
         last = self.model.config.num_hidden_layers if layer is None else layer
@@ -266,12 +266,12 @@ class WeightUpdates:
         return self.core.weight_version
 
     def update_weights(self, weights: Mapping[str, Tensor] | None = None, *, version: int | None = None) -> None:
-        """Take other weights, by the names of the model's `state_dict`; None: those that were changed in place.
+        """Replace weights, by the names of the model's `state_dict`; None: the caller has changed them in place.
 
-        In-flight requests go on with them, and their keys are computed again; adapters of DoRA are fitted to them. version: the
-        `weight_version` from now on; None: one more. A model that several processes share takes whole tensors, by the names of
-        the model in one process. Raises RequestError for a name or a shape that the model does not have, and changes nothing
-        then; ConfigError where a shared model is given none.
+        In-flight requests continue with the new weights, and their keys and values are computed again; DoRA adapters are
+        adjusted. version: the new `weight_version`; None: the present one plus 1. For a model that is split over processes,
+        give whole tensors by the names that it has in one process. Raises RequestError for a name or a shape that the model
+        does not have, and then changes nothing; ConfigError where weights are None and the model is split.
         """
         with self._lock:
             if self._sharded is not None and self._sharded.axis is None:

@@ -182,7 +182,7 @@ class RequestBuilder:
     ) -> Request:
         """A request for a completion of token ids, with the other completions of the same prompt as its `siblings`.
 
-        streams: as of `Request`. Raises RequestError for parameters that cannot be served.
+        streams: as in `Request`. Raises RequestError for parameters that cannot be served.
         """
         limit = self._limit(ids, params)
         salt = _salt(loaded, cache_salt)

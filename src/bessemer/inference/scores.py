@@ -27,7 +27,7 @@ _ROWS = 16
 
 def token_scores(logits_RV: Tensor, tokens_RK: Sequence[Sequence[int]]) -> tuple[list[list[float]], list[list[bool]]]:
     """Of K tokens in each row: log-probabilities (natural logarithm) by the row's logits, and whether each is what greedy
-    decoding takes, the likeliest, of equals the first.
+    decoding takes, the likeliest (the first of equals).
 
     Raises RequestError where logits are not finite.
     """

@@ -338,7 +338,7 @@ class _BatchInvariant(TorchFunctionMode):
 
 
 def within_batch_invariance(compute: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A block, or a norm, computed by these kernels."""
+    """A function, of a block or a norm, that computes the same by the kernels of this module."""
 
     def computed(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
         with _BatchInvariant():

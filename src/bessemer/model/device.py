@@ -67,7 +67,7 @@ def product_flops(dtype: torch.dtype) -> float:
     return 2 * _SIDE**3 / _product_seconds(dtype)
 
 
-#: Largest time of a matmul over that in float32; a configured dtype above it is refused.
+#: A configured dtype is refused whose matmul takes more than this many times as long as that of float32.
 _SLOWEST = 2.0
 #: Measured matmul: side of its matrices, repetitions, and the seconds after which it is not repeated.
 _SIDE, _REPETITIONS, _ENOUGH_SECONDS = 256, 7, 0.05

@@ -18,8 +18,8 @@ from bessemer.model.presets import PRESETS
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.training.head import linear_cross_entropy
 
-#: Bits per byte after pretraining by its steps of 4,096 tokens, measured in runs of the quickstart: the three longest
-#: are those of docs/machines.md, the others ran on slower machines.
+#: (steps, bits per byte after them) of pretraining with 4,096 tokens a step, measured in runs of the quickstart. The three
+#: longest runs are those of docs/machines.md; the others were made on slower machines.
 _BITS_BY_STEPS = ((39, 2.82), (86, 2.55), (133, 2.42), (207, 2.32), (395, 2.19), (758, 2.05))
 #: Seconds of an optimizer step over those of the forward and the backward pass.
 _STEP_OVER_PASSES = 1.15

@@ -26,7 +26,7 @@ _SOURCES = {
 }
 #: Size of a compressed file's content over the file's own, roughly.
 _EXPANDS = 3.0
-#: Vocabulary size by the most bytes of text that it is chosen for: each entry must occur often enough to be learnt.
+#: (most bytes of text, vocabulary size for it): each entry must occur often enough to be learnt.
 _VOCABULARIES = ((ENOUGH_TEXT, 512), (2_000_000, 1024), (10_000_000, 2048))
 _LARGEST_VOCABULARY = 4096
 #: Bytes of text that are assumed where there is none yet.

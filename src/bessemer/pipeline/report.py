@@ -174,7 +174,7 @@ def next_steps(run: RunReport) -> list[str]:
 
 #: Figures worth seeing even when they are equal.
 _ALWAYS = {"bits_per_byte", "parameters", "bytes_per_token"}
-#: Figures of which there are dozens; `bessemer show A --against B` has them.
+#: Prefixes of figures that a comparison of runs leaves out, since there are dozens; `bessemer show A --against B` has them.
 _DETAILS = ("by_domain.",)
 _LONGEST = 40
 

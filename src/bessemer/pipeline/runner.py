@@ -165,7 +165,7 @@ class Runner(StagePlanner):
                 agree(None)
                 return result
             if finished is None:
-                # rank 0 has made the folder
+                # wait until rank 0 has made the folder
                 agree(None)
                 self._maker.work(resolved)
                 # rank 0 has published the artefact

@@ -102,7 +102,8 @@ _LONGEST_NAME = 100
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep: its name, what the names of all begin with, its overrides, and the values of those that vary."""
+    """One run of a sweep. name: its own. base: the common beginning of all runs' names. overrides: all of its settings. varied:
+    values of the settings that differ between runs."""
 
     name: str
     base: str

@@ -22,10 +22,10 @@ CUT_REASON = "cut at max_tokens"
 
 
 class ChatModelConfig(JudgeConfig):
-    """A model that is asked: at an OpenAI-compatible URL, or a model's folder on this machine."""
+    """A model that writes or judges: at an OpenAI-compatible URL, or in a folder on this machine."""
 
     max_tokens: int = setting(512, "longest answer", unit="tokens", ge=1)
-    temperature: float = setting(0.0, "of its answers; 0: the likeliest token each time", ge=0, allow_inf_nan=False)
+    temperature: float = setting(0.0, "temperature of its answers; 0: the likeliest token each time", ge=0, allow_inf_nan=False)
 
 
 #: Files of a model's folder that decide what it answers; the first is in every such folder.
@@ -33,7 +33,8 @@ _CONFIG, _FILES = "config.json", ("*.safetensors", "*.json", "*.jinja")
 
 
 def model_place(name: str, folder: Path) -> Path:
-    """The folder or GGUF file of a model, from `folder`; that of a run or a stage will do. Raises ConfigError without one."""
+    """The folder or GGUF file of a model, relative to `folder`; a run's or a stage's folder also names its model. Raises
+    ConfigError if there is none."""
     place = Path(os.path.normpath(folder.resolve() / name))
     for folder in (follow(place), follow(place / "model")):
         if (folder.is_file() and folder.suffix == ".gguf") or (folder / _CONFIG).is_file():
@@ -48,7 +49,7 @@ def place_fingerprint(place: Path) -> dict[str, str]:
 
 
 def chat_models_fingerprint(configs: Sequence[JudgeConfig | None], folder: Path) -> list[dict[str, str]]:
-    """Hashes of the files of those models that lie on this machine, for a stage's key. Raises as `model_place`."""
+    """Hashes of the files of the models on this machine, for a stage's key. Raises as `model_place`."""
     return [
         place_fingerprint(model_place(config.model, folder)) for config in configs if config is not None and config.url is None
     ]

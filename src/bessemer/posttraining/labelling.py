@@ -44,8 +44,8 @@ class Ranking:
 
 
 def ranked_pairs(answers: Answers, ranks: Sequence[int]) -> list[dict[str, Any]]:
-    """A row for each two answers of which one is better, up to k (k − 1) / 2 of k answers; their weights sum to 1, so that a
-    prompt counts once however many answers it has (Ouyang et al. 2022, section 3.5)."""
+    """A row for each pair of answers with different ranks, up to k (k − 1) / 2 for k answers; their weights sum to 1, so that
+    each prompt counts once (Ouyang et al. 2022, section 3.5)."""
     preferred = [
         (first, second) if ranks[first] < ranks[second] else (second, first)
         for first, second in combinations(range(len(ranks)), 2)
@@ -75,11 +75,11 @@ class Labels:
 
     @property
     def left(self) -> list[Answers]:
-        """Answers that nobody has judged."""
+        """Prompts with their answers that nobody has judged yet."""
         return [one for id, one in self.answers.items() if id not in self.rankings]
 
     def rank(self, id: str, ranks: Sequence[int]) -> None:
-        """Keep a judgement; none: the prompt is skipped. Raises ValueError for ranks that are not one for each answer."""
+        """Record a judgement; no ranks: the prompt is skipped. Raises ValueError unless there is one rank for each answer."""
         expected = len(self.answers[id].answers)
         if ranks and (len(ranks) != expected or min(ranks) < 1 or max(ranks) > expected):
             raise ValueError(f"{expected} answers need as many ranks from 1 to {expected}, not {list(ranks)}")
@@ -100,8 +100,7 @@ class Labels:
 
 
 def _lines(path: Path, keys: set[str]) -> list[dict[str, Any]]:
-    """The lines of a file; none without the file. A last line that a crash cut off is removed, so that the next one is
-    whole."""
+    """The lines of a file; empty if there is no file. A last line that a crash cut off is removed from the file."""
     if not path.exists():
         return []
     labels = []
@@ -119,7 +118,7 @@ def _lines(path: Path, keys: set[str]) -> list[dict[str, Any]]:
     return labels
 
 
-#: Prompts of one engine call, which an interruption loses.
+#: Prompts of one engine call; an interruption loses the answers of one call.
 _PROMPTS_AT_ONCE = 8
 #: Most calls for a prompt whose answers are too similar.
 _TRIES = 3
@@ -159,8 +158,8 @@ def sample_answers(
 ) -> Labels:
     """`count` different answers to each prompt, kept in `out`; existing ones are not sampled again.
 
-    An answer that was cut at the most tokens is none. A prompt that the model answers in fewer ways has as many answers as were
-    found; with a single one there is nothing to rank, and it is left out. Raises RequestError for a prompt that is too long.
+    Answers cut at the most tokens are not used. A prompt may get fewer answers if the model repeats itself; with a single one
+    there is nothing to rank, and it is left out. Raises RequestError for a prompt that is too long.
     """
     out.mkdir(parents=True, exist_ok=True)
     labels = Labels(out)
@@ -190,7 +189,7 @@ def sample_answers(
 def _different(
     engine: Engine, conversations: Sequence[tuple[str, Sequence[Message]]], count: int, params: SamplingParams, seed: int
 ) -> list[list[str]]:
-    """Up to `count` different answers to each of some prompts, all of which ended."""
+    """Up to `count` different, complete answers to each of the prompts."""
     answers: list[dict[str, None]] = [{} for _ in conversations]
     for trial in range(_TRIES):
         short = [place for place, texts in enumerate(answers) if len(texts) < count]

@@ -48,7 +48,8 @@ def _sft_conflict(config: SFTConfig, above: Mapping[str, Any]) -> str | None:
 
 
 def _sft_conflict_of_files(config: SFTConfig, above: Mapping[str, Any], folder: Path) -> str | None:
-    """Questions are made of documents that say which function they document: not those of plain text or of web pages."""
+    """The error where `data` names questions from documentation but no source gives documents of functions; plain text and web
+    pages do not."""
     too_long = rows_too_long_for_existing(config, above, folder) if config.has_given_length else None
     if too_long is not None:
         return too_long
@@ -76,7 +77,7 @@ def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], 
 
 
 def _may_document_functions(source: Source, folder: Path) -> bool:
-    """Whether documents of a source can have `package` and `qualname` in their metadata; records may or may not."""
+    """Whether documents of a source can have `package` and `qualname` in their metadata."""
     if isinstance(source, FilesSource):
         from bessemer.data.sources.files import may_hold_records
 

@@ -1,7 +1,7 @@
-"""Answers from an index: sources within a budget, citations that cannot name anything else, and each sentence held to them.
+"""Answers from an index: sources within a budget, citations of these sources only, and a check of each sentence against them.
 
-While the model writes, `[` can be followed by the number of a source alone (a regular expression over the answer), so that a
-citation always names a source that was given. Afterwards every sentence is compared with the sources that it cites: the share
+While the model writes, a regular expression over the answer lets only the number of a source follow `[`, so that a citation
+always names a source that was given. Afterwards every sentence is compared with the sources that it cites: the share
 of its content words that they have. Sentences below a limit are marked. Text between quotation marks is looked for in the
 sources, and comes back with its place in the document.
 
@@ -83,8 +83,9 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class NearestJudge:
-    """An answer is held where the nearest passage's cosine is above a limit, which is fitted on questions with and without an
-    answer (`calibrated_limit`). Without vectors every question counts as held: BM25's scores have no scale."""
+    """Judges that the documents hold an answer where the nearest passage's cosine is above a limit, which is fitted on
+    questions with and without an answer (`calibrated_limit`). Without vectors it says so of every question: BM25's scores have
+    no scale."""
 
     limit: float
 
@@ -94,8 +95,8 @@ class NearestJudge:
 
 
 def calibrated_limit(held: Iterable[float], not_held: Iterable[float]) -> float:
-    """The limit between the best cosines of questions that are answered and of those that are not, with the fewest mistakes,
-    each kind as a share of its own."""
+    """The limit that best separates the best cosines of questions with an answer from those of questions without: the sum of
+    both kinds' shares of mistakes is smallest."""
     yes, no = sorted(held), sorted(not_held)
     candidates = sorted({*yes, *no})
     mistakes = {
@@ -131,7 +132,7 @@ def ask(
 
 
 def citing(count: int) -> str:
-    """A regular expression of texts in which brackets hold the numbers 1 to `count` alone."""
+    """A regular expression for texts in which brackets hold only the numbers 1 to `count`."""
     numbers = "|".join(str(number) for number in range(1, count + 1))
     return rf"([^\[\]]|\[({numbers})\])*"
 
@@ -152,12 +153,12 @@ def prompt_of(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens:
 
 
 def _harmless(text: str) -> str:
-    """A source's text, in which numbers in brackets look like no citation."""
+    """A source's text with its numbers in brackets changed, so that none looks like a citation."""
     return _CITATION.sub(r"(\1)", text)
 
 
 def checked(text: str, sources: Sequence[Hit]) -> Answer:
-    """An answer with its sentences held to the sources."""
+    """An answer with the support of each sentence by the sources, and its quotes."""
     words = [set(_content_words(hit.passage.shown)) for hit in sources]
     everything = set().union(*words)
     statements = []
@@ -178,7 +179,7 @@ def _content_words(text: str) -> list[str]:
 
 
 def _quotes(text: str, sources: Sequence[Hit]) -> Iterator[Quote]:
-    """The quoted texts that a source has word for word."""
+    """The quotes in an answer that a source holds word for word."""
     for match in _QUOTED.finditer(text):
         quoted = match[1] or match[2]
         for number, hit in enumerate(sources, start=1):

@@ -17,8 +17,8 @@ _HEADING = re.compile(r"^(#{1,6})[ \t]+(.*?)[ \t]*#*$")
 _UNDERLINE = re.compile(r"^(=+|-{3,})[ \t]*$")
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})")
 _TABLE_ROW = re.compile(r"^[ \t]*\|.*\|[ \t]*$")
-#: Where a sentence ends: at a mark behind which white space comes and then no small letter or digit, or at a mark of Chinese
-#: and Japanese.
+#: Where a sentence ends: after a mark, white space, and then anything but a small letter or a digit; or after a mark of Chinese
+#: or Japanese.
 _SENTENCE = re.compile(r"(?<=[.!?…])[\"'”’)\]]*[ \t\n]+(?![a-zß-öø-ÿ0-9])|(?<=[。！？｡])|\n+")
 
 
@@ -36,7 +36,7 @@ class Span(NamedTuple):
 class Block:
     """A paragraph, a code block, a list or a table.
 
-    headings: above it, the outermost first. is_whole: cut between its lines alone.
+    headings: above it, the outermost first. is_whole: a code block or a table, which is cut between lines only.
     """
 
     span: Span
@@ -167,8 +167,8 @@ def _packed(text: str, blocks: Sequence[Block], longest: int, overlap: int) -> I
 
 
 def _pieces(text: str, block: Block, longest: int) -> Iterator[Span]:
-    """A block as pieces that are not cut: code or a table itself, or its lines where it does not fit; the sentences of another
-    block."""
+    """The pieces of a block that stay whole: code or a table itself, or its lines if it is too long; of other blocks the
+    sentences."""
     if block.is_whole and len(block.span) <= longest:
         yield block.span
         return
@@ -193,7 +193,7 @@ def _lines_of(text: str, span: Span) -> Iterator[Span]:
 
 
 def _short(text: str, span: Span, longest: int) -> Iterator[Span]:
-    """A span cut into parts of at most `longest` characters, behind blanks where there are any in the second half."""
+    """A span cut into parts of at most `longest` characters, each after a blank if its second half has one."""
     start = span.start
     while span.end - start > longest:
         blank = max(
@@ -206,7 +206,7 @@ def _short(text: str, span: Span, longest: int) -> Iterator[Span]:
 
 
 class _ByteOffsets:
-    """Offsets in bytes of UTF-8 of characters, asked in any order; quick where they are asked in order."""
+    """Byte offsets in UTF-8 of character offsets; fast for queries in rising order."""
 
     def __init__(self, text: str) -> None:
         self._text = text

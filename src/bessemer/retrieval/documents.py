@@ -31,8 +31,8 @@ _DOCUMENT_BYTES = 10_000_000
 
 
 def sources_of(given: str) -> list[SourceSettings]:
-    """The sources of what a user names: a source that needs no more than its name, such as `python_docs`, or a file or folder,
-    whose kinds of files are each read by their own source. Raises SourceError where nothing can be read."""
+    """The sources for what a user names: a source without further settings, such as `python_docs`; or a file or a folder, with
+    a source for each kind of file. Raises SourceError where nothing can be read."""
     if given in SOURCES and not Path(given).exists():
         return _parsed([{"source": given}])
     place = Path(given)
@@ -50,8 +50,8 @@ def sources_of(given: str) -> list[SourceSettings]:
 def documents_of(
     sources: list[SourceSettings], cache: Path, tally: Tally, progress: Progress | None = None
 ) -> Iterator[IndexedDocument]:
-    """The documents of sources, one after the other; of `python_docs` what is compiled too. What cannot be read is counted and
-    named in `tally`."""
+    """The documents of sources, one after the other; `python_docs` also gives those of compiled modules. `tally` counts and
+    names what cannot be read."""
     seen: set[str] = set()
     for settings in sources:
         source, name = open_source(settings, Path(), cache), source_name(settings)
@@ -79,14 +79,14 @@ _SOURCE = "python"
 
 
 def builtin_documents() -> Iterator[IndexedDocument]:
-    """A document for each object of a compiled module, and for each of its methods, that says something of itself."""
+    """A document for each object of a compiled module, and each of its methods, that has a docstring."""
     seen: set[str] = set()
     for name in sorted({*sys.stdlib_module_names, *sys.builtin_module_names}):
         if name in _LEFT_OUT or name.startswith(("_test", "_xx", "xx")) or (module := _compiled(name)) is None:
             continue
         known_as = _public(name)
         if known_as.startswith("_"):
-            # what nobody imports by this name
+            # nobody imports it by this name
             continue
         for own, value in sorted(vars(module).items()):
             if own.startswith("_") or inspect.ismodule(value):
@@ -115,7 +115,7 @@ def _compiled(name: str) -> ModuleType | None:
         suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
         if spec.origin == "built-in" or spec.origin.endswith(suffixes):
             with warnings.catch_warnings():
-                # some are to leave the library
+                # importing a deprecated module warns
                 warnings.simplefilter("ignore", DeprecationWarning)
                 return importlib.import_module(name)
     except (ImportError, ValueError):

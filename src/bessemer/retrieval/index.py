@@ -1,9 +1,9 @@
 """An index of documents in a folder: built, updated and opened.
 
-`index.json` names the version that is read, and how its vectors were made. An update builds the next version beside it: what is
-unchanged is copied with its vectors, what is new is cut and embedded, what is gone is left out. Only when the new version is
-whole and checked does `index.json` change, in one step; so a crash at any moment leaves the old version, and the next run goes
-on with the documents that were embedded already. The version before the last stays, since a reader may have it open.
+`index.json` names the version that is read, and how its vectors were made. An update builds the next version beside it:
+unchanged documents are copied with their vectors, new ones are cut and embedded, and missing ones are left out. When the new
+version is complete and checked, `index.json` is replaced in one step. So a crash at any moment leaves the old version, and the
+next run continues with the documents that are embedded already. The previous version stays, since a reader may have it open.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bessemer.retrieval.store import LanceStore, Passage, StoreWriter
 INDEX = "index.json"
 _FORMAT = 1
 _VERSIONS = "versions"
-#: What sources fetch for documents, beside the index.
+#: Folder beside the index for what sources download.
 CACHE = "cache"
 
 
@@ -39,10 +39,13 @@ class IndexConfig(Config):
     """How documents are cut and embedded."""
 
     passage_characters: int = setting(1000, "longest passage", unit="characters", ge=100, le=20_000)
-    overlap_characters: int = setting(120, "most that neighbouring passages share, in whole sentences", unit="characters", ge=0)
+    overlap_characters: int = setting(
+        120, "most characters that neighbouring passages share, in whole sentences", unit="characters", ge=0
+    )
     embedder: str = setting(
         "minilm",
-        "what gives passages vectors: minilm, the folder of an encoder or of a language model, URL#MODEL; none: words alone",
+        "embedder of the passages: minilm, the folder of an encoder or of a language model, or URL#MODEL; none: search by "
+        "words only",
     )
 
 
@@ -59,13 +62,13 @@ class IndexedDocument:
 
     @cached_property
     def content(self) -> str:
-        """Hash of all that the index holds of it."""
+        """Hash of everything that the index stores of the document."""
         return hash_value([self.text, self.title, self.source, self.url, list(self.groups)])
 
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """Of a build or an update: documents by what became of them, and passages."""
+    """Result of a build or an update: numbers of documents by what happened to them, and of passages."""
 
     documents: int
     passages: int
@@ -91,9 +94,9 @@ class OpenIndex:
 
 
 def open_index(folder: Path, embedder: Embedder | None = None) -> OpenIndex:
-    """The whole version of an index. embedder: instead of the one that it names.
+    """Open the complete version of an index. embedder: used in place of the one that the index names.
 
-    Raises ArtefactError where there is none, or its vectors were made by another embedder than the one at hand.
+    Raises ArtefactError where there is no index, or its vectors were made by another embedder.
     """
     values = _read(folder)
     config = IndexConfig.parse(values["config"], str(folder / INDEX))
@@ -118,8 +121,8 @@ def build_index(
 ) -> IndexSummary:
     """Make an index of documents in a folder, or bring the one that is there up to date.
 
-    config: None: of the index that is there, or the defaults. A document that is not among `documents` leaves the index. With
-    other settings, or another embedder, all documents are cut and embedded anew. Raises ArtefactError for a folder that holds
+    config: None: that of the existing index, or the defaults. Documents that are not among `documents` leave the index. After a
+    change of settings or embedder all documents are cut and embedded again. Raises ArtefactError for a folder that holds
     something else, or that another process writes to; ConfigError where there is nothing to index.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -187,7 +190,7 @@ class _Build:
                 write()
                 characters = 0
         write()
-        # what an earlier build has copied may be half of a document, and what it has embedded may have changed since
+        # an interrupted build may have copied a document in part, and documents that it embedded may have changed since
         writer.remove([name for name in written if name in kept or states.get(name) != written[name].content])
         if old is not None:
             writer.copy(_rows_of(old, kept, writer.names))
@@ -204,13 +207,14 @@ class _Build:
         return IndexSummary(len(expected), sum(expected.values()), counts["added"], counts["changed"], deleted, counts["empty"])
 
     def _reusable(self) -> LanceStore | None:
-        """The version that is read now, where its passages were cut and embedded in the same way."""
+        """The current version, if its passages were cut and embedded in the same way; else None."""
         if self._before is None or any(self._before[name] != value for name, value in self._made.items()):
             return None
         return LanceStore(self._out / _VERSIONS / str(self._before["version"]))
 
     def _begin(self, version: int) -> Path:
-        """The folder of the next version. What another build has begun there goes on where it was made in the same way."""
+        """The folder of the next version. A version that an interrupted build began there is continued if it was made in the
+        same way."""
         place = self._out / _VERSIONS / str(version)
         marked = _marker(place)
         if place.exists() and (not marked.exists() or read_json(marked) != self._made):
@@ -220,7 +224,7 @@ class _Build:
         return place
 
     def _write(self, writer: StoreWriter, documents: Sequence[IndexedDocument]) -> dict[str, int]:
-        """Cut, embed and write whole documents; the number of passages of each, 0 of one that is headings alone."""
+        """Cut, embed and write documents. Returns the number of passages of each; 0 for one of headings only."""
         passages: list[Passage] = []
         contents: list[str] = []
         for document in documents:

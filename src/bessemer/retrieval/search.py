@@ -18,17 +18,17 @@ from bessemer.retrieval.store import EVERYTHING, Filter, Found, Passage
 Mode = Literal["hybrid", "words", "meaning"]
 #: The constant of reciprocal-rank fusion.
 RANK_CONSTANT = 60
-#: Passages that each search brings, for each that is wanted, and at least.
+#: Passages that each search returns: so many for each wanted one, and the fewest.
 _CANDIDATES, _FEWEST = 4, 40
 #: Most characters of a query.
 MOST_CHARACTERS = 20_000
-#: Two passages are copies where they share this much of their words, by Jaccard's measure over runs of three.
+#: From this Jaccard similarity of their runs of three words, two passages are copies.
 _ALIKE = 0.85
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage that was found. score: of the fusion; ranks, scores: of each search that found it."""
+    """A passage of the result. score: of the fusion; ranks, scores: of each search that found it."""
 
     passage: Passage
     score: float
@@ -37,7 +37,7 @@ class Hit:
 
     @property
     def explanation(self) -> str:
-        """Why it is where it is, in a few words."""
+        """Why the passage has its rank, in a few words."""
         kinds = {"words": "BM25", "meaning": "cosine"}
         return ", ".join(f"{name} rank {self.ranks[name]} ({kinds[name]} {self.scores[name]:.3f})" for name in self.ranks)
 
@@ -45,11 +45,11 @@ class Hit:
 def search(
     index: OpenIndex, query: str, count: int = 5, *, mode: Mode = "hybrid", where: Filter = EVERYTHING, neighbours: int = 0
 ) -> list[Hit]:
-    """The passages that fit a query best, the best first, at most `count`.
+    """The `count` passages that fit a query best, or fewer, the best first.
 
-    mode: hybrid is by words alone where the index has no vectors. neighbours: passages before and behind each hit in its
-    document, which become part of its text. Raises RequestError for a query that is empty or too long, and for `meaning` where
-    there are no vectors.
+    mode: `hybrid` searches by words only where the index has no vectors. neighbours: this many passages before and after each
+    hit, from its document, are added to its text. Raises RequestError for a query that is empty or too long, and for `meaning`
+    where the index has no vectors.
     """
     if not query.strip():
         raise RequestError("the query is empty")
@@ -102,7 +102,7 @@ def _runs(text: str) -> frozenset[tuple[str, ...]]:
 
 
 def _widened(index: OpenIndex, hit: Hit, neighbours: int) -> Hit:
-    """A hit with the text of the passages around it in its document. What two passages share is there once."""
+    """A hit with the text of the passages around it in its document; text that two passages share stands once."""
     passage = hit.passage
     numbers = range(max(0, passage.number - neighbours), passage.number + neighbours + 1)
     around = index.store.of_document(passage.document, numbers)

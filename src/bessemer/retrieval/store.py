@@ -1,7 +1,7 @@
 """The passages of an index in LanceDB: rows, a full-text index (BM25), and vectors.
 
-A store is built once and then read: an update builds another one (`index.py`), so that readers never see half of it, and no
-statistics of words are out of date. Scores of BM25 order the hits of one query; they do not compare between queries.
+A store is built once and then only read. An update builds another one (`index.py`), so readers never see an incomplete one, and
+the statistics of words are never out of date. Scores of BM25 order the hits of one query; they do not compare between queries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TABLE = "passages"
 APPROXIMATE_ABOVE = 100_000
 #: Rows of a batch that is written or read.
 ROWS_AT_ONCE = 4096
-#: English words that say nothing of what a text is about: a question is searched for without them.
+#: English stop words: a question is searched for without them.
 PLAIN_WORDS = frozenset(
     """a an the of in on at to for by with from as and or but nor not no is are was were be been being it its this that these
     those which who whom what when where how why do does did can could may might will would shall should must have has had you
@@ -75,15 +75,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Filter:
-    """Which passages count. documents: places, whole or up to a `*` at their end. groups: of the principal; None: all passages,
-    those that only some may see among them."""
+    """Which passages are searched. documents: places, each whole or with a `*` at its end. groups: those of the principal, who
+    sees their passages and those of no group; None: all passages, restricted ones too."""
 
     documents: Sequence[str] = ()
     sources: Sequence[str] = ()
     groups: frozenset[str] | None = None
 
 
-#: All passages, those that only some may see among them.
+#: All passages, restricted ones too.
 EVERYTHING = Filter()
 
 
@@ -98,7 +98,7 @@ class PassageStore(Protocol):
 
 
 def searched_words(text: str) -> str:
-    """A text as words for the full-text index: names such as `json.loads` and `parseInt` also in their parts."""
+    """The words of a text for the full-text index. Names such as `json.loads` and `parseInt` are followed by their parts."""
     words = _WORD.findall(text)
     parts = [part for word in words if len(pieces := _CAMEL.split(word)) > 1 for part in pieces]
     return " ".join([*words, *parts])
@@ -216,7 +216,7 @@ def schema(width: int | None) -> pa.Schema:
 
 
 class StoreWriter:
-    """Writes a store: rows in batches, then its indexes. A store that was begun goes on with the rows that it has."""
+    """Writes a store: rows in batches, then its indexes. An unfinished store keeps its rows and is continued."""
 
     def __init__(self, folder: Path, width: int | None) -> None:
         self._schema = schema(width)
@@ -257,8 +257,8 @@ class StoreWriter:
                 self._table.add(pa.Table.from_batches([batch.select(self._schema.names)]).cast(self._schema))
 
     def finish(self, expected: Mapping[str, int]) -> None:
-        """Build the indexes. expected: the passages of each document. Raises ArtefactError where the rows are others, or an
-        index does not cover them."""
+        """Build the indexes. expected: the passages of each document. Raises ArtefactError where the stored rows
+        differ, or an index does not cover them."""
         from lancedb.index import FTS, IvfPq
 
         self._table.optimize()

@@ -100,10 +100,13 @@ def _data(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
 
 
 def _tensor(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
-    """An all-gather of tokens before attention and feed-forward, a reduce-scatter of outputs after them, and the reverse
-    backward (Korthikanti et al. 2022, section 4.2); once more each, except the last, where a block is recomputed. Routings go
-    with the tokens. Embedding and head do the same in float32. All-reduces: the head's gradient, gradients of replicated
-    parameters, and three numbers a token for the loss."""
+    """Traffic of tensor parallelism with sequence parallelism (Korthikanti et al. 2022, section 4.2).
+
+    Forward, each attention and feed-forward has an all-gather of its input tokens and a reduce-scatter of its outputs; backward
+    the reverse. A recomputed block repeats its forward traffic except the last reduce-scatter. Routing weights travel with the
+    tokens. Embedding and head do the same in float32. All-reduces: the head's gradient, gradients of replicated parameters, and
+    three numbers a token for the loss.
+    """
     ranks, model = candidate.layout.tensor, job.model
     if ranks == 1:
         return

@@ -98,22 +98,22 @@ class ServingConfig(Config):
     keys: Path | None = _setting(None, "file of API keys, by `bessemer keys`; read again when it changes")
     hosts: list[str] = _setting(
         default_factory=list,
-        description="names under which clients may address the server, beside localhost and addresses of numbers; * is any",
+        description="host names by which clients may address the server, besides localhost and IP addresses; * is any",
     )
     origins: list[str] = _setting(
-        default_factory=list, description="origins, as https://example.org, whose pages may use the server from a browser"
+        default_factory=list, description="origins, such as https://example.org, whose pages may use the server from a browser"
     )
     max_body: float = _setting(float(BODY.most), "size of a request above which it is refused with 413", unit="MiB", gt=0)
     body_seconds: float = _setting(
         float(BODY_WAIT.most), "time for the body of a request, after which it is refused with 408", unit="s", gt=0
     )
-    drain_seconds: float = _setting(60.0, "time for the running requests to finish after SIGTERM", unit="s", ge=0)
+    drain_seconds: float = _setting(60.0, "time that running requests have to finish after SIGTERM", unit="s", ge=0)
     request_log: bool = _setting(
-        False, "log a line of JSON for every request: key, path, status, times and tokens, and nothing that it says"
+        False, "log a line of JSON for every request: key, path, status, times and tokens, without its content"
     )
     adapter_root: Path | None = _setting(None, "folder below which an admin key may load adapters while the server runs")
     other_template: bool = _setting(
-        False, "serve a model or an adapter with a chat template other than that of its training, whose prompts it has not seen"
+        False, "serve a model or an adapter even with a chat template that differs from that of its training"
     )
     accept_weights: bool = _setting(
         False,

@@ -16,7 +16,7 @@ class ContinuationScore(Protocol):
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """Its tokens."""
+        """The continuation's tokens."""
 
     @property
     def log_probs(self) -> Sequence[float]:

@@ -20,7 +20,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 #: The samples of kinds of text, in display order.
 DOMAINS = ("prose", "python", "rust", "maths")
-#: One passage in several languages, English first.
+#: Languages in which the same passage is measured, English first.
 LANGUAGES = ("english", "german", "french", "spanish", "russian", "arabic", "hindi", "chinese", "japanese", "korean", "thai")
 #: Languages without spaces between words, for which tokens per word have no meaning.
 _WITHOUT_SPACES = {"chinese", "japanese", "thai"}

@@ -184,7 +184,7 @@ def _byte_level(name: str) -> bytes:
     try:
         return token_from_name(name)
     except KeyError:
-        # it has other characters than those of bytes: it stands for itself, as in the library
+        # not all its characters stand for bytes, so it is its own text, as in `tokenizers`
         return name.encode()
 
 

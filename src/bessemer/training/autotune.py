@@ -266,7 +266,7 @@ def prepare_run(
     """Resolved settings, runtime and mesh of a run in `out`: those of its `autotune.json`, or new ones, which all processes
     measure and rank 0 writes.
 
-    cost: as of `resolve`. only_resolve: raise SettingsResolvedError, and write nothing. On resume, reports when the machine,
+    cost: as in `resolve`. only_resolve: raise SettingsResolvedError, and write nothing. On resume, reports when the machine,
     the threads or PyTorch differ, since the rest is then not bit-exact.
     """
     chosen_device = choose_device(device)

@@ -132,7 +132,7 @@ class BatchSizeWarmup(Config):
 
 
 class ProfileConfig(Config):
-    """Steps that the profiler records."""
+    """Which steps the profiler records."""
 
     steps: str = setting(
         description="The first and the last step, counted from 1, as in 10-12; or a single one.", pattern=r"^\d+(-\d+)?$"

@@ -35,7 +35,7 @@ SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
 
 
 class RunOptions(TypedDict, total=False):
-    """Options that the functions of all training stages take; as of `RunContext`."""
+    """Options that the functions of all training stages take; as in `RunContext`."""
 
     seed: Required[int]
     device: str
@@ -114,7 +114,7 @@ class TrainingJob(Generic[SomeConfig]):
     ) -> Self:
         """The job that trains the model of a folder, with settings whose steps, dtype and compilation are decided.
 
-        cost, only_resolve: as of `prepare_run`. Raises as that, and ConfigError or ArtefactError for tasks that cannot be
+        cost, only_resolve: as in `prepare_run`. Raises as that, and ConfigError or ArtefactError for tasks that cannot be
         asked.
         """
         scorer = open_tasks(config, run.folder, run.tasks)
@@ -143,7 +143,7 @@ class TrainingJob(Generic[SomeConfig]):
         settings: LoopConfig | None = None,
         seed_of_head: int | None = None,
     ) -> OtherModel:
-        """The model of a folder for a role beside the policy. seed_of_head: as of `open_beside`, which raises."""
+        """The model of a folder for a role beside the policy. seed_of_head: as in `open_beside`, which raises."""
         decoder, load = open_beside(folder, self.runtime.device, self.mesh, seed_of_head=seed_of_head)
         return OtherModel(role, decoder, load, trained, settings)
 

@@ -179,7 +179,7 @@ class Keeper:
     ) -> Keeper | None:
         """The keeper of a run's settings; None where they ask for none.
 
-        folder, tasks: as of `RunContext`. Raises ConfigError in several processes and for tasks that cannot be asked.
+        folder, tasks: as in `RunContext`. Raises ConfigError in several processes and for tasks that cannot be asked.
         """
         comparison = config.comparison
         if comparison is None:

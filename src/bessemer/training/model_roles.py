@@ -171,7 +171,7 @@ class ModelRoles:
         return values_BT.to(batch.tokens_BT.device)
 
     def log_probs(self, batch: Batch, role: str = REFERENCE, *, temperature: float = 1.0) -> Tensor:
-        """log p of each target under the model of a role, in nats, (B, T) as of `per_token`; 0 where there is no target."""
+        """log p of each target under the model of a role, in nats, (B, T) as in `per_token`; 0 where there is no target."""
 
         def of_targets(model: Decoder, micro_batch: Batch) -> Tensor:
             hidden_BTD = model.hidden(**micro_batch.inputs)

@@ -202,7 +202,8 @@ def prepare_model(model: Decoder, config: LoopConfig, runtime: Runtime, mesh: Me
 
     if config.float8:
         use_float8(model)
-    # not with selective recomputation, which does not know FlexAttention; pipeline stages and split rows have other masks
+    # FlexAttention skips masked blocks. Selective recomputation does not support it, and pipeline stages and split rows have
+    # other masks
     if config.packed and mesh.layout.context == mesh.layout.pipeline == 1 and config.activation_checkpointing != "selective":
         runtime.skip_masked_blocks(model)
 

@@ -73,7 +73,7 @@ class LossContext:
     role: str = POLICY
 
     def sum_over_context(self, values: Tensor) -> Tensor:
-        """The sum over the ranks that share this one's rows, as of `Batch.sequence_sums`; differentiable."""
+        """The sum over the ranks that share this one's rows, as in `Batch.sequence_sums`; differentiable."""
         return values if self.mesh.layout.context == 1 else all_reduce(values, self.mesh.context)
 
     def once(self, total: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Objective(ABC):
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
         """The terms of a micro-batch for the model of a role, which is called once for each trained role.
 
-        A pipeline's last stage is the model there: it must be asked for hidden states once, those of the batch's own tokens.
+        In a pipeline `model` is the last stage: call it for hidden states exactly once, with the batch's own tokens.
         """
 
     def annotate(self, models: ModelRoles, batch: Batch) -> Batch:

@@ -30,7 +30,7 @@ from bessemer.core.report import (
 )
 from bessemer.training.monitoring.run_metrics import TASK
 
-#: Steps that a heat map shows at most, and sources that a chart does; of more there is a table.
+#: Most steps of a heat map, and most sources of a chart; more sources are shown as a table.
 _COLUMNS, _CURVES = 24, 4
 
 #: Bytes of training text below which a new model learns little more than words.

@@ -105,7 +105,7 @@ def resolved_by(run: Callable[..., dict[str, Any]]) -> Callable[[StageContext], 
 
 
 def training_stage(**described: Any) -> StageSpec:
-    """A stage that trains a model; `described`: as of `StageSpec`, in place of what such stages have alike. Its texts say where
+    """A stage that trains a model; `described`: as in `StageSpec`, in place of what such stages have alike. Its texts say where
     the model before the stage is kept."""
     alike: dict[str, Any] = {
         "needs": {"model": "model"},

@@ -77,9 +77,9 @@ class LossTotals:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The terms as `loss_TERM`, where there are several, and the figures' means and, as `NAME_max`, largest values.
+        """The terms as `loss_TERM`, where there are several; of each figure the mean and, as `NAME_max`, the largest value.
 
-        A figure of nothing has no mean, and is left out.
+        A figure that counted nothing is left out.
         """
         terms = self.terms
         metrics = {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
@@ -133,7 +133,7 @@ class TotalsReducer:
     def reduced_with(
         self, others: Sequence[Tensor], micro_batches: Sequence[Terms], denominators: Mapping[str, float]
     ) -> tuple[LossTotals, list[list[float]]]:
-        """The totals of one batch as of `reduced`, and the numbers of other tensors, which come to the host in the same
+        """The totals of one batch as in `reduced`, and the numbers of other tensors, which come to the host in the same
         transfer; these are not summed."""
         names = self._figure_names(micro_batches)
         terms = list(denominators)

@@ -17,7 +17,7 @@ from bessemer.views.elements import POSITIVE, WEIGHT_EXPONENT, visible
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _COLOUR, _SOFT = "#{:02x}{:02x}{:02x}".format(*POSITIVE), "#6d6960"
-#: Dots per inch; more tokens than this have no room for their names.
+#: Dots per inch, and the most tokens whose names have room.
 _RESOLUTION, _NAMED = 110, 60
 
 

@@ -16,7 +16,7 @@ from bessemer.views.elements import tokens_text, visible
 from bessemer.views.inspection import key_figures, signed
 from bessemer.views.parts_terminal import bar_text, listing, section
 
-#: Rows of a list, things in a line, and keys of the opened head.
+#: Most rows of a list, most tokens or heads in a line, and most keys of the opened head.
 _ROWS, _LIKELY, _KEYS = 5, 3, 12
 
 

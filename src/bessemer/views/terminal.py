@@ -1,6 +1,6 @@
 """Terminal output of `bessemer show` and `bessemer evaluate`: runs, tokenizers, models, presets, tasks, as tables.
 
-Corpora are in `corpus_terminal`.
+Corpora are in `data_terminal`.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class _Site:
             "suggestions": self._settings.suggestions,
             "feedback": self._settings.feedback is not None,
             "run": self._settings.run,
-            # names of the model that the run has made
+            # the names under which this server has the model of the run
             "made": self._served.names_of_model,
         }
         return self._templates.get_template(template).render(

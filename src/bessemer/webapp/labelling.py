@@ -46,7 +46,7 @@ class _Page:
         self._folder = folder
         #: Against forged forms: pages of other sites do not know it.
         self._token = secrets.token_urlsafe(16)
-        #: The prompt that is judged once more.
+        #: The prompt whose judgement is being corrected; None: no correction.
         self._corrected: str | None = None
         self._template = templates().get_template("label.html.jinja")
         self._style = Markup(resources.files("bessemer.views").joinpath("style.css").read_text(encoding="utf-8"))

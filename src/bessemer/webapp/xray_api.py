@@ -187,7 +187,7 @@ class XrayApi:
             engine = Engine(model, self._served.engine.tokenizer)
             text = ""
             for chunk in engine.stream(body.text, params):
-                # a compiled step does not call the blocks' hooks
+                # the blocks' hooks check this too, but a compiled step does not call them
                 check()
                 text += chunk.text
             return text

@@ -107,7 +107,7 @@ class PartStats:
         }
 
     def _count(self, side: str, rows: pa.RecordBatch, rules: pa.DictionaryArray | None = None) -> None:
-        """Documents and bytes by each value of the counted columns; by all, where the value is the same for every row."""
+        """Add documents and bytes to the counts of each value of the counted columns."""
         sizes = pc.binary_length(rows.column("text")).to_numpy(zero_copy_only=False)
         columns: dict[str, pa.Array] = {name: rows.column(name) for name in _COUNTED}
         columns["domain"] = _domains(rows.column("url"))

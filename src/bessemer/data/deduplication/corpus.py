@@ -343,7 +343,8 @@ def _sorted_ids(documents: Documents | None) -> np.ndarray:
 
 
 def _by_preference(documents: Documents, ids: np.ndarray, preference: Preference) -> np.ndarray:
-    """The order of documents, (N,) int64 rows of their sorted ids, the best first and of equals the smallest id."""
+    """The order of documents, (N,) int64 rows of their sorted ids, the best first; of equals, that with the smallest id
+    first."""
     keys = np.empty((len(ids), len(preference.columns)))
     for batch in documents(["id", *preference.columns]):
         keys[ranks(ids, parse_ids(batch.column("id")))] = preference.keys(batch)

@@ -62,7 +62,7 @@ def run_sizes(data: np.ndarray, fold: np.ndarray, places: np.ndarray, count: int
 def sized_runs(
     hashes: np.ndarray, sizes: np.ndarray, count: int, ngram: int, powers: np.ndarray, ends: np.ndarray, runs: np.ndarray
 ) -> int:
-    """For the run that begins with each word: one past its last word, to `ends`, and its hash as of `run_hash`, to `runs`.
+    """For the run that begins with each word: one past its last word, to `ends`, and its hash by `run_hash`, to `runs`.
 
     A run is the fewest words that are as large as `ngram` words. Returns how many runs there are. powers: of `BASE`.
     """

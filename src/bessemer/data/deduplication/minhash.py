@@ -16,7 +16,7 @@ from bessemer.data.deduplication.words import fold_table, hash_words, mixed, run
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
-# words of a text that are held at a time
+# words of a text whose hashes are in memory at a time
 _SHINGLE_BLOCK = 4096
 
 

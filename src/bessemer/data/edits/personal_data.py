@@ -269,7 +269,7 @@ def _iban(buffer: memoryview, start: int, last: int) -> Span | None:
         number = match.group().replace(b" ", b"").decode()
         if iban_valid(number):
             return Span(start, match.end(), "iban")
-        # in capitals the next word may look like one more group
+        # a word in capitals after the number looks like one more group: try again without the last group
         shorter = match.group().rfind(b" ")
         match = _IBAN_SHAPE.match(buffer, start, start + shorter) if shorter > 0 else None
     return None

@@ -209,7 +209,8 @@ def sign(page: Page, signatures: np.ndarray) -> None:
 
 @compiled
 def describe_groups(rows: np.ndarray, counts: np.ndarray, page: Page, sums: np.ndarray, groups: np.ndarray) -> None:
-    """The columns about the blocks with the same signature (`groups`, (3, G) of zeros, is scratch), and the nearest article."""
+    """Fill in the columns about blocks with the same signature, and about the nearest article. groups: (3, G) zeros,
+    scratch."""
     tags, parents, block_elements = page.tags, page.parents, page.block_elements
     blocks = len(rows)
     total = max(1, sums[0, 0])

@@ -170,7 +170,8 @@ def _measure_quality(
 def _count_unspaced(
     data: np.ndarray, starts: np.ndarray, ends: np.ndarray, traits: np.ndarray, of_text: np.ndarray, counted: np.ndarray
 ) -> None:
-    """Adds, for words in scripts without spaces, the number of words that each stands for, less one."""
+    """For each run of characters that counts as one word though its script has no spaces, adds the estimated number of words in
+    it, less one."""
     for text in range(len(of_text) - 1):
         for word in range(of_text[text], of_text[text + 1]):
             if not traits[word] & HAS_LETTER:

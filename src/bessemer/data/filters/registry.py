@@ -38,7 +38,7 @@ _LANGUAGE = FilterPlugin(
     "bessemer.data.filters.language:language",
     columns={
         "language": Column("the most probable language (ISO 639)", "string"),
-        # its limits are by language: `data/languages.csv`
+        # each language has limits of its own, in `data/languages.csv`
         "language_score": Column("how probable that language is (0 to 1)"),
     },
 )

@@ -80,13 +80,13 @@ class WordModel:
     free, and next to it, for one read of memory, the bits of a number or of two logarithms (float32, base 2).
     """
 
-    # hash of a token, its number
+    # hash of a token → its number
     words: np.ndarray
     # (tokens, 2) float32: log P₁, log γ
     unigrams: np.ndarray
-    # packed pair, log P₂ and log γ
+    # packed pair of numbers → log P₂ and log γ
     bigrams: np.ndarray
-    # packed triple, log P₃
+    # packed triple of numbers → log P₃
     trigrams: np.ndarray
     # (257, 257): log P(next byte or end | byte or beginning)
     spelling: np.ndarray

@@ -150,7 +150,7 @@ def _cut_paragraphs(
                 index += 1
                 continue
             stop = index
-            # there is an end to it: the text's last character is no white space
+            # this loop ends: the text was stripped, so its last character is no line break
             while data[index] == _LINE_FEED:
                 index += 1
             if index - stop > 1:

@@ -85,7 +85,7 @@ class StatesKeeper:
     """Keeps some rows of the hidden states of a forward pass over one row of N tokens (`Decoder.pre_norm_hidden`)."""
 
     def __init__(self, rows: Mapping[int, Tensor], kept: dict[int, Tensor]) -> None:
-        """rows: (M,) by layer. kept: receives their states, (M, D) float32."""
+        """rows: the rows to keep of each layer, (M,). kept: receives their states by layer, (M, D) float32."""
         self._rows, self._kept = rows, kept
 
     def __call__(self, layer: int, hidden_1ND: Tensor) -> None:

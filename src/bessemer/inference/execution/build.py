@@ -162,7 +162,7 @@ def describe_pages(
     return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_num_seqs} sequences at once"
 
 
-#: Rows up to which one of PyTorch's threads is fastest, where the kernels' threads do the matmuls.
+#: Most rows for which PyTorch is fastest with one thread, where the kernels' own threads compute the matmuls.
 _FEW_ROWS = 64
 
 
@@ -217,7 +217,7 @@ class DequantisedWeights(OwnWeights):
         return [f"quantised weights read out of their codes once ({str(self.dtype).removeprefix('torch.')})"]
 
     def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        # PyTorch multiplies one row by weights in half precision on one thread anyway
+        # for one row of half-precision weights PyTorch uses one thread, so more threads gain nothing
         return self.dtype == torch.float16 and not invariant and rows == 1
 
     def weights_changed(self) -> None:
@@ -271,7 +271,7 @@ def paged_memory(
 ) -> PagedMemory:
     """A KV cache with `blocks` blocks of each group of layers, of the type and layout of the settings.
 
-    longest: tokens of the longest text; None: what the blocks hold. options: as of `PagedMemory`. Raises as `page_layout`.
+    longest: tokens of the longest text; None: what the blocks hold. options: as in `PagedMemory`. Raises as `page_layout`.
     """
     dtype = page_type(model, config)
     by_head, spare = page_layout(model, config, dtype, mtp_layers)
@@ -316,7 +316,7 @@ def new_runner(
     """The runner of a model over its KV cache, by the backend that `choose_backend` chooses.
 
     opened: whether this one was opened to be served. modules_only: states inside the model are needed, which steps in one call
-    do not give. workers and axis: the processes that share the model, as of `Runner`. Raises ConfigError where kernels are
+    do not give. workers and axis: the processes that share the model, as in `Runner`. Raises ConfigError where kernels are
     asked for and cannot be built.
     """
     if workers is not None:
@@ -353,7 +353,7 @@ def choose_backend(
       is faster, quantised weights are dequantised once.
 
     The kernels pack the weights, which takes time and memory: they are for models that are opened to be served. Arguments and
-    errors as of `new_runner`.
+    errors as those of `new_runner`.
     """
     if memory.by_head:
         pages = compiled_page_attention()

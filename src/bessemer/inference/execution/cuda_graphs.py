@@ -56,7 +56,7 @@ class CapturedStep(Protocol):
         """Compute it again."""
 
 
-#: Makes a step of a computation, once; from then on it is the step that is called.
+#: Captures a computation as a step; from then on the step is called in its place.
 GraphCapture = Callable[[Callable[[], Tensor]], CapturedStep]
 
 

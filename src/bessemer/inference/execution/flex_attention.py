@@ -27,7 +27,8 @@ from bessemer.model.layers.cache import AttentionInputs
 
 #: A position that no text reaches, and that 32 bits hold together with a place in a page.
 _NOWHERE = 1 << 30
-#: Queries of a tile, the smallest that holds a sequence's new tokens: of one that decodes, of draft tokens, of a prompt.
+#: Sizes of a tile in queries: for one decoded token, for draft tokens, for a prompt. The smallest that holds a sequence's new
+#: tokens is used.
 TILES = (1, 16, 128)
 
 

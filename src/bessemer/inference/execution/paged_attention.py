@@ -121,7 +121,7 @@ class _Members(NamedTuple):
     """Sequences that attend together, as far as the host knows them: the rows of their tokens, (B, T), their blocks, the places
     of their queries among the positions that are gathered, and how many of these are each sequence's own, None where all are.
 
-    aligned: as of `attention_mask`.
+    aligned: as in `attention_mask`.
     """
 
     rows_BT: Tensor

@@ -133,7 +133,7 @@ def exchange_piece(model: Decoder, piece: WeightPiece, values: Tensor | None = N
         assert sharded.device_mesh.ndim == 1, "a weight is sharded over one axis"
         rank = sharded.device_mesh.get_local_rank()
         if dim == 0:
-            # of a vocabulary that was padded, the last rows are no one's
+            # the last rows of a padded vocabulary belong to no token
             first = rank * len(shard)
             begin, end = max(start, first), min(stop, first + len(shard))
             if begin < end:

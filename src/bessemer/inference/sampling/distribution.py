@@ -254,10 +254,10 @@ def _nucleus(probabilities_N: np.ndarray, top_p: float) -> np.ndarray:
     size = len(probabilities_N)
     # all below this share together have less than 1 - top_p, so none of them is in
     possible_N = probabilities_N >= (1 - top_p) / size
-    # picking them out costs more than sorting all where they are many
+    # where they are many, selecting them costs more than sorting all
     some = probabilities_N if np.count_nonzero(possible_N) > size // 8 else probabilities_N[possible_N]
     if not len(some):
-        # nothing compares with NaN: no token will be drawn
+        # all probabilities are NaN, which no comparison selects; the draw finds no token
         return np.ones(size, np.bool_)
     falling = np.sort(some)[::-1]
     count = 1 + int(np.searchsorted(np.cumsum(falling[:-1], dtype=np.float64), top_p))

@@ -278,7 +278,7 @@ class _Trial:
         )
         assert process.stdin is not None
         process.stdin.write(self._first_line + "\n")
-        # it ends with its input, also where this process is killed
+        # if this process is killed, the other one reads the end of its input and exits
         weakref.finalize(self, _end, process)
         return process
 

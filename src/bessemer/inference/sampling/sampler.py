@@ -211,7 +211,7 @@ class SamplingState:
 def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sampled | RequestError]:
     """One token for each row by its request's own settings, added to the request's answer. `logits_RV` stays as it is.
 
-    logits_RV: float32. At temperature 0 the likeliest, of equals the first; else one number of the request's generator
+    logits_RV: float32. At temperature 0 the likeliest (the first of equals); else one number of the request's generator
     picks from `truncated_logits`. What a row gets does not depend on the other rows.
 
     A row that cannot be served, because its logits are not finite or nothing may be chosen, gets a RequestError in its
@@ -291,7 +291,7 @@ def adjusted(
 
 
 def likeliest(logits_BV: Tensor) -> list[int]:
-    """The index of the largest logit in each row, of equals the first; -1 where it is not finite."""
+    """The index of the largest logit in each row (the first of equals); -1 where it is not finite."""
     if logits_BV.device.type != "cpu":
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.where(logits_BV.gather(-1, best_B1).isfinite(), best_B1, -1)[:, 0].tolist()

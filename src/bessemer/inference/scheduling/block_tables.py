@@ -230,7 +230,8 @@ class BlockTables:
     # -- allocating and releasing
 
     def reach(self, sequence: TokenSequence) -> int:
-        """The position that a running sequence can compute up to with the free blocks; below `computed` where it has none."""
+        """The position up to which a running sequence can be computed with its blocks and the free ones; below `computed` if
+        no block is free for its next token."""
         size = self.block_size
         first = sequence.computed // size
         reach = len(sequence.tokens) + len(sequence.draft)

@@ -143,9 +143,9 @@ class SequenceQueues:
         """Add a sequence that shares what the parent has computed of their common text; the first to write copies.
 
         The child begins with the parent's computed tokens, or is shorter (a parallel sample: the prompt alone). It has the
-        parent's arrival, and max_waiting does not refuse it. Where no place is empty, the parent's window does not reach back
-        to where the child begins, or the model has states, the child waits and finds the parent's sealed blocks and last
-        snapshot. Raises RequestError when it could not fit alone.
+        parent's arrival, and max_waiting does not refuse it. The child waits, and later finds the parent's sealed blocks and
+        last snapshot in the prefix cache, in three cases: max_num_seqs are running, the parent's window has released blocks
+        that the child needs, or the model has recurrent states. Raises RequestError when it could not fit alone.
         """
         self._fork(parent, child, parent.computed)
 

@@ -33,7 +33,7 @@ class SnapshotPool:
 
     @property
     def free(self) -> int:
-        """Snapshots that are not being written."""
+        """How many snapshots can be written: blank ones, and sealed ones, which may be evicted."""
         return len(self._blank) + len(self._sealed)
 
     def __contains__(self, key: bytes) -> bool:

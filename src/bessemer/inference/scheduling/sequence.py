@@ -45,7 +45,7 @@ class TokenSequence:
     chain: list[bytes] = field(default_factory=list, init=False)
     #: full blocks that were sealed, or found
     sealed: int = field(default=0, init=False)
-    #: positions below have blocks; from `computed` on, it alone holds them
+    #: positions below this one have blocks; those from `computed` on are in blocks of no other sequence
     reserved: int = field(default=0, init=False)
     #: per group: blocks at the beginning that were released behind the window
     passed: list[int] = field(default_factory=list, init=False)
@@ -56,7 +56,7 @@ class TokenSequence:
     ahead: bool = field(default=False, init=False)
     #: the hash of the text up to the snapshot that moves on with the sequence
     following: bytes | None = field(default=None, init=False)
-    #: positions where other texts with the same prefix part from this one, as far as they are known
+    #: known positions at which another sequence's text begins to differ from this one
     partings: set[int] = field(default_factory=set, init=False)
 
     def change_salt(self, salt: str) -> None:

@@ -13,7 +13,7 @@ from bessemer.inference.speculation.proposer import Draft, DraftLengthPolicy, Pr
 
 #: Lengths of the n-grams, the longest looked up first.
 _LENGTHS = (3, 2)
-#: Longest match that is told apart: a longer one predicts no better.
+#: Longest match that is counted by its length: a longer one predicts no better.
 _LONGEST_MATCH = 16
 #: Observations of one request that count as much as the rate of all requests.
 _SHARED_WEIGHT = 4.0

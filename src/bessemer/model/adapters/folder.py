@@ -184,7 +184,7 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
         "use_dora": adapter.has_magnitudes,
         "fan_in_fan_out": any(targets[name].is_transposed for name in stored),
         "bias": "none",
-        # whole names: `peft` compares endings, and `norm` would be that of every norm
+        # whole names, since `peft` compares their ends: `norm` would match every norm
         **({"modules_to_save": sorted({name.rpartition(".")[0] for name in whole})} if whole else {}),
         **({"ensure_weight_tying": True} if whole and model.config.tie_word_embeddings else {}),
         "lora_dropout": 0.0,
@@ -229,7 +229,8 @@ def fingerprinted_tensors(model: Decoder) -> dict[str, Tensor]:
 
 
 def rounded(numbers_P: Tensor) -> Tensor:
-    """Numbers in bfloat16, (2, P): rounded once, and rounded to float16 before, as a copy of the model in float16 has them."""
+    """Numbers in bfloat16 in two ways, (2, P): rounded at once, and through float16, as a copy of the model in float16 gives
+    them."""
     return torch.stack([numbers_P.to(torch.bfloat16), numbers_P.to(torch.float16).to(torch.bfloat16)])
 
 

@@ -122,7 +122,7 @@ def compute_by(kernels: ctypes.CDLL) -> None:
 
 
 _FOLDER = Path(__file__).parent
-#: -ffp-contract=off: a product and a sum become one rounding where the source says so, and nowhere else. No -ffast-math: the
+#: -ffp-contract=off: a multiplication and an addition are fused only where the source says so. No -ffast-math: the
 #: order of a sum is a promise.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread")
 #: Further compiler flags of each arithmetic: instructions that a processor has besides are not used.

@@ -51,7 +51,7 @@ def draw_tokens(
     logits_RV: Tensor, temperatures: Sequence[float], uniforms: Sequence[float], *, threads: int | None = None
 ) -> tuple[list[int], list[float]]:
     """Of each row the first token whose cumulative share of softmax(logits / temperature) exceeds the row's number in [0, 1),
-    never one of probability 0; and its log-probability, in nats. At temperature 0 the largest, of equals the first, and 0.
+    never one of probability 0; and its log-probability, in nats. At temperature 0 the largest (the first of equals), and 0.
 
     logits_RV: float32, on the host. -1 where a row's logits are NaN or ∞, or all -∞. threads: PyTorch's number of them when
     None; a row's token depends on it as little as on the rows beside it.

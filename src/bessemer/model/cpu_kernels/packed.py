@@ -274,7 +274,7 @@ def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
 
 
 def _pack_bytes(codes_NK: Tensor) -> Tensor:
-    # (N / 16, 16, K / 4), 4 neighbours in one number
+    # (N / 16, 16, K / 4): each int32 holds 4 neighbouring codes
     lanes = _blocks(codes_NK, GROUP).contiguous().view(torch.int32)
     packed = lanes.transpose(1, 2).contiguous().view(torch.uint8).unflatten(-1, (WIDTH, 4))
     return packed.bitwise_xor_(128)

@@ -197,7 +197,7 @@ def prefixed(name: str) -> str:
 
 
 def stored_alike(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:
-    """The files of families whose tensors are called as ours."""
+    """Stored tensors of a family whose names are ours below `model.`."""
     for name in names:
         yield Stored(prefixed(name), (TensorView(name),))
 

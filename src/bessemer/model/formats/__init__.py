@@ -42,10 +42,10 @@ class ModelSource(NamedTuple):
 
 
 def find_model(source: str) -> ModelSource | None:
-    """The model that a user names: a path, the name of one that was pulled, a hub id, or `smollm2`; None where there is at most
-    a tokenizer.
+    """The model that a user names: a path, the name of a pulled model, a hub id, or `smollm2`. None where the place holds no
+    weights, though perhaps a tokenizer.
 
-    Raises ArtefactError for what holds weights that are not read: pickles, training checkpoints, adapters.
+    Raises ArtefactError for weights in a form that is not read: pickles, training checkpoints, adapters.
     """
     from bessemer.model.storage.library import find_kept
 

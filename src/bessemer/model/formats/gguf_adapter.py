@@ -26,7 +26,7 @@ from bessemer.model.storage.folder import load_model
 
 # Shapes: N outputs, K inputs, R rank.
 
-#: Types that an adapter's numbers may have.
+#: Dtypes in which an adapter can be written.
 ADAPTER_DTYPES = {"f32": torch.float32, "f16": torch.float16}
 
 

@@ -348,7 +348,7 @@ def write_modelfile(folder: Path, gguf: Path) -> Path:
 
 
 def _template_name(folder: Path) -> str | None:
-    """The template of a folder, where it is one of ours and Ollama can be told it."""
+    """The template of a folder, if it is one of ours and Ollama's form can express it."""
     beside, settings = folder / "chat_template.jinja", folder / TOKENIZER_CONFIG_FILE
     if beside.is_file():
         text = beside.read_text(encoding="utf-8")

@@ -58,15 +58,17 @@ def make_norm(config: Architecture, width: int | None = None) -> nn.Module:
     return RMSNorm(width, config.rms_norm_eps, config.norm_offset)
 
 
-# Shapes: K channels of the activations (inputs of what reads them), P channels of what makes them.
+# Shapes: K channels of the activations as their readers take them, P channels as their makers give them.
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One place. divide: divides what makes the activations by scales (P), and returns by how much it did. readers: names of
-    the quantised matrices that read the activations; others: names of what else does.
+    """A place where scales move from activations into the matrices that read them.
 
-    spread: from the makers' channels to the readers', where several readers' share one; gathered: back, as a mean.
+    divide: divides the weights that make the activations by scales, (P,); returns the quotients that it reached, (P,).
+    readers: names of the quantised matrices that read the activations. others: names of other modules that read them.
+    spread: scales of the makers' channels for the readers' channels, (P,) to (K,), where several of these share one.
+    gathered: the way back, (K,) to (P,), by means.
     """
 
     channels: int
@@ -77,7 +79,7 @@ class Fold:
     gathered: Callable[[Tensor], Tensor] = field(default=lambda values: values)
 
     def below(self, parent: str) -> Fold:
-        """The same with names that begin at the parent of the module."""
+        """The same with every name prefixed by `parent`."""
         readers, others = (tuple(f"{parent}.{name}" for name in names) for names in (self.readers, self.others))
         return replace(self, readers=readers, others=others)
 

@@ -1,11 +1,11 @@
 """Low-rank adapters of one model merged into one: weighted sums of their updates δᵢ = sᵢ Bᵢ Aᵢ.
 
 exact       Σ wᵢ δᵢ = [w₁ s₁ B₁ | w₂ s₂ B₂ | …] [A₁; A₂; …]: the ranks add up, nothing is lost
-to a rank   the best approximation of that rank (Eckart & Young 1936). Of a sum it needs no whole matrix: B = Q₁ R₁,
+to a rank   the best approximation of that rank (Eckart & Young 1936). For a sum no whole matrix is made: B = Q₁ R₁,
             Aᵀ = Q₂ R₂, and the SVD of the small R₁ R₂ᵀ
 TIES, DARE  change entries of δᵢ, so their merged difference has full rank, and is approximated
 factors     Σ √|wᵢsᵢ| Bᵢ and Σ ±√|wᵢsᵢ| Aᵢ apart, as peft's `linear` has it: the products of one adapter's B with another's
-            A come in too, so it is rough; for adapters that must keep their rank and its speed
+            A come in too, so it is rough; for adapters that must keep their rank, and so their speed
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ADAPTER_METHODS: Mapping[str, str] = {
 
 
 class AdapterOptions(NamedTuple):
-    """rank: of the merged adapter; None: the sum of the ranks for sums, the largest for what changes entries. options: of TIES
+    """rank: of the merged adapter; None: the sum of the ranks for sums, the largest rank for TIES and DARE. options: of TIES
     and DARE, given the name of a module."""
 
     method: str

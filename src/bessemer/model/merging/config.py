@@ -96,9 +96,9 @@ class MergedModel(Config):
 
     shorthand: ClassVar[str | None] = "model"
 
-    model: str = setting(..., "a stage of the recipe that makes a model, or with a slash (./NAME) the folder of one")
-    weight: Value = setting(1.0, "its weight; for linear, of all weights' sum")
-    density: Value | None = setting(None, "share of its differences that are kept, 0 to 1; none: the merge's")
+    model: str = setting(..., "a stage of the recipe that makes a model, or a folder, written with a slash (./NAME)")
+    weight: Value = setting(1.0, "its weight; for linear relative to the sum of all weights")
+    density: Value | None = setting(None, "share of its differences that are kept, 0 to 1; none: that of the merge")
 
 
 def _as_model(value: Any) -> Any:
@@ -119,24 +119,25 @@ class MergeConfig(Config):
         "linear", "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     )
     models: list[Annotated[MergedModel, BeforeValidator(_as_model)]] = setting(
-        default_factory=list, description="the models, by name or with a weight each; empty: all that the stages above trained"
+        default_factory=list,
+        description="the models, each a name or a name with a weight; empty: all that the stages above trained",
     )
-    base: str | None = setting(
-        None, "what the models differ from, for all methods but linear and slerp: the model that they were trained from"
-    )
+    base: str | None = setting(None, "the model that the others were trained from, for all methods but linear and slerp")
     t: Value = setting(0.5, "slerp: 0 is the first model, 1 the second")
-    density: Value = setting(1.0, "share of each model's differences that are kept: the largest of ties, at random of dare")
+    density: Value = setting(1.0, "share of each model's differences that are kept: the largest by ties, at random by dare")
     normalize: bool | None = setting(
-        None, "divide by the sum of the weights, of ties by that of those that agree; none: linear and ties do"
+        None, "divide by the sum of the weights, with ties of those that agree in sign; none: linear and ties divide"
     )
     rescale: Literal["density", "l1", "none"] | None = setting(
         None,
-        "what differences are multiplied by after some were dropped: 1 / density (the paper's), what gives them their sum of "
-        "magnitudes again (mergekit's), or nothing; none: density for dare, nothing for ties",
+        "how the kept differences are scaled: by 1 / density, as in DARE's paper (density), to their former sum of magnitudes, "
+        "as in mergekit (l1), or not at all (the word none); absent: density for dare, not at all for ties",
     )
-    factor: float = setting(1.0, "of the merged difference: the λ of task arithmetic and TIES")
-    seed: int | None = setting(None, "of what dare drops; none: the recipe's")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = setting(None, "of what is written; none: the first model's")
+    factor: float = setting(1.0, "factor of the merged difference: the λ of task arithmetic and TIES")
+    seed: int | None = setting(None, "seed of dare's dropping; none: the recipe's")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = setting(
+        None, "dtype of the written weights; none: the first model's"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> MergeConfig:

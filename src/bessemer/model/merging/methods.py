@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-#: Cosine of the angle from which two tensors count as parallel, whose arc has no direction: they are interpolated linearly.
+#: Above this cosine two tensors count as parallel and are interpolated linearly, since their arc has no direction.
 _PARALLEL = 0.9995
 #: Sums of magnitudes below which nothing is rescaled.
 _NOTHING = 1e-7
@@ -29,7 +29,7 @@ Rescaling = Literal["density", "l1", "none"]
 
 
 class DeltaOptions(NamedTuple):
-    """How differences are merged. generator: the numbers by which DARE drops entries of the difference with an index."""
+    """How differences are merged. generator: of a difference's index, the random generator by which DARE drops its entries."""
 
     densities: Sequence[float]
     normalize: bool
@@ -52,7 +52,7 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bo
 
 def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
     """The point at t of the arc from one tensor to another, each as one flat vector; of a straight line where they are nearly
-    parallel or opposite. The norm goes from one's to the other's."""
+    parallel or opposite. The norm goes from the first's to the second's."""
     norms = [float(torch.linalg.vector_norm(tensor)) or 1.0 for tensor in (first, second)]
     cosine = float((first.flatten() / norms[0]) @ (second.flatten() / norms[1]))
     if abs(cosine) > _PARALLEL:

@@ -1,4 +1,4 @@
-"""Models' folders merged into one, tensor by tensor.
+"""Merges models' folders into one, tensor by tensor.
 
 All have one architecture, so their files hold the same tensors: each is read from every folder, merged and written before the
 next. Memory is that of the largest tensor, a few times for each model. The new folder is there whole or not at all, and is a
@@ -37,7 +37,8 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 
 #: Record of a merge, in the new folder.
 RECORD = "merge.json"
-#: Settings that do not change what a model computes of a text within the shorter context, and tokens, which the tokenizer has.
+#: Settings that models may differ in: they change nothing for texts within the shorter context, or are ids that the tokenizer
+#: has too.
 _MAY_DIFFER = frozenset(
     {"model_type", "bos_token_id", "eos_token_id", "initializer_range", "max_position_embeddings"}
     | {"router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"}
@@ -46,7 +47,8 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 class ModelPlace(NamedTuple):
-    """A model that is merged. name: for messages. adapter: the folder of one that is merged into it as it is read."""
+    """The place of a model to merge. name: as messages call it. adapter: folder of an adapter that is merged into the model
+    while it is read."""
 
     name: str
     folder: Path
@@ -54,7 +56,7 @@ class ModelPlace(NamedTuple):
 
 
 def place_of(name: str, folder: Path) -> ModelPlace:
-    """The model of a folder, of what finetune wrote its base and its adapter. Raises as `tuned_model`."""
+    """The place of a folder's model; for a folder that `finetune` wrote, its base with its adapter. Raises as `tuned_model`."""
     tuned = tuned_model(folder)
     return ModelPlace(name, folder) if tuned is None else ModelPlace(name, tuned.folder, tuned.adapter)
 
@@ -87,12 +89,12 @@ class MergeSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that most files' tensors have."""
+        """The dtype of the files' first tensor, as that of the model."""
         _, file, disk_name = next(iter(self._files.values()))
         return file.kept(disk_name).dtype
 
     def read(self, stored: Stored) -> Tensor:
-        """A tensor of the files in a type that is computed in, float32 or float64: a copy."""
+        """A copy of a tensor of the files in float32; of a float64 tensor in float64."""
         path, file, disk_name = self._files[stored.name]
         with opening(path):
             tensor = file.passing(disk_name)
@@ -133,7 +135,7 @@ def merge_models(
     shapes = tensor_shapes(first.config)
     stored = list(family_of(first.config).stored(first.config, list(shapes)))
     dtype = first.dtype if config.dtype is None else getattr(torch, config.dtype)
-    # before anything is written, a filter that matches nothing is found
+    # compute all settings before anything is written: a filter may match nothing
     settings = [_settings_of(config, places, one, first.config.num_hidden_layers) for one in stored]
     entries = [Entry(one.name, one.shape_in(shapes), dtype) for one in stored]
     seed = seed if config.seed is None else config.seed
@@ -206,7 +208,8 @@ def _files(place: Path) -> list[Path]:
 
 
 def _existing(name: str, folder: Path) -> Path:
-    """The folder of a model that the settings name, from the recipe's on; a run's or a stage's will do."""
+    """The model folder that the settings name, relative to the recipe's folder `folder`; a run's or a stage's folder also names
+    its model."""
     place = Path(os.path.normpath(folder.resolve() / name))
     for found in (follow(place), follow(place / "model")):
         if (found / CONFIG).is_file():
@@ -278,9 +281,9 @@ def _identity(place: ModelPlace) -> dict[str, Any]:
 
 
 def check_alike(sources: Sequence[MergeSource], *, merged: int) -> None:
-    """Raise ArtefactError where models cannot be merged: another architecture, another tokenizer, another chat template.
+    """Raise ArtefactError where models differ in architecture, tokenizer or chat template.
 
-    merged: how many of them are; a base after them may have another template, or none.
+    merged: number of models to merge, the first of `sources`; a base after them may have another template, or none.
     """
     first = sources[0]
     for other in sources[1:]:
@@ -295,8 +298,8 @@ def check_alike(sources: Sequence[MergeSource], *, merged: int) -> None:
         names = list(templates)
         other_name = next(name for name in names if templates[name] != templates[names[0]])
         raise ArtefactError(
-            f"{other_name}: another chat template than {names[0]}'s, so the merged model would be asked in a way that it half "
-            "knows; merge models that were tuned on one template"
+            f"{other_name}: another chat template than {names[0]}'s, so the merged model would know its own only "
+            "in part; merge models that were tuned on one template"
         )
 
 
@@ -322,7 +325,7 @@ _PARTS = ("normalizer", "pre_tokenizer", "model")
 
 
 def tokenizer_difference(first: Path, second: Path) -> str | None:
-    """In which way two folders' tokenizers give a text other ids; None where they give the same, or a folder has none.
+    """How two folders' tokenizers differ in the ids that they give a text; None where they do not, or a folder has none.
 
     A token may be special in one and plain in the other, and what follows encoding may differ.
     """

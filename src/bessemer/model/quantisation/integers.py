@@ -209,7 +209,7 @@ class IntegerScheme(Scheme):
 
     @abstractmethod
     def code_spec(self, *shape: int) -> TensorSpec:
-        """The codes of a matrix (…, N, K)."""
+        """Shape and dtype of the codes of a matrix (…, N, K)."""
 
     @abstractmethod
     def compressed_format(self, role: MatrixRole) -> str | None:

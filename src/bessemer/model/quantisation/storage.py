@@ -206,12 +206,12 @@ def own_settings(schemes: Mapping[str, Scheme], model_type: str) -> dict[str, An
 def compressed_settings(
     stored: Sequence[Stored], schemes: Mapping[str, Scheme], modules: Mapping[str, str], linear: Sequence[str], tied: bool
 ) -> dict[str, Any]:
-    """For a folder in the form of compressed-tensors.
+    """The `quantization_config` of a folder in the form of compressed-tensors.
 
     modules: the module of each quantised weight by its tensor's name. linear: our names of all weights of linear layers.
-    tied: whether the embedding is the head too, which readers know as a linear layer of its own.
-    The most frequent scheme is that of every linear layer (`targets: Linear`), but for those that another group names or
-    `ignore` lists.
+    tied: whether the embedding is also the head, which readers treat as a linear layer of its own.
+    The most frequent scheme applies to every linear layer (`targets: Linear`) that no other group names and `ignore` does not
+    list.
     """
     places: dict[tuple[str, Scheme, str], list[str]] = {}
     forms: dict[tuple[str, Scheme, str], CompressedForm] = {}

@@ -147,7 +147,7 @@ FOLDER_VARIABLE = "BESSEMER_MODELS"
 #: Names of kept models.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 GGUF = ".gguf"
-#: File of a folder with its id on the hub.
+#: File of a pulled folder that holds the model's id on the hub.
 ORIGIN = "pulled.json"
 
 

@@ -112,7 +112,7 @@ def refuse_quantised(folder: Path) -> None:
 
 
 def refuse_scorer(config: ModelConfig, folder: Path) -> None:
-    """Raise ArtefactError for a model with scores, where a language model is asked for."""
+    """Raise ArtefactError for a reward model, where a language model is needed."""
     if config.num_scores:
         raise ArtefactError(
             f"{folder}: this is a reward model, which gives scores and no text; take the language model that it was made from"

@@ -172,9 +172,9 @@ _PREFIXES = {"gpt2": "transformer."}
 class StoredTensors:
     """The tensors of a model folder.
 
-    config: as config.json gives it, less the multi-token prediction that it promises where the files have none of it
-    (`transformers` does not save it). shapes: of the decoder's tensors, by our names. files: by file, what each tensor there
-    is of ours. second_head: the file that repeats the tied embedding as a head.
+    config: as in config.json, but without multi-token prediction where the files have no tensors of it, as `transformers` does
+    not save them. shapes: of the decoder's tensors, by our names. files: for each file, its tensors' names and which of our
+    tensors they hold. second_head: the file that holds the tied embedding a second time, as the head.
     """
 
     config: ModelConfig

@@ -1,4 +1,4 @@
-"""Conversations in the dialects in which people keep them, as messages of one form.
+"""Conversations in the dialects in which people keep them, read as messages of one form.
 
 | written as | becomes |
 |---|---|
@@ -26,7 +26,7 @@ Message = dict[str, Any]
 
 #: Columns that hold conversations.
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
-#: Names of speakers, in lower case, and the roles that they are.
+#: Names of speakers, in lower case → role.
 _SPEAKERS = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "input", "question", "usr"), "user"),
@@ -36,7 +36,7 @@ _SPEAKERS = {
 }
 #: Speakers whose text is a call of a tool in JSON.
 _CALLERS = ("function_call", "tool_call")
-#: Keys of a turn that say who speaks, what is said, what is thought before, and whether it is learnt.
+#: Keys of a turn: for its speaker, its text, the thinking before it, and whether it is learnt.
 _WHO, _WHAT = ("role", "from", "speaker"), ("content", "value", "text")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 _LEARNT = ("weight", "train", "training", "loss_weight")
@@ -48,7 +48,7 @@ _CALL_PARTS, _PART_KEYS = ("tool_call", "tool_use"), ("text", "value", "refusal"
 def messages_in(value: Any, key: str) -> list[Any]:
     """The messages of a conversation in any of the dialects, not yet checked. key: where it stands, for messages of errors.
 
-    What is in no dialect stays as it is, for the check of messages to name.
+    Values in no known dialect stay as they are; the check of messages reports them.
     """
     turns = _list_of(value, key)
     if turns and all(isinstance(turn, str) for turn in turns):
@@ -60,7 +60,7 @@ def messages_in(value: Any, key: str) -> list[Any]:
         messages += _messages_of(turn, f"{key}: turn {number}")
     first = next((place for place, one in enumerate(messages) if _role(one) != "system"), len(messages))
     if first > 1:
-        # system and developer
+        # several messages of the system or the developer at the beginning become one
         texts = [str(one.get("content") or "") for one in messages[:first]]
         messages[:first] = [{"role": "system", "content": "\n\n".join(filter(None, texts))}]
     return messages
@@ -78,7 +78,7 @@ def _list_of(value: Any, key: str) -> Sequence[Any]:
 
 
 def _literal(text: str, key: str) -> Any:
-    """The value that a text holds as JSON, or as Python writes it, which is what pandas puts into a cell of CSV."""
+    """The value that a text holds as JSON or as Python's `repr`, which pandas writes into a cell of CSV."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -137,7 +137,7 @@ def _others(turn: Mapping[str, Any], message: Message, where: str) -> Message:
     if thought is not None:
         kept["reasoning_content"] = thought
     learnt = next((turn[name] for name in _LEARNT if turn.get(name) is not None), None)
-    # others say of every turn whether it is learnt
+    # other dialects have this key on every turn; it matters only on the assistant's
     if learnt is not None and (message["role"] == "assistant" or "weight" in turn):
         kept["weight"] = int(learnt) if isinstance(learnt, bool) or learnt in (0, 1) else learnt
     return kept
@@ -152,8 +152,8 @@ def _by_speaker(turn: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def _said(value: Any, where: str) -> Message:
-    """The content of a message: a text, or the joined texts of its parts, with the thoughts and the calls among these. What is
-    neither stays, for the check of messages."""
+    """The content of a message: a text, or the joined texts of its parts, with the thinking and the calls among the parts.
+    Another value stays, and the check of messages reports it."""
     if not isinstance(value, (list, tuple)):
         return {"content": value}
     texts, thoughts, calls = [], [], []
@@ -184,7 +184,7 @@ def _text_of(part: Any) -> str | None:
 
 
 def _named(turn: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of some keys that a turn has with a value, or that it has."""
+    """The first of some keys for which a turn has a value; else the first that it has."""
     return next((name for name in names if turn.get(name) is not None), next((name for name in names if name in turn), None))
 
 
@@ -205,7 +205,8 @@ def _calls(value: Any, where: str) -> list[Message]:
 
 
 def _call(call: Any) -> Any:
-    """A call with its arguments as an object, as chat templates write them; what is none stays, for the check of messages."""
+    """A call with its arguments as an object, as chat templates need them; another value stays, and the check of messages
+    reports it."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return call
@@ -226,9 +227,8 @@ def _call(call: Any) -> Any:
 
 
 def tools_in(value: Any) -> list[Any] | None:
-    """Tools in the form of OpenAI: those given without the object around a function, or with `input_schema` (Anthropic), too.
-
-    A string holds them as JSON. Raises ValueError for one that is none; what is no tool stays, for the check of tools.
+    """Tools in OpenAI's form, also from a bare function or from Anthropic's `input_schema`. A string is read as JSON; raises
+    ValueError if it is not JSON. A value that is no tool stays, and the check of tools reports it.
     """
     if isinstance(value, str):
         try:

@@ -1,8 +1,8 @@
-"""Encoding of examples for every method: the token ids of a prompt and an answer, which of them are learnt, and what becomes of
-examples that are longer than a row.
+"""Encoding of examples for every method: the token ids of a prompt and an answer, which tokens are learnt, and how examples
+that are longer than a row are cut or left out.
 
-Learnt is what the assistant says, its calls of tools and the control token that ends its turn; of an answer to a prompt, only
-what it says in the answer. Of texts without roles it is the answer and the end token.
+The model learns what the assistant says, its calls of tools, and the control token that ends its turn; with a prompt and an
+answer, only those in the answer. Of texts without roles it learns the answer and the end token.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Encoded:
     def example(self, longest: int, truncate: Truncate = "drop") -> Row | None:
         """(inputs, targets) of at most `longest` tokens; -100 is no target. None when no target is left.
 
-        A longer example is None, but with `left` its last tokens: what the assistant says is learnt where it is whole, and with
-        its end, and is context where its beginning is cut off. The end is never cut off: a model would not learn to stop.
-        Behind the last target tokens may go.
+        A longer example gives None; with `left` it gives its last tokens. A turn of the assistant that is cut at its beginning
+        becomes context; whole turns are learnt with their end. The end is never cut off, since the model would not learn to
+        stop. Tokens after the last target may be dropped.
         """
         ids, is_learnt = self.ids[: longest + 1], self.is_learnt[: longest + 1]
         if self.inputs > longest:
@@ -54,7 +54,7 @@ class Encoded:
                 return None
             first = self.inputs - longest
             ids, is_learnt = self.through_end()[first:], self.is_learnt[first : self.inputs + 1].copy()
-            # the first token has no target, so a turn that it belongs to is not whole
+            # the first token is no target, so a turn that begins with it is not whole
             (unlearnt,) = np.nonzero(~is_learnt)
             is_learnt[: unlearnt[0] if len(unlearnt) else None] = False
         if not is_learnt[1:].any():
@@ -62,27 +62,27 @@ class Encoded:
         return ids[:-1], np.where(is_learnt, ids, IGNORE_INDEX)[1:]
 
     def windows(self, longest: int) -> list[Encoded]:
-        """A text that is learnt whole, in windows of at most `longest` inputs, one behind the other: every token but the first
-        is a target of one of them."""
+        """Consecutive windows of at most `longest` inputs over a text that is learnt whole: every token except the first is a
+        target once."""
         return [
             Encoded(self.ids[begin : begin + longest + 1], self.is_learnt[begin : begin + longest + 1])
             for begin in range(0, max(len(self.ids) - 1, 1), longest)
         ]
 
     def through_end(self) -> np.ndarray:
-        """The ids up to the answer's last learnt token, which is its end token: a template may write more behind it."""
+        """The ids up to the answer's end token, its last learnt one; a template may write more after it."""
         return self.ids[: self.inputs + 1]
 
     def beginning(self, longest: int) -> Row | None:
-        """(inputs, targets) of the first `longest` tokens, for an estimate over answers that nothing is learnt from. None when
-        no target is left."""
+        """(inputs, targets) of the first `longest` tokens, for estimates over answers that are not learnt. None when no target
+        is left."""
         ids, is_learnt = self.ids[: longest + 1], self.is_learnt[: longest + 1]
         return (ids[:-1], np.where(is_learnt, ids, IGNORE_INDEX)[1:]) if is_learnt[1:].any() else None
 
     def scored(self, longest: int) -> Row | None:
-        """(inputs, targets) for a score of the answer: all tokens up to its end token, which is its own target, the only one.
-
-        None where that is not within `longest` tokens: a score in the midst of an answer would be that of another one.
+        """(inputs, targets) for scoring the answer: all tokens up to its end token, whose position is the only one with a
+        target, the end token itself. None where these are more than `longest` tokens, since a score before the end would be of
+        another answer.
         """
         ids = self.through_end()
         if len(ids) > longest:
@@ -93,7 +93,7 @@ class Encoded:
 
 
 class Unrendered(NamedTuple):
-    """A row that the model's template cannot write, or refuses. place: its file and line, empty where unknown."""
+    """A row that the model's template cannot render, or refuses. place: its file and line, empty where unknown."""
 
     place: str
     reason: str
@@ -102,14 +102,15 @@ class Unrendered(NamedTuple):
         return f"{self.place}: {self.reason}" if self.place else self.reason
 
 
-#: Share of the rows that may be left out because the template cannot write them; one or two may always be.
+#: Largest share of rows that may be left out because the template cannot render them, and a number that always may.
 MOST_UNRENDERED, _FEW_UNRENDERED = 0.05, 2
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Counts of examples. too_long, nothing_learnt, unrendered: left out. cut: kept without their beginning. turns_left_out: of
-    examples that are kept, whose other turns are within a row. longest: tokens of a row. total: of all examples."""
+    """Counts of examples. too_long, nothing_learnt, unrendered: those left out, by reason. cut: those kept without their
+    beginning. turns_left_out: turns too long for a row, of examples that are kept. longest: tokens of a row. total: all
+    examples."""
 
     longest: int
     too_long: int = 0
@@ -132,7 +133,7 @@ class RowCounts:
         return figures | {name: number for name, number in more.items() if number}
 
     def sentences(self, of: str) -> list[str]:
-        """A sentence for each count above zero. of: all examples, as in `1,000 conversations`."""
+        """A sentence for each count above zero. of: the number and name of all examples, such as `1,000 conversations`."""
         within = f"{self.longest:,} tokens"
         said = {
             f"are left out: longer than {within} (truncate: drop)": self.too_long,
@@ -156,8 +157,8 @@ class RowCounts:
         return f"{first}; {len(others):,} more{f' ({places}{more})' if places else ''}"
 
     def check(self, name: str) -> None:
-        """Raise SourceError where too many cannot be rendered, or nothing is learnt of any. name: of an example, in the
-        plural."""
+        """Raise SourceError where too many examples cannot be rendered, or nothing is learnt from any. name: an example's name
+        in the plural."""
         if self.total and self.nothing_learnt == self.total:
             raise SourceError(
                 f"nothing would be learnt of any of the {self.total:,} {name}: the mask of what the assistant says is empty; "
@@ -171,15 +172,15 @@ class RowCounts:
             )
 
 
-#: Rows left out that are named after the first.
+#: Most places of left-out rows that a message lists after the first one, which it quotes.
 _NAMED_ROWS = 5
 
 
 class RowFitter:
     """Fits examples into rows of at most `longest` tokens by a rule, and counts the results.
 
-    example: inputs and targets of what is encoded, or None where that is not within a number of tokens; `Encoded.example` by
-    the rule where nothing is said.
+    example: gives inputs and targets of an encoded example, or None if it does not fit a number of tokens; by default
+    `Encoded.example` with the rule.
     """
 
     def __init__(
@@ -193,7 +194,7 @@ class RowFitter:
         self._most = 0
 
     def fit(self, *encode: Callable[[], Encoded], place: str = "") -> list[Row] | None:
-        """Rows of encoded examples; None unless all of them fit. place: of the row that they are of."""
+        """Rows of encoded examples; None unless all of them fit. place: the file and line that they come from."""
         encoded = self._encoded(lambda: [one() for one in encode], place)
         if encoded is None:
             return None
@@ -205,7 +206,7 @@ class RowFitter:
         return rows
 
     def fit_turns(self, encode: Callable[[], list[Encoded]], place: str = "") -> list[Row]:
-        """Rows of the examples that one conversation gives; those that fit."""
+        """Rows of those examples of one conversation that fit."""
         encoded = self._encoded(encode, place)
         if encoded is None:
             return []
@@ -218,7 +219,7 @@ class RowFitter:
         return rows
 
     def _encoded(self, encode: Callable[[], list[Encoded]], place: str) -> list[Encoded] | None:
-        """What is encoded; None, and counted, where it cannot be, or nothing is learnt."""
+        """The encoded examples; None where the row cannot be rendered or nothing in it is learnt, which is counted."""
         self._total += 1
         try:
             encoded = encode()
@@ -265,8 +266,8 @@ def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Seq
     """A prompt and an answer, both messages or both texts, as one example: the prompt as it is served, and all that the
     assistant says in the answer.
 
-    Of several turns in an answer, each after the first follows the one before it as in a conversation that is kept in tokens.
-    Messages with `"weight": 0` are read and not learnt. Raises RowError for what the model's template cannot write or refuses,
+    Several turns of an answer follow each other as in a conversation whose tokens are only appended to. Messages with
+    `"weight": 0` are context and not learnt. Raises RowError where the model's template cannot render or refuses the messages,
     NothingLearntError where nothing is learnt.
     """
     if isinstance(prompt, str) or isinstance(answer, str):
@@ -278,8 +279,8 @@ def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Seq
 
 
 def encode_turns(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> list[Encoded]:
-    """As `encode_answer`, in as many examples as there are contexts that are served: one where the template only appends, one
-    for each turn where it rewrites earlier ones."""
+    """As `encode_answer`, as one example for each different context in serving: a single one if the template only appends, one
+    for each turn if it rewrites earlier turns."""
     if isinstance(prompt, str) or isinstance(answer, str):
         return [encode_answer(prompt, answer, tokenizer, tools)]
     return _encode_messages(prompt, answer, tokenizer, tools, at_once=False)
@@ -308,7 +309,8 @@ def _encode_messages(
 
 
 def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text behind another one. Alone it may be encoded otherwise: SentencePiece puts a space before a text."""
+    """The ids of a text that follows another one. They may differ from the text's own: SentencePiece puts a space before a
+    text."""
     before, joint = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
     is_continued = len(joint) > len(before) and joint[: len(before)] == before
     return joint[len(before) :] if is_continued else tokenizer.encode(answer, add_bos=False)

@@ -1,8 +1,8 @@
 """Examples from files, functions and earlier stages: rows read by a parser, conversations, pairs of answers.
 
-`made/mismatched` is made here, from a run's conversations: pairs of an answer and one that belongs to another question.
-Every second wrong answer looks like the right one: it answers a question that begins with the same words, so that only the
-rest of the question tells them apart. The others answer a question of another kind, which a model learns to tell sooner.
+`made/mismatched` is made here, from a run's conversations: pairs of an answer and one that belongs to another question. Every
+second wrong answer looks like the right one: it answers a question that begins with the same words, so that only the rest of
+the question tells them apart. The others answer a question of another kind, which is easier to notice.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ _log = logging.getLogger(__name__)
 
 
 class RowReader:
-    """Reads the rows that a stage learns from: by one rule for bad rows, which it keeps, and says what it understood.
-
-    on_bad_row: skip leaves bad rows out, unless they are more than a twentieth of a file's; stop refuses them. say: receives
-    lines about each file; where it is None, rows that are left out are logged as warnings. bad: the rows left out so far.
+    """Reads the rows that a stage learns from, keeps the bad ones, and reports how it understood the others. on_bad_row: `skip`
+    leaves bad rows out, unless they are more than a twentieth of a file's; `stop` refuses them. say: prints lines about each
+    file; None: left-out rows are logged as warnings. bad: the rows left out so far.
     """
 
     def __init__(self, on_bad_row: OnBadRow = "skip", say: Callable[[str], None] | None = None) -> None:
@@ -68,18 +67,18 @@ class RowReader:
         self._say = say
 
     def examples(self, place: DataPlace, parse: Callable[[Mapping[str, Any]], Example]) -> list[tuple[str, Example]]:
-        """The rows of a place as examples, each behind its file and line. Raises SourceError for bad rows that the rule
-        refuses, and what `open_rows` does."""
+        """The rows of a place as (file and line, example). Raises SourceError for bad rows that the rule refuses, and as
+        `open_rows`."""
         return self.accept(understand(with_known_names(open_rows(place)), parse))
 
     def conversations(self, place: DataPlace, columns: tuple[str, str] | None = None) -> list[tuple[str, Answered]]:
-        """Rows of a place in any format for supervised tuning. columns: those of questions and of answers, where they are
-        named; else they are told by their names. Raises as `examples`, and SourceError for columns that tell nothing."""
+        """Rows of a place in any format for supervised tuning. columns: those of questions and of answers; None: they are
+        recognised by their names. Raises as `examples`, and SourceError where no columns are recognised."""
         rows = open_rows(place)
         return self.accept(understood_conversations(rows, columns))
 
     def accept(self, understood: Understood[Example]) -> list[tuple[str, Example]]:
-        """The examples of what was understood, after it was said. Raises SourceError for bad rows that the rule refuses."""
+        """The examples, after printing how the rows were understood. Raises SourceError for bad rows that the rule refuses."""
         examples = understood.checked(self._on_bad_row)
         self.bad += understood.bad
         if self._say is not None:
@@ -107,7 +106,7 @@ BAD_ROWS = "bad_rows.jsonl"
 
 
 def understood_conversations(rows: RowSet, columns: tuple[str, str] | None = None) -> Understood[Answered]:
-    """Rows for supervised tuning, parsed. columns, and what is raised: as of `RowReader.conversations`."""
+    """Rows parsed for supervised tuning. columns: as in `RowReader.conversations`, and raises the same."""
     if columns is None:
         rows = with_known_names(rows)
         columns = find_columns(rows) if rows.records else None
@@ -115,11 +114,9 @@ def understood_conversations(rows: RowSet, columns: tuple[str, str] | None = Non
 
 
 def previewed(name: str, prompt: str | None = None, answer: str | None = None) -> Understood[Any]:
-    """What is understood of the data that a name typed by somebody means: pairs of answers, answers that are good or bad,
-    conversations, texts, or prompts, by its columns.
-
-    prompt, answer: columns of questions and of answers, where they are named. Raises SourceError for columns that tell nothing,
-    and what `open_rows` does.
+    """How the data with a user's name are understood, by their columns: pairs of answers, good and bad answers, conversations,
+    texts, or prompts. prompt, answer: columns of questions and of answers, if the user names them. Raises SourceError where no
+    columns are recognised, and as `open_rows`.
     """
     rows = with_known_names(open_rows(data_path(data_name(name), Path(), {})))
     names = set(rows.columns)
@@ -144,7 +141,7 @@ def read_examples(
 def examples_of_function(
     name: str, folder: Path, parse: Callable[[Mapping[str, Any]], Example], reader: RowReader | None = None
 ) -> list[tuple[str, Example]]:
-    """The rows that a user's `file.py:function` gives, as examples, each behind its name and number.
+    """The rows that a user's `file.py:function` gives, as (function and number of the row, example).
 
     Raises ConfigError where there is no such function, SourceError for one that fails or gives none, and for bad rows that the
     reader refuses.
@@ -182,7 +179,7 @@ def files_fingerprint(names: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def data_hash(name: str) -> str:
-    """Hash of the rows that a name typed by somebody means: of a file that of its bytes. Raises as `files_fingerprint`."""
+    """Hash of the data with a user's name: for a file, of its bytes. Raises as `files_fingerprint`."""
     fingerprint = _fingerprint(data_name(name), Path())
     return fingerprint if isinstance(fingerprint, str) else hash_value(fingerprint)
 
@@ -210,7 +207,7 @@ class Conversation:
 
     @classmethod
     def of(cls, messages: Sequence[Message], source: str, tools: Sequence[Message] = ()) -> Self:
-        """A conversation of which every turn of the assistant's is learnt."""
+        """A conversation in which every turn of the assistant is learnt."""
         return cls(Answered((), tuple(messages), tuple(tools)), source)
 
     @property
@@ -221,7 +218,7 @@ class Conversation:
 
     @property
     def is_document(self) -> bool:
-        """Whether it is a text alone, which is learnt whole."""
+        """Whether it is a plain text, which is learnt whole."""
         return self.answered.prompt == "" and isinstance(self.answered.answer, str)
 
     @property
@@ -278,13 +275,13 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> No
     write_text(path, "".join(json.dumps(one.record, ensure_ascii=False) + "\n" for one in conversations))
 
 
-#: Number of first words by which the kind of a question is known.
+#: Number of first words that are the kind of a question.
 _WORDS_OF_KIND = 2
 
 
 def mismatched_pairs(conversations: Path, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out) pairs of the conversations that `sft` trained on and held out: one of each question and answer that
-    another answer is found for, in turn of the same kind and of another one where there are several.
+    """(training, held-out) pairs from the conversations that `sft` trained on and held out. Each question and answer gets
+    another question's answer, where one is found: alternately of the same kind of question and of another kind.
 
     Items of tasks are left out: a verifier judges these. Raises SourceError or ArtefactError for a file that is missing or
     malformed.

@@ -41,7 +41,7 @@ _TRUTH = {
     **dict.fromkeys(("true", "1", "1.0", "good", "yes", "desirable"), True),
     **dict.fromkeys(("false", "0", "0.0", "-1", "bad", "no", "undesirable"), False),
 }
-#: Columns of the system message, and of whether an answer is good.
+#: Columns of the system message; columns of whether an answer is good.
 SYSTEMS = ("system", "system_prompt", "system_message")
 LABELS = ("label", "kto_tag")
 #: Columns that usually hold the question. A pair of texts with one of them is refused: its prompt belongs under `prompt`.
@@ -58,8 +58,8 @@ _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and an answer to it, both messages or both texts. Of a prompt without messages the whole is the answer, and
-    every turn of the assistant in it is learnt."""
+    """A prompt and an answer to it, both messages or both texts. Where the prompt has no messages, the answer is the whole
+    conversation, and every turn of the assistant in it is learnt."""
 
     prompt: Turns
     answer: Turns
@@ -70,8 +70,8 @@ class Answered:
 class Pair:
     """Two answers to a prompt, of which the first is preferred.
 
-    margin: how much better it is, where that is known. confidence: how probably it is better, from one half to 1. weight: in
-    the mean over pairs, as where a prompt has several.
+    margin: how much better it is, where that is known. confidence: how probably it is better, from one half to 1. weight: that
+    of the pair in the mean, for example where a prompt has several pairs.
     """
 
     prompt: Turns
@@ -111,7 +111,7 @@ def as_answered(row: Mapping[str, Any]) -> Answered:
 
 
 def is_plain_text(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds a text, as rows for pretraining do, and nothing that answers it."""
+    """Whether a row holds a text and no answer, as rows for pretraining do."""
     names = {str(name).strip().lower() for name in row}
     return bool(names & _TEXTS) and not names & {*TURNS, "completion", "chosen", *PROMPTS, *ANSWERS}
 
@@ -128,7 +128,7 @@ def answer_in_columns(row: Mapping[str, Any], columns: tuple[str, str]) -> Answe
 
 
 def as_document(row: Mapping[str, Any]) -> Answered:
-    """A row of a text alone, which is learnt whole. Raises ValueError, in one line, where it has none."""
+    """A row of a plain text, which is learnt whole. Raises ValueError, in one line, for a row without one."""
     column = next((name for name in row if str(name).strip().lower() in _TEXTS), "text")
     return Answered("", _text(row, column))
 
@@ -141,9 +141,8 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 
 
 def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, ...]:
-    """A row's prompt as messages, behind its system message; a text is what the user says.
-
-    Raises ValueError or RequestError, in one line, also where nothing is asked.
+    """A row's prompt as messages, after its system message; a text becomes the user's message. Raises ValueError or
+    RequestError, in one line, also for an empty question.
     """
     if column not in row:
         raise ValueError(f"has no column {column!r}{nearest(column, list(row))}")
@@ -214,7 +213,7 @@ def _number(row: Mapping[str, Any], name: str, absent: float) -> float:
 
 
 def as_labelled(row: Mapping[str, Any]) -> Labelled:
-    """A row of an answer and whether it is good; of a conversation without a prompt, its last turn is judged.
+    """A row of an answer and whether it is good. In a conversation without a prompt the last turn is the answer.
 
     Raises ValueError or RequestError, in one line.
     """
@@ -246,7 +245,7 @@ def as_labelled_answers(row: Mapping[str, Any]) -> list[Labelled]:
 
 
 def plain_turns(turns: Turns) -> str | list[Message]:
-    """Turns as a JSON value."""
+    """Turns as JSON values."""
     return turns if isinstance(turns, str) else list(turns)
 
 
@@ -294,7 +293,7 @@ def _system(row: Mapping[str, Any]) -> str:
 
 
 def _under_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages behind the row's system message, where they begin with none."""
+    """The messages with the row's system message before them, unless they begin with one."""
     system = _system(row)
     return (_said("system", system), *messages) if system and messages[0]["role"] != "system" else messages
 
@@ -313,7 +312,7 @@ def _shared_prompt(row: Mapping[str, Any], given: Sequence[Any], keys: Sequence[
             raise ValueError(
                 f"{' and '.join(keys)} are texts without a prompt, {where}; give the prompt under the key 'prompt'"
             )
-        # the space before the first different word belongs to it
+        # the space belongs to the first different word
         if shared and given[0][shared - 1] == " ":
             shared -= 1
         return given[0][:shared], [_filled(value[shared:], key) for value, key in zip(given, keys, strict=True)]
@@ -348,7 +347,7 @@ def _answer(value: Any, key: str) -> tuple[Message, ...]:
 
 
 def _spoken(value: Any, key: str) -> tuple[Message, ...]:
-    """The messages, if the assistant says something in them."""
+    """The messages. Raises ValueError where the assistant says nothing in them."""
     messages = messages_of(value, key)
     if not any(
         one["role"] == "assistant" and ((one.get("content") or "").strip() or one.get("tool_calls")) for one in messages
@@ -358,8 +357,8 @@ def _spoken(value: Any, key: str) -> tuple[Message, ...]:
 
 
 def messages_of(value: Any, key: str) -> tuple[Message, ...]:
-    """Messages in any of the dialects of `dialects.py`, checked, with the keys that are kept, in an order of roles that a
-    conversation can have. key: where they stand, for errors. Raises ValueError or RequestError, in one line."""
+    """Messages from any dialect of `dialects.py`, checked, also for the order of roles, and with the keys of `_KEPT`. key:
+    where they stand, for errors. Raises ValueError or RequestError, in one line."""
     messages = checked_messages([_without_null(one) for one in messages_in(value, key)], first=1)
     for number, (before, message) in enumerate(zip([None, *messages], messages, strict=False), start=1):
         role = message["role"]
@@ -381,7 +380,7 @@ def _without_null(message: Any) -> Any:
 
 def _alpaca_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
     named = [name for name in ("instruction", "input", "context") if row.get(name) is not None and str(row[name]).strip()]
-    # the first is asked for where all are empty
+    # where all are empty, the error names the first
     question = "\n\n".join(_cell(row, name) for name in named or ("instruction",))
     before = []
     for turn in row.get("history") or ():
@@ -392,7 +391,7 @@ def _alpaca_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def _transcript(text: str) -> list[Message]:
-    """The turns of a transcript, each behind an empty line."""
+    """The turns of a transcript, each of which follows an empty line."""
     parts = _TURN.split(text)[1:]
     roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
     return [_said(role, said.strip()) for role, said in zip(roles, parts[1::2], strict=True)]

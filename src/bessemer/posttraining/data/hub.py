@@ -1,9 +1,9 @@
 """Data sets of the Hugging Face Hub by name: which files are which split, fetched into the hub's cache, read as tables.
 
-A name is `hub:ORGANISATION/NAME`, behind it `@REVISION` and `#SPLIT`, `#CONFIGURATION/SPLIT` or `#SPLIT[:1000]`, where they are
-wanted. What files a split has is decided as `datasets` decides it: by the list `configs` in the card, else by the names of
-files and folders; files of one form are read, of the commonest. Where a repository holds a script, which is never run, the
-files that the hub has converted are taken, of the branch `refs/convert/parquet`.
+A name is `hub:ORGANISATION/NAME`, optionally followed by `@REVISION` and by `#SPLIT`, `#CONFIGURATION/SPLIT` or
+`#SPLIT[:1000]`. The files of a split are found as `datasets` finds them: by the list `configs` in the card, else by the names
+of files and folders; only files of the most frequent form are read. A repository's script is never run; instead the hub's
+converted files are read, from the branch `refs/convert/parquet`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _NAME = re.compile(
     r"(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
     r"(?:#(?:(?P<configuration>[^/#\[\]]+)/)?(?P<split>[^/#\[\]]*)(?:\[(?P<begin>\d+%?)?:(?P<end>\d+%?)?\])?)?"
 )
-#: Where the hub keeps what it has converted to Parquet.
+#: Branch with the hub's conversions to Parquet.
 _CONVERTED = "refs/convert/parquet"
-#: Splits that names of files and folders tell, with the words for each.
+#: Split → words for it in names of files and folders.
 _WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -42,8 +42,8 @@ _CARD = "README.md"
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set of the hub, or a folder in its layout. split: empty where none is named. rows: (begin, end) of those that are
-    wanted, as Python slices or in percent."""
+    """A data set of the hub, or a folder in its layout. split: empty where none is named. rows: (begin, end) of the wanted
+    rows, as in a Python slice or in percent."""
 
     repository: str
     revision: str | None = None
@@ -54,7 +54,7 @@ class HubDataset:
 
     @classmethod
     def parse(cls, name: str) -> HubDataset:
-        """The data set that a name means. Raises ConfigError for a name that is none."""
+        """The data set with a name. Raises ConfigError for a malformed name."""
         match = _NAME.fullmatch(name.removeprefix(PREFIX))
         if match is None:
             raise ConfigError(
@@ -79,14 +79,13 @@ class HubDataset:
         return f"{PREFIX}{self.repository}{f'@{self.revision}' if self.revision else ''}{part}"
 
     def commit(self) -> str:
-        """The commit that is read, for a stage's key. Raises what `tables` does."""
+        """The commit that is read, for a stage's key. Raises as `tables`."""
         return self._listing()[1]
 
     def tables(self) -> list[Path]:
-        """The files of the split, on this machine; fetched where they are not yet there.
-
-        Raises SourceError for a data set, a configuration or a split that there is not, for one that may not be read or cannot
-        be reached, and ArtefactError where the package for the hub is missing.
+        """The files of the split on this machine; missing ones are downloaded. Raises SourceError for an unknown data set,
+        configuration or split, and where access is denied or the hub is unreachable; ArtefactError where the hub's package is
+        missing.
         """
         if self.folder is not None:
             return self._of_folder(self.folder)
@@ -106,9 +105,8 @@ class HubDataset:
         return [folder / name for name in chosen]
 
     def files(self, names: Sequence[str], card: str = "") -> list[str]:
-        """The files of the split among those of a repository. card: its README. Empty where it holds no table at all.
-
-        Raises SourceError for a configuration or a split that there is not, and where one must be named.
+        """The files of the split among those of a repository; empty where it holds no tables. card: its README. Raises
+        SourceError for an unknown configuration or split, and where one must be named.
         """
         splits = self._splits(names, _configurations(card))
         if not splits:
@@ -128,7 +126,7 @@ class HubDataset:
         return chosen
 
     def _splits(self, names: Sequence[str], configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-        """Split → its files, of the configuration that is meant."""
+        """Split → its files, in the named or the default configuration."""
         if configurations:
             wanted = self.configuration or _default(configurations)
             if wanted is None or wanted not in configurations:
@@ -153,19 +151,19 @@ class HubDataset:
                 splits.setdefault(PurePosixPath(name).parts[1].removeprefix("partial-"), []).append(name)
             return splits
         if self.configuration is not None:
-            # without a card, a folder is what comes nearest to a configuration
+            # without a card, a folder serves as the configuration
             names = [name for name in names if name.startswith(f"{self.configuration}/")]
             if not names:
                 raise SourceError(f"{self}: has no configuration and no folder {self.configuration!r}")
         return splits_by_name(names)
 
     def wanted(self, count: int) -> slice:
-        """Which rows are wanted of a split of `count`."""
+        """The wanted rows among the `count` of a split."""
         begin, end = (_position(text, count) for text in self.rows)
         return slice(begin, end)
 
     def _listing(self) -> tuple[list[str], str, str | None]:
-        """(files, commit, revision) of the repository; those of the cache where the hub cannot be reached."""
+        """(files, commit, revision) of the repository; from the cache where the hub is unreachable."""
         hub = _library()
         info = _asked(self, lambda: hub.HfApi().dataset_info(self.repository, revision=self.revision, timeout=20))
         if info is None:
@@ -187,7 +185,8 @@ class HubDataset:
         )
 
     def _fetched(self, names: Sequence[str]) -> list[Path]:
-        """Files of the revision in the hub's cache. By the revision's name, which the cache then knows without the hub."""
+        """Files of the revision in the hub's cache. They are requested by the revision's name, so that later runs find them
+        without the hub."""
         folder = Path(self._snapshot(_library(), allow_patterns=list(names)))
         files = [folder / name for name in names]
         if (missing := next((name for name, file in zip(names, files, strict=True) if not file.exists()), None)) is not None:
@@ -201,7 +200,7 @@ def is_hub_dataset(name: str) -> bool:
 
 
 def looks_like_hub_dataset(name: str) -> bool:
-    """Whether a name could be ORGANISATION/NAME of the hub, without the prefix, and is not that of a table."""
+    """Whether a name without the prefix could be ORGANISATION/NAME of the hub, and not the path of a table."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(#.*)?", name)) and not is_table(name.partition("#")[0])
 
 
@@ -214,8 +213,8 @@ def _library() -> Any:
 
 
 def _asked(dataset: HubDataset, ask: Callable[[], Any], *, is_last: bool = False) -> Any:
-    """The hub's answer; None where it cannot be reached and the cache may have the data set. Raises SourceError, with what to
-    do."""
+    """The hub's response; None where it is unreachable and the cache may have the data set. Raises SourceError, which says what
+    to do."""
     from huggingface_hub import errors
 
     name = str(dataset)
@@ -232,7 +231,7 @@ def _asked(dataset: HubDataset, ask: Callable[[], Any], *, is_last: bool = False
         raise SourceError(f"{name}: the data set has no revision {dataset.revision!r}, or holds no table") from None
     except errors.HFValidationError as error:
         raise SourceError(f"{name}: not the name of a data set on the hub ({error})") from None
-    except Exception as error:  # a network's many ways to fail, which differ between versions of the library
+    except Exception as error:  # networks fail in many ways, and the library's versions raise different errors
         kind = type(error)
         is_network = isinstance(error, (OSError, errors.HfHubHTTPError)) or kind.__module__.startswith(
             ("httpx", "httpcore", "requests")
@@ -272,7 +271,7 @@ def _configurations(card: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _default(configurations: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The configuration that is meant where none is named."""
+    """The configuration that applies where none is named."""
     if len(configurations) == 1 or _DEFAULT in configurations:
         return _DEFAULT if _DEFAULT in configurations else next(iter(configurations))
     return next((name for name, one in configurations.items() if one.get("default")), None)
@@ -303,7 +302,7 @@ def _matches(name: str, pattern: str, folder: str) -> bool:
 
 
 def splits_by_name(names: Sequence[str]) -> dict[str, list[str]]:
-    """Split → files, by the names of shards in `data`, of folders, or of files; all are `train` where none tells."""
+    """Split → files, by the names of shards in `data`, of folders, or of files; without such names all are `train`."""
     tables = _of_one_form(name for name in names if not any(part.startswith((".", "__")) for part in PurePosixPath(name).parts))
     splits: dict[str, list[str]] = {}
     for name in tables:
@@ -324,12 +323,12 @@ def _tells(part: str, split: str) -> bool:
     return any(word in words for word in _WORDS[split])
 
 
-#: Files about tables.
+#: Files that describe tables and are none.
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
 
 
 def _of_one_form(names: Iterable[str]) -> list[str]:
-    """The tables among files of the form that most have, in order."""
+    """Those tables among the files that have the most frequent form, in order."""
     tables = [name for name in names if is_table(name) and PurePosixPath(name).name not in _ABOUT]
     forms = Counter(map(_form, tables))
     commonest = max(forms, key=lambda form: forms[form], default="")
@@ -337,5 +336,5 @@ def _of_one_form(names: Iterable[str]) -> list[str]:
 
 
 def _form(name: str) -> str:
-    """The ending of a table without that of a compression."""
+    """The suffix of a table without the suffix of a compression."""
     return next((suffix for suffix in reversed(PurePosixPath(name).suffixes) if suffix not in COMPRESSIONS), "")

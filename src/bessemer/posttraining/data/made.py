@@ -1,7 +1,7 @@
 """Data that stages make for later ones: its names in `data`, where it lies, and writing it row by row.
 
-A name of `data` is a file, or `made/…`. Long work writes its rows as they are finished, so that a killed run resumes behind
-the last of them. Imports no PyTorch, and nothing that reads rows: settings import this module.
+A name in `data` is a file or `made/…`. Long work writes each row when it is finished, so that a killed run resumes after the
+last one. Imports neither PyTorch nor a reader of rows, since settings import this module.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def roles(names: Iterable[str]) -> dict[str, str]:
 
 
 def unread(names: Iterable[str]) -> Callable[[Any], frozenset[str]]:
-    """The roles of these names that settings do not read, since their `data` does not name them."""
+    """The roles of made data that these settings do not read, since their `data` does not name it."""
     every = frozenset(roles(names))
     return lambda config: every - {_KINDS[name] for name in config.data if name in _KINDS}
 
 
 def made_paths(inputs: Mapping[str, Path]) -> dict[str, Path]:
-    """Name in `data` → file or folder, of what the stages above have made."""
+    """Name in `data` → file or folder, for the data of the stages above."""
     return {name: inputs[kind] for name, kind in _KINDS.items() if kind in inputs}
 
 
@@ -94,8 +94,8 @@ def made_path(name: str, made: Mapping[str, Path]) -> Path:
 
 
 def data_name(given: str | Path) -> str:
-    """What somebody typed as a name of `data`: a file or a folder of this machine by its whole path, or `hub:…`; also
-    ORGANISATION/NAME alone, where nothing here has that name."""
+    """The name in `data` for a user's input: the whole path of a file or a folder, or `hub:…`; ORGANISATION/NAME becomes
+    `hub:…` where no file has that path."""
     name = str(given)
     if is_hub_dataset(name):
         return name
@@ -108,7 +108,7 @@ def data_name(given: str | Path) -> str:
 
 
 def is_data_name(name: str) -> bool:
-    """Whether rows can lie under a name: a table, a folder with a slash behind it, or a data set of the hub."""
+    """Whether a name can be one of rows: a table, a folder with a slash at its end, or a data set of the hub."""
     return is_table(name) or name.endswith("/") or is_hub_dataset(name)
 
 
@@ -134,7 +134,7 @@ _IDENTITY = "rows_of"
 
 
 class FinishedRows:
-    """Rows in a JSONL file, in the order of the work. What a crash cut in two is done again."""
+    """Finished rows in a JSONL file, in the order of the work. A row that a crash cut off is made again."""
 
     def __init__(self, path: Path, identity: Any) -> None:
         """Read the finished rows. identity: settings and data that the rows depend on, as a JSON value.
@@ -154,7 +154,7 @@ class FinishedRows:
         return len(self.rows)
 
     def keep(self, count: int) -> None:
-        """Leave out the rows behind the first `count`, as of a lot that is not whole."""
+        """Drop the rows after the first `count`, for example those of an incomplete batch."""
         self.rows = self.rows[:count]
         write_text(self._path, "".join(_line(row) for row in (self._wanted, *self.rows)))
 
@@ -168,7 +168,7 @@ class FinishedRows:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a file of rows that is whole or absent."""
+    """Write a file of rows atomically."""
     write_text(path, "".join(_line(row) for row in rows))
 
 
@@ -177,7 +177,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows up to the first that is not whole; none without a file."""
+    """The rows before the first incomplete one; none where the file is missing."""
     if not path.exists():
         return []
     rows = []

@@ -1,4 +1,4 @@
-"""What is learnt of rows before a run: their tokens, which of them are targets, and where the turns end."""
+"""Preview of what a run would learn from rows: their tokens, which of them are targets, and where turns end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MaskedToken(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskedRow:
-    """A row in the examples that it gives. place: its file and line. reason: why it gives none; empty otherwise."""
+    """A row as the examples that it gives. place: its file and line. reason: why it gives none; else empty."""
 
     place: str
     examples: tuple[tuple[MaskedToken, ...], ...]
@@ -36,10 +36,8 @@ class MaskedRow:
 
 @dataclass(frozen=True)
 class MaskPreview:
-    """The masks of some rows, and what the others of the data come to.
-
-    template: how the model's chat template is trained on, in a sentence. counts, conversations, examples, tokens, learnt, ends:
-    of all rows.
+    """The masks of some rows, and totals of all rows. template: a sentence on how the model's chat template is used in
+    training. counts, conversations, examples, tokens, learnt, ends: of all rows.
     """
 
     template: str
@@ -121,7 +119,7 @@ def _given(encoded: list[Encoded], failure: RequestError | None) -> list[Encoded
 
 
 def template_sentence(tokenizer: Tokenizer) -> str:
-    """How a model's chat template is trained on."""
+    """A sentence on how a model's chat template is used in training."""
     if tokenizer.chat_template is None:
         return "the model has no chat template"
     name = template_name(tokenizer.chat_template)
@@ -133,7 +131,7 @@ def template_sentence(tokenizer: Tokenizer) -> str:
 
 
 def masked_tokens(encoded: Encoded, tokenizer: Tokenizer) -> tuple[MaskedToken, ...]:
-    """The tokens of an example. A character of several tokens is shown at the last of them."""
+    """The tokens of an example. A character that spans several tokens is shown at the last of them."""
     found: list[MaskedToken] = []
     waiting = b""
     for place, (id, is_learnt) in enumerate(zip(encoded.ids.tolist(), encoded.is_learnt.tolist(), strict=True)):
@@ -141,7 +139,7 @@ def masked_tokens(encoded: Encoded, tokenizer: Tokenizer) -> tuple[MaskedToken, 
         try:
             text, waiting = waiting.decode(), b""
         except UnicodeDecodeError as error:
-            # a character that is not whole yet waits, one that is damaged does not
+            # keep the bytes of an incomplete character for the next token, but not those of a damaged one
             is_cut = error.reason == "unexpected end of data"
             text, waiting = ("", waiting) if is_cut else (waiting.decode("utf-8", "replace"), b"")
         is_end = is_learnt and tokenizer.is_end(id) and (place + 1 == len(encoded.ids) or not encoded.is_learnt[place + 1])
@@ -150,7 +148,7 @@ def masked_tokens(encoded: Encoded, tokenizer: Tokenizer) -> tuple[MaskedToken, 
 
 
 def text_parts(encoded: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """An example's text in parts that are learnt, or not."""
+    """An example's text in parts, each with whether it is learnt."""
     parts: list[tuple[list[int], bool]] = []
     for id, is_learnt in zip(encoded.ids.tolist(), encoded.is_learnt.tolist(), strict=True):
         if not parts or parts[-1][1] != is_learnt:

@@ -1,8 +1,8 @@
 """Packing of examples into rows of fixed length, in which they do not attend to each other.
 
-A row holds whole conversations, whole pairs (the chosen answer before the rejected one), or single answers that are good or
-bad. The prompt of a pair is in the row once where the model can read it so (Wang and Hegde 2024, "Accelerating direct
-preference optimization with prefix sharing").
+A row holds whole conversations, whole pairs (the chosen answer before the rejected one), or single good or bad answers. The
+prompt of a pair stands in the row once if the model supports that (Wang and Hegde 2024, "Accelerating direct preference
+optimization with prefix sharing").
 
 KTO measures answers against the policy's Kullback–Leibler divergence from its reference, which is estimated on *mismatched*
 examples: the prompt of each with the answer to another prompt (Ethayarajh et al. 2024, section 4.1).
@@ -53,8 +53,8 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> lis
 def fit_each(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
 ) -> tuple[list[list[EncodedExample]], RowFitter]:
-    """The examples of each conversation that have at most `context_length` tokens, and what has counted the others; a long
-    document is several."""
+    """The examples of each conversation that have at most `context_length` tokens, and the `RowFitter` that counted the others.
+    A long document gives several examples."""
     fitter = RowFitter(context_length, truncate)
 
     def encoded(one: Conversation) -> list[Encoded]:
@@ -68,7 +68,7 @@ def fit_each(
 def fit_conversations(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
 ) -> tuple[list[EncodedExample], RowCounts]:
-    """Conversations as examples of at most `context_length` tokens, and what became of the others. Raises SourceError as
+    """Conversations as examples of at most `context_length` tokens, and counts of the others. Raises SourceError as
     `RowFitter.counts`."""
     examples, fitter = fit_each(conversations, tokenizer, context_length, truncate)
     return [example for of_one in examples for example in of_one], fitter.counts("conversations")
@@ -76,7 +76,7 @@ def fit_conversations(
 
 @dataclass(frozen=True)
 class PackedConversations:
-    """Conversations in rows, and what became of those that are not, or not whole."""
+    """Conversations in rows, and counts of those that were left out or cut."""
 
     batch: Batch
     counts: RowCounts
@@ -88,7 +88,7 @@ class PackedConversations:
 
     @property
     def filled(self) -> float:
-        """Fraction of the rows' tokens that conversations fill."""
+        """Share of the rows' places that hold tokens of conversations."""
         assert self.batch.document_ids_BT is not None
         return float((self.batch.document_ids_BT > 0).double().mean())
 
@@ -96,7 +96,7 @@ class PackedConversations:
 def pack_conversations(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
 ) -> PackedConversations:
-    """Conversations in as few rows as best-fit decreasing finds. truncate, and what is raised: as of `fit_conversations`."""
+    """Conversations in as few rows as best-fit decreasing finds. truncate as in, and raises as, `fit_conversations`."""
     examples, counts = fit_conversations(conversations, tokenizer, context_length, truncate)
     return PackedConversations(pack_examples(examples, tokenizer, context_length), counts)
 
@@ -127,8 +127,8 @@ class PackedBatches(StatelessBatches):
 
 
 class HeldOutBatches(StatelessBatches):
-    """Batches that read every packed row once, in order; the last one is filled with rows without targets, whose sequences have
-    zeros for values."""
+    """Batches that read every packed row once, in order; the last batch is padded with rows without targets, whose sequences
+    have the value 0."""
 
     def __init__(self, packed: Batch, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -148,7 +148,7 @@ class HeldOutBatches(StatelessBatches):
 
 
 def validation_on(packed: Batch, config: LoopConfig) -> OnStepEnd:
-    """Validation on packed rows at the steps that the settings name; no metrics without rows."""
+    """A validation on packed rows at the steps that the settings name; it gives no metrics if there are no rows."""
     if not packed.tokens_BT.shape[0]:
         return lambda finished, trainer: {}
     source, validated = HeldOutBatches(packed, config.batch_size), config.validated_steps
@@ -167,7 +167,7 @@ def _content(packed: Batch) -> str:
 
 
 class PairExample(NamedTuple):
-    """Both answers of a pair. margin, confidence, weight: as of `Pair`."""
+    """Both answers of a pair. margin, confidence, weight: as in `Pair`."""
 
     chosen: Row
     rejected: Row
@@ -181,8 +181,8 @@ class PairExample(NamedTuple):
         return len(self.chosen[0]) + len(self.rejected[0])
 
     def without_shared(self) -> tuple[PairExample, int]:
-        """The pair without the tokens of the rejected side that both begin with, and their number: neither has a target
-        there, and at least one token is left of the rejected side."""
+        """The pair with the common beginning removed from the rejected side, and the number of tokens removed. Only tokens
+        before any target are removed, and at least one token of the rejected side stays."""
         (chosen, chosen_targets), (rejected, rejected_targets) = self.chosen, self.rejected
         most = min(len(chosen), len(rejected) - 1)
         differs = (
@@ -196,7 +196,7 @@ class PairExample(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedPairs:
-    """Pairs in rows, and what became of the others; equal: those whose answers are the same, left out too.
+    """Pairs in rows, and counts of the others. equal: pairs left out because both answers are the same.
 
     Sequences 2k and 2k + 1 of a row, counted from 0, are the chosen and the rejected answer of its k-th pair. `margin` and
     `pair_weight` in `per_sequence` are the pair's; the weight is 0 where there is none. `confidence` is there where any is
@@ -233,8 +233,8 @@ def pack_pairs(
     example: Callable[[Encoded, int], Row | None] | None = None,
     shares_prompts: bool = False,
 ) -> PackedPairs:
-    """Pairs in few rows. An answer and its prompt take at most half a row; what becomes of longer ones: as of `RowFitter`.
-    shares_prompts: as of `pack_pair_examples`. Raises SourceError where longer ones are refused."""
+    """Pairs in few rows. An answer and its prompt take at most half a row; longer ones are treated as by `RowFitter`.
+    shares_prompts: as in `pack_pair_examples`. Raises SourceError where longer ones are refused."""
     fitter = RowFitter(context_length // 2, truncate, example)
     packed: list[PairExample] = []
     equal = 0
@@ -258,7 +258,7 @@ def _are_equal(first: Row, second: Row) -> bool:
 
 
 def can_share_prompts(config: LoopConfig, model: Path) -> bool:
-    """Whether documents may share prefixes (`ModelRoles.shares_prefixes`), of a model's folder and a run's settings."""
+    """Whether documents may share prefixes (`ModelRoles.shares_prefixes`), for a model's folder and a run's settings."""
     return config.parallel.context == 1 and read_model_config(model).shares_prefixes
 
 
@@ -272,9 +272,9 @@ def pack_pair_examples(
 ) -> Batch:
     """Pairs in few rows of `context_length` tokens, none longer than a row; the batch of `PackedPairs`.
 
-    row_count: from the number of filled rows to the number of rows; the others are empty. shares_prompts: what both answers
-    begin with is in the row once, for models that read it so (`ModelConfig.shares_prefixes`); values and gradients are those
-    of answers by themselves.
+    row_count: of the number of filled rows, the number of rows; empty ones are added. shares_prompts: what both answers begin
+    with stands in the row once, for models that support it (`ModelConfig.shares_prefixes`); values and gradients are the same
+    as for separate answers.
     """
     parts = [pair.without_shared() if shares_prompts else (pair, 0) for pair in pairs]
     lengths = [pair.tokens for pair, _ in parts]
@@ -288,7 +288,7 @@ def pack_pair_examples(
     sequences = 2 * max(map(len, rows), default=1)
 
     def of_sequences(value: Callable[[PairExample], float]) -> torch.Tensor:
-        """A value of each pair, which both of its answers have."""
+        """Values of pairs, repeated for both answers of each."""
         values_BS = torch.zeros(len(rows), sequences)
         for row, there in enumerate(rows):
             values_BS[row, : 2 * len(there)] = torch.tensor([value(pair) for pair in there]).repeat_interleave(2)
@@ -306,16 +306,14 @@ def pack_pair_examples(
     )
 
 
-#: Prefix of the values of tokens that hold the rows of the mismatched examples.
+#: Prefix of the values per token that hold the rows of mismatched examples.
 _TWIN = "mismatched_"
 
 
 @dataclass(frozen=True)
 class PackedAnswers:
-    """Answers in rows, and what became of the others.
-
-    `is_answer` in `per_sequence` is 1 for the sequences that are there, `is_desirable` for the good ones. `mismatched` gives
-    the rows of their twins, in the same order.
+    """Answers in rows, and counts of the others. `is_answer` in `per_sequence` is 1 for sequences that hold an answer,
+    `is_desirable` for good ones. `mismatched` gives the rows of their mismatched twins, in the same order.
     """
 
     batch: Batch
@@ -331,10 +329,9 @@ class PackedAnswers:
 def pack_answers(
     examples: Sequence[Labelled], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
 ) -> PackedAnswers:
-    """Answers in few rows; rows of twins beside them, of which the end is cut off at a row's length: no answer is learnt there.
-
-    The twin of an example has the answer of the one before it that has another prompt. Raises SourceError where all have the
-    same, where some are texts and some messages, and where longer ones are refused.
+    """Answers in few rows, and rows of their mismatched twins, which are cut at a row's length since nothing is learnt from
+    them. The twin of an example has the answer of the nearest example before it with another prompt. Raises SourceError where
+    all prompts are the same, where some are texts and some messages, and where longer ones are refused.
     """
     if len({isinstance(one.answered.prompt, str) for one in examples}) > 1:
         raise SourceError("loss kto compares answers with each other, and some rows are texts and some messages; give one kind")
@@ -348,7 +345,7 @@ def pack_answers(
         try:
             twin = encode_answer(answered.prompt, other.answer, tokenizer, answered.tools).beginning(context_length)
         except RequestError:
-            # the other answer is left out itself
+            # the example that would give the twin's answer is left out
             continue
         if twin is not None:
             packed.append((fitted[0], twin, example.is_desirable))
@@ -398,7 +395,7 @@ def mismatched(batch: Batch) -> Batch:
 
 
 def others_before(keys: Sequence[str]) -> list[int]:
-    """For each place the nearest one before it with another key, the last place coming before the first.
+    """For each place the nearest earlier one with another key; before the first place comes the last.
 
     Raises SourceError where all keys are the same.
     """
@@ -407,7 +404,7 @@ def others_before(keys: Sequence[str]) -> list[int]:
     if len(set(keys)) < 2:
         raise SourceError("loss kto compares answers with those to other prompts, and all of these have the same prompt")
     starts = [0] * len(keys)
-    # twice around, since the first places look back past the beginning
+    # go through twice, since the first places look back past the beginning
     for step in range(2 * len(keys)):
         place, before = step % len(keys), (step - 1) % len(keys)
         starts[place] = before if keys[before] != keys[place] else starts[before]

@@ -1,4 +1,4 @@
-"""What was understood of rows, in lines for a terminal: their form, the roles of columns, bad rows, two examples."""
+"""How rows were understood, in lines for a terminal: their form, the roles of columns, bad rows, two examples."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from bessemer.posttraining.data.understanding import Parse, RowSet
 
 Example = TypeVar("Example")
 
-#: Share of a file's rows above which bad ones stop a run.
+#: Largest share of bad rows in a file that are left out; more stop the run.
 MOST_BAD = 1 / 20
-#: Reasons for bad rows that are shown, and rows that are named for each.
+#: Most reasons for bad rows that are shown, and most rows named for each.
 _REASONS, _NAMED_ROWS = 3, 5
-#: Examples that are shown, their messages, and characters of each.
+#: Most examples that are shown, messages of each, and characters of a message.
 _EXAMPLES, _MESSAGES, _SHOWN = 2, 6, 100
 
 
 @dataclass(frozen=True)
 class Understood(Generic[Example]):
-    """Rows, and the examples that they became. examples: each behind its place. bad: rows that are none, in order.
-
-    columns: of questions and of answers, where two columns hold them.
+    """Rows and their examples. examples: (place, example). bad: rows that give no example, in order. columns: those of
+    questions and of answers, where two columns hold them.
     """
 
     rows: RowSet
@@ -43,7 +42,7 @@ class Understood(Generic[Example]):
         return len(self.examples) + len(self.bad)
 
     def checked(self, on_bad_row: OnBadRow) -> list[tuple[str, Example]]:
-        """The examples. Raises SourceError where bad rows are to stop a run, and where they are more than a twentieth."""
+        """The examples. Raises SourceError for bad rows if `on_bad_row` is stop, and if more than a twentieth are bad."""
         if self.bad and on_bad_row == "stop":
             raise SourceError(
                 f"{'; '.join(_reasons(self.bad))}; mend {_them(self.bad)}, or leave bad rows out with on_bad_row: skip"
@@ -56,7 +55,7 @@ class Understood(Generic[Example]):
         return list(self.examples)
 
     def lines(self) -> list[str]:
-        """What was understood, for a terminal."""
+        """How the rows were understood, for a terminal."""
         form, roles = form_of(self.rows, self.columns)
         notes = "".join(f"; {note}" for note in self.rows.notes)
         lines = [
@@ -73,7 +72,7 @@ class Understood(Generic[Example]):
         return lines
 
     def bad_lines(self) -> list[str]:
-        """The rows that are left out, with their reasons; nothing where there are none."""
+        """The rows that are left out, with their reasons; empty where there are none."""
         if not self.bad:
             return []
         return [f"  {self._left_out}:", *(f"    {reason}" for reason in _reasons(self._places_within()))]
@@ -92,7 +91,7 @@ class Understood(Generic[Example]):
         return [row._replace(place=self._within(row.place)) for row in self.bad]
 
     def _within(self, place: str) -> str:
-        """A place behind the name of the rows: `line 7`, `row 3`, or the file with them."""
+        """A place without the name of the rows: `line 7`, `row 3`, or a file with its line."""
         rest = place.removeprefix(self.rows.name)
         if rest == place:
             return place.rpartition("/")[2]
@@ -103,7 +102,7 @@ class Understood(Generic[Example]):
 
 
 def understand(rows: RowSet, parse: Parse[Example], columns: tuple[str, str] | None = None) -> Understood[Example]:
-    """Parsed rows with their places, and the reasons of those that cannot be used."""
+    """Rows, parsed to examples with their places; for rows that cannot be used, the reasons."""
     examples: list[tuple[str, Example]] = []
     bad = list(rows.bad)
     for record in rows.records:
@@ -111,7 +110,7 @@ def understand(rows: RowSet, parse: Parse[Example], columns: tuple[str, str] | N
             examples.append((record.place, parse(record.values)))
         except (ValueError, RecursionError, RequestError) as error:
             bad.append(BadRow(record.number, record.place, str(error)))
-    # rows that could not be read stand between the others
+    # in the order of the file, among rows that could not be read at all
     return Understood(rows, examples, sorted(bad, key=_file_and_number), columns)
 
 
@@ -120,7 +119,7 @@ def _file_and_number(row: BadRow) -> tuple[str, int]:
 
 
 def _relative(name: str) -> str:
-    """A path as it is from here, where it lies below."""
+    """A path relative to the working directory, if it lies below."""
     path = Path(name)
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) and path != here else name
@@ -131,7 +130,7 @@ def _them(bad: Sequence[BadRow]) -> str:
 
 
 def _reasons(bad: Sequence[BadRow]) -> list[str]:
-    """The first reasons, each with the first row that has it, and where others are."""
+    """The first reasons, each with its first row and the places of some others."""
     by_reason: dict[str, list[BadRow]] = defaultdict(list)
     for row in bad:
         by_reason[row.why].append(row)
@@ -166,7 +165,7 @@ def form_of(rows: RowSet, columns: tuple[str, str] | None = None) -> tuple[str, 
 
 
 def _form(names: Sequence[str], first: Mapping[str, Any], columns: tuple[str, str] | None) -> tuple[str, dict[str, str]]:
-    """`form_of` without the columns that stand beside others. first: a row."""
+    """`form_of` without columns that only accompany others. first: a row."""
     if columns is not None:
         return "questions and answers in two columns", {columns[0]: "what the user says", columns[1]: "the answer"}
     asked = next((name for name in ("prompt", "question", *TURNS, "instruction") if name in names), None)
@@ -216,7 +215,7 @@ def _dialect(value: Any) -> str:
 
 
 def shown(example: Any) -> list[str]:
-    """An example in a few lines, a message on each."""
+    """An example in a few lines, one message each."""
     match example:
         case Answered("", str(text)):
             return [f"text: {_short(text)}"]

@@ -1,10 +1,10 @@
-"""Training and held-out examples, split by what is asked: one splitter for every stage.
+"""Training and held-out examples, split by their questions: one splitter for every stage.
 
-Examples that open alike lie on the same side, whatever their answers: with two answers to a prompt, or the prompt typed once
-more with another comma, a held-out loss would be that of what was learnt. Two openings are alike when they have the same words
-in any order (3 + 4 lies with 4 + 3), and when they are near copies: a Jaccard similarity of 0.7 between their runs of three
-words, as deduplication of text is done (Lee et al. 2022, "Deduplicating training data makes language models better"). Runs that
-many openings have, as those of a template, do not count: what is asked differs between them.
+Examples with similar openings lie on the same side, whatever their answers: else a second answer to a prompt, or the prompt
+with another comma, could be held out although its like was learnt. Two openings are similar when they have the same words in
+any order (3 + 4 lies with 4 + 3), and when they are near copies: a Jaccard similarity of 0.7 between their runs of three words,
+as deduplication of text is done (Lee et al. 2022, "Deduplicating training data makes language models better"). Runs that many
+openings have, as those of a template, do not count: what is asked differs between them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _TOGETHER = 10
 
 
 def opening(turns: Turns) -> str:
-    """The part that identifies an example: the system message and the user's first; all of a text without roles."""
+    """The part of an example that is compared: the system message and the user's first message; of a text without roles all of
+    it."""
     if isinstance(turns, str):
         return turns
     said = [str(turn.get("content") or "") for turn in turns if turn["role"] == "system"]
@@ -59,7 +60,8 @@ def split_examples(
 def are_held_out(openings: Sequence[str], share: float, seed: int) -> list[bool]:
     """Whether each opening is held out, by its hash or that of the first similar one.
 
-    More examples that open alike than would be held out in all, as conversations that begin with a greeting, are trained on.
+    A group of similar openings with more examples than would be held out in all, such as conversations that begin with a
+    greeting, is trained on.
     """
     keys = [opening_key(text) for text in openings]
     texts = dict(zip(keys, openings, strict=True))
@@ -75,7 +77,7 @@ def are_held_out(openings: Sequence[str], share: float, seed: int) -> list[bool]
 
 
 def opening_key(text: str) -> str:
-    """Hash of an opening's words in alphabetical order; of one without words, of the text."""
+    """Hash of an opening's words in alphabetical order; for an opening without words, of its text."""
     return hash_value(sorted(_words(text)) or text)
 
 
@@ -84,12 +86,12 @@ def _words(text: str) -> list[str]:
 
 
 def _near_copies(openings: Sequence[list[str]]) -> list[int]:
-    """For each opening the index of the first one of its group of near copies, which is transitive."""
+    """For each opening the index of the first opening in its group of near copies; groups are transitive."""
     runs = [set(_runs(words[:_MOST])) if len(words) >= _FEWEST else set() for words in openings]
     counts = Counter(run for of_one in runs for run in of_one)
     most = max(_COMMON, _COMMON_SHARE * len(openings))
     sets = [{run for run in of_one if counts[run] <= most} for of_one in runs]
-    # own union-find, since that of deduplication needs a compiler package that tuning does not
+    # a union-find of its own, since that of deduplication needs numba, and tuning does not
     first = list(range(len(openings)))
 
     def root(number: int) -> int:

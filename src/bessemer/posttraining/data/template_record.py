@@ -1,5 +1,5 @@
-"""What a stage that learns from conversations writes beside its models: the chat template of training, the format of calls, and
-how `transformers` reads an answer (`response_template`), where the format is JSON between tags.
+"""What a stage that learns from conversations writes next to its models: the chat template of training, the format of tools'
+calls, and, if that format is JSON between tags, how `transformers` parses an answer (`response_template`).
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from bessemer.core.errors import RequestError
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.tokenization.trained_template import record_training
 
-#: Formats whose calls are objects with `name` and `arguments` between tags, which `response_template` can say.
+#: Formats whose calls are objects with `name` and `arguments` between tags, as `response_template` can describe them.
 _JSON_IN_TAGS = ("hermes",)
 
 
 def keep_template(out: Path, tokenizer: Tokenizer) -> None:
-    """Write the template of a stage's training into its models and adapters. tokenizer: of the model that was trained; where it
-    has no chat template, nothing is written."""
+    """Write the template of a stage's training into its models and adapters. tokenizer: that of the trained model; if it has no
+    chat template, nothing is written."""
     record_training(out, tokenizer.folder, format_name_of(tokenizer), response_template(tokenizer))
 
 
 def response_template(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """How `transformers` parses an answer (`PreTrainedTokenizerBase.parse_response`, from 5.13 on), as our parser does.
 
-    None for formats of calls that are no JSON between tags, and for a template without a generation prompt of its own.
+    None where calls are not JSON between tags, and for a template without a generation prompt.
     """
     anchor = _generation_prompt(tokenizer)
     if not anchor or format_name_of(tokenizer) not in _JSON_IN_TAGS:
@@ -56,7 +56,7 @@ def response_template(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 
 def _generation_prompt(tokenizer: Tokenizer) -> str:
-    """What the template writes where the assistant speaks next; empty where that cannot be told."""
+    """What the template writes before the assistant's next turn; empty where that cannot be determined."""
     if tokenizer.chat_template is None:
         return ""
     question = [{"role": "user", "content": "question"}]

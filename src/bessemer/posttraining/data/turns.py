@@ -1,4 +1,4 @@
-"""A conversation as a model is trained on it: each turn of the assistant's behind the context that is served before it.
+"""A conversation as a model is trained on it: each turn of the assistant after the context that a server renders before it.
 
 The context of a turn is what the server renders when the turn is asked for, thinking of earlier turns kept or dropped as the
 model's template does. The target is what the model then has to write, up to its end token: in the template's own words where
@@ -29,15 +29,16 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 
 class RowError(RequestError):
-    """A row that cannot be trained on, for a reason in one line: the template refuses it, or shows no call that is in it."""
+    """A row that cannot be trained on, with the reason in one line: the template refuses it, or does not render a call in
+    it."""
 
 
 class NothingLearntError(RequestError):
-    """An example in which the chat template, or the messages' weights, leave the assistant no word to learn."""
+    """An example without a token to learn, because of the chat template or of the messages' weights."""
 
 
 class Turn(NamedTuple):
-    """A turn of the assistant's. target: with its end token; `is_assistant` says what is learnt of it."""
+    """A turn of the assistant. target: its segments with the end token; `is_assistant` marks those that are learnt."""
 
     context: Sequence[Segment]
     target: Sequence[Segment]
@@ -56,7 +57,7 @@ LearntIds = tuple[np.ndarray, np.ndarray]
 
 @dataclass
 class Example:
-    """Turns whose contexts extend each other. turns: each by itself; parts: of all of them, in order."""
+    """Turns whose contexts extend each other. turns: one by one. parts: those of all turns, in order."""
 
     turns: list[Turn] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
@@ -73,19 +74,20 @@ class Example:
             self.append(segment, segment.is_assistant)
 
     def append(self, segment: Segment, is_learnt: bool) -> None:
-        """Add a segment to the last part, or begin another where that is of the other kind."""
+        """Add a segment to the last part, or to a new one if the last is of the other kind."""
         if not self.parts or self.parts[-1].is_learnt != is_learnt:
             self.parts.append(Part([], is_learnt))
         self.parts[-1].segments.append(segment)
 
     def encoded(self, tokenizer: Tokenizer) -> LearntIds | None:
-        """As one text; None where a token would hold text of two parts, so that contexts of later turns have other ids."""
+        """The example encoded as one text; None if a token would span two parts, since contexts of later turns would then have
+        other ids."""
         parts = self._filled
         ids = tokenizer.encode_together([part.segments for part in parts])
         return None if ids is None else _joined(ids, parts)
 
     def encoded_apart(self, tokenizer: Tokenizer) -> LearntIds:
-        """The first context as one text, and each further part as it is written behind tokens that stand already."""
+        """The example encoded in steps: the first context as one text, then each part as it is appended to existing tokens."""
         parts = self._filled
         return _joined(tokenizer.encode_apart([part.segments for part in parts]), parts)
 
@@ -112,7 +114,7 @@ class TrainedConversation:
         numbers = {place: next(spoken) for place, message in enumerate(before) if message.role == "assistant"}
         placed = with_one_call_each(before) if self._format.one_call else list(enumerate(before))
         self._messages = [message for _, message in placed]
-        #: The number of each message of the assistant's among those that were given.
+        #: For each of these messages its number among the given ones; −1 if it is none of them.
         self._numbers = [numbers.get(place, -1) for place, _ in placed]
         self._places = [place for place, message in enumerate(self._messages) if message.role == "assistant"]
 
@@ -122,10 +124,9 @@ class TrainedConversation:
         return self._tokenizer.chat_turns(inputs, self._tools or None)
 
     def encoded(self, is_learnt: Callable[[int], bool], *, at_once: bool = False) -> list[LearntIds]:
-        """The examples of the turns that are learnt, in order. is_learnt: of the number of a message.
-
-        at_once: one example of them all: a turn whose context does not extend the one before it follows it as in a server that
-        keeps a conversation's tokens and appends to them. Raises RowError for what cannot be rendered, and NothingLearntError
+        """The examples of the turns that are learnt, in order. is_learnt: whether the message with a number is learnt. at_once:
+        give one example of all turns, as in a server that keeps a conversation's tokens and appends to them, even where a
+        turn's context does not extend the previous one. Raises RowError for what cannot be rendered, and NothingLearntError
         where `{% generation %}` marks nothing.
         """
         if (whole := self._marked_whole(is_learnt)) is not None and (ids := whole.encoded(self._tokenizer)) is not None:
@@ -145,7 +146,7 @@ class TrainedConversation:
         return found
 
     def _rendered(self, is_learnt: Callable[[int], bool], at_once: bool) -> list[Example]:
-        """The examples. Calls have the ids of the data, and those of ours where the template refuses them."""
+        """The examples. Calls keep the ids of the data, unless the template refuses these; then they get ours."""
         try:
             return self._examples(is_learnt, at_once)
         except RowError:
@@ -166,7 +167,7 @@ class TrainedConversation:
             raise RowError(str(error)) from None
 
     def turn(self, index: int) -> Turn:
-        """The turn of the assistant's message `index`. Raises RowError and RequestError as `examples`."""
+        """The assistant's turn at message `index`. Raises RowError and RequestError as `examples`."""
         message, context = self._messages[index], self._turns.context(index)
         reply = self._turns.reply(index, self._format.thinking.opening, self._format.inner_tags - self._tokenizer.end_tokens)
         before = "".join(segment.text for segment in context[-_END_OF_CONTEXT:])
@@ -182,7 +183,7 @@ class TrainedConversation:
         last = -1
         learnt = [place for place in self._places if is_learnt(self._numbers[place])]
         if learnt[0] == 0 and len(learnt) > 1 and not self._may_begin:
-            # nothing is served before it
+            # no server renders this turn: it has no message before it, and the template needs one
             del learnt[0]
         for index in learnt:
             turn = self.turn(index)
@@ -208,7 +209,8 @@ class TrainedConversation:
         return True
 
     def _marked_whole(self, is_learnt: Callable[[int], bool]) -> Example | None:
-        """The whole conversation at once, where the template is ours: it only appends, and writes all but thinking."""
+        """The whole conversation rendered at once, for our own templates: these only append, and leave out nothing but
+        thinking."""
         text = self._tokenizer.chat_template
         if text is None or template_name(text) is None or any(self._messages[place].thinking for place in self._places):
             return None
@@ -224,15 +226,16 @@ class TrainedConversation:
         return example
 
     def _rest(self, example: Example) -> list[Segment]:
-        """What the rendering of the whole conversation has behind an example: white space, and turns that are not learnt."""
+        """What the whole conversation's rendering has after an example: white space, and turns that are not learnt."""
         try:
             return _behind(example.segments, self._turns.whole()) or []
         except RequestError:
             return []
 
     def _body(self, message: Message, reply: Reply | None, is_open: bool) -> tuple[list[Segment], bool]:
-        """A message without its end token, and whether it is in the template's words: those that the parser reads as the
-        message, thinking put before them where the template leaves it out; else as the format writes it."""
+        """A message's text without its end token, and whether the template wrote all of it. The template's text is used if the
+        parser reads it as this message, with thinking added before it where the template leaves that out; else the text is
+        written by the format."""
         schemas = schemas_of(self._tools, message)
         if reply is not None:
             body = list(reply.segments[: len(reply.segments) - reply.has_end])
@@ -275,7 +278,7 @@ class TrainedConversation:
             ) from None
 
 
-#: Segments at a context's end that may open thinking.
+#: Segments at the end of a context in which thinking may open.
 _END_OF_CONTEXT = 4
 
 
@@ -303,7 +306,8 @@ def prompt_inputs(given: Sequence[Row], tokenizer: Tokenizer) -> list[dict[str, 
 
 
 def _with_thinking_apart(message: Message, tool_format: ToolFormat) -> Message:
-    """A message of the assistant's whose text begins with thinking in tags, as many data sets write it, with the two apart."""
+    """A message of the assistant with the thinking in tags at its beginning, as many data sets write it, moved out of its
+    text."""
     tags = tool_format.thinking
     text = message.text.lstrip()
     if message.role != "assistant" or message.thinking or tags.answer or not text.startswith(tags.opening):
@@ -316,7 +320,7 @@ def _with_thinking_apart(message: Message, tool_format: ToolFormat) -> Message:
 
 
 def _behind(first: Sequence[Segment], whole: Sequence[Segment]) -> list[Segment] | None:
-    """The segments of a text behind those that it begins with; None where it begins otherwise. Control tokens differ from the
+    """The segments of `whole` after those of `first`; None if it does not begin with them. A control token differs from the
     same characters in a text."""
     if not _key(whole).startswith(_key(first)):
         return None

@@ -1,6 +1,6 @@
-"""What the rows of a place are: the files that a name means, the roles of their columns, and what makes examples of them.
-
-Said before a training, so that a mistaken column is seen before hours are spent on it; `bessemer data preview` says it alone.
+"""How the rows of a place are understood: the files behind a name, the roles of their columns, and the parser that makes
+examples. This is printed before a training, so that a mistaken column is seen before hours are spent; `bessemer data preview`
+prints only this.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ Parse = Callable[[Mapping[str, Any]], Example]
 #: Where rows lie: a file, a folder, or a data set of the hub.
 DataPlace = Path | HubDataset
 
-#: Rows whose keys are looked at, for the columns of a file.
+#: First rows of a file whose keys are its columns.
 _ROWS_LOOKED_AT = 100
 #: Most characters of a passage into which a text is cut.
 _PASSAGE = 4000
-#: Names, without endings, of files beside tables that are about them.
+#: Names, without suffix, of files that describe the tables in a folder.
 _ABOUT = ("readme", "license", "licence", "changelog", "citation", "notice")
 
 
 @dataclass(frozen=True)
 class RowSet:
-    """Rows of a place. name: of the place, for messages. kind: their form on disk, in words. notes: on how they were read."""
+    """Rows of a place. name: that of the place, for messages. kind: their form on disk, in words. notes: sentences on how they
+    were read."""
 
     name: str
     kind: str
@@ -62,7 +63,7 @@ def open_rows(place: DataPlace) -> RowSet:
     """All rows of a file, of a folder's files, or of a data set of the hub.
 
     The rows of a text are its passages, each under `text`. Raises ArtefactError for files that cannot be read, SourceError for
-    a folder that holds none, and what the hub raises.
+    a folder without any, and as `HubDataset.tables`.
     """
     if isinstance(place, HubDataset):
         return _of_hub(place)
@@ -96,7 +97,8 @@ def _is_hub_layout(folder: Path) -> bool:
 
 
 def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(tables, texts) in a folder and those below it, by name; hidden files and, beside tables, those about them left out."""
+    """(tables, texts) in a folder and below it, by name, without hidden files and, where there are tables, without files that
+    describe them."""
     shown = [
         path
         for path in sorted(folder.rglob("*"))
@@ -133,7 +135,8 @@ def _texts(name: str, paths: Sequence[Path]) -> RowSet:
 
 
 def passages(text: str) -> Iterator[tuple[int, str]]:
-    """(first line, text) of the passages of a text: whole paragraphs, as many as are within a bound; longer ones are cut."""
+    """(first line, text) of the passages of a text: as many whole paragraphs as fit into `_PASSAGE` characters; longer
+    paragraphs are cut."""
     held: list[str] = []
     size = first = 0
     for number, paragraph in (piece for of_one in _paragraphs(text) for piece in _pieces(*of_one)):
@@ -148,7 +151,7 @@ def passages(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _pieces(number: int, paragraph: str) -> Iterator[tuple[int, str]]:
-    """A paragraph in pieces within the bound, cut behind a line, a sentence or a word where there is one."""
+    """A paragraph in pieces of at most `_PASSAGE` characters, cut after a line, a sentence or a word if possible."""
     while len(paragraph) > _PASSAGE:
         cuts = (paragraph.rfind(end, _PASSAGE // 2, _PASSAGE) + len(end) for end in ("\n", ". ", "。", " "))
         cut = next((cut for cut in cuts if cut > _PASSAGE // 2), _PASSAGE)
@@ -159,7 +162,7 @@ def _pieces(number: int, paragraph: str) -> Iterator[tuple[int, str]]:
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
-    """(first line, text) of the paragraphs, each with the blank lines behind it."""
+    """(first line, text) of the paragraphs, each with the blank lines after it."""
     held: list[str] = []
     begin = 1
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
@@ -186,11 +189,10 @@ def find_columns(
     *,
     is_chat: bool = False,
 ) -> tuple[str, str] | None:
-    """The columns of questions and of answers: those that are named, or the ones that can be told by their names; None for rows
-    that are conversations, prompts with completions, or texts in a form of their own.
-
-    options: how a user names the two. is_chat: whether texts under `prompt` and `completion` are a question and its answer, and
-    not a text that is continued. Raises SourceError where they cannot be told, or there are none of the names given.
+    """The columns of questions and of answers: those that the user names, or those recognised by their names; None for rows in
+    a form that needs none: conversations, prompts with completions, or texts. options: the options that name the two. is_chat:
+    whether texts under `prompt` and `completion` are a question and its answer, rather than a text and its continuation. Raises
+    SourceError where no columns are recognised, or a named one is missing.
     """
     names = rows.columns
     for option, name in zip(options, (prompt, answer), strict=True):
@@ -205,7 +207,7 @@ def find_columns(
 
 
 def _is_self_describing(rows: RowSet, is_chat: bool) -> bool:
-    """Whether `as_answered` or `as_document` knows what rows with these columns are."""
+    """Whether `as_answered` or `as_document` reads rows with these columns."""
     names = set(rows.columns)
     if names & {*TURNS} or is_plain_text(dict.fromkeys(names)):
         return True
@@ -226,21 +228,21 @@ def _only(place: str, names: Sequence[str], known: Sequence[str], option: str) -
 
 
 def conversation_parser(rows: RowSet, columns: tuple[str, str] | None) -> Parse[Answered]:
-    """What makes examples for supervised tuning of rows. columns: of questions and answers, where somebody named them; else
-    they are told by their names. Raises SourceError as `find_columns`."""
+    """The parser that makes rows examples for supervised tuning. columns: those of questions and answers; None: they are
+    recognised by their names. Raises SourceError as `find_columns`."""
     found = columns or (find_columns(rows) if rows.records else None)
     if found is not None:
         return partial(answer_in_columns, columns=found)
     return as_document if is_plain_text(dict.fromkeys(rows.columns)) else as_answered
 
 
-#: Columns of which some together say what rows are, and others that count beside them.
+#: Sets of columns that together show the form of rows; and columns that only accompany them.
 _TELLING = ({"instruction"}, {"prompt", "completion"}, {"chosen", "rejected"}, *({name} for name in TURNS))
 _BESIDE = {"input", "output", "response", "context", "history", "label", "tools", *SYSTEMS}
 
 
 def with_known_names(rows: RowSet) -> RowSet:
-    """Rows with the names of their columns in small letters, where only so they are known: `Instruction` and `Response`."""
+    """Rows with their columns' names in lower case, if they are only known so, such as `Instruction` and `Response`."""
     names = rows.columns
     small = [name.strip().lower() for name in names]
     if any(one <= set(names) for one in _TELLING) or not any(one <= set(small) for one in _TELLING):

@@ -49,8 +49,8 @@ class TeacherServerConfig(Config):
         "", "environment variable that holds the key of the API; empty: it needs none", affects_output=False
     )
     workers: int = setting(8, "requests at once, of each process", affects_output=False, ge=1)
-    timeout: float = setting(120.0, "wait for an answer", unit="seconds", affects_output=False, gt=0)
-    attempts: int = setting(5, "tries of a request that fails for a reason that may pass", affects_output=False, ge=1)
+    timeout: float = setting(120.0, "timeout of a request", unit="seconds", affects_output=False, gt=0)
+    attempts: int = setting(5, "most attempts of a request that fails for a temporary reason", affects_output=False, ge=1)
 
 
 class DistillationConfig(TuningConfig):
@@ -59,22 +59,22 @@ class DistillationConfig(TuningConfig):
     shorthand: ClassVar[str | None] = "data"
 
     teacher: str | None = setting(
-        None, "Folder of the model that is learnt from; absent: that of the stage that `from: {teacher: STAGE}` names."
+        None, "Folder of the teacher; absent: the model of the stage that `from: {teacher: STAGE}` names."
     )
     teacher_server: TeacherServerConfig | None = setting(
         None,
-        "In place of a folder, a server that has the teacher: an address, or settings. For answers: student and loss: "
-        "policy_gradient, which ask it for no more than the log-probabilities of the student's tokens.",
+        "A server of the teacher instead of a folder: an address, or settings. Only with answers: student and loss: "
+        "policy_gradient, which need only the log-probabilities of the student's tokens.",
     )
     data: list[str] = setting(
         description="Of " + PLACES + ": conversations and prompts with answers as in sft; "
-        "where the answers are sampled, prompts alone will do. Empty: the text of the run's token shards, learnt whole.",
+        "where answers are sampled, prompts are enough. Empty: the text of the run's token shards, learnt whole.",
         default_factory=list,
     )
     answers: Literal["data", "teacher", "student"] = setting(
         "data",
-        "What is learnt from. data: the answers of the data; teacher: answers that it samples, before training; student: its "
-        "own answers, sampled at each step (on-policy).",
+        "Answers to learn from. data: those of the data; teacher: sampled by the teacher before training; student: sampled by "
+        "the student at each step (on-policy).",
     )
     loss: str = setting(
         "forward_kl",
@@ -83,27 +83,34 @@ class DistillationConfig(TuningConfig):
         "advantage; or one that an installed package adds (entry points bessemer.distillation_losses).",
         plugins="bessemer.distillation_losses",
     )
-    temperature: float = setting(1.0, "Of both distributions in a divergence; it is not scaled by its square.", gt=0)
+    temperature: float = setting(
+        1.0, "Temperature of both distributions in a divergence; the loss is not scaled by its square.", gt=0
+    )
     beta: float = setting(0.5, "jsd: 0 is the forward, 1 the reverse KL divergence, as in GKD.", ge=0, le=1)
     top_k: int = setting(
-        64, "top_k: the teacher's likeliest tokens that are told apart; all others are one.", unit="tokens", ge=1
+        64,
+        "top_k: number of the teacher's likeliest tokens that count separately; all others count as one.",
+        unit="tokens",
+        ge=1,
     )
-    next_token_weight: float = setting(0.0, "Weight of the targets' mean cross-entropy beside the divergence.", ge=0)
+    next_token_weight: float = setting(
+        0.0, "Weight of the targets' mean cross-entropy, which is added to the divergence.", ge=0
+    )
     baseline: Literal["mean", "none"] = setting(
         "mean",
-        "policy_gradient: what is taken off advantages, the batch's mean or nothing; the expected gradient is the same, and "
-        "noisier without.",
+        "policy_gradient: baseline that is subtracted from advantages, the batch's mean or none; without it the gradient is "
+        "noisier, with the same mean.",
     )
 
-    samples_per_prompt: int = setting(1, "Answers that are sampled to a prompt.", unit="answers", ge=1)
-    max_tokens: int = setting(256, "Longest answer that is sampled.", unit="tokens", ge=1)
+    samples_per_prompt: int = setting(1, "Sampled answers for each prompt.", unit="answers", ge=1)
+    max_tokens: int = setting(256, "Longest sampled answer.", unit="tokens", ge=1)
     sampling_temperature: float = setting(
-        1.0, "Of sampled answers; of the student's also that of the log-probabilities of policy_gradient.", gt=0
+        1.0, "Temperature of sampling; with answers: student also of the log-probabilities of policy_gradient.", gt=0
     )
-    cpu_kernels: Literal["auto", "on", "off"] = setting("auto", "Of the engine that samples, as in rl.")
-    batch_size: int = setting(8, "Rows of a batch; where the student samples, its answers of one update.", gt=0)
+    cpu_kernels: Literal["auto", "on", "off"] = setting("auto", "Whether sampling uses compiled kernels, as in rl.")
+    batch_size: int = setting(8, "Rows of a batch; where the student samples, its answers for one update.", gt=0)
     validation_share: float = setting(
-        0.05, "Fraction of the prompts that are held out; a prompt is on one side with all its answers.", ge=0, lt=1
+        0.05, "Fraction of the prompts that are held out; all answers to a prompt are on the same side.", ge=0, lt=1
     )
     truncate: Truncate = setting("drop", TRUNCATE)
     on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
@@ -111,14 +118,14 @@ class DistillationConfig(TuningConfig):
         100, "Most held-out prompts that the student answers at each validation, for `validation_reverse_kl`.", ge=0
     )
     evaluate_tokens: int = setting(
-        32_768, "Tokens of the validation split that are read each time, without data.", unit="tokens", gt=0
+        32_768, "Without data: tokens of the validation split that are read at each validation.", unit="tokens", gt=0
     )
     epochs: float = setting(1.0, "Passes over the rows, or the prompts; without effect when steps is given.", gt=0)
 
     optimizer: str = setting("adamw", "As in pretrain.", code=True)
     learning_rate: float = setting(2e-5, "Peak learning rate.", gt=0)
     context_length: int = setting(
-        1024, "Tokens of a row; of a prompt and a sampled answer at most as many.", unit="tokens", gt=1
+        1024, "Tokens of a row, and the most tokens of a prompt with its sampled answer.", unit="tokens", gt=1
     )
     warmup_fraction: float | None = setting(
         0.05, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1

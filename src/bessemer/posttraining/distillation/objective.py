@@ -128,8 +128,8 @@ LOG_RATIOS, TEACHER_LOG_PROBS = "teacher_log_ratios", "teacher_log_probs"
 
 
 class DistillationObjective(Objective):
-    """Mean over the targets of a divergence between the student's and the teacher's distributions of the next token, and
-    perhaps, with a weight, their cross-entropy beside it."""
+    """A divergence between the student's and the teacher's distributions of the next token, as a mean over the targets; where
+    its weight is not 0, the targets' cross-entropy is added."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class OnPolicyObjective(Objective):
     guards_loss = PolicyObjective.guards_loss
 
     def __init__(self, temperature: float, answers: int, longest: int, *, baseline: bool = True) -> None:
-        """temperature: of the samples. answers, longest: of a whole step, as of `PolicySettings`."""
+        """temperature: of the samples. answers, longest: of a whole step, as in `PolicySettings`."""
         self._policy = PolicyObjective(
             IMPORTANCE,
             TOKEN_MEAN,

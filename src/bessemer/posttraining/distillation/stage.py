@@ -71,8 +71,9 @@ from bessemer.training.validation import bits_per_byte
 
 @dataclass(frozen=True)
 class Material:
-    """steps: of the epochs that the settings name. batches: of a run with resolved settings. validate: its metrics by step.
-    held_out: prompts that the student is to answer at each validation. summary: figures of the data."""
+    """Data of a run. steps: number of steps of the epochs in the settings. batches: makes the source of batches, given resolved
+    settings. validate: makes the hook that validates. held_out: prompts that the student answers at each validation. summary:
+    figures of the data."""
 
     steps: int
     batches: Callable[[DistillationConfig], BatchSource]

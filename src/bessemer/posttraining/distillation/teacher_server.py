@@ -17,7 +17,7 @@ from bessemer.core.http_client import ApiError, HttpClient, repeated
 from bessemer.posttraining.distillation.config import TeacherServerConfig
 from bessemer.tokenization.tokenizer import Tokenizer
 
-#: Seconds before a request is sent again for the first time.
+#: Seconds before the first retry of a request.
 _FIRST_WAIT = 1.0
 #: Bytes of an answer: log-probabilities as JSON take some hundred bytes a token.
 _MOST_BYTES = 1 << 28

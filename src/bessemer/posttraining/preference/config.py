@@ -34,7 +34,7 @@ _OURS: list[Plugin[PairLoss]] = [
     Plugin("simpo", "mean log-probabilities and a margin, no reference", f"{_LOSSES}:SIMPO"),
     Plugin("orpo", "odds ratio and cross-entropy in one, no reference", f"{_LOSSES}:ORPO"),
 ]
-#: Our own losses, whose settings are known.
+#: Our own losses: for these it is known which settings they use.
 BUILT_IN = tuple(one.name for one in _OURS)
 
 #: Default β. SimPO's applies to mean log-probabilities; 2 is the smallest good value of Meng et al. (2024).
@@ -69,22 +69,22 @@ class PreferenceConfig(TuningConfig):
     )
     loss: str = setting(
         "sigmoid",
-        "sigmoid (DPO), sigmoid_norm, hinge, ipo, robust, apo_zero, apo_down, sppo_hard; without a reference simpo and orpo; "
-        "kto, of single answers that are good or bad; or one that an installed package adds (entry points "
+        "sigmoid (DPO), sigmoid_norm, hinge, ipo, robust, apo_zero, apo_down, sppo_hard; simpo and orpo, which need no "
+        "reference; kto, for single good or bad answers; or one that an installed package adds (entry points "
         "bessemer.preference_losses).",
         plugins="bessemer.preference_losses",
     )
     beta: float = setting(
         default_beta("sigmoid"),
-        "How strongly the policy is held to the reference; of orpo a factor of the loss; of simpo, where it is 2 if nothing is "
-        "said, the scale of the mean log-probabilities.",
+        "How strongly the policy is held to the reference; for orpo a factor of the loss; for simpo, whose default is 2, the "
+        "scale of the mean log-probabilities.",
         gt=0,
     )
     label_smoothing: float = setting(
-        0.0, "Share of pairs whose labels are taken to be swapped: of sigmoid, sigmoid_norm, robust and simpo.", ge=0, lt=0.5
+        0.0, "sigmoid, sigmoid_norm, robust and simpo: share of pairs whose labels are assumed to be swapped.", ge=0, lt=0.5
     )
     margin: float | None = setting(
-        None, "simpo: the margin γ by which β times the mean log-probabilities shall differ; absent: half of beta.", ge=0
+        None, "simpo: target margin γ between β times the mean log-probabilities of both answers; absent: half of beta.", ge=0
     )
     next_token_weight: float = setting(
         0.0, "Weight of the chosen answers' mean cross-entropy beside a loss of pairs (RPO); orpo has its own.", ge=0
@@ -92,7 +92,7 @@ class PreferenceConfig(TuningConfig):
     desirable_weight: float = setting(1.0, "kto: weight of good answers' losses, to balance them with the bad ones.", gt=0)
     undesirable_weight: float = setting(1.0, "kto: weight of bad answers' losses.", gt=0)
     validation_share: float = setting(
-        0.05, "Fraction of the prompts whose pairs are held out; a prompt is on one side with all its pairs.", ge=0, lt=1
+        0.05, "Fraction of the prompts whose pairs are held out; all pairs of a prompt are on the same side.", ge=0, lt=1
     )
     truncate: Truncate = setting("drop", TRUNCATE)
     on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)

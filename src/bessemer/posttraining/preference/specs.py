@@ -45,12 +45,12 @@ def report(stage: StageReport) -> Section:
 
 
 def summary_line(metrics: Metrics) -> str:
-    """Pairs or answers, and the share of held-out ones that the model tells apart."""
+    """Pairs or answers, and the share of held-out ones that the model ranks correctly."""
     name = next((name for name in ("pairs", "answers") if name in metrics), None)
     if name is None:
         return ""
     accuracy = metrics.get("validation_accuracy")
-    held_out = "" if accuracy is None else f", {accuracy:.0%} of {metrics['held_out']:,} held out told apart"
+    held_out = "" if accuracy is None else f", {accuracy:.0%} of {metrics['held_out']:,} held out ranked correctly"
     return f"{metrics[name]:,} {name}{held_out}"
 
 

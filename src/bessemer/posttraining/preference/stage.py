@@ -57,7 +57,7 @@ from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import Objective
 from bessemer.training.runtime import Runtime
 
-#: Metadata key of the hash of what a file's log-probabilities depend on, and the fields of a batch among it.
+#: Metadata key of the hash of everything on which a file's log-probabilities depend; and the fields of a batch that enter it.
 _OF, _ROWS = "log_probabilities_of", ("tokens_BT", "targets_BT", "positions_BT", "document_ids_BT")
 
 

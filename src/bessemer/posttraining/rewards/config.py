@@ -52,7 +52,7 @@ class PatternReward(RewardSettings):
     """1 where a regular expression finds something, else 0."""
 
     reward: Literal["regex"] = setting("regex", "kind of reward")
-    pattern: str = setting(description="regular expression of Python; a dot matches newlines too")
+    pattern: str = setting(description="Python regular expression; a dot also matches newlines")
     whole: bool = setting(False, "it must match the whole completion")
 
     @field_validator("pattern")
@@ -66,14 +66,16 @@ class AnswerReward(RewardSettings):
 
     reward: Literal["answer"] = setting("answer", "kind of reward")
     column: str = setting("answer", "column of the right answer, a text or a list of them; a text may end in GSM8K's `#### 7`")
-    verifier: Verifier = setting(default_factory=Numeric, description="what is right: exact, contains, numeric or regex")
+    verifier: Verifier = setting(
+        default_factory=Numeric, description="how an answer is compared: exact, contains, numeric or regex"
+    )
 
 
 class JSONSchemaReward(RewardSettings):
     """1 where the completion is JSON that fits a schema, else 0."""
 
     reward: Literal["json_schema"] = setting("json_schema", "kind of reward")
-    json_schema: dict[str, Any] | None = setting(None, "the schema; none: that of the column `json_schema`, or any JSON at all")
+    json_schema: dict[str, Any] | None = setting(None, "the schema; none: that of the column `json_schema`, else any JSON")
     fenced: bool = setting(True, "the JSON may stand in a fenced block, with text around it")
 
 
@@ -98,7 +100,7 @@ class LengthReward(RewardSettings):
     reward: Literal["length"] = setting("length", "kind of reward")
     at_least: int = setting(0, "fewest tokens", unit="tokens", ge=0)
     at_most: int | None = setting(None, "most tokens; none: any number", unit="tokens", ge=1)
-    falloff: int = setting(16, "tokens beyond at which the reward is 0", unit="tokens", ge=1)
+    falloff: int = setting(16, "tokens over the most at which the reward reaches 0", unit="tokens", ge=1)
 
     @model_validator(mode="after")
     def _has_a_range(self) -> Self:
@@ -113,8 +115,10 @@ class OverlongReward(RewardSettings):
     """DAPO's soft punishment of long completions: 0 up to longest − band tokens, then falling to −1 at longest and above."""
 
     reward: Literal["overlong"] = setting("overlong", "kind of reward")
-    longest: int = setting(description="tokens at which, and above which, it is −1", unit="tokens", ge=1)
-    band: int = setting(description="tokens over which it falls from 0", unit="tokens", ge=1)
+    longest: int = setting(description="length from which the reward is −1", unit="tokens", ge=1)
+    band: int = setting(
+        description="number of tokens below that length over which the reward falls from 0", unit="tokens", ge=1
+    )
 
     @model_validator(mode="after")
     def _band_fits(self) -> Self:
@@ -127,7 +131,7 @@ class RepetitionReward(RewardSettings):
     """Minus the share of a completion's runs of tokens that repeat earlier ones (Yeo et al. 2025)."""
 
     reward: Literal["repetition"] = setting("repetition", "kind of reward")
-    run: int = setting(3, "tokens of a run", unit="tokens", ge=1)
+    run: int = setting(3, "tokens of the runs whose repetition is counted", unit="tokens", ge=1)
 
 
 class ProgramReward(RewardSettings):
@@ -153,7 +157,7 @@ class JudgeReward(ModelReward):
     """A model's rating of the completion, from 1 to 5, as 0 to 1."""
 
     reward: Literal["judge"] = setting("judge", "kind of reward")
-    criterion: str | None = setting(None, "by what the judge rates, in a sentence; none: by correctness and helpfulness")
+    criterion: str | None = setting(None, "criterion of the judge, in a sentence; none: correctness and helpfulness")
     reference: str | None = setting(None, "column of a right answer, which the judge is shown; none: none")
 
 
@@ -179,7 +183,7 @@ class RewardModelReward(RewardSettings):
 
     reward: Literal["reward_model"] = setting("reward_model", "kind of reward")
     model: str | None = setting(
-        None, "folder of the reward model, as runs/NAME/reward_model; none: what the stage `reward` above has made"
+        None, "folder of the reward model, such as runs/NAME/reward_model; none: that of the stage `reward` above"
     )
     seconds: float = setting(600.0, "time for one call", unit="seconds", gt=0)
 
@@ -301,16 +305,15 @@ class RewardConfig(TuningConfig):
 
     data: list[str] = setting(
         description="Pairs: " + PLACES + ": {prompt, chosen, rejected}, in messages or "
-        "texts; made/mismatched, of the conversations of sft; made/preferences and made/honesty, of stages above. A row "
-        "may have "
-        "a margin, by how much the one is better, a confidence, how probably it is, and a weight.",
+        "texts; made/mismatched, of the conversations of sft; made/preferences and made/honesty, of stages above. A row may "
+        "have a margin (by how much the chosen answer is better), a confidence (how probably it is), and a weight.",
         min_length=1,
     )
     centering: float = setting(
-        0.0, "Weight of the mean squared sum of a pair's rewards, which holds rewards around 0 (0.01 is usual).", ge=0
+        0.0, "Weight of the mean squared sum of a pair's rewards, which keeps rewards near 0 (0.01 is usual).", ge=0
     )
     validation_share: float = setting(
-        0.05, "Fraction of the prompts whose pairs are held out; a prompt is on one side with all its pairs.", ge=0, lt=1
+        0.05, "Fraction of the prompts whose pairs are held out; all pairs of a prompt are on the same side.", ge=0, lt=1
     )
     on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     epochs: float = setting(1.0, "Passes over the pairs; without effect when steps is given.", gt=0)

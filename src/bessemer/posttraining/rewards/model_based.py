@@ -120,7 +120,7 @@ def judge_reward(settings: JudgeReward, context: RewardContext) -> RewardFunctio
 
 
 def rubric_reward(settings: RubricReward, context: RewardContext) -> RewardFunction:
-    """Σ w·yes / Σ w of the criteria of the settings and of the prompt; None for a prompt without any. NaN as of `judge_reward`.
+    """Σ w·yes / Σ w of the criteria of the settings and of the prompt; None for a prompt without any. NaN as in `judge_reward`.
 
     Raises as `open_chat_model`.
     """

@@ -50,7 +50,7 @@ def summary_line(metrics: Metrics) -> str:
     low, high = metrics["held_out_accuracy_low"], metrics["held_out_accuracy_high"]
     return (
         f"{metrics['pairs']:,} pairs, {metrics['held_out_accuracy']:.0%} [{low:.0%}, {high:.0%}] of {metrics['held_out']:,} "
-        "held out told apart"
+        "held out ranked correctly"
     )
 
 

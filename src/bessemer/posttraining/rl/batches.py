@@ -17,9 +17,10 @@ from bessemer.posttraining.data.packing import PairExample, pack_pair_examples
 from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
-from bessemer.posttraining.rl.advantages import RewardToGo, decoupled, rewards_to_go, whitened_tokens, with_values
-from bessemer.posttraining.rl.config import ADVANTAGES as ADVANTAGE_PLUGINS
+from bessemer.posttraining.rl.advantages import RewardToGo, decoupled, rewards_to_go, whitened_tokens
 from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.critic import with_values
+from bessemer.posttraining.rl.methods import ADVANTAGES as ADVANTAGE_PLUGINS
 from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS
 from bessemer.posttraining.rl.policy_sampler import JudgedGroup
 from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER, Packed, Sample, of_all_rows, pack_samples

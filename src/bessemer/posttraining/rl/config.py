@@ -1,29 +1,23 @@
-"""Settings of the stage `rl`: a method by name, and the parts that it is put together from.
+"""Settings of the stage `rl`: a method by name, and the parts that it is put together from (`methods.py`).
 
-A preset (`grpo`, `dapo`, …) is a set of values for the settings, each of which can be given otherwise. Advantages, policy
-losses, aggregations, corrections and estimators of the divergence are in registries that other packages add to. Imports no
-PyTorch.
+Imports no PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
-from bessemer.core.registry import Plugin, Registry
 from bessemer.core.usercode import is_user_function
 from bessemer.posttraining.data.made import ON_BAD_ROW, PLACES, OnBadRow
 from bessemer.posttraining.preference.config import default_beta
 from bessemer.posttraining.rewards.config import Rewards, named
+from bessemer.posttraining.rl.methods import BUILT_IN_ADVANTAGES, PRESETS
 from bessemer.posttraining.sampling.server_config import RolloutServers
 from bessemer.training.adapter_config import TuningConfig
-
-if TYPE_CHECKING:
-    from bessemer.posttraining.rl.advantages import Advantage
-    from bessemer.posttraining.rl.losses import Aggregation, Correction, Divergence, PolicyLoss
 
 
 class CriticConfig(Config):
@@ -34,138 +28,17 @@ class CriticConfig(Config):
     )
     learning_rate_factor: float = setting(
         10.0,
-        "Its learning rates are this many times the policy's; 1 where none is given and the policy trains an adapter.",
+        "Factor of its learning rates over the policy's; if not given, 1 where the policy trains an adapter.",
         gt=0,
     )
     weight: float = setting(
-        0.1, "Weight of its loss: Adam's update hardly depends on it, the clip of its own gradients does.", gt=0
+        0.1, "Weight of its loss. Adam's update hardly depends on it; clipping of the critic's gradients does.", gt=0
     )
-    clip: float | None = setting(0.2, "A value moves at most so far from where the rollout found it; null: anywhere.", gt=0)
+    clip: float | None = setting(0.2, "Most by which a value may move from that of the rollout; null: no limit.", gt=0)
     discount: float = setting(1.0, "γ: what a reward one token later is worth.", gt=0, le=1)
     decay: float = setting(
         0.95, "λ of generalised advantage estimation: 0 trusts the critic alone, 1 the rewards alone.", ge=0, le=1
     )
-
-
-_CLIP = {"loss": "clip", "clip_low": 0.2, "clip_high": 0.2}
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # Schulman et al. 2017, with the settings of TRL's trainer for language models
-    "ppo": {
-        "critic": {},
-        "aggregation": "token_mean",
-        **_CLIP,
-        "kl": "reward",
-        "beta": 0.05,
-        "group_size": 1,
-        "rollout_epochs": 4,
-    },
-    # Guo et al. 2024, arXiv 2402.04792
-    "online_dpo": {"pair_loss": "sigmoid", "beta": 0.1, "group_size": 2},
-    # Shao et al. 2024, with TRL's β of 0
-    "grpo": {"advantage": "grpo", "aggregation": "sequence_mean", **_CLIP},
-    # Liu et al. 2025
-    "dr_grpo": {"advantage": "group_mean", "aggregation": "constant", **_CLIP},
-    # Yu et al. 2025; the punishment of long answers is the reward `overlong`
-    "dapo": {"advantage": "grpo", "aggregation": "token_mean", **_CLIP, "clip_high": 0.28, "dynamic_sampling": True},
-    # Zheng et al. 2025
-    "gspo": {"advantage": "grpo", "aggregation": "sequence_mean", "loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
-    # MiniMax-M1, 2025, with ScaleRL's bound of 5
-    "cispo": {"advantage": "grpo", "aggregation": "token_mean", "loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
-    # Khatri et al. 2025
-    "scale_rl": {
-        "advantage": "centred_deviation",
-        "aggregation": "prompt_mean",
-        "loss": "cispo",
-        "clip_low": 1.0,
-        "clip_high": 4.0,
-        "dynamic_sampling": True,
-    },
-    # arXiv 2511.20347
-    "sapo": {"advantage": "grpo", "aggregation": "sequence_mean", "loss": "sapo"},
-    # Ahmadian et al. 2024, as implemented in TRL
-    "rloo": {
-        "advantage": "rloo",
-        "aggregation": "sequence_mean",
-        **_CLIP,
-        "level": "sequence_sum",
-        "kl": "reward",
-        "beta": 0.05,
-    },
-    # Hu et al. 2025
-    "reinforce_pp": {"advantage": "reinforce_pp", "aggregation": "token_mean", **_CLIP, "kl": "reward", "beta": 0.01},
-    "reinforce_pp_baseline": {"advantage": "reinforce_pp_baseline", "aggregation": "token_mean", **_CLIP},
-    # Liu et al. 2025, arXiv 2508.08221
-    "lite_ppo": {"advantage": "batch_deviation", "aggregation": "token_mean", **_CLIP},
-}
-
-
-_ADVANTAGES, _LOSSES = "bessemer.posttraining.rl.advantages", "bessemer.posttraining.rl.losses"
-
-_OUR_ADVANTAGES: list[Plugin[Advantage]] = [
-    Plugin("grpo", "the reward's z-score in its group", f"{_ADVANTAGES}:grpo"),
-    Plugin("group_mean", "the reward minus its group's mean, as in Dr. GRPO", f"{_ADVANTAGES}:group_mean"),
-    Plugin("batch_deviation", "the group's mean, the deviation of the batch's rewards", f"{_ADVANTAGES}:batch_deviation"),
-    Plugin("centred_deviation", "the group's mean, the batch's deviation from such means", f"{_ADVANTAGES}:centred_deviation"),
-    Plugin("rloo", "the reward minus the mean of the others in its group", f"{_ADVANTAGES}:leave_one_out"),
-    Plugin("reinforce_pp", "of tokens: their rewards to go, whitened over the rollout", f"{_ADVANTAGES}:REINFORCE_PP"),
-    Plugin(
-        "reinforce_pp_baseline",
-        "of tokens, as reinforce_pp, with the group's mean taken off",
-        f"{_ADVANTAGES}:REINFORCE_PP_BASELINE",
-    ),
-]
-#: Our own losses, whose settings are known.
-BUILT_IN_ADVANTAGES = tuple(one.name for one in _OUR_ADVANTAGES)
-
-ADVANTAGES: Registry[Advantage] = Registry("advantage", "bessemer.advantages", _OUR_ADVANTAGES)
-
-POLICY_LOSSES: Registry[PolicyLoss] = Registry(
-    "policy loss",
-    "bessemer.policy_losses",
-    [
-        Plugin("clip", "PPO's and GRPO's clipped ratio", f"{_LOSSES}:CLIP"),
-        Plugin("gspo", "the clipped ratio of whole sequences, the geometric mean", f"{_LOSSES}:GSPO"),
-        Plugin("cispo", "the clipped ratio as a weight of log π", f"{_LOSSES}:CISPO"),
-        Plugin("sapo", "a smooth gate in the place of the clip", f"{_LOSSES}:SAPO"),
-        Plugin("importance", "the ratio without a clip", f"{_LOSSES}:IMPORTANCE"),
-        Plugin("reinforce", "log π times the advantage", f"{_LOSSES}:REINFORCE"),
-    ],
-)
-
-AGGREGATIONS: Registry[Aggregation] = Registry(
-    "aggregation",
-    "bessemer.aggregations",
-    [
-        Plugin("token_mean", "every token alike (DAPO; Yu et al. 2025)", f"{_LOSSES}:TOKEN_MEAN"),
-        Plugin("sequence_mean", "the mean of the answers' means (GRPO; Shao et al. 2024)", f"{_LOSSES}:SEQUENCE_MEAN"),
-        Plugin("constant", "over answers times the longest length (Dr. GRPO; Liu et al. 2025)", f"{_LOSSES}:CONSTANT"),
-        Plugin("prompt_mean", "the mean of the prompts' token means (ScaleRL; Khatri et al. 2025)", f"{_LOSSES}:PROMPT_MEAN"),
-    ],
-)
-
-CORRECTIONS: Registry[Correction] = Registry(
-    "off-policy correction",
-    "bessemer.corrections",
-    [
-        Plugin("none", "no correction", f"{_LOSSES}:NONE"),
-        Plugin("truncate", "each token's weight, at most 2 (truncated importance sampling)", f"{_LOSSES}:TRUNCATE"),
-        Plugin("mask_sequence", "a sequence's weight, left out above 3 (TRL's default)", f"{_LOSSES}:MASK_SEQUENCE"),
-        Plugin("icepop", "each token's weight, left out outside 0.5 and 5", f"{_LOSSES}:ICEPOP"),
-        Plugin("reject", "answers whose geometric mean lies outside 0.999 and 1.001 are left out", f"{_LOSSES}:REJECT"),
-    ],
-)
-
-DIVERGENCES: Registry[Divergence] = Registry(
-    "estimator of the KL divergence",
-    "bessemer.divergences",
-    [
-        Plugin("k1", "the log-ratio; for the reward", f"{_LOSSES}:k1"),
-        Plugin("k2", "half its square", f"{_LOSSES}:k2"),
-        Plugin("k3", "exp(−d) + d − 1; for the loss", f"{_LOSSES}:k3"),
-        Plugin("abs", "its absolute value", f"{_LOSSES}:absolute"),
-    ],
-)
 
 
 #: Raised when the same settings and inputs give other weights than before.
@@ -184,11 +57,11 @@ class RLConfig(TuningConfig):
         min_length=1,
     )
     prompt_column: str = setting("prompt", "Column of a file's prompts: messages, or a text.")
-    chat: bool = setting(False, "Ask texts, and tasks, by the model's chat template, as a message of the user's.")
+    chat: bool = setting(False, "Render texts and tasks by the model's chat template, as the user's message.")
     system: str | None = setting(None, "System message before prompts in messages that have none of their own.")
-    tasks_folder: str | None = setting(None, "Folder of the data of tasks; absent: beside the task file.", affects_output=False)
+    tasks_folder: str | None = setting(None, "Folder of the tasks' data; absent: that of the task file.", affects_output=False)
     validation_share: float = setting(
-        0.05, "Fraction of the prompts held out; prompts of the same words, in whichever order, are on one side.", ge=0, lt=1
+        0.05, "Fraction of the prompts held out; prompts of the same words in any order are on the same side.", ge=0, lt=1
     )
     on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     validation_limit: int = setting(500, "Most held-out prompts that are answered at each validation.", unit="prompts", ge=1)
@@ -201,9 +74,9 @@ class RLConfig(TuningConfig):
     )
     environment: str | None = setting(
         None,
-        "Your own file.py:function that makes an environment, or verifiers:NAME, openenv:URL: a sample is an episode of it, "
-        "with several turns and tools, in place of one completion; the reward environment is what it says. A row of the data "
-        "is its task.",
+        "Your own file.py:function that makes an environment, or verifiers:NAME, openenv:URL: a sample is then an episode "
+        "with several turns and tools in place of one completion, a row of the data is its task, and the reward `environment` "
+        "is the one that it gives.",
         code=True,
     )
     environment_options: dict[str, Any] = setting(
@@ -212,25 +85,27 @@ class RLConfig(TuningConfig):
     max_turns: int = setting(1, "Most turns of an episode.", ge=1)
     environment_threads: int | None = setting(
         None,
-        "Environments that wait at the same time, for a network or a program; 0: none, so that a rollout is the same to the "
-        "last bit at each run; absent: those whose environment says that it `waits`.",
+        "Threads in which environments wait for a network or a program. 0: none, so that rollouts repeat to the last bit. "
+        "absent: 32 for an environment whose attribute `waits` is true, else none.",
         affects_output=False,
         ge=0,
     )
     rollouts: RolloutServers | None = setting(
         None,
-        "Servers that sample in place of this process, as [http://127.0.0.1:8000], with `max_staleness` ahead of the training.",
+        "Servers that sample instead of this process, for example [http://127.0.0.1:8000]; `max_staleness` lets them sample "
+        "ahead.",
     )
     reward_scale: Literal["sum", "decoupled"] = setting(
         "sum",
-        "How several rewards become one advantage: of their weighted sum, or the weighted sum of each one's z-score in its "
-        "group, whitened (decoupled, GDPO); then `advantage` is not used.",
+        "How several rewards become one advantage. sum: from their weighted sum. decoupled (GDPO): the weighted sum of each "
+        "reward's z-score in its group, whitened; `advantage` is then not used.",
     )
 
-    algorithm: str = setting("grpo", f"A method, whose settings can each be given otherwise: {', '.join(PRESETS)}.")
+    algorithm: str = setting("grpo", f"A method, which sets defaults for other settings: {', '.join(PRESETS)}.")
     advantage: str = setting(
         "grpo",
-        "Advantages: grpo, group_mean, batch_deviation, centred_deviation, rloo, reinforce_pp, reinforce_pp_baseline.",
+        "Advantage of a completion: grpo, group_mean, batch_deviation, centred_deviation, rloo, reinforce_pp, "
+        "reinforce_pp_baseline.",
         plugins="bessemer.advantages",
     )
     critic: CriticConfig | None = setting(
@@ -240,7 +115,7 @@ class RLConfig(TuningConfig):
     )
     pair_loss: str | None = setting(
         None,
-        "A loss of pairs, as of `preference`, on the best and the worst completion of each prompt, in place of advantages and "
+        "A loss of pairs, as in `preference`, on the best and the worst completion of each prompt, in place of advantages and "
         "of losses of tokens (online DPO); `beta` is then its own.",
         plugins="bessemer.preference_losses",
     )
@@ -251,18 +126,18 @@ class RLConfig(TuningConfig):
         "clip", "Loss of a token: clip, gspo, cispo, sapo, importance, reinforce.", plugins="bessemer.policy_losses"
     )
     level: Literal["token", "sequence_sum", "sequence_mean"] | None = setting(
-        None, "What the ratio of policies stands for; absent: what the loss says."
+        None, "Level of the ratio of policies; absent: that of the loss."
     )
     aggregation: str = setting(
         "sequence_mean",
-        "From tokens to one loss: token_mean, sequence_mean, constant, prompt_mean.",
+        "How tokens' losses become one: token_mean, sequence_mean, constant, prompt_mean.",
         plugins="bessemer.aggregations",
     )
-    clip_low: float = setting(0.2, "The ratio is held above 1 − clip_low.", ge=0)
-    clip_high: float = setting(0.2, "The ratio is held below 1 + clip_high.", ge=0)
+    clip_low: float = setting(0.2, "The ratio of policies is clipped below 1 − clip_low.", ge=0)
+    clip_high: float = setting(0.2, "The ratio of policies is clipped above 1 + clip_high.", ge=0)
     dual_clip: float | None = setting(None, "Largest factor of a negative advantage; absent: none (verl: 3).", gt=1)
     kl: Literal["loss", "reward"] = setting(
-        "loss", "Where the KL divergence from the model as it was stands, with beta above 0."
+        "loss", "Whether the KL divergence from the initial model is part of the loss or of the reward, with beta above 0."
     )
     beta: float = setting(0.0, "Weight of the KL divergence; 0: none, and no reference is held in memory.", ge=0)
     divergence: str = setting(
@@ -275,49 +150,60 @@ class RLConfig(TuningConfig):
         "Multiply the divergence in the loss by the ratio of policies: with k3 its gradient is then that of the reverse KL "
         "divergence, and small where a token has become unlikely (DeepSeek-V3.2, arXiv 2512.02556; the default of TRL 1.16).",
     )
-    entropy_weight: float = setting(0.0, "Weight of the mean entropy of a token, which the loss makes larger.", ge=0)
+    entropy_weight: float = setting(0.0, "Weight of a bonus for the mean entropy of a token.", ge=0)
     correction: str = setting(
         "truncate",
-        "Weight of tokens that the sampler finds otherwise likely: none, truncate, mask_sequence, icepop, reject.",
+        "Correction for tokens whose probabilities differ between sampler and trainer: none, truncate, mask_sequence, icepop, "
+        "reject.",
         plugins="bessemer.corrections",
     )
     correction_low: float | None = setting(
-        None, "Smallest importance weight that is kept; absent: 0.5 of icepop, 0.999 of reject, whose weight is a mean.", gt=0
+        None,
+        "Smallest importance weight that is kept; absent: 0.5 for icepop; 0.999 for reject, whose weight is a geometric mean.",
+        gt=0,
     )
     correction_high: float | None = setting(
-        None, "Largest importance weight; absent: 2 of truncate, 3 of mask_sequence, 5 of icepop, 1.001 of reject.", gt=0
+        None, "Largest importance weight; absent: 2 for truncate, 3 for mask_sequence, 5 for icepop, 1.001 for reject.", gt=0
     )
 
     group_size: int = setting(8, "Completions of a prompt, which are compared with each other.", unit="completions", ge=1)
     batch_size: int = setting(64, "Completions of one update: a multiple of group_size.", unit="completions", gt=0)
-    mini_batches: int = setting(1, "Updates in which the completions of one rollout are used up.", ge=1)
+    mini_batches: int = setting(1, "Updates for which the completions of one rollout are divided.", ge=1)
     rollout_epochs: int = setting(
-        1, "How often each completion of a rollout is trained on; in other mini-batches each time.", ge=1
+        1, "How often each completion of a rollout is trained on; mini-batches are drawn anew each time.", ge=1
     )
-    temperature: float = setting(1.0, "Of the samples, and of the log-probabilities that are trained.", gt=0)
-    top_p: float = setting(1.0, "Must be 1: what truncation leaves out has no ratio of policies.", gt=0, le=1)
-    top_k: int = setting(0, "Must be 0, as top_p 1.", ge=0)
+    temperature: float = setting(1.0, "Temperature of sampling, and of the log-probabilities in training.", gt=0)
+    top_p: float = setting(1.0, "Must be 1: tokens that truncation leaves out have no ratio of policies.", gt=0, le=1)
+    top_k: int = setting(0, "Must be 0, for the same reason as top_p.", ge=0)
     max_tokens: int = setting(256, "Longest completion.", unit="tokens", ge=1)
     stop: list[str] | None = setting(None, "Texts at which a completion ends; absent: those of its task.")
     truncated: Literal["judge", "zero", "drop"] = setting(
         "judge",
-        "A completion cut at max_tokens: judged as it is; 0 whatever the rewards say, since it has not ended; or left out.",
+        "Treatment of a completion that is cut at max_tokens. judge: as any other; zero: its reward is 0; drop: it is left "
+        "out.",
     )
     dynamic_sampling: bool = setting(False, "Sample other prompts for groups whose rewards are all equal (DAPO).")
-    most_refills: int = setting(3, "How often at most, in one rollout; then equal groups fill the batch.", ge=1)
-    min_entropy: float | None = setting(
-        None, "Stop the run when a sampled token's mean entropy, in nats, falls below.", affects_output=False, gt=0
+    most_refills: int = setting(
+        3,
+        "dynamic_sampling: most rounds of further prompts in one rollout; after them, groups with equal rewards fill the "
+        "batch.",
+        ge=1,
     )
-    max_entropy: float | None = setting(None, "Stop the run when it rises above.", affects_output=False, gt=0)
+    min_entropy: float | None = setting(
+        None, "Stop the run when the mean entropy of a sampled token, in nats, falls below this.", affects_output=False, gt=0
+    )
+    max_entropy: float | None = setting(
+        None, "Stop the run when the mean entropy of a sampled token, in nats, rises above this.", affects_output=False, gt=0
+    )
     max_kl: float | None = setting(
         None,
-        "Stop the run when a token's mean log-ratio to the model as it was exceeds it; needs beta.",
+        "Stop the run when the mean log-ratio of a token to the initial model exceeds this; needs beta.",
         affects_output=False,
         gt=0,
     )
     cpu_kernels: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Compiled kernels of the engine that samples. auto: where they compute the whole model, and dtype is float32; off: the "
+        "Whether sampling uses compiled kernels. auto: if they support the whole model, and dtype is float32; off: the "
         "model's own modules.",
     )
     sampler_weights: Literal["policy", "int8", "int4", "fp8"] = setting(
@@ -328,12 +214,12 @@ class RLConfig(TuningConfig):
     bitwise_consistent: bool = setting(
         False,
         "Compute sampler and trainer by the same batch-invariant kernels, and stop the run at a step where a log-probability "
-        "differs in a single bit: of dense models in float32 on a processor (docs/batch-invariance.md).",
+        "differs in a single bit: for dense models in float32 on a processor (docs/batch-invariance.md).",
     )
 
     sleep: bool = setting(
         False,
-        "Free the memory of the sampler's KV cache while training, where both share a device's.",
+        "Free the memory of the sampler's KV cache while training.",
         affects_output=False,
     )
 

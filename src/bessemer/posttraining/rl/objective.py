@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bessemer.core.errors import BessemerError
 from bessemer.model.decoder import Decoder
-from bessemer.posttraining.rl.config import AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES, RLConfig
+from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.losses import (
     Aggregation,
     Correction,
@@ -26,6 +26,7 @@ from bessemer.posttraining.rl.losses import (
     k1,
     policy_loss,
 )
+from bessemer.posttraining.rl.methods import AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
 from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER
 from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.head import target_log_probs
@@ -37,11 +38,12 @@ OLD, TOKEN_REFERENCE_LOG_PROBS = "old_log_probs", "reference_log_probs"
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """Numbers of the objective.
+    """Settings of the objective that are numbers or switches.
 
-    temperature: of the samples. beta: weight of the divergence in the loss; weighted_divergence: it is multiplied by the ratio
-    of policies too. answers, longest: of a whole step, for the aggregation that divides by a constant. bitwise_consistent:
-    whether log-probabilities must be the sampler's to the bit.
+    temperature: that of the samples. answers: completions of a whole step, and longest: most tokens of one; the aggregation
+    `constant` divides by their product. beta: weight of the divergence in the loss. weighted_divergence: whether the divergence
+    is also multiplied by the ratio of policies. bitwise_consistent: whether log-probabilities must equal the sampler's to the
+    bit.
     """
 
     temperature: float

@@ -31,7 +31,7 @@ from bessemer.posttraining.sampling.samples import Sample
 from bessemer.posttraining.sampling.served_policy import ServedModel, ServedPolicy
 from bessemer.tokenization.tokenizer import Tokenizer
 
-#: Threads for environments that say that they wait.
+#: Threads of a rollout whose environment has the attribute `waits`, where no setting gives their number.
 DEFAULT_THREADS = 32
 
 
@@ -63,7 +63,7 @@ class PolicySampler(Sampler):
         )
         super().__init__(tokenizer, settings, seed, servers)
         self.judge = judge
-        self._config = config
+        self.config = config
 
     def judged(self, samples: Sequence[Sample], step: int) -> Judgement:
         """Rewards of samples; with `truncated: zero` a cut completion gets 0."""
@@ -77,8 +77,8 @@ class PolicySampler(Sampler):
             completion_ids=[list(sample.completion_ids) for sample in samples],
             columns={name: [sample.prompt.columns.get(name) for sample in samples] for name in names},
         )
-        judgement = self.judge.judge(completed, step=step, steps=self._config.steps or 0)
-        if self._config.truncated != "zero":
+        judgement = self.judge.judge(completed, step=step, steps=self.config.steps or 0)
+        if self.config.truncated != "zero":
             return judgement
         totals = [
             0.0 if sample.is_cut and not math.isnan(total) else total
@@ -96,12 +96,12 @@ class PolicySampler(Sampler):
         return False
 
     def groups_of(self, samples: Sequence[Sample], judgement: Judgement, size: int) -> list[JudgedGroup]:
-        """Judged samples by prompt, `size` of each, NaN where a sample is left out."""
+        """Samples and their rewards grouped by prompt, `size` samples each; rewards of a sample that is left out are NaN."""
         totals_R = torch.tensor(judgement.totals, dtype=torch.float64)
         rewards_RK = torch.tensor(
             [[math.nan if value is None else value for value in values] for values in judgement.values], dtype=torch.float64
         ).T.clone()
-        if self._config.truncated == "drop":
+        if self.config.truncated == "drop":
             totals_R[torch.tensor([sample.is_cut for sample in samples])] = math.nan
         # a sample with one failed reward is left out as a whole
         rewards_RK[totals_R.isnan()] = math.nan
@@ -172,13 +172,13 @@ class EpisodeSampler(PolicySampler):
         greedy: bool = False,
     ) -> list[Sample]:
         assert not isinstance(engine, CollectiveEngine), "episodes are played in one process"
-        config = self._config
+        config = self.config
         model: EngineModel | ServedModel
         if isinstance(engine, Engine):
             model = EngineModel(engine, adapter=self.adapter)
         else:
             length = min(config.context_length, engine.context_length or config.context_length)
-            model = ServedModel(engine, self._tokenizer, length)
+            model = ServedModel(engine, self.tokenizer, length)
         each_of = [(place, each) for place in range(len(prompts)) for each in range(number)]
         params = SamplingParams(
             temperature=0.0 if greedy else config.temperature, max_tokens=config.max_tokens, stop=list(config.stop or ())
@@ -191,7 +191,7 @@ class EpisodeSampler(PolicySampler):
             [_task(prompts[place]) for place, _ in each_of],
             params,
             max_turns=config.max_turns,
-            seeds=[derive_seed(self._seed, *seeds, place, each) for place, each in _numbered(each_of, places)],
+            seeds=[derive_seed(self.seed, *seeds, place, each) for place, each in _numbered(each_of, places)],
             threads=self._threads,
             waits=self._waits,
         )

@@ -25,14 +25,13 @@ from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.posttraining.data.examples import drawn
-from bessemer.posttraining.rewards.judge import Judge, Judgement, RewardError
+from bessemer.posttraining.rewards.judge import Judgement, RewardError
 from bessemer.posttraining.rl.advantages import is_informative
 from bessemer.posttraining.rl.batches import AdvantageBatches, BatchMaker, PairBatches
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.policy_sampler import JudgedGroup, PolicySampler
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, SamplingEngine
 from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
-from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batch import Batch
 from bessemer.training.data.batches import rows_at
 from bessemer.training.model_roles import ModelRoles
@@ -176,22 +175,19 @@ class RolloutSource:
 
     def __init__(
         self,
+        sampler: PolicySampler,
         prompts: Sequence[Prompt],
-        judge: Judge,
-        tokenizer: Tokenizer,
-        config: RLConfig,
         out: Path,
-        *,
-        seed: int,
         progress: Progress,
         held_out: Sequence[Prompt] = (),
-        sampler: PolicySampler | None = None,
     ) -> None:
-        """sampler: in place of one that completes prompts. Raises ConfigError for an unknown advantage."""
+        """sampler: completes the prompts; its tokenizer, settings, judge and seed are those of the source. Raises ConfigError
+        for an unknown advantage."""
+        tokenizer, config, judge, seed = sampler.tokenizer, sampler.config, sampler.judge, sampler.seed
         self._prompts = [(prompt, prompt.encoded(tokenizer)) for prompt in prompts]
         validated = drawn(held_out, config.validation_limit, derive_seed(seed, "validation"))
         self._held_out = [(prompt, prompt.encoded(tokenizer)) for prompt in validated]
-        self._sampler = sampler or PolicySampler(judge, tokenizer, config, seed)
+        self._sampler = sampler
         self._judge = judge
         self._config = config
         self._make: BatchMaker = AdvantageBatches(config, judge.weights, tokenizer.bos_id)

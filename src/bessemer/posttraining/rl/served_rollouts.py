@@ -19,15 +19,11 @@ import numpy as np
 from bessemer.core.concurrency import DaemonThreads
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress
-from bessemer.posttraining.rewards.judge import Judge
-from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.group_journal import JOURNAL, GroupJournal, entry_of, judged_of
 from bessemer.posttraining.rl.policy_sampler import JudgedGroup, PolicySampler
 from bessemer.posttraining.rl.rollouts import Judged, RolloutSource, RolloutTally
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, SamplingEngine
 from bessemer.posttraining.sampling.samples import Prompt, Share
-from bessemer.posttraining.sampling.served_policy import ServedPolicy
-from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import rows_at
 
 
@@ -47,13 +43,13 @@ class GroupCollector:
         self._calls: dict[int, Future[Judged]] = {}
 
     def begin(self, numbers: Sequence[int]) -> None:
-        """Let groups begin, those of which that have not."""
+        """Begin those of the groups that have not begun."""
         for number in numbers:
             if number not in self._calls:
                 self._calls[number] = self._recalled(number) or self._threads.submit(partial(self._made, number))
 
     def take(self, number: int) -> Judged:
-        """A group that has begun; waits for it. Raises what its making raised."""
+        """Wait for a group that has begun, and return it. Raises the error that sampling or judging it raised."""
         judged = self._calls[number].result()
         del self._calls[number]
         return judged
@@ -86,25 +82,18 @@ class ServedRolloutSource(RolloutSource):
 
     def __init__(
         self,
-        prompts: Sequence[Prompt],
-        judge: Judge,
-        tokenizer: Tokenizer,
-        config: RLConfig,
-        out: Path,
-        *,
-        seed: int,
-        progress: Progress,
         sampler: PolicySampler,
-        servers: ServedPolicy,
+        prompts: Sequence[Prompt],
+        out: Path,
+        progress: Progress,
         held_out: Sequence[Prompt] = (),
     ) -> None:
-        """sampler: that asks the servers."""
-        super().__init__(
-            prompts, judge, tokenizer, config, out, seed=seed, progress=progress, held_out=held_out, sampler=sampler
-        )
-        assert config.rollouts is not None
+        """As `RolloutSource`; the sampler has servers."""
+        super().__init__(sampler, prompts, out, progress, held_out)
+        config = sampler.config
+        assert config.rollouts is not None and sampler.servers is not None
         self._staleness = config.rollouts.max_staleness
-        self._servers = servers
+        self._servers = sampler.servers
         fingerprint = hash_value([self.fingerprint, config.output_settings()])
         self._journal = GroupJournal(out / JOURNAL, fingerprint, config.groups)
         self._judging = threading.Lock()

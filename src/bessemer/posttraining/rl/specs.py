@@ -147,7 +147,7 @@ def _fingerprint(config: RLConfig, outside: Outside) -> Any:
 def _check(config: RLConfig) -> None:
     """Raises ConfigError for a name of no registry, besides what all stages that train need."""
     from bessemer.posttraining.preference.config import PAIR_LOSSES
-    from bessemer.posttraining.rl.config import ADVANTAGES, AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
+    from bessemer.posttraining.rl.methods import ADVANTAGES, AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
 
     check_loop(config)
     ADVANTAGES.find(config.advantage)

@@ -22,9 +22,9 @@ from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.rewards.config import RewardContext, RewardTask
 from bessemer.posttraining.rewards.judge import Judge
-from bessemer.posttraining.rl.advantages import CRITIC, ActorCriticObjective
 from bessemer.posttraining.rl.batches import pair_objective
 from bessemer.posttraining.rl.config import CriticConfig, RLConfig
+from bessemer.posttraining.rl.critic import CRITIC, ActorCriticObjective
 from bessemer.posttraining.rl.environments.registry import OWN_TASKS, Environments, load_environments
 from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, PolicySampler
@@ -110,24 +110,8 @@ def rl(
                 "servers sample for all"
             )
         sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, environments.new, servers)
-    source: RolloutSource
-    if servers is None:
-        source = RolloutSource(
-            training, judge, tokenizer, config, out, seed=rl_seed, progress=run.progress, held_out=held_out, sampler=sampler
-        )
-    else:
-        source = ServedRolloutSource(
-            training,
-            judge,
-            tokenizer,
-            config,
-            out,
-            seed=rl_seed,
-            progress=run.progress,
-            held_out=held_out,
-            sampler=sampler,
-            servers=servers,
-        )
+    kind = RolloutSource if servers is None else ServedRolloutSource
+    source = kind(sampler, training, out, run.progress, held_out)
     others = []
     if config.critic is not None:
         others.append(_critic(job, config.critic, model if config.critic.start == "policy" else reward_model))

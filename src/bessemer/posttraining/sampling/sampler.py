@@ -29,12 +29,12 @@ from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.adapter_config import KERNELS_OVER_CODES
 from bessemer.training.model_roles import POLICY, ModelRoles
 
-#: Most sequences of the engine, and fewest tokens of its step.
+#: Most sequences of the engine at once, and the smallest limit on the tokens of a step.
 _MOST_SEQUENCES, _LEAST_BATCHED_TOKENS = 256, 512
 
 SamplingEngine = Engine | CollectiveEngine | ServerPool
 
-#: What the policy's weights are when it samples.
+#: Form of the policy's weights while it samples.
 SamplerWeights = Literal["policy", "int8", "int4", "fp8"]
 
 #: The engine's name for the adapter in training.
@@ -46,9 +46,10 @@ EncodedPrompt = tuple[Prompt, list[int]]
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Settings of completions. context_length: most tokens of a prompt and its completion. sequences: most completions
-    at once. stop: texts at which a completion ends; None: those of its prompt. cpu_kernels: of the engine. sleeps: whether the
-    memory of its cache is free between two uses. weights: its policy's own, or what they are rounded to before each use."""
+    """Settings of completions. context_length: most tokens of a prompt and its completion. sequences: most completions at once.
+    stop: texts at which a completion ends; None: those of its prompt. cpu_kernels: as in EngineConfig. sleeps: whether the
+    engine frees its cache's memory between two uses. weights: the policy's own, or the form to which they are rounded before
+    each use."""
 
     temperature: float
     max_tokens: int
@@ -68,11 +69,11 @@ class Sampler:
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: SamplerSettings, seed: int, servers: ServedPolicy | None = None) -> None:
-        """servers: that sample in place of an engine of this process; of several processes the first one asks them."""
-        self._servers = servers
-        self._tokenizer = tokenizer
+        """servers: sample in place of an engine of this process; of several processes only the first calls them."""
+        self.servers = servers
+        self.tokenizer = tokenizer
         self._settings = settings
-        self._seed = seed
+        self.seed = seed
         self._models: ModelRoles | None = None
         self._engine: Engine | CollectiveEngine | None = None
         #: Name of the policy's adapter in the engine; None: merged, or there is none.
@@ -90,10 +91,10 @@ class Sampler:
 
     @contextmanager
     def sampling(self) -> Iterator[SamplingEngine]:
-        """The engine with the policy's current weights, of all processes of a mesh. Leaves the random state unchanged."""
+        """The engine with the policy's current weights; on a mesh it spans all processes. Leaves the random state unchanged."""
         models = self.models
-        if self._servers is not None:
-            yield self._servers.with_weights_of(models)
+        if self.servers is not None:
+            yield self.servers.with_weights_of(models)
             return
         with models.prepared(POLICY) as prepared, torch.random.fork_rng(), ExitStack() as entered:
             model = prepared.model
@@ -103,7 +104,7 @@ class Sampler:
             entered.enter_context(without_adapters(model))
             kernels = self._kernels(model)
             if adapters_of(model):
-                # a merged weight is rounded, and so is another model than the trainer's
+                # merging rounds weights, so a merged model differs from the trainer's
                 merges = kernels == "on" and models.mesh.alone and not model.is_batch_invariant
                 self.adapter = None if merges else _ADAPTER
                 if merges:
@@ -121,7 +122,7 @@ class Sampler:
                 self._engine.sleep()
 
     def _rounded_engine(self, model: Decoder) -> Engine:
-        """An engine of a copy of the policy whose weights are rounded, its adapter merged before. Raises ConfigError."""
+        """An engine of a copy of the policy with its adapter merged and its weights rounded. Raises ConfigError."""
         settings = self._settings
         if not self.models.mesh.alone:
             raise ConfigError(f"sampler_weights: {settings.weights}: weights are rounded in one process; take policy")
@@ -130,7 +131,7 @@ class Sampler:
         rounded = rounded_copy(model, settings.weights)
         kernels: Literal["on", "off"] = "off" if settings.cpu_kernels == "off" or library() is None else "on"
         engine = Engine(
-            rounded, self._tokenizer, config=self._engine_config(rounded, kernels).with_changes(kv_cache_dtype="auto")
+            rounded, self.tokenizer, config=self._engine_config(rounded, kernels).with_changes(kv_cache_dtype="auto")
         )
         engine.update_weights(version=self.models.version)
         return engine
@@ -152,9 +153,9 @@ class Sampler:
         models, config = self.models, self._engine_config(model, kernels)
         engine: Engine | CollectiveEngine
         if models.mesh.alone:
-            engine = Engine(model, self._tokenizer, config=config)
+            engine = Engine(model, self.tokenizer, config=config)
         else:
-            engine = CollectiveEngine(model, self._tokenizer, models.mesh, config)
+            engine = CollectiveEngine(model, self.tokenizer, models.mesh, config)
         if self.adapter is not None:
             engine.load_adapter(self.adapter, models.adapter())
         return engine
@@ -163,7 +164,7 @@ class Sampler:
         """The setting, with `auto` decided in one process: compiled kernels where they compute the whole model in the trainer's
         type. Packing the weights at each rollout takes less time than they save in a few tokens.
 
-        Raises ConfigError where they would multiply by codes, for which they round activations to 8 bits: the trainer does not.
+        Raises ConfigError for kernels over quantised weights: they round activations to 8 bits, and the trainer does not.
         """
         setting = self._settings.cpu_kernels
         if model.is_batch_invariant:
@@ -191,12 +192,11 @@ class Sampler:
         places: Sequence[int] | None = None,
         greedy: bool = False,
     ) -> list[Sample]:
-        """`number` completions of each prompt, those of a prompt one after the other.
-
-        seeds, places: what the draws of each prompt depend on; its place among all prompts, where these are some of them.
+        """`number` completions of each prompt; those of a prompt are neighbours. seeds: what the random numbers depend on,
+        besides each prompt's place. places: the prompts' places among all, where these are only some.
         """
         if not prompts:
-            # a group of ranks without a prompt takes part in the collectives all the same
+            # ranks without a prompt must still take part in the collectives
             engine.rollouts([], number, [], adapter=self.adapter)
             return []
         settings = self._settings
@@ -205,7 +205,7 @@ class Sampler:
                 temperature=0.0 if greedy else settings.temperature,
                 max_tokens=settings.max_tokens,
                 stop=list(prompt.stop if settings.stop is None else settings.stop),
-                seed=derive_seed(self._seed, *seeds, place),
+                seed=derive_seed(self.seed, *seeds, place),
             )
             for place, (prompt, _) in zip(range(len(prompts)) if places is None else places, prompts, strict=True)
         ]
@@ -234,10 +234,8 @@ class Sampler:
         *,
         seeds: tuple[str | int, ...] = (),
     ) -> list[Sample]:
-        """`completions` of all prompts, on every process: under a mesh each group of ranks samples its share of the prompts.
-
-        Every process calls this with the same prompts. What is sampled does not depend on the number of processes, beyond
-        rounding.
+        """`completions` of all prompts, on every process: on a mesh each group of ranks samples its share of the prompts. Every
+        process calls this with the same prompts. Up to rounding, the completions do not depend on the number of processes.
         """
         share = Share(self.models.mesh)
         places = range(len(prompts))[share.places]
@@ -252,16 +250,16 @@ _LARGEST_FLOAT8 = 448.0
 
 @torch.no_grad()
 def rounded_copy(model: Decoder, weights: SamplerWeights) -> Decoder:
-    """A decoder of its own with the model's weights, the adapter in training merged into them, those of the blocks' matrices
-    rounded: to codes of 8 bits with a scale for each output, of 4 bits with one for each group, or to float8 (e4m3, with 3
-    bits behind the leading one) with a scale for each output. Products by codes meet activations of 8 bits where compiled
-    kernels compute them; float8 weights are multiplied in float32."""
+    """A new decoder with the model's weights, its adapter in training merged, and the blocks' matrices rounded: to 8-bit codes
+    with a scale for each output, to 4-bit codes with a scale for each group, or to float8 (e4m3, 3 bits of mantissa) with a
+    scale for each output. Compiled kernels multiply codes by activations of 8 bits; float8 weights are multiplied in
+    float32."""
     copy = merged(model, adapter_of(model))
     if weights != "fp8":
         quantise(copy, QuantizeConfig(scheme=weights))
         return copy
     for name, _ in quantisable(copy):
-        # the tensors are the policy's own: they are replaced, not changed
+        # the copy shares the policy's tensors: replace them, do not change them
         weight = copy.get_parameter(weight_name(name))
         weight_NK = weight.data
         scale_N1 = weight_NK.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST_FLOAT8

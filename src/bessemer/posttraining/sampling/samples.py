@@ -27,7 +27,7 @@ from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import best_fit, pack_rows
 from bessemer.training.model_roles import ModelRoles
 
-#: Keys of values of tokens in a batch: log-probabilities of the sampler; advantages.
+#: Keys of a batch's values per token: the sampler's log-probabilities; advantages.
 SAMPLER, ADVANTAGES = "sampler_log_probs", "advantages"
 
 
@@ -35,8 +35,8 @@ SAMPLER, ADVANTAGES = "sampler_log_probs", "advantages"
 class Prompt:
     """A prompt: messages to answer, or a text to continue.
 
-    columns: passed to the rewards. stop: texts at which an answer ends. begin: whether a text begins with the begin token
-    whatever the tokenizer does. tools: that may be called.
+    columns: passed to the rewards. stop: texts at which an answer ends. begin: whether a text gets the begin token even if the
+    tokenizer does not add one. tools: those that may be called.
     """
 
     turns: Turns
@@ -65,8 +65,8 @@ class Prompt:
 
 
 def fitting_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int) -> list[tuple[Prompt, list[int]]]:
-    """The prompts of at most `longest` tokens, with their tokens. Those that the model's chat template refuses are left out.
-    Raises SourceError where they are many."""
+    """The prompts of at most `longest` tokens, with their tokens. Prompts that the model's chat template refuses are left out;
+    raises SourceError where these are many."""
     fitting: list[tuple[Prompt, list[int]]] = []
     unrendered: list[Unrendered] = []
     for number, prompt in enumerate(prompts, start=1):
@@ -84,9 +84,9 @@ def fitting_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: in
 @dataclass(frozen=True)
 class Sample:
     """A completion. ids: of prompt and completion; log_probs: of the completion's tokens, as sampled, an end token among them.
-    is_cut: it came to the most tokens, and has not ended. is_own: of each of the ids, whether the policy wrote it; None: all of
-    the completion. Others, results of tools for example, are no targets. versions: of the weights that each of the completion's
-    tokens was sampled with; None: those of the rollout."""
+    is_cut: whether it was stopped at the most tokens. is_own: for each id, whether the policy wrote it; None: it wrote the
+    whole completion. Tokens of others, for example of tools' results, are no targets. versions: for each token of the
+    completion, the version of the weights that sampled it; None: that of the rollout."""
 
     prompt: Prompt
     ids: Sequence[int]
@@ -108,7 +108,7 @@ class Sample:
         return [self.ids[place] for place in self.places]
 
     def example(self, *, is_kept: bool = True, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs, from one of the prompt's on, and targets: the completion's tokens, where it is kept."""
+        """Inputs from position `start` of the prompt on, and targets: the completion's tokens if it is kept."""
         ids = np.asarray(self.ids, np.int64)
         targets = np.full(len(ids) - 1, IGNORE_INDEX, np.int64)
         if is_kept:
@@ -123,8 +123,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch, and where each sample is in it: rows_R and columns_R, of `per_sequence`; ends_R, the place in its row of the
-    last token that it may have a target at."""
+    """A batch, and where each sample is in it. rows_R, columns_R: its place in `per_sequence`. ends_R: the position in its row
+    of its last token that can have a target."""
 
     batch: Batch
     rows_R: np.ndarray
@@ -137,13 +137,13 @@ class Packed:
         return len(self.rows_R)
 
     def of_sequences(self, values_R: Tensor) -> Tensor:
-        """Values of samples, (R,), as those of sequences, (B, S); zero where there is none."""
+        """Values of samples, (R,), arranged by sequences, (B, S); zero for sequences without a sample."""
         values_BS = values_R.new_zeros(self.batch.tokens_BT.shape[0], self.batch.sequences)
         values_BS[self.rows_R, self.columns_R] = values_R
         return values_BS
 
     def of_samples(self, values_BS: Tensor) -> Tensor:
-        """Values of sequences as those of samples."""
+        """Values of sequences, (B, S), arranged by samples, (R,)."""
         return values_BS[self.rows_R, self.columns_R]
 
     def with_values(self, per_token: Mapping[str, Tensor]) -> Packed:
@@ -155,13 +155,13 @@ class Packed:
         return self.with_values({ADVANTAGES: self.batch.of_tokens(self.of_sequences(advantages_R))})
 
     def target_values(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
-        """The batch's values of tokens by name, of each of its samples at its completion's targets."""
+        """The batch's values per token by name: for each sample, those at its completion's targets."""
         return [
             {name: values_BT[place] for name, values_BT in self.batch.per_token.items()} for place in self._targets(samples)
         ]
 
     def with_target_values(self, samples: Sequence[Sample], values: Sequence[Mapping[str, Tensor]]) -> Packed:
-        """Add what `target_values` gave for the same samples in another packing; zero elsewhere."""
+        """Add values that `target_values` returned for the same samples in another packing; zero elsewhere."""
         per_token = {
             name: values_N.new_zeros(self.batch.tokens_BT.shape) for name, values_N in (values[0] if values else {}).items()
         }
@@ -189,17 +189,19 @@ class Packed:
         return self.of_samples(self.batch.sequence_sums((self.batch.targets_BT != IGNORE_INDEX).float()))
 
     def means(self, values_BT: Tensor) -> Tensor:
-        """The mean over each sample's targets of values of tokens, which are zero elsewhere; 0 of a sample without one."""
+        """Means of values of tokens, which must be zero outside targets, over each sample's targets; 0 for a sample without
+        targets."""
         return self.of_samples(self.batch.sequence_sums(values_BT)) / self.target_counts.clamp(min=1)
 
 
-#: Rows of completions that share prompts are at most as long as this, or as two of the longest samples: longer ones spend time
-#: on masked attention.
+#: Where completions share a prompt in a row, the longest row: this many tokens, or twice the longest sample if that is more. In
+#: longer rows most of the attention is masked, which costs time.
 _SHARED_ROW = 256
 
 
 class _Together(NamedTuple):
-    """Neighbouring samples of one prompt, which a row holds once. size: its tokens and those of all completions."""
+    """Neighbouring samples of one prompt, which stands once in their row. first, number: their place among all samples and how
+    many they are. size: tokens of the prompt and of all completions."""
 
     first: int
     number: int
@@ -245,13 +247,13 @@ def pack_samples(
     batch = pack_rows(rows, capacity, padding_id, shared)
     batch = replace(batch, per_token={SAMPLER: sampled_BT}, sequences=max(map(len, rows)))
     if batch.sequences == 1:
-        # a row of one sample is plainly causal, which costs less than a document mask
+        # a row of one sample needs only the causal mask, which costs less than a document mask
         batch = replace(batch, positions_BT=None, document_ids_BT=None)
     return Packed(batch, rows_R, columns_R, ends_R)
 
 
 def _arranged(samples: Sequence[Sample], layout: Layout, shared_row: int | None) -> tuple[int, list[_Together]]:
-    """Tokens of a row, and the samples that come into one together."""
+    """The length of a row in tokens, and the samples in groups that stay together in a row."""
     longest = max(len(sample.ids) - 1 for sample in samples)
     if shared_row is None:
         return layout.row_length(longest), [_Together(place, 1, len(sample.ids) - 1) for place, sample in enumerate(samples)]
@@ -273,7 +275,7 @@ Value = TypeVar("Value")
 class Share:
     """This process's share of a rollout: the ranks that share every matrix form one group, which samples together.
 
-    of_first: the first rank has all of it, since it alone asks servers.
+    of_first: whether the first rank makes the whole share, since only it talks to servers.
     """
 
     mesh: Mesh
@@ -291,7 +293,7 @@ class Share:
 
     @property
     def places(self) -> slice:
-        """The prompts of this group: every n-th of n groups."""
+        """The prompts of this group: of n groups, each takes every n-th prompt."""
         return slice(self.mesh.rank // self._ranks, None, self.groups)
 
     @property
@@ -325,9 +327,8 @@ class Share:
 
 
 def of_all_rows(models: ModelRoles, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
-    """Values of the tokens of all rows, (B, T), on every process: each computes those of the rows that it trains on.
-
-    compute: of the rows of this process, (b, T), as `ModelRoles.per_token` gives it. Every process calls this.
+    """Values of the tokens of all rows, (B, T), on every process. compute: gives the values of the rows that this process
+    trains on, (b, T), as `ModelRoles.per_token` does. Every process calls this.
     """
     mesh = models.mesh
     if mesh.alone:

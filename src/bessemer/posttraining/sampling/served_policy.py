@@ -23,15 +23,13 @@ from bessemer.posttraining.sampling.server_pool import ServerPool
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.model_roles import ModelRoles
 
-#: Versions that stay on disk for servers that read folders: one may still be read while the next is written.
+#: Versions kept on disk for servers that read folders: one may be being read while the next is written.
 _KEPT = 2
 
 
 class ServedPolicy:
-    """Servers that have the policy's weights.
-
-    start: the folder of the model that training starts from, whose form and tokenizer the written versions have. folder: where
-    they are written. temperature, longest: as of `ServerPool.open`.
+    """Servers with the policy's weights. start: folder of the model from which training starts; written versions have its form
+    and tokenizer. folder: where versions are written. temperature, longest: as in `ServerPool.open`.
     """
 
     def __init__(
@@ -45,7 +43,7 @@ class ServedPolicy:
         temperature: float,
         longest: int,
     ) -> None:
-        """Raises ConfigError for a URL that is none. Nothing is asked before the first weights are there."""
+        """Raises ConfigError for a malformed URL. Servers are called only when the first weights are sent."""
         self.pool = ServerPool(settings, tokenizer, say)
         self._start = start
         self._folder = folder
@@ -55,13 +53,12 @@ class ServedPolicy:
         self._base: Decoder | None = None
 
     def with_weights_of(self, models: ModelRoles) -> ServerPool:
-        """The servers, with the present weights of the policy; of several processes the first sends them, and all call this.
-
-        Raises as `ServerPool.open` and `ServerPool.send_weights`, on all.
+        """The servers, after they have got the policy's current weights. All processes call this, and the first sends the
+        weights; errors of `ServerPool.open` and `ServerPool.send_weights` are raised on all.
         """
         if self._sent == models.version:
             return self.pool
-        # a copy: training changes the weights while a server that failed may still need them
+        # copy the weights: training changes them, and a server that has failed may need them later
         is_adapter = bool(adapters_of(models.policy.model))
         adapter = _copied(models.adapter()) if is_adapter else None
         weights = {} if is_adapter else models.full_weights()
@@ -81,7 +78,7 @@ class ServedPolicy:
         return self.pool
 
     def close(self) -> None:
-        """Ask no more, and remove what was written for the servers."""
+        """Send no more requests, and remove the folders that were written for the servers."""
         self.pool.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -30,11 +30,11 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 #: The adapter's name on servers; where every version has a name of its own, its beginning.
 ADAPTER = "policy"
-#: Most bytes of an answer: log-probabilities as JSON take some hundred bytes a token.
+#: Most bytes of a response: log-probabilities as JSON take about a hundred bytes a token.
 _MOST_BYTES = 1 << 30
-#: Seconds for an answer that computes nothing.
+#: Timeout in seconds of requests for which the server computes nothing.
 _SHORT = 30.0
-#: Servers but ours take seeds of 31 bits.
+#: Limit of seeds on servers other than ours: 31 bits.
 _SEEDS = 2**31
 
 
@@ -50,8 +50,8 @@ class ServedCompletion(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """New weights for servers: whole tensors by the names of the model, or an adapter. folder: where the same lie on disk, for
-    servers that read them; None: nowhere."""
+    """New weights for servers: whole tensors by the names of the model, or an adapter. folder: where they lie on disk for
+    servers that read folders; None: they are not written."""
 
     version: int
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -60,9 +60,8 @@ class WeightUpdate:
 
 
 class CompletionServer:
-    """One server. Any number of threads may ask it; one at a time sends weights.
-
-    version: of the weights that it has; −1: unknown, or its own. An adapter's version is the same number.
+    """One server. Any number of threads may request completions; one at a time sends weights. version: that of the server's
+    weights; −1: unknown, or weights that it had at its start. An adapter's version is the same number.
     """
 
     def __init__(self, url: str, settings: RolloutServers, tokenizer: Tokenizer) -> None:
@@ -90,7 +89,7 @@ class CompletionServer:
     # -- what it is
 
     def connect(self) -> None:
-        """Find out what the server is and how it calls the model.
+        """Find out the kind of the server and its name of the model.
 
         Raises TransientError where it cannot be reached, ApiError where it refuses, and ConfigError for an unknown model.
         """
@@ -135,7 +134,7 @@ class CompletionServer:
 
     def complete(self, ids: Sequence[int], number: int, params: SamplingParams) -> list[ServedCompletion]:
         """`number` completions of a prompt of token ids. Raises TransientError and ApiError as `HttpClient.send`."""
-        # weights that come meanwhile make the rest newer: what servers do not say counts as old
+        # weights may arrive during the request; tokens of a server that reports no versions count as sampled by the old ones
         version = max(self.version, 0)
         if self.kind == "sglang":
             return self._generated(ids, number, params, version)
@@ -171,7 +170,7 @@ class CompletionServer:
         return body
 
     def _grammar(self, params: SamplingParams) -> dict[str, Any]:
-        """What holds the text to the schemas of tools."""
+        """The parameters of a request that constrain its text to the tools' schemas."""
         fields = {"json_schema": "json", "regex": "regex", "choice": "choice", "ebnf": "grammar"}
         given = {to: getattr(params, name) for name, to in fields.items() if getattr(params, name) is not None}
         extra: dict[str, Any] = {"structured_outputs": given} if given else {}
@@ -190,7 +189,7 @@ class CompletionServer:
         return ServedCompletion(list(ids), log_probs, versions, str(choice["text"]), choice["finish_reason"] == "length")
 
     def _generated(self, ids: Sequence[int], number: int, params: SamplingParams, version: int) -> list[ServedCompletion]:
-        """SGLang's own route, whose answer has token ids."""
+        """Completions by SGLang's own route, whose response has token ids."""
         sampling: dict[str, Any] = {"max_new_tokens": params.max_tokens, "temperature": params.temperature, "n": number}
         if params.stop:
             sampling["stop"] = list(params.stop)
@@ -215,7 +214,8 @@ class CompletionServer:
         return self._checked(completions, number)
 
     def _checked(self, completions: list[ServedCompletion], number: int) -> list[ServedCompletion]:
-        """Raises TransientError for a completion that a server broke off, as some do when they take new weights."""
+        """The completions, checked. Raises TransientError where a server broke one off, as some do when they get new
+        weights."""
         if len(completions) != number:
             raise ApiError(f"{self.url}: {number} completions were asked for, and {len(completions)} came")
         for one in completions:
@@ -229,13 +229,13 @@ class CompletionServer:
         return completions
 
     def _id_of_text(self, text: str) -> int:
-        """The only token whose text this is, for servers that send no ids."""
+        """The token with this text, if there is only one; for servers that send no ids."""
         with self._lock:
             if self._ids_of_texts is None:
                 ids: dict[str, int] = {}
                 for id in range(self._tokenizer.vocab_size):
                     written = self._tokenizer.decode([id], skip_special=False)
-                    # two tokens of one text are none: which was sampled is not known
+                    # mark a text of two tokens: which of them was sampled is unknown
                     ids[written] = -1 if written in ids else id
                 self._ids_of_texts = ids
         id = self._ids_of_texts.get(text, -1)
@@ -250,13 +250,13 @@ class CompletionServer:
 
     @property
     def reads_folders(self) -> bool:
-        """Whether it takes weights from a folder that both see."""
+        """Whether the server reads weights from a folder that both see."""
         return self.kind in ("vllm", "sglang")
 
     def send_weights(self, update: WeightUpdate) -> None:
-        """Give it new weights. Requests under way go on with them, where the server can.
+        """Send new weights. Requests in progress continue with them if the server can do that.
 
-        Raises TransientError and ApiError as `HttpClient.send`; ConfigError for a server that takes none.
+        Raises TransientError and ApiError as `HttpClient.send`; ConfigError for a server that accepts none.
         """
         match self.kind:
             case "bessemer":
@@ -310,10 +310,10 @@ class CompletionServer:
             raise ApiError(f"{self.url}: /update_weights_from_disk failed: {reason}")
 
     def _load_adapter(self, name: str, folder: Path) -> None:
-        """Load a version under its own name, so that requests under way keep theirs, and drop all but the last two: a request
-        may be about to name the one before."""
+        """Load a version under a name of its own, so that requests in progress keep theirs, and unload all but the last two,
+        since a request may be about to name the previous one."""
         timeout, prefix = self._settings.weight_timeout, "/v1" if self.kind == "vllm" else ""
-        # one that was loaded before this run, or before a failure, is in the way
+        # an earlier run, or a failed attempt, may have loaded this name
         self._post_if_there(f"{prefix}/unload_lora_adapter", {"lora_name": name})
         self._client.post(f"{prefix}/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, timeout=timeout)
         self.adapter = name
@@ -322,7 +322,7 @@ class CompletionServer:
             self._post_if_there(f"{prefix}/unload_lora_adapter", {"lora_name": self._loaded.pop(0)})
 
     def _post_if_there(self, path: str, body: Mapping[str, Any]) -> bool:
-        """POST to a route that older servers lack, or that may refuse. Returns whether it was answered."""
+        """POST to a route that older servers lack or may refuse. Returns whether it succeeded."""
         try:
             self._client.post(path, body, timeout=self._settings.weight_timeout)
         except ApiError:

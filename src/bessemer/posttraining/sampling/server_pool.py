@@ -1,5 +1,5 @@
-"""Several rollout servers as one: the least busy one is asked, another takes over from one that fails, and one that comes back
-gets the newest weights before it is asked again.
+"""Several rollout servers as one engine. A request goes to the least busy server, and to another one if that fails; a server
+that comes back gets the newest weights before it gets requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bessemer.posttraining.sampling.server_client import CompletionServer, Serve
 from bessemer.posttraining.sampling.server_config import RolloutServers
 from bessemer.tokenization.tokenizer import Tokenizer
 
-#: Seconds before a server that failed is tried again, doubled with each failure, and before a busy one is asked again.
+#: Seconds before a failed server is tried again, doubled with each failure; and before a busy one gets the request again.
 _FIRST_WAIT, _BUSY_WAIT = 1.0, 0.05
 
 # Shapes: P prompts, R rows (P · n), T tokens of the longest row.
@@ -30,7 +30,7 @@ _FIRST_WAIT, _BUSY_WAIT = 1.0, 0.05
 
 @dataclass(eq=False)
 class _Member:
-    """A server of the pool. failures: in a row; retry_at: when it is tried again; None while it works."""
+    """A server of the pool. failures: number since it last worked. retry_at: when it is tried again; None while it works."""
 
     server: CompletionServer
     sending: threading.Lock = field(default_factory=threading.Lock)
@@ -45,7 +45,8 @@ class _Member:
 
 
 class ServerPool:
-    """An engine whose completions come from servers. Any number of threads may ask it; one sends weights."""
+    """An engine whose completions come from servers. Any number of threads may request completions; one thread sends
+    weights."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class ServerPool:
         clock: Callable[[], float] = time.monotonic,
         first_wait: float = _FIRST_WAIT,
     ) -> None:
-        """say: takes a line for the user. Raises ConfigError for a URL that is none."""
+        """say: prints a line for the user. Raises ConfigError for a malformed URL."""
         self._settings = settings
         self._say = say
         self._clock = clock
@@ -70,7 +71,7 @@ class ServerPool:
         self._fatal: BessemerError | None = None
         #: When a server last answered.
         self._answered_at = clock()
-        #: Requests under way at most.
+        #: Most requests at once.
         self.concurrency = settings.concurrency * len(self._members)
         self._threads = DaemonThreads(self.concurrency, "completion")
 
@@ -88,7 +89,7 @@ class ServerPool:
         return min(known, default=None)
 
     def open(self, *, temperature: float, longest: int) -> None:
-        """Connect to the servers; those that are not there yet are waited for in the background, and one has to be there.
+        """Connect to the servers. Waits for the first one; the others may come later, which is watched in the background.
 
         temperature: of the samples; longest: tokens of prompt and completion. Raises ConfigError for a server that gives
         log-probabilities of another temperature or has a shorter context, ApiError where none answers in time.
@@ -103,9 +104,8 @@ class ServerPool:
         self._say(f"  rollouts are sampled by {', '.join(lines)}")
 
     def complete(self, ids: Sequence[int], number: int, params: SamplingParams) -> list[ServedCompletion]:
-        """`number` completions of a prompt, by whichever server is least busy; asked again where one fails.
-
-        Raises ApiError for a request that a server refuses, and where none has answered for as long as the settings say.
+        """`number` completions of a prompt by the least busy server; another one gets the request if that fails. Raises
+        ApiError for a request that a server refuses, and where no server has answered for `patience` seconds.
         """
         while True:
             member = self._take()
@@ -114,7 +114,7 @@ class ServerPool:
                 sent = member.server.version
                 completions = member.server.complete(ids, number, params)
                 if sent >= 0 and min(min(one.versions) for one in completions) < sent:
-                    # it was started again, and has the weights of its folder
+                    # the server was restarted, and has the weights of its folder
                     failure = TransientError("has other weights than it was sent: it was started again")
                 else:
                     return completions
@@ -140,7 +140,8 @@ class ServerPool:
         logprobs_mode: LogProbsMode = "temperature",
         adapter: str | None = None,
     ) -> Rollouts:
-        """As `Engine.rollouts`, of token ids; the adapter is the one that the servers were sent. Raises as `complete`."""
+        """As `Engine.rollouts`, for prompts of token ids; the adapter is the one that the servers have got. Raises as
+        `complete`."""
         assert logprobs_mode == "temperature", "servers give log-probabilities at the temperature of the samples"
         listed = as_prompts(prompts)
         each = params_of_prompts(params, len(listed), n, logprobs_mode)
@@ -153,10 +154,9 @@ class ServerPool:
         return collect_served(ids, [call.result() for call in calls])
 
     def send_weights(self, update: WeightUpdate) -> None:
-        """Give all servers new weights; one that cannot take them now gets them when it is back.
-
-        update: its tensors stay as they are until the next one. Returns when every working server has them. Raises ApiError
-        where one refuses them, and as `complete` where none works.
+        """Send all servers new weights; one that fails gets them when it is back. update: its tensors must stay unchanged until
+        the next update. Returns when every working server has them. Raises ApiError where one refuses them, and as `complete`
+        where none works.
         """
         with self._changed:
             self._update = update
@@ -170,7 +170,7 @@ class ServerPool:
         self._wait_for_one()
 
     def close(self) -> None:
-        """Ask no more. Requests under way are left to their servers, which notice when this process ends."""
+        """Send no more requests. Those in progress end when their servers notice that this process has ended."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -199,7 +199,7 @@ class ServerPool:
             self._changed.notify_all()
 
     def _fail(self, member: _Member, error: TransientError) -> None:
-        """Ask a server no more until it is back."""
+        """Send a server no requests until it is back."""
         with self._changed:
             if not member.works:
                 return
@@ -216,7 +216,7 @@ class ServerPool:
             self._changed.notify_all()
 
     def _watch(self) -> None:
-        """Try servers that failed again, when their time has come."""
+        """Try failed servers again when their waiting time is over."""
         while True:
             with self._changed:
                 if self._is_closed:
@@ -241,7 +241,7 @@ class ServerPool:
             return
         except BessemerError as error:
             with self._changed:
-                # a server of another kind in its place: nothing that waiting mends
+                # another kind of server answers at this URL, which waiting does not change
                 self._fatal = error
                 self._changed.notify_all()
             return
@@ -252,7 +252,7 @@ class ServerPool:
             self._changed.notify_all()
 
     def _bring_up_to_date(self, member: _Member) -> None:
-        """Send the newest weights, also those that come meanwhile."""
+        """Send a server the newest weights, and those that arrive meanwhile."""
         with member.sending:
             while (update := self._update) is not None and member.server.version != update.version:
                 member.server.send_weights(update)
@@ -283,7 +283,7 @@ class ServerPool:
         def run() -> None:
             try:
                 call()
-            except BaseException as error:  # raised where the result is read
+            except BaseException as error:  # raised again where the result is read
                 future.set_exception(error)
             else:
                 future.set_result(None)

@@ -49,13 +49,15 @@ class SFTConfig(TuningConfig):
     )
     weights: dict[str, float] = setting(
         default_factory=dict,
-        description="How often a set's conversations come in a pass, by its name in data; once where nothing is said. Of a "
-        "fraction the same conversations come in every pass. Those held out come once.",
+        description="How often the conversations of an entry of data come in a pass, by its name; 1 if not given. With a "
+        "fraction, the same conversations come in every pass. Held-out conversations come once.",
     )
-    prompt_column: str | None = setting(None, "Column of the questions, for tables of other names; with answer_column.")
+    prompt_column: str | None = setting(None, "Column of the questions, if its name is not recognised; needs answer_column.")
     answer_column: str | None = setting(None, "Column of the answers.")
     train_questions: int = setting(600, f"Questions of {DOCS_QUESTIONS} to train on.", gt=0)
-    validation_questions: int = setting(200, f"Questions of {DOCS_QUESTIONS} about documents held out, never trained on.", ge=0)
+    validation_questions: int = setting(
+        200, f"Questions of {DOCS_QUESTIONS} about held-out documents, which are not trained on.", ge=0
+    )
     task_items: int = setting(600, "Items of a task to train on, the first ones; none of them is held out.", gt=0)
     validation_share: float = setting(0.05, "Fraction of a file's conversations that is held out.", ge=0, lt=1)
     truncate: Truncate = setting("drop", TRUNCATE)
@@ -64,14 +66,15 @@ class SFTConfig(TuningConfig):
 
     pretraining_share: float = setting(
         0.0,
-        "Share of the rows that are plain text of the run's token shards, learnt whole, so that the model does not forget what "
-        "it was pretrained on; the steps of an epoch are as many more.",
+        "Share of the rows that are plain text of the run's token shards, learnt whole, so that the model does not forget its "
+        "pretraining; an epoch has accordingly more steps.",
         ge=0,
         lt=1,
     )
     loss: Literal["cross_entropy", "dft"] = setting(
         "cross_entropy",
-        "dft: each token's cross-entropy times its probability, so that what the model finds unlikely pulls less (Wu et al. "
+        "dft: each token's cross-entropy times its probability, so that tokens that the model finds unlikely count less (Wu "
+        "et al. "
         "2025, arXiv 2508.05629).",
     )
     neftune_alpha: float | None = setting(
@@ -84,7 +87,7 @@ class SFTConfig(TuningConfig):
     optimizer: str = setting("adamw", "As in pretrain.", code=True)
     learning_rate: float = setting(2e-5, "Peak learning rate.", gt=0)
     context_length: int = setting(
-        _LONGEST, f"Tokens of a row; where nothing is said, the model's context, at most {_LONGEST:,}.", unit="tokens", gt=0
+        _LONGEST, f"Tokens of a row; if not given, the model's context, at most {_LONGEST:,}.", unit="tokens", gt=0
     )
     warmup_fraction: float | None = setting(
         0.05, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
@@ -94,14 +97,14 @@ class SFTConfig(TuningConfig):
     )
 
     def fitted_to(self, longest: int) -> Self:
-        """These settings with rows within a model's context, unless their length is given."""
+        """These settings with rows no longer than a model's context, unless their length is given."""
         if self.has_given_length or self.context_length <= longest:
             return self
         return self.with_changes(context_length=longest)
 
     @property
     def has_given_length(self) -> bool:
-        """Whether somebody said how long rows are."""
+        """Whether the length of rows is given."""
         return "context_length" in self.model_fields_set
 
     @property
@@ -125,7 +128,7 @@ class SFTConfig(TuningConfig):
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
         for name, weight in self.weights.items():
-            # a recipe may inherit weights of data that it does not read
+            # a recipe may inherit weights for data that it does not use
             if name not in self.data and name not in MADE_DATA and not name.startswith(TASK):
                 raise ValueError(f"weights: {name!r} is not in data{nearest(name, self.data)}")
             if not 0 < weight <= 1000:
@@ -158,9 +161,9 @@ Method = Literal["full", "lora", "qlora"]
 FULL_LEARNING_RATE = 1e-5
 
 
-#: General tasks that are asked where none are named; they bring their data.
+#: Default general tasks, whose data come with the package.
 GENERAL_TASKS = ("general_knowledge", "general_texts")
-#: Items of each at most, so that the time is bounded.
+#: Most items of each general task, which bounds the time.
 GENERAL_LIMIT = 100
 
 
@@ -169,8 +172,8 @@ class FinetuneConfig(Config):
 
     method: Literal["auto", "full", "lora", "qlora"] = setting(
         "auto",
-        "full: all weights; lora: a low-rank adapter beside them; qlora: beside weights of 4 bits; auto: the first of these "
-        "that memory holds.",
+        "full: all weights; lora: a low-rank adapter; qlora: an adapter of a model with weights of 4 bits; auto: the first of "
+        "these that fits into memory.",
     )
     also: dict[str, float] = setting(
         default_factory=dict, description="Further files of questions and answers, and how often each comes in a pass."
@@ -181,14 +184,14 @@ class FinetuneConfig(Config):
     learning_rate: float | None = setting(None, "Peak learning rate; absent: 1e-5 for full, 2e-4 for an adapter.", gt=0)
     base_dtype: Literal["auto", "float32", "bf16", "int8", "int4", "nf4"] = setting(
         "auto",
-        "How the frozen weights beside an adapter lie: float32 or bf16, in which products are then computed, or codes (qlora); "
-        "auto: what this machine multiplies fast, with qlora int4.",
+        "Type of the frozen weights under an adapter: float32 or bf16, which is then also the type of matmuls, or int8, int4 "
+        "or nf4 (qlora); auto: the type that this machine multiplies fast, for qlora int4.",
     )
     rank: int = setting(16, "Rank of an adapter.", gt=0)
     alpha: float | None = setting(None, "Updates are scaled by alpha / rank; absent: twice the rank.", gt=0)
-    dropout: float = setting(0.0, "Share of a layer's inputs that its update does not see in a step.", ge=0, lt=1)
+    dropout: float = setting(0.0, "Dropout of the adapter's inputs.", ge=0, lt=1)
     rslora: bool = setting(False, "Scale by alpha / √rank instead (Kalajdzievski 2023).")
-    dora: bool = setting(False, "Train the norms of the rows too (Liu et al. 2024, DoRA).")
+    dora: bool = setting(False, "Also train the norms of the weights' rows (DoRA, Liu et al. 2024).")
     target_modules: list[str] = setting(
         default_factory=list,
         description="Linear layers that an adapter changes, by patterns of their names or of the last part; all-linear, or "
@@ -196,7 +199,7 @@ class FinetuneConfig(Config):
     )
     modules_to_save: list[str] = setting(
         default_factory=list,
-        description="Modules that are trained whole beside an adapter, by patterns: embed_tokens, lm_head, norm.",
+        description="Modules whose own weights are trained besides an adapter, by patterns: embed_tokens, lm_head, norm.",
     )
     context_length: int | None = setting(
         None, "Tokens of a row; absent: those of the longest conversation, at most 2,048 and the model's context.", gt=1
@@ -204,20 +207,21 @@ class FinetuneConfig(Config):
     batch_size: int | None = setting(None, "Rows of a batch; absent: as many as hold eight conversations.", gt=0)
     tokens_per_batch: int | None = setting(
         None,
-        "Tokens of one forward pass at most: a batch is cut into micro-batches of as many rows; absent: what memory holds.",
+        "Most tokens of a micro-batch; absent: as many as fit into memory.",
         unit="tokens",
         affects_output=False,
         gt=0,
     )
     checkpointing: Literal["auto", "none", "full"] = setting(
         "auto",
-        "Whether the backward pass recomputes whole blocks, which takes a third longer and much less memory; auto: where "
-        "memory does not hold a step of one row without it.",
+        "Whether the backward pass recomputes whole blocks, which takes a third longer and much less memory; auto: if a step "
+        "of one row does not fit into memory otherwise.",
         affects_output=False,
     )
     paged_optimizer: bool = setting(
         False,
-        "Keep the optimizer's states outside the device's memory: on a card in the host's, here in a mapped file.",
+        "Keep the optimizer's states outside the device's memory: in the host's memory for a card, in a mapped file for a "
+        "processor.",
         affects_output=False,
     )
     price_per_hour: float | None = setting(
@@ -228,7 +232,8 @@ class FinetuneConfig(Config):
     held_out: float = setting(0.1, "Share of the data that is held out, to see whether the model got better.", gt=0, lt=1)
     general: list[str] = setting(
         default_factory=lambda: list(GENERAL_TASKS),
-        description="General tasks, answered by likelihood before and after: what was forgotten; empty: none.",
+        description="General tasks that are answered by likelihood before and after, to measure what is forgotten; empty: "
+        "none.",
     )
     general_limit: int = setting(GENERAL_LIMIT, "Items of each general task, the first ones.", unit="items", ge=2)
     track: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
@@ -237,12 +242,14 @@ class FinetuneConfig(Config):
         default_factory=list,
     )
     merge: bool = setting(
-        False, "Also write model/, the weights with the adapter merged into them; at any time later too.", affects_output=False
+        False,
+        "Also write model/, the weights with the adapter merged; the same command with this option does it later too.",
+        affects_output=False,
     )
 
     @property
     def codes(self) -> Literal["int8", "int4", "nf4"]:
-        """The scheme of frozen weights of `qlora`."""
+        """The scheme of the frozen weights under `qlora`."""
         return self.base_dtype if self.base_dtype in ("int8", "int4", "nf4") else "int4"
 
     @model_validator(mode="after")

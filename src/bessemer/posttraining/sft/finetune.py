@@ -73,11 +73,9 @@ def conversation_losses(
 
 
 def write_task(out: Path, held_out: Sequence[Conversation], tokenizer: Tokenizer) -> None:
-    """Write the questions held out with their answers as a task, which any model may be evaluated on; nothing where there are
-    no conversations of one question and one answer.
-
-    An answer is scored by the words that it shares with that of the data, and may be a little longer than the longest.
-    A task has one system message: the first conversation's.
+    """Write the held-out questions with their answers as a task for evaluations of any model; nothing if no conversation is one
+    question and one answer. An answer is scored by the words that it shares with the data's, and may be a little longer than
+    the longest of these. A task has one system message: the first conversation's.
     """
     rows: list[dict[str, str]] = []
     system: str | None = None
@@ -121,9 +119,9 @@ def _means(model: Decoder, batch: Batch) -> list[float]:
 
 #: Validations of a run.
 _VALIDATIONS = 4
-#: Held-out questions that are answered before and after, and the tokens of an answer at most.
+#: Held-out questions that are answered before and after training, and the most tokens of an answer.
 _QUESTIONS, _ANSWER_TOKENS = 3, 64
-#: Questions of these that are answered during training, and the most tokens of an answer.
+#: How many of these are also answered during training, and the most tokens of an answer.
 _SAMPLES, _SAMPLE_TOKENS = 2, 48
 #: Characters of a question or an answer that are shown on one line.
 _SHOWN = 70
@@ -132,9 +130,10 @@ _WHAT = "record of a fine-tuning"
 
 @dataclass(frozen=True)
 class Finetuned:
-    """Result of a fine-tuning. before_N, after_N: mean loss of each conversation held out, in nats a token; ids_N: of these.
-    answers: of some of their questions, with what the model said before and after. base: the folder that an adapter is for;
-    tokenizer_hash: of its tokenizer. general: items of general tasks before and after; None: none were asked."""
+    """Result of a fine-tuning. before_N, after_N: mean loss of each held-out conversation before and after, in nats a token;
+    ids_N: ids of the conversations. answers: some of their questions with the data's answer and the model's before and after.
+    base: folder of the adapter's base model; tokenizer_hash: that of its tokenizer. general: items of general tasks before and
+    after; None: not measured."""
 
     method: Method
     base: Path
@@ -160,16 +159,16 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a model on a file of questions and answers; the same call continues where it was stopped.
 
-    general: tasks by which it is seen what the model forgot; None: that is not measured.
+    general: tasks that measure what the model forgets; None: that is not measured.
 
     Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, the task
     `held_out.yaml`, and `finetune.json`. Raises SourceError, RequestError or ArtefactError for data and models that cannot be
-    used, ConfigError for settings, and a model that memory does not hold; nothing is written before. `finished` is asked
-    before.
+    used, ConfigError for settings, and a model that does not fit into memory; then nothing has been written. Call `finished`
+    first.
     """
     with TemporaryDirectory() as scratch:
         known = ModelSource("folder", str(out / BASE)) if (out / BASE).exists() else source
-        # the method is chosen once, since free memory may differ another time
+        # a resumed run keeps its method, though free memory may have changed
         begun = read_json(out / RECORD, _WHAT).get("method") if (out / RECORD).exists() else None
         planned = config if begun is None else config.with_changes(method=begun)
         plan = plan_finetuning(planned, known, data, seed=seed, device=device, scratch=Path(scratch))
@@ -208,7 +207,7 @@ def finetune(
     questions = _Questions(plan.held_out, tokenizer, plan.base.config.max_position_embeddings)
 
     def measured(model: Decoder, when: str, adapter: Adapter | None = None) -> _Measured:
-        """Losses, answers and general tasks, as training computes: what is frozen may lie in half precision."""
+        """Losses, answers and general tasks, computed as in training, where frozen weights may be in half precision."""
         with runtime.evaluating(model):
             answers = questions.answers(model, adapter)
             with adapted(model, [] if adapter is None else [(adapter, None)]):
@@ -242,14 +241,14 @@ def finetune(
 
 
 class _Measured(NamedTuple):
-    """A model's losses of what was held out, its answers, and its results of general tasks; None where none are asked."""
+    """A model's losses on held-out conversations, its answers, and its results on general tasks (None: not measured)."""
 
     losses_N: np.ndarray
     answers: list[str]
     general: ItemResults | None
 
 
-#: Tokens of a general task's question at most; a longer one is cut from the left. Sequences scored at once.
+#: Most tokens of a general task's question, which is cut from the left; and sequences that are scored at once.
 _GENERAL_TOKENS, _GENERAL_SEQUENCES = 2048, 16
 
 
@@ -269,7 +268,7 @@ def _engine_config(model: Decoder, length: int, sequences: int) -> EngineConfig:
     return EngineConfig(
         max_model_len=length,
         max_num_seqs=sequences,
-        # compiled kernels would copy the weights, and round activations where weights are quantised, unlike the trainer
+        # unlike the trainer, compiled kernels copy the weights, and round activations if weights are quantised
         cpu_kernels="off",
         # with quantised weights the engine's cache would be in half precision, unlike the trainer
         kv_cache_dtype="float32" if is_quantised(model) else "auto",
@@ -306,7 +305,7 @@ def finished(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] |
 
 
 def finish(out: Path, result: dict[str, Any]) -> None:
-    """Write the result down, and remove the checkpoints, which nothing needs any more."""
+    """Write the result, and remove the checkpoints, which are no longer needed."""
     write_json(out / RECORD, {**read_json(out / RECORD, _WHAT), "result": result})
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
@@ -347,7 +346,7 @@ def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, dev
 
 
 class _Questions:
-    """The first questions held out that leave room for an answer within the model's context, and what a model answers."""
+    """The first held-out questions that leave room for an answer in the model's context; a model answers them."""
 
     def __init__(self, held_out: Sequence[Conversation], tokenizer: Tokenizer, context: int) -> None:
         self._tokenizer = tokenizer
@@ -368,8 +367,8 @@ class _Questions:
     def answers(
         self, model: Decoder, adapter: Adapter | None = None, *, most: int = _QUESTIONS, tokens: int = _ANSWER_TOKENS
     ) -> list[str]:
-        """Greedy answers of a model as it is, or with an adapter. An adapter in training stays beside the weights: merged, it
-        would take a second copy. most: questions. tokens: of an answer, at most."""
+        """Greedy answers of a model, or of a model with an adapter. An adapter in training is not merged, which would need a
+        second copy of the weights. most: number of questions. tokens: most tokens of an answer."""
         prompts = [ids for _, _, ids in self._questions[:most]]
         if not prompts:
             return []
@@ -380,7 +379,7 @@ class _Questions:
             if adapter is not None or adapters_of(model):
                 name = "trained"
                 engine.load_adapter(name, adapter or adapter_of(model))
-            # in one batch, so that a step reads the weights once for all
+            # one batch, so that each step reads the weights once for all questions
             answers = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0), adapter=name)
         return [answer.text for answer in answers]
 
@@ -400,7 +399,7 @@ class _Questions:
 
 
 class _Samples:
-    """Answers to some questions held out, said at each validation but the last, whose answers are those at the end."""
+    """Prints answers to some held-out questions at each validation except the last, after which all answers are printed."""
 
     def __init__(self, questions: _Questions, steps: int, progress: Progress) -> None:
         self._questions = questions
@@ -408,7 +407,7 @@ class _Samples:
         self._progress = progress
 
     def show(self, finished: int, model: Decoder) -> None:
-        """Say what a model in training answers."""
+        """Print what a model in training answers."""
         if finished >= self._steps:
             return
         answers = self._questions.answers(model, most=_SAMPLES, tokens=_SAMPLE_TOKENS)

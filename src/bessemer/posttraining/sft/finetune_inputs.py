@@ -29,7 +29,7 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 
 def prepare_base(source: ModelSource, folder: Path, progress: Progress) -> Path:
-    """A model's folder itself where it can be tuned as it is; else `folder`, made of it where it is not there yet.
+    """The model's own folder if it can be tuned as it is; else `folder`, which is made from it if missing.
 
     A GGUF file and a model of the hub are imported; a model without a chat template gets one. Raises what `import_model` does.
     """
@@ -56,8 +56,8 @@ def prepare_base(source: ModelSource, folder: Path, progress: Progress) -> Path:
 
 
 class BaseModel(NamedTuple):
-    """Settings and tokenizer of a model to be tuned, without its weights. quantised: the bytes of its weights where they are
-    codes; None: they are not."""
+    """Settings and tokenizer of a model to be tuned, without its weights. quantised: bytes of its weights if they are
+    quantised, else None."""
 
     name: str
     config: ModelConfig
@@ -90,7 +90,7 @@ def read_base(source: ModelSource, scratch: Path) -> BaseModel:
 
 
 def _with_template(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """A tokenizer with a chat template: itself, or that of its folder with a suitable one, which is written there."""
+    """The tokenizer if it has a chat template; else the folder's tokenizer after a suitable template is written there."""
     if tokenizer.chat_template is not None:
         return tokenizer
     (folder / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATES[suitable_template(tokenizer)], encoding="utf-8")
@@ -98,8 +98,8 @@ def _with_template(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
 
 
 def suitable_template(tokenizer: Tokenizer) -> str:
-    """The first of our templates whose control tokens a tokenizer has: ChatML's where it has them, at least the plain one, of
-    words alone. So no token is new, and an adapter holds all that is learnt."""
+    """The first of our templates whose control tokens the tokenizer has: ChatML if possible, else the plain template, which has
+    none. So no token is new, and an adapter holds everything that is learnt."""
     for name in ("chatml", "llama3"):
         # every tokenizer has an end-of-text token
         if all(tokenizer.control_id(token) is not None for token in TEMPLATE_TOKENS[name][1:]):
@@ -116,10 +116,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 def find_columns(place: DataPlace, prompt: str | None, answer: str | None) -> tuple[str, str] | None:
-    """The columns of questions and of answers of a table: those that are named, or the ones that can be told by their names;
-    None for rows that are conversations or texts in a form of their own.
-
-    Raises SourceError where they cannot be told, or there are none of the names given, and what `open_rows` does.
+    """The columns of questions and of answers of a table: those that the user names, or those recognised by their names; None
+    for rows in a form that needs none, such as conversations or texts. Raises SourceError where no columns are recognised, or a
+    named one is missing, and as `open_rows`.
     """
     if isinstance(place, Path) and (source := READ_BY.get(place.suffix.lower())) not in _READ_HERE:
         raise SourceError(f"{place}: is no table, and no text; {{source: {source}}} reads such files, and {CONTINUE}")

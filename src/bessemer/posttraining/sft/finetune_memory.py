@@ -30,16 +30,18 @@ from bessemer.training.logit_chunks import chunk_size
 
 #: Bytes of a number in float32; of AdamW's two means.
 _FLOAT32, _MEANS = 4.0, 8.0
-#: While a matrix of codes is dequantised: its codes one a byte, their numbers and the scaled ones in float32.
+#: Bytes per number while a quantised matrix is dequantised: its code in a byte, and in float32 the number before and after
+#: scaling.
 _DEQUANTISING = 9.0
 
 
 @dataclass(frozen=True)
 class TuningShape:
-    """What a step works on. rows, length: of a micro-batch. dtype_bytes: of products' operands. frozen: how the blocks' frozen
-    weights of an adapter are quantised; None: not. stored: bytes of a model that is quantised as it lies; None: it is not.
-    patterns: of the layers that an adapter changes; empty: all. whole: of modules trained whole beside it.
-    micro_batches: of a step, whose gradients are summed. paged: AdamW's means lie outside (`training.optim.paged`)."""
+    """Sizes of a step. rows, length: of a micro-batch. dtype_bytes: of the operands of matmuls. frozen: scheme of the blocks'
+    frozen weights under an adapter; None: not quantised. stored: bytes of a model that is stored quantised; None: it is not.
+    patterns: names of the layers that an adapter changes; empty: all. whole: names of modules that are trained whole besides.
+    micro_batches: number in a step; their gradients are summed. paged: whether AdamW's means lie outside the device's memory
+    (`training.optim.paged`)."""
 
     rows: int
     length: int
@@ -58,13 +60,13 @@ class TuningShape:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens of a micro-batch."""
         return self.rows * self.length
 
 
 @dataclass(frozen=True)
 class TuningMemory:
-    """Bytes by part, and the most that exist at once."""
+    """Bytes of each part, and the largest sum that exists at once."""
 
     parts: Mapping[str, float]
     peak: float
@@ -72,9 +74,9 @@ class TuningMemory:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Counts of a model's parameters. matrices: of the blocks that only products read. trained: all, or the adapter's and
-    those of modules trained whole (whole). copied: of these what autocast copies. head: the table of the head, where it is
-    trained."""
+    """Counts of a model's parameters. matrices: the blocks' matrices that only matmuls read. trained: all parameters, or the
+    adapter's and those of modules trained whole (`whole`). copied: those of `trained` that autocast copies. head: the head's
+    matrix, if it is trained."""
 
     weights: int
     matrices: int
@@ -86,13 +88,14 @@ class _Numbers:
 
 
 def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> TuningMemory:
-    """The memory of a step of a way to tune, on one process."""
+    """The memory of a step with a method of tuning, in one process."""
     numbers = _numbers(model, method, shape)
     c, tokens, is_half = float(shape.dtype_bytes), shape.tokens, shape.dtype_bytes != 4
     weights = _weight_bytes(model, method, shape, numbers)
     trained = _FLOAT32 * numbers.trained
     own = 0.0 if method == "full" else trained - _FLOAT32 * numbers.whole
-    # in pages a tensor's two means at a time come to a card; a mapped file's pages are the system's to take back
+    # paged: the means of one tensor at a time are on a card; on a processor they are in a mapped file, which the system may
+    # evict
     means = _MEANS * numbers.trained
     if shape.paged:
         means = 0.0 if shape.device == "cpu" else _MEANS * max(numbers.head, numbers.largest)
@@ -102,7 +105,7 @@ def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> Tun
     copies = c * numbers.copied if is_half else 0.0
     late_copies = copies if shape.recompute == "none" else copies / model.num_hidden_layers
     head_forward, head_backward, head_gradient = _head_bytes(model, shape, numbers)
-    # gradients of a block's widest tensors, beyond those that they replace
+    # gradients of a block's widest tensors, less the tensors that they replace
     inner = model.intermediate_size * (2 if model.gated_mlp else 1)
     transient = tokens * max(inner * c, model.hidden_size * _FLOAT32)
     dequantised = 0.0
@@ -134,7 +137,7 @@ def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> Tun
 
 
 def _weight_bytes(model: ModelConfig, method: Method, shape: TuningShape, numbers: _Numbers) -> float:
-    """The model's own weights, as they lie while it is tuned."""
+    """Bytes of the model's own weights while it is tuned."""
     if method == "full":
         return _FLOAT32 * numbers.weights
     if method == "lora":
@@ -175,19 +178,19 @@ def _numbers(model: ModelConfig, method: Method, shape: TuningShape) -> _Numbers
 
 
 def _activations(model: ModelConfig, method: Method, shape: TuningShape) -> tuple[float, float, float]:
-    """Bytes for a token: kept by all blocks; by the block that keeps most; and all activations of that block, which
-    recomputation makes again."""
+    """Bytes per token: kept by all blocks; kept by the block that keeps most; and all activations of that block, which
+    recomputation computes again."""
     numerics = Numerics(shape.dtype_bytes, fused_norms=method != "full" or shape.device != "cpu")
     fused = shape.device != "cpu"
     kept = largest = whole = 0.0
-    # selective recomputation keeps the outputs of products, and an adapter has its own beside each of the layer's
+    # selective recomputation keeps the outputs of matmuls, also those of the adapter's
     beside = _products_beside(model, shape) if method != "full" and shape.recompute == "selective" else 0.0
     for layer in range(model.num_hidden_layers):
         own = beside + _of_block(model, layer, shape.length, numerics, shape.recompute, fused)
         kept, largest = kept + own, max(largest, own)
         whole = max(whole, _of_block(model, layer, shape.length, numerics, "none", fused))
     if shape.dropout and method != "full":
-        # a layer's inputs without those left out, and which these are: about as much as its inputs once more
+        # dropout of a layer's inputs keeps the reduced inputs and the mask: about the inputs' size once more
         width = sum(inputs for _, inputs in adaptable_layers(_empty(model)).values()) / model.num_hidden_layers
         more = width * (shape.dtype_bytes + 1)
         whole += more
@@ -197,7 +200,7 @@ def _activations(model: ModelConfig, method: Method, shape: TuningShape) -> tupl
 
 
 def _products_beside(model: ModelConfig, shape: TuningShape) -> float:
-    """Bytes for a token of an adapter's products in one block."""
+    """Bytes per token of the outputs of an adapter's matmuls in one block."""
     layers = adaptable_layers(_empty(model))
     outputs = sum(layers[name][0] + shape.rank for name in matching_layers(layers, shape.patterns))
     return shape.dtype_bytes * outputs / model.num_hidden_layers
@@ -222,7 +225,7 @@ def _head_bytes(model: ModelConfig, shape: TuningShape, numbers: _Numbers) -> tu
     block = model.vocab_size * min(tokens, size.block_tokens(model.vocab_size))
     blocks = _FLOAT32 * block * (is_half + 1 + (model.final_logit_softcapping is not None))
     if shape.device == "cpu" and is_half and model.final_logit_softcapping is None:
-        # compiled kernels turn the logits into their gradient in place
+        # compiled kernels compute the gradient of the logits in place
         blocks = 0.0
     gradient = _FLOAT32 * numbers.head
     kept = c * tokens * width + gradient

@@ -1,7 +1,6 @@
-"""What a fine-tuning takes, computed before anything is imported or trained: rows, steps, memory, time, and what is cut.
-
-All weights are tuned, or an adapter, by the memory that each takes (`finetune_memory`). Of each way first smaller micro-batches
-are tried, which take no more time, then recomputed blocks, which take a third more; then the next way.
+"""Plan of a fine-tuning, made before anything is imported or trained: rows, steps, memory, time, and what is cut. The memory of
+each method (`finetune_memory`) decides whether all weights or an adapter is tuned. For each method the plan tries smaller
+micro-batches, which take no more time, then recomputed blocks, which take a third more; then the next method.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.data.packing import best_fit
 from bessemer.training.starting_model import FROZEN
 
-#: Share of the free memory that is counted on.
+#: Share of the free memory that a plan uses.
 _USABLE = 0.8
-#: Of the measured rate of matrix products, what a step reaches; the rest are attention, norms, the loss and the update.
+#: Share of the measured rate of matmuls that a step reaches; the rest of its time is attention, norms, the loss and the update.
 _REACHED = 0.5
 
 
@@ -51,7 +50,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 class Fitting(NamedTuple):
-    """A way to tune with a step that memory holds, or the smallest that there is."""
+    """A method of tuning with a step that fits into memory, or else with the smallest step."""
 
     shape: TuningShape
     memory: TuningMemory
@@ -60,11 +59,9 @@ class Fitting(NamedTuple):
 def memory_needs(
     model: ModelConfig, shape: TuningShape, free: float, *, rows_given: bool = False, recompute: Sequence[Recompute] = ("none",)
 ) -> dict[Method, Fitting]:
-    """Each way in which a model can be tuned, the one that takes most first, with the largest micro-batch that `free` bytes
-    hold, or the smallest step that there is.
-
-    shape: with the rows of a whole batch, or with `rows_given` of a micro-batch as they stay. recompute: what may be
-    recomputed, the fastest first.
+    """The methods by which a model can be tuned, from most to least memory, each with the largest micro-batch that fits into
+    `free` bytes, or with the smallest step. shape: its rows are those of a batch or, with `rows_given`, of a fixed micro-batch.
+    recompute: kinds of recomputation to try, the fastest first.
     """
     methods: tuple[Method, ...] = ("qlora",) if shape.stored is not None else ("full", "lora", "qlora")
     return {method: _fitting(model, method, shape, free, rows_given, recompute) for method in methods}
@@ -90,7 +87,7 @@ def _fitting(
 
 
 def choose_method(needs: Mapping[Method, Fitting], free: float, *, is_quantised: bool = False) -> tuple[Method, str]:
-    """The first of the ways to tune (`memory_needs`) that memory holds, and why. Raises ConfigError when it holds none."""
+    """The first method of `memory_needs` that fits into memory, and why. Raises ConfigError when none fits."""
     for method, fitting in needs.items():
         if (needed := fitting.memory.peak) <= free:
             larger = list(needs)[: list(needs).index(method)]
@@ -105,14 +102,15 @@ def choose_method(needs: Mapping[Method, Fitting], free: float, *, is_quantised:
     )
 
 
-#: Bounds of a row's length where the data decide, what it is a multiple of, and how many of the longest conversation fit.
+#: Shortest and longest row where the data decide its length, and the number of which the length is a multiple.
 _SHORTEST, _LONGEST, _STEP = 64, 2048, 32
+#: Lengths of a row that are tried, in lengths of the longest conversation.
 _FACTORS = (1, 2, 3, 4)
 #: Default batch size.
 _CONVERSATIONS = 8
 #: Fewest held-out conversations for a comparison.
 _FEWEST = 2
-#: Around what is learnt, where an example is shown, and characters shown of a part of one.
+#: Signs around learnt text in a shown example, and the most characters shown of each part.
 _LEARNT = ("⟦", "⟧")
 _SHOWN = 400
 
@@ -134,11 +132,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class FinetunePlan:
-    """settings: which conversations `sft` reads. examples: of those held out that have something to learn within a row.
-    tokens, learnt: of the conversations of a pass, and those of them that are targets. counts: of conversations cut and left
-    out. needs: each way to tune with its memory. free: that can be used, in bytes. seconds: of the steps, predicted; None where
-    the device's rate is not known. price: of an hour. understood: lines about the data, for a terminal. bad_rows: number of
-    rows that are left out."""
+    """settings: those of `sft`. examples: of held-out conversations that have targets within a row. tokens, learnt: tokens of
+    the conversations of a pass, and targets among them. counts: numbers of conversations cut and left out. needs: each method
+    with its memory. free: usable bytes. seconds: predicted time of all steps; None where the device's rate is unknown. price:
+    of an hour. understood: lines about the data, for a terminal. bad_rows: number of left-out rows."""
 
     settings: dict[str, Any]
     training: Sequence[Conversation]
@@ -160,7 +157,7 @@ class FinetunePlan:
 
     @property
     def chosen(self) -> Fitting:
-        """The way that is taken: its micro-batches, what is recomputed, and its memory."""
+        """The chosen method with its micro-batches, recomputation and memory."""
         return self.needs[self.method]
 
     @property
@@ -210,8 +207,8 @@ class FinetunePlan:
         return lines
 
     def rendered_example(self) -> list[str]:
-        """The first conversation that is learnt whole, as the model reads it, what it learns between brackets; nothing where
-        each is longer than a row."""
+        """The first conversation that fits into a row, as the model reads it, with signs around what it learns; empty if none
+        fits."""
         tokenizer = self.base.tokenizer
         for one in self.training:
             if (parts := learnt_parts(one, tokenizer, self.sizes.context_length)) is None:
@@ -228,17 +225,15 @@ class FinetunePlan:
 def plan_finetuning(
     config: FinetuneConfig, source: ModelSource, data: str, *, seed: int, device: str, scratch: Path
 ) -> FinetunePlan:
-    """Read the data and the model's settings, and choose what is left open.
-
-    data: a file, a folder, or the name of a data set of the hub. scratch: a folder for files of the tokenizer. Raises
-    SourceError, RequestError or ArtefactError for data and models that cannot be used, ConfigError for settings, and a model
-    that memory does not hold.
+    """Read the data and the model's settings, and choose settings that are not given. data: a file, a folder, or the name of a
+    data set of the hub. scratch: a folder for the tokenizer's files. Raises SourceError, RequestError or ArtefactError for data
+    and models that cannot be used, ConfigError for settings, and a model that memory does not hold.
     """
     settings = settings_of(config, data)
     understood: list[str] = []
     reader = RowReader(config.on_bad_row, understood.append)
     training, held_out = gather_conversations(SFTConfig.parse(settings), None, Path(), seed, reader=reader)
-    # copies of a conversation count once as evidence
+    # each conversation counts once, however many copies are held out
     held_out = list({one.id: one for one in held_out}.values())
     if len(held_out) < _FEWEST or not training:
         raise SourceError(
@@ -277,9 +272,8 @@ def plan_finetuning(
 
 
 def settings_of(config: FinetuneConfig, data: str | Path) -> dict[str, Any]:
-    """The settings of `sft` that say which conversations it reads.
-
-    Raises SourceError for a file whose columns cannot be told, ConfigError where files call them differently.
+    """The settings of `sft` about the conversations that it reads. Raises SourceError for a file whose columns are not
+    recognised, ConfigError where files name them differently.
     """
     own = data_name(data)
     columns = find_columns(_as_typed(own), config.prompt_column, config.answer_column)
@@ -300,14 +294,14 @@ def settings_of(config: FinetuneConfig, data: str | Path) -> dict[str, Any]:
 
 
 def _as_typed(name: str) -> DataPlace:
-    """The place of data, as messages name it: a path below the working directory without that."""
+    """The place of data in messages: a path below the working directory is relative to it."""
     place, here = data_path(name, Path(), {}), Path.cwd()
     return place.relative_to(here) if isinstance(place, Path) and place.is_relative_to(here) else place
 
 
 def row_length(lengths: Sequence[int], most: int) -> int:
-    """The length of rows, within the model's context, that hold the longest conversation and leave the fewest tokens empty: a
-    few times that conversation's length, rounded up."""
+    """The length of rows, at most `most`, that fits the longest conversation and leaves the fewest places empty: that
+    conversation's length, or a small multiple, rounded up."""
     shortest = max(_SHORTEST, -(-max(lengths, default=1) // _STEP) * _STEP)
     tried = [length for factor in _FACTORS if (length := shortest * factor) <= min(_LONGEST, most)]
     if not tried:
@@ -316,13 +310,13 @@ def row_length(lengths: Sequence[int], most: int) -> int:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of matrix products."""
+    """Dtype of matmuls on a device."""
     return torch.bfloat16 if is_fast(torch.bfloat16, device) else torch.float32
 
 
 def learnt_parts(conversation: Conversation, tokenizer: Tokenizer, longest: int) -> list[tuple[str, bool]] | None:
-    """A conversation's text, or that of its last turn where turns are examples by themselves, in parts that are learnt, or not.
-    None where it does not fit into a row, or teaches nothing."""
+    """A conversation's text, or that of its last turn where each turn is an example, in parts, each with whether it is learnt.
+    None where it does not fit into a row, or nothing in it is learnt."""
     try:
         *_, encoded = encode_conversation(conversation, tokenizer)
     except (NothingLearntError, RowError):
@@ -336,7 +330,7 @@ def _middle_left_out(text: str) -> str:
 
 
 def tuning_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
-    """Dtype of products: that in which the frozen weights are asked to lie, or what the device multiplies fast."""
+    """Dtype of matmuls: that of the frozen weights if `base_dtype` asks for it, else one that the device multiplies fast."""
     given = {"float32": torch.float32, "bf16": torch.bfloat16}.get(config.base_dtype)
     return product_dtype(device) if given is None else given
 
@@ -344,7 +338,7 @@ def tuning_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
 def _method(
     config: FinetuneConfig, base: BaseModel, batch_size: int, context: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[Method, str], Mapping[Method, Fitting], float]:
-    """The way to tune and why, what each takes, and what can be used, in bytes."""
+    """The chosen method and why, each method's memory, and the usable bytes."""
     rows_given, rows = config.tokens_per_batch is not None, batch_size
     if config.tokens_per_batch is not None:
         rows = max(1, min(batch_size, config.tokens_per_batch // context))
@@ -391,10 +385,8 @@ def _method(
 def _seconds(
     model: ModelConfig, method: Method, shape: TuningShape, sizes: Sizes, dtype: torch.dtype, device: torch.device
 ) -> float | None:
-    """Seconds of all steps, from the rate of products that is measured on this processor; None on other devices.
-
-    A token takes 6 FLOPs a weight that is trained, 4 where no gradient of the weight is needed, 2 more where blocks are
-    recomputed.
+    """Seconds of all steps, from this processor's measured rate of matmuls; None on other devices. A token takes 6 FLOPs for
+    each trained weight, 4 for each frozen one, and 2 more for each where blocks are recomputed.
     """
     if device.type != "cpu":
         return None
@@ -407,7 +399,7 @@ def _seconds(
 def _within(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int, config: FinetuneConfig
 ) -> list[tuple[Conversation, EncodedExample]]:
-    """The conversations that have something to learn within a row, each with its last example."""
+    """The conversations with targets within a row, each with its last example."""
     fitted, _ = fit_each(conversations, tokenizer, context, config.truncate)
     fitting = [(one, examples[-1]) for one, examples in zip(conversations, fitted, strict=True) if examples]
     if len(fitting) < _FEWEST:

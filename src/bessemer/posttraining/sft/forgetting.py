@@ -1,4 +1,4 @@
-"""What a fine-tuning made a model forget: general tasks before and after, item by item; and the limits that a result must meet.
+"""What a model forgot in a fine-tuning: general tasks before and after, item by item; and limits that a result must meet.
 
 A tuned model is better on what it was tuned for, and often worse at the rest (McCloskey and Cohen 1989; of language models: Luo
 et al. 2023, arXiv 2308.08747). The same items are answered by likelihood by the model before and after, in the same precision.
@@ -26,7 +26,7 @@ from bessemer.tasks.questions import ItemResult
 if TYPE_CHECKING:
     from bessemer.inference.engine import Engine
 
-#: Exit code where a model was made that breaks a limit.
+#: Exit code when the new model breaks a limit.
 LIMITS_BROKEN = 3
 
 #: Results by task and item.
@@ -41,12 +41,13 @@ class GeneralTasks(Protocol):
         """Questions by task."""
 
     def results(self, engine: Engine, advance: Callable[[float], None]) -> ItemResults:
-        """Each task's items by their ids, answered by an engine's model. advance: called with the number of new answers."""
+        """Results of an engine's model on each task's items, by the items' ids. advance: called with the number of new
+        answers."""
 
 
 def forgetting(before: ItemResults, after: ItemResults) -> dict[str, Any] | None:
-    """Figures and words on the same items before and after; losses in nats a token of the right answers. None where fewer than
-    two items could be asked.
+    """Figures and words that compare the same items before and after; losses are in nats a token of the right answers. None for
+    fewer than two items.
 
     `forgot` is true where the whole 95 % interval of the mean rise is above 0. Items of all tasks count alike.
     """
@@ -62,7 +63,7 @@ def forgetting(before: ItemResults, after: ItemResults) -> dict[str, Any] | None
     elif high < 0:
         answer = "no, these became likelier"
     else:
-        answer = "not to be told"
+        answer = "undecided"
     early, late = (float(np.mean(side)) for side in zip(*losses, strict=True))
     words = (
         f"forgotten of general tasks: {answer}. Loss of right answers {early:.3f} → {late:.3f} nats a token (95 % interval of "
@@ -100,22 +101,22 @@ def _figures(before: Mapping[str, ItemResult], after: Mapping[str, ItemResult]) 
 
 
 def _finite(low: float, high: float) -> list[float] | None:
-    """An interval for JSON; None where a single item tells nothing of the spread."""
+    """An interval for JSON; None where a single item gives no spread."""
     return None if math.isinf(low) else [low, high]
 
 
 class Limits(Config):
-    """What a result must meet, for scripts: `bessemer finetune` ends with exit code 3 where it does not."""
+    """Limits for scripts: `bessemer finetune` ends with exit code 3 where a result does not meet one."""
 
-    fail_if_worse: bool = setting(False, "Break where the loss of what was held out is higher than before, with certainty.")
-    min_improvement: float | None = setting(None, "Least fall of the mean loss of what was held out.", unit="nats a token")
-    max_loss: float | None = setting(None, "Highest mean loss of what was held out, at the end.", unit="nats a token")
+    fail_if_worse: bool = setting(False, "Fail if the held-out loss is higher than before, with its whole interval.")
+    min_improvement: float | None = setting(None, "Least fall of the mean held-out loss.", unit="nats a token")
+    max_loss: float | None = setting(None, "Highest mean held-out loss at the end.", unit="nats a token")
     max_forgetting: float | None = setting(
-        None, "Highest mean rise of the loss of right answers to general tasks.", unit="nats a token"
+        None, "Largest rise of the mean loss of right answers to general tasks.", unit="nats a token"
     )
 
     def check(self, *, asks_tasks: bool) -> None:
-        """Raise ConfigError for a limit of what is not measured. asks_tasks: whether general tasks are asked."""
+        """Raise ConfigError for a limit on a figure that is not measured. asks_tasks: whether general tasks are measured."""
         if self.max_forgetting is not None and not asks_tasks:
             raise ConfigError("--max-forgetting: of general tasks, and --general none asks none; leave one of them out")
 

@@ -1,4 +1,4 @@
-"""What supervised fine-tuning achieved: the stage's section of the report, and the verdict of `bessemer finetune` in words.
+"""Results of supervised fine-tuning: the stage's section of the report, and the verdict of `bessemer finetune` in words.
 
 The verdict says whether the model is better, by how much and how sure that is. `metric_curves` draws the logged figures of
 every method of post-training. Imports no PyTorch.
@@ -39,7 +39,7 @@ __all__ = ["next_steps", "report", "summary_line"]
 
 
 def metric_curves(records: Sequence[Metrics], charts: Mapping[str, tuple[Sequence[str], float]]) -> list[Curves]:
-    """A chart for each title, of the metrics that it names times a factor, as they are and as `validation_NAME`.
+    """A chart for each title: its metrics, times a factor, in training and in validation (`validation_NAME`).
 
     records: the lines of a `metrics.jsonl`.
     """
@@ -57,7 +57,7 @@ def _series(records: Sequence[Metrics], keys: Sequence[str], factor: float) -> l
     return series
 
 
-#: Answers shown of each kind, held in and held out.
+#: Answers shown of each kind: to questions of the training data, and to held-out ones.
 _SHOWN_ANSWERS = 8
 
 
@@ -121,8 +121,8 @@ _SHOWN = 160
 def verdict(before_N: np.ndarray, after_N: np.ndarray) -> dict[str, Any]:
     """Figures and words on the losses of the same conversations before and after, in nats a token.
 
-    `better` is true where the whole 95 % interval of the paired differences is above 0. `size` is by how much at least, by
-    the end of the interval that is nearer to 0; None where the interval holds 0.
+    `better` is true where the whole 95 % interval of the paired differences is above 0. `size` says by how much at least, by
+    the interval's end that is nearer to 0; None where the interval contains 0.
     """
     estimate = paired_difference(before_N, after_N)
     low, high = estimate.interval()
@@ -133,7 +133,7 @@ def verdict(before_N: np.ndarray, after_N: np.ndarray) -> dict[str, Any]:
     elif high < 0:
         answer = f"no, {size} worse"
     else:
-        answer = "not to be told"
+        answer = "undecided"
     words = (
         f"better than before on what was held out: {answer}. Loss {before:.3f} → {after:.3f} nats a token, "
         f"{abs(estimate.mean):.3f} {'lower' if estimate.mean > 0 else 'higher'} (95 % interval of the fall: {low:.3f} to "
@@ -192,7 +192,7 @@ def forgetting_table(figures: Mapping[str, Any]) -> Table:
 
 
 def _accuracies(task: Mapping[str, Any]) -> str:
-    """Accuracies for a line; nothing of texts that no model writes word by word."""
+    """Accuracies for a line; empty where both are 0, as for tasks with long texts as answers."""
     before, after = task["accuracy_before"], task["accuracy_after"]
     return f"accuracy {before:.3f} → {after:.3f}, " if before or after else ""
 
@@ -210,9 +210,9 @@ def forgetting_lines(figures: Mapping[str, Any]) -> list[str]:
 
 
 def compared_lines(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """Two fine-tunings on the conversations that both held out: how the losses of the second differ from those of the first.
-
-    Raises ArtefactError where they held out none alike, or tokens differ, so that a loss per token is of another unit.
+    """Compare two fine-tunings on the conversations that both held out: the differences of the second's losses from the
+    first's. Raises ArtefactError where too few are shared, or the tokenizers differ, so that losses per token have different
+    units.
     """
     first, second = (result.get("losses", {}) for result in results)
     shared = [id for id in first if id in second]

@@ -76,7 +76,7 @@ def add_embedding_noise(model: Decoder, alpha: float) -> None:
 
 
 class MixedBatches(StatelessBatches):
-    """Batches of packed conversations of which a share of the rows is text, evenly spread over the run."""
+    """Batches of packed conversations in which a share of the rows is plain text, spread evenly over the run."""
 
     def __init__(self, conversations: PackedBatches, text: TokenBatches, share: float, batch_size: int) -> None:
         """conversations, text: in batches of one row, whose steps are the rows' positions."""
@@ -110,9 +110,8 @@ def _as_packed(batch: Batch) -> Batch:
 
 
 def task_conversations(name: str, count: int) -> list[Conversation]:
-    """The first `count` items of a task, each asked as a message of the user's and answered rightly.
-
-    Raises ConfigError for a task that there is not, that generates nothing, or that knows no right answers.
+    """The first `count` items of a task as conversations: the question as the user's message, then the right answer. Raises
+    ConfigError for an unknown task, one that generates nothing, or one without right answers.
     """
     (task,) = find_tasks([name], TaskOptions(chat=True, limit=count))
     if not isinstance(task, GenerationTask):
@@ -220,7 +219,7 @@ def sft(
 
 
 def _source(config: SFTConfig, packed: PackedConversations, shards: TokenShards | None, seed: int) -> BatchSource:
-    """Packed conversations; where there are shards, with rows of their text among them."""
+    """A source of packed conversations, mixed with rows of text if there are token shards."""
     order = derive_seed(seed, "batches")
     if shards is None:
         return PackedBatches(packed.batch, batch_size=config.batch_size, seed=order)
@@ -237,9 +236,8 @@ def gather_conversations(
     made: Mapping[str, Path] | None = None,
     reader: RowReader | None = None,
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """(training, held-out) conversations of all data that the settings name; none of the second opens as one of the first.
-    Raises SourceError, and ConfigError for an unknown task or function, and for a task whose answers are
-    not known."""
+    """(training, held-out) conversations of all data that the settings name; no held-out one has the opening of a training one.
+    Raises SourceError, and ConfigError for an unknown task or function, and for a task whose answers are not known."""
     reader = reader or RowReader(config.on_bad_row)
     sets = [(name, _conversations_of(name, config, documents, folder, seed, made or {}, reader)) for name in config.data]
     # over all sets at once, since one question may be in two of them
@@ -257,7 +255,7 @@ def gather_conversations(
 
 
 class _Set(NamedTuple):
-    """Conversations of one set: already split ones, and those that are still to be split."""
+    """Conversations of one set of data: already split ones, and those still to be split."""
 
     training: Sequence[Conversation] = ()
     held_out: Sequence[Conversation] = ()
@@ -293,7 +291,7 @@ def _conversations_of(
 
 
 def _weighted(conversations: list[Conversation], weight: float, seed: int) -> list[Conversation]:
-    """Conversations repeated by a weight; its fraction repeats those with the smallest hashes once more."""
+    """Conversations repeated `weight` times; the fraction of the weight repeats those with the smallest hashes once more."""
     whole = int(weight)
     more = round(len(conversations) * (weight - whole))
     by_chance = sorted(conversations, key=lambda one: derive_seed(seed, "weights", one.id)) if more else []

@@ -43,8 +43,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SoftLabel:
-    """How probably the answer in place A is the better one: with the first answer there, then with the second. None where the
-    model gave neither letter a probability."""
+    """Probability that the answer in place A is the better one: with the first answer in place A, then with the second. None
+    where the model gave neither letter a probability."""
 
     first_at_a: float | None
     second_at_a: float | None
@@ -81,7 +81,7 @@ def soft_labels(critic: ChatModel, comparisons: Sequence[Comparison]) -> list[So
 
 
 def mean_label(labels: Sequence[SoftLabel]) -> SoftLabel:
-    """The mean of labels by several principles; unreadable where one of them is."""
+    """The mean of labels by several principles; unreadable if one of them is."""
     firsts = [one.first_at_a for one in labels if one.first_at_a is not None]
     seconds = [one.second_at_a for one in labels if one.second_at_a is not None]
     if not len(firsts) == len(seconds) == len(labels):
@@ -188,7 +188,7 @@ def _compared_rows(
 
 
 def _not_comparable(answers: Sequence[GivenAnswer]) -> str:
-    """Why two answers are not shown to a critic; empty where they are."""
+    """Why two answers are not compared; empty if they are."""
     first, second = answers
     if first.is_cut or second.is_cut:
         return CUT_REASON

@@ -19,7 +19,7 @@ AI_PREFERENCES_VERSION = 2
 
 
 class PrincipledConfig(Config):
-    """Settings of both stages: prompts, answers of an earlier model, a policy and a critic."""
+    """Settings that `revise` and `ai_preferences` share: prompts, answers of an earlier model, a policy and a critic."""
 
     shorthand: ClassVar[str | None] = "data"
 
@@ -35,24 +35,24 @@ class PrincipledConfig(Config):
     )
     critic: ChatModelConfig | None = setting(None, "The model that criticises or compares; absent: the model that answers.")
     max_tokens: int = setting(256, "Longest answer.", unit="tokens", ge=1)
-    temperature: float = setting(1.0, "Of the answers; 0: the likeliest token each time.", ge=0, allow_inf_nan=False)
-    batch_size: int = setting(
-        32, "Prompts under way at once; after each batch its rows are on the disk.", affects_output=False, gt=0
+    temperature: float = setting(
+        1.0, "Temperature of the answers; 0: the likeliest token each time.", ge=0, allow_inf_nan=False
     )
+    batch_size: int = setting(32, "Prompts of a batch; its rows are written when it is complete.", affects_output=False, gt=0)
 
 
 class ReviseConfig(PrincipledConfig):
-    """The stage `revise`: a model answers prompts, its answers are criticised by principles and written anew."""
+    """The stage `revise`: a model answers prompts; its answers are criticised by principles and rewritten."""
 
-    rounds: int = setting(1, "Critiques and revisions of an answer, one behind the other, by one principle each.", ge=1)
+    rounds: int = setting(1, "Rounds of critique and revision of an answer, each by one principle.", ge=1)
 
 
 class AIPreferencesConfig(PrincipledConfig):
     """The stage `ai_preferences`: a model says which of two answers fits a principle better, and how sure it is."""
 
-    principles_per_pair: int = setting(1, "Principles by which a pair is compared; the mean counts.", ge=1)
+    principles_per_pair: int = setting(1, "Number of principles by which a pair is compared; their mean is used.", ge=1)
     least_confidence: float = setting(
-        0.5, "Pairs whose preferred answer is better with no higher probability are left out.", ge=0.5, lt=1
+        0.5, "Leave out pairs whose preferred answer is better with at most this probability.", ge=0.5, lt=1
     )
 
 
@@ -61,17 +61,20 @@ HONESTY_VERSION = 2
 
 
 class HonestyConfig(Config):
-    """The stage `honesty`: pairs from documentation, of questions that it answers and of questions that it does not."""
+    """The stage `honesty`: pairs for questions that the documentation answers, and for questions that it does not."""
 
     shorthand: ClassVar[str | None] = "pairs"
 
     pairs: int = setting(400, "Most pairs.", gt=0)
     unknown_share: float = setting(
-        0.5, "Share of the pairs whose question no document answers; of these alone a model learns to know nothing.", gt=0, lt=1
+        0.5,
+        "Share of pairs whose question no document answers; from such pairs only, a model would learn to know nothing.",
+        gt=0,
+        lt=1,
     )
     unsure: list[str] = setting(
         default_factory=lambda: ["I don't know.", "I don't know of such a thing.", "I can't say: I know nothing about it."],
-        description="What is said where nothing is known, one of these drawn for each pair.",
+        description="Answers to unknown questions, of which each pair gets one.",
         min_length=1,
     )
 
@@ -83,7 +86,7 @@ SYNTHESIZE_VERSION = 2
 class WriterConfig(ChatModelConfig):
     """The model that writes."""
 
-    temperature: float = setting(1.0, "of what it writes; 0: the likeliest token each time", ge=0, allow_inf_nan=False)
+    temperature: float = setting(1.0, "temperature of its texts; 0: the likeliest token each time", ge=0, allow_inf_nan=False)
 
 
 def _usual_deduplication() -> DeduplicateConfig:
@@ -113,22 +116,23 @@ class SynthesizeConfig(Config):
     prompts: int | None = setting(
         None, "Prompts to write after the example of seeds; absent: the seeds themselves are answered.", unit="prompts", ge=1
     )
-    examples: int = setting(3, "Seeds that are shown where a prompt is written, drawn for each.", unit="seeds", ge=1)
+    examples: int = setting(3, "Number of seeds shown for each prompt to write, drawn anew each time.", unit="seeds", ge=1)
     writer: WriterConfig | None = setting(None, "The model that writes; absent: the model of the stages above.")
-    max_tokens: int = setting(512, "Longest text of the model above; a writer has its own.", unit="tokens", ge=1)
-    temperature: float = setting(1.0, "Of the model above; a writer has its own.", ge=0, allow_inf_nan=False)
-    batch_size: int = setting(
-        32, "Texts under way at once; after each batch its rows are on the disk.", affects_output=False, gt=0
+    max_tokens: int = setting(512, "Longest text of the model above; a writer has its own setting.", unit="tokens", ge=1)
+    temperature: float = setting(
+        1.0, "Temperature of the model above; a writer has its own setting.", ge=0, allow_inf_nan=False
     )
+    batch_size: int = setting(32, "Texts of a batch; its rows are written when it is complete.", affects_output=False, gt=0)
     deduplicate: DeduplicateConfig | None = setting(
         default_factory=_usual_deduplication,
-        description="Of the prompts, seeds before those that are written: as the stage of that name; null: none.",
+        description="Deduplication of prompts, where seeds count as earlier than written ones: as in the stage of that name; "
+        "null: none.",
     )
     clean: CleanConfig = setting(
-        default_factory=_usual_scores, description="Edits and scores of the answers, as the stage of that name."
+        default_factory=_usual_scores, description="Edits and scores of the answers, as in the stage of that name."
     )
     select: SelectConfig = setting(
-        default_factory=_usual_limits, description="Which answers are kept by their scores, as the stage of that name."
+        default_factory=_usual_limits, description="Which answers are kept by their scores, as in the stage of that name."
     )
 
     @field_validator("deduplicate", mode="before")

@@ -1,7 +1,5 @@
-"""What `revise` and `ai_preferences` share: prompts, the model's answers, principles drawn for a row, and the loop over batches
-of prompts.
-
-A file may hold answers already; the others are the model's. Rows are kept as soon as they are made.
+"""Shared by `revise` and `ai_preferences`: prompts, the model's answers, principles drawn for a row, and the loop over batches
+of prompts. A file may already hold answers; the model writes the missing ones. Rows are written as soon as they are made.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ _CONVERSATIONS = ("messages", "conversations")
 
 @dataclass(frozen=True)
 class OpenPrompt:
-    """A conversation whose next turn is the assistant's, and what the data say to it: no, one or two answers."""
+    """A conversation whose next turn is the assistant's, and the data's answers to it: none, one or two."""
 
     prompt: tuple[Message, ...]
     answers: tuple[str, ...] = ()
@@ -67,7 +65,8 @@ def read_prompts(config: PrincipledConfig, folder: Path, progress: Progress | No
 def as_open_prompt(column: str, row: Mapping[str, Any]) -> OpenPrompt:
     """A row of a prompt, of prompt and completion, or of a pair of answers. Raises ValueError or RequestError, in one line.
 
-    column: where the prompt stands; of the usual one answers may do without, as a pair of whole conversations does.
+    column: that of the prompt; the default one may be missing beside answers that contain the prompt, as a pair of whole
+    conversations does.
     """
     if column in row or column != _USUAL_COLUMN:
         row = _with_prompt(row, column)
@@ -81,7 +80,7 @@ def as_open_prompt(column: str, row: Mapping[str, Any]) -> OpenPrompt:
 
 
 def _with_prompt(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
-    """A row whose prompt is that of the column, whatever other columns hold one. Raises as `as_prompt`."""
+    """A row with the column's prompt under the usual name, and without columns of conversations. Raises as `as_prompt`."""
     as_prompt(row, column)
     others = {name: value for name, value in row.items() if name not in (column, *_CONVERSATIONS)}
     return {**others, _USUAL_COLUMN: row[column]}
@@ -99,7 +98,8 @@ def _said(answer: Turns) -> str:
 
 
 class Speakers:
-    """The model that answers, and the one that criticises or compares, which may be the same; opened when first asked."""
+    """The model that answers and the one that criticises or compares, which may be the same. Each is opened at its first
+    use."""
 
     def __init__(self, config: PrincipledConfig, model: Path, folder: Path, device: str) -> None:
         self._config = config
@@ -126,7 +126,7 @@ class Speakers:
 
 @dataclass(frozen=True)
 class GivenAnswer:
-    """An answer of the data or the model. is_cut: the model came to `max_tokens` before it ended."""
+    """An answer of the data or the model. is_cut: whether the model reached `max_tokens` before it ended."""
 
     text: str
     is_cut: bool = False
@@ -135,7 +135,7 @@ class GivenAnswer:
 def answered(
     speakers: Speakers, prompts: Sequence[OpenPrompt], rows: Sequence[int], count: int, seed: int
 ) -> list[list[GivenAnswer]]:
-    """`count` answers to each prompt: those of the data first, and as many of the model's as are missing.
+    """`count` answers to each prompt: the data's first, then the model's until there are enough.
 
     rows: the numbers of the prompts in the whole data, from which their seeds derive.
     """
@@ -168,7 +168,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Worked:
-    """The rows of all prompts, and the useful ones, at least one: the others have a reason under `dropped`."""
+    """The rows of all prompts, and the usable ones, at least one; the others have a reason under `dropped`."""
 
     policy: Policy
     rows: Sequence[Row]
@@ -200,11 +200,10 @@ def work_through(
     progress: Progress,
     folder: Path,
 ) -> Worked:
-    """Make a row for every prompt of the data and write the useful ones to `path`; continues after existing rows.
-
-    make: of the models, the policy, all prompts and the numbers of a lot, the lot's rows. without_any: the end of the
-    error's sentence. internal: what is of no use to those who learn from a row. Raises SourceError for prompts that are
-    malformed and where no row is of use, and ConfigError for the policy.
+    """Make a row for every prompt of the data and write the usable ones to `path`; continues after existing rows. make: takes
+    the models, the policy, all prompts and the numbers of a batch, and returns the batch's rows. without_any: the end of the
+    error's sentence if no row is usable. internal: keys that the written file leaves out. Raises SourceError for malformed
+    prompts and if no row is usable, ConfigError for the policy.
     """
     policy = read_policy(None if config.policy is None else folder / config.policy)
     policy.chosen_principles(config.principles)

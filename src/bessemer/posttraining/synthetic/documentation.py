@@ -54,7 +54,7 @@ def has_question(documents: Path, split: str) -> bool:
 
 
 def documented_functions(documents: Path, split: str | None) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """(id, text, metadata) of the public functions, methods and classes among the documents of a split, or of all."""
+    """(id, text, metadata) of the public functions, methods and classes among the documents of a split; None: of all splits."""
     for batch in iterate_documents(documents, ["id", "text", "metadata"], split):
         for row in batch.to_pylist():
             metadata = dict(row["metadata"] or ())
@@ -64,12 +64,12 @@ def documented_functions(documents: Path, split: str | None) -> Iterator[tuple[s
 
 
 def qualified_name(metadata: dict[str, str]) -> tuple[str, str]:
-    """Package and name in it, by which a function is asked for."""
+    """The package and the name in it, by which questions name a function."""
     return metadata["package"], metadata["qualname"]
 
 
 def question_of(draw: str, text: str, metadata: dict[str, str]) -> tuple[str, str] | None:
-    """One of the question–answer pairs of a document, chosen by its draw; None when it has none."""
+    """One of the question–answer pairs of a document, chosen by the hash `draw`; None when it has none."""
     package, qualname = qualified_name(metadata)
     pairs = []
     if summary := first_sentence(text):
@@ -102,7 +102,7 @@ _DRAWS = 2**32
 
 @dataclass(frozen=True, order=True)
 class HonestPair:
-    """A question with an answer, which is right or of another function. draw: hash by which pairs are sampled."""
+    """A question with its right answer, or with the answer for another function. draw: hash by which pairs are sampled."""
 
     draw: str
     question: str
@@ -110,8 +110,8 @@ class HonestPair:
     is_known: bool
 
     def record(self, unsure: Sequence[str]) -> dict[str, Any]:
-        """The pair as a row. unsure: what is said where nothing is known."""
-        # not by the digits that chose the kind of question, or each kind would always have the same phrase
+        """The pair as a row. unsure: phrases that say that something is unknown."""
+        # use other digits than for the kind of question, or each kind would always have the same phrase
         ignorance = unsure[int(self.draw[16:24], 16) % len(unsure)]
         chosen, rejected = (self.answer, ignorance) if self.is_known else (ignorance, self.answer)
         prompt = [{"role": "user", "content": self.question}]
@@ -121,7 +121,7 @@ class HonestPair:
 def honesty(config: HonestyConfig, documents: Path, out: Path, *, seed: int) -> dict[str, Any]:
     """Write `honesty.jsonl` below `out`, pairs of documents to train on, in the order of their draws; return how many.
 
-    Raises SourceError where the documents are no documentation of functions of at least two packages.
+    Raises SourceError unless the documents document functions of at least two packages.
     """
     wanted = round(config.pairs * config.unknown_share)
     pairs = list(_pairs(documents, config.unknown_share, seed))
@@ -155,6 +155,7 @@ def _pairs(documents: Path, unknown_share: float, seed: int) -> Iterator[HonestP
 def _elsewhere(
     metadata: dict[str, str], packages: Sequence[str], names: Counter[tuple[str, str]], draw: str
 ) -> dict[str, str] | None:
-    """A function as if another package had it, drawn among those that have none of its name; None where all have one."""
+    """A function with the name of another package, drawn among the packages without a function of that name; None if all have
+    one."""
     others = [package for package in packages if (package, metadata["qualname"]) not in names]
     return metadata | {"package": others[int(draw[8:16], 16) % len(others)]} if others else None

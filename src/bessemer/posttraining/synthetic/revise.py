@@ -1,8 +1,8 @@
 """The stage `revise`: a model's answers, criticised and rewritten by principles, to be tuned on (Bai et al. 2022, arXiv
 2212.08073, section 3).
 
-Detectors say what an answer is before and after: a refusal, a hazard by its words, babble. They are quick, for English, and
-do not judge meaning.
+Detectors mark answers before and after as a refusal, a hazard by its words, or babble. They are fast, made for English, and do
+not judge meaning.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from bessemer.posttraining.data.formats import Message
 from bessemer.posttraining.synthetic.config import ReviseConfig
 from bessemer.posttraining.synthetic.constitution import OpenPrompt, Speakers, answered, drawn_principles, work_through
 
-#: A refusal is looked for in this many first characters; later words are about something else.
+#: First characters of an answer in which a refusal is looked for; later words are about something else.
 _BEGINNING = 160
 #: Fewest words of an answer that is checked for repetition.
 _FEWEST_WORDS = 8
 #: Share of different runs of three words, and of words with a letter or digit, below which an answer is babble.
 _LEAST_DIFFERENT, _LEAST_READABLE = 0.5, 0.5
-#: A longer run of characters, other than an address, is no word.
+#: Longest word; a longer run of characters, unless an address, marks babble.
 _LONGEST_WORD = 60
 
 
@@ -48,7 +48,7 @@ class Finding:
 
     @property
     def is_hazard(self) -> bool:
-        """Whether it is of a category that the policy does not allow."""
+        """Whether the answer falls into a category that the policy does not allow."""
         return bool(self.hazards)
 
 
@@ -76,7 +76,7 @@ def findings(texts: Sequence[str], policy: Policy, surface: SurfaceName = "answe
 
 
 def babbles(text: str) -> bool:
-    """Whether a text is babble: without letters and digits, with impossible words, or repeating itself."""
+    """Whether a text is babble: it has too few letters and digits, impossible words, or repeats itself."""
     words = text.split()
     readable = [any(sign.isalnum() for sign in word) for word in words]
     if not any(readable) or any(len(word) > _LONGEST_WORD and "://" not in word for word in words):
@@ -88,7 +88,7 @@ def babbles(text: str) -> bool:
 
 
 def _encodable(text: str) -> str:
-    """Without halves of surrogate pairs, which have no bytes."""
+    """The text without unpaired surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -128,13 +128,11 @@ def revise_answers(
     principles: Mapping[str, Principle],
     seeds: Sequence[int],
 ) -> list[Revised]:
-    """Each answer after a critique and a revision by each of its drawn principles, one behind the other.
-
-    critic: sees the conversation, the answer as its own, and is asked to criticise it, then to write it anew. drawn: names of
-    principles, as many for each answer. seeds: of what a critic at a temperature samples.
-
-    A row is dropped whose answer, critique or revision says nothing, as one that the critic's context does not hold, whose
-    revision babbles or is cut, or whose critic says the same twice. A critique that is cut is criticism all the same.
+    """Each answer after a critique and a revision by each of its drawn principles, in turn. critic: gets the conversation with
+    the answer as its own, and is asked to criticise it, then to rewrite it. drawn: names of principles, equally many for each
+    answer. seeds: for a critic that samples at a temperature. A row is dropped if its answer, critique or revision is empty,
+    for example because it exceeds the critic's context; if its revision babbles or is cut; or if the critic says the same
+    twice. A critique that is cut is criticism all the same.
     """
     revised = [Revised(answer, dropped="" if answer.strip() else "no answer") for answer in answers]
     for number in range(max(map(len, drawn), default=0)):
@@ -161,7 +159,7 @@ def revise_answers(
 
 
 def _reason(last: Round, is_cut: bool) -> str:
-    """Why a row is dropped; empty where it is not. is_cut: of the revision."""
+    """Why a row is dropped; empty if it is not. is_cut: whether the revision was cut."""
     if not last.critique:
         return "no critique"
     if is_cut:
@@ -179,7 +177,7 @@ def _said(role: str, content: str) -> Message:
 
 #: The file of rows that `sft` reads.
 REVISIONS_FILE = "revisions.jsonl"
-#: Detectors by the names of their metrics. Revisions that babble are left out.
+#: Name of the metric → detector. Babble has none: such revisions are left out.
 _DETECTED: Mapping[str, Callable[[Finding], bool]] = {
     "hazard": lambda finding: finding.is_hazard,
     "refusal": lambda finding: finding.refuses,

@@ -136,8 +136,8 @@ def _ai_preferences(context: StageContext) -> dict[str, Any]:
 
 
 def _principled_fingerprint(config: PrincipledConfig, outside: Outside) -> Any:
-    """The files of prompts, the policy and a critic on this machine. The policy is read here, so that a mistake in it is said
-    before anything runs."""
+    """The files of prompts, the policy and a critic on this machine. Reading the policy here reports a mistake in it before
+    anything runs."""
     from bessemer.posttraining.chat_models import chat_models_fingerprint
     from bessemer.posttraining.data.examples import files_fingerprint
 
@@ -269,7 +269,7 @@ def synthesize_report(stage: StageReport) -> Section:
 
 
 def synthesize_line(metrics: Metrics) -> str:
-    """Conversations that are left, of how many."""
+    """Number of conversations kept, and of all."""
     if "conversations" not in metrics:
         return ""
     return f"{metrics['conversations']:,} of {metrics['prompts']:,} conversations"

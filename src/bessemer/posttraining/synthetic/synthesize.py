@@ -40,14 +40,14 @@ from bessemer.tasks.judge import fence_around
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """A request to write a prompt. seeds: the numbers of those that it is shown."""
+    """A request to write a prompt. seeds: numbers of the prompts shown as examples."""
 
     text: str
     seeds: tuple[int, ...]
 
 
 def without_fence(text: str) -> str:
-    """A prompt as a writer gave it, without lines of equals signs around it, which small models copy."""
+    """A writer's prompt without the lines of equals signs around it, which small models copy."""
     lines = text.strip().splitlines()
     while lines and not lines[0].strip("= "):
         lines.pop(0)
@@ -73,14 +73,14 @@ def prompt_request(seeds: Sequence[str], examples: int, seed: int, number: int) 
 
 @dataclass(frozen=True)
 class Refined:
-    """Texts that filters kept, by their numbers, and the reasons why others were dropped."""
+    """Texts that filters kept, and the reasons for those dropped, both by the texts' numbers."""
 
     kept: Mapping[int, str]
     reasons: Mapping[int, str]
 
 
 def refined(texts: Sequence[str], stages: Mapping[str, Any], folder: Path) -> Refined:
-    """Texts through stages of the refinery. Of copies the one with the smallest number stays. Raises ConfigError."""
+    """Pass texts through stages of the refinery. Of copies, the text with the smallest number is kept. Raises ConfigError."""
     if not texts or not stages:
         return Refined(dict(enumerate(texts)), {})
     # ids sort in the order of the texts
@@ -102,8 +102,8 @@ _NO_TEXT = "the model wrote nothing"
 
 @dataclass
 class NewRow:
-    """A conversation being written. seeds: numbers of the prompts that its own was modelled on, or its own number. request:
-    what the writer was asked for the prompt; None of a seed. reason: why it is left out; empty while it is not."""
+    """A conversation being written. seeds: numbers of the prompts on which its own was modelled; for a seed its own number.
+    request: the writer's request for the prompt; None for a seed. reason: why it is left out; empty if it is not."""
 
     prompt: Sequence[Message]
     seeds: Sequence[int]
@@ -114,7 +114,7 @@ class NewRow:
 
 @dataclass(frozen=True)
 class _Written:
-    """The writer's text, stripped. is_cut: it came to `max_tokens` before it ended."""
+    """The writer's text, stripped. is_cut: whether it reached `max_tokens` before it ended."""
 
     text: str
     is_cut: bool
@@ -138,9 +138,9 @@ def synthesize(
     """Write conversations of a writer, or of the model of a folder; continues after the texts in `out`.
 
     Writes below `out`: `synthetic.jsonl`, {prompt, completion, provenance}, and `rejected.jsonl`, the same with a `reason`.
-    Files that the settings name are relative to `folder`. Returns the headline metrics. Raises SourceError for seeds that are
-    malformed and where nothing is left, ConfigError without a model and for the settings of the refinery, ApiError where a
-    writer at a URL fails for good.
+    Files that the settings name are relative to `folder`. Returns the headline metrics. Raises SourceError for malformed seeds
+    and if no conversation is left, ConfigError without a model and for the settings of the refinery, ApiError where a writer at
+    a URL fails for good.
     """
     progress = progress or Silent()
     parse = partial(as_prompt, column=config.prompt_column)
@@ -176,7 +176,7 @@ def synthesize(
 
 
 class _Work:
-    """The texts of a writer, which are written down as they are finished."""
+    """The texts of a writer, which are saved as they are finished."""
 
     def __init__(
         self,
@@ -220,12 +220,12 @@ class _Work:
             draft.reason = answer.reason
 
     def record(self, draft: NewRow) -> dict[str, Any]:
-        """A draft as it is written: who wrote it, how, after which seeds, and what was asked for its prompt."""
+        """A draft as a row of the file: with who wrote it and how, its seeds, and the request for its prompt."""
         origin = {**self._origin, "seeds": list(draft.seeds), "request": draft.request}
         return {"prompt": list(draft.prompt), "completion": draft.completion, "provenance": origin}
 
     def _texts(self, name: str, writer: Callable[[], ChatModel], prompts: Sequence[Sequence[Message]]) -> list[_Written]:
-        """The writer's answer to each prompt, independent of filters: new limits need no new texts."""
+        """The writer's answer to each prompt. They do not depend on filters, so that changed limits need no new texts."""
         identity = [SYNTHESIZE_VERSION, self._origin, hash_value([list(prompt) for prompt in prompts])]
         finished = FinishedRows(self._folder / f"{name}.jsonl", identity)
         with self._progress.task(f"write {name}", total=len(prompts), unit=name, completed=len(finished)) as bar:
@@ -239,7 +239,7 @@ class _Work:
 
 
 def _writer(config: SynthesizeConfig, model: Path | None, folder: Path, device: str) -> Callable[[], ChatModel]:
-    """Opens the model that writes, when it is first asked. Raises ConfigError where there is none."""
+    """The function that opens the writer at its first use. Raises ConfigError where there is none."""
     if config.writer is not None:
         return cache(partial(open_chat_model, config.writer, folder, device))
     if model is None:
@@ -256,7 +256,7 @@ def _left(drafts: Sequence[NewRow]) -> list[NewRow]:
 
 
 def _drop_copies(config: SynthesizeConfig, seeds: Sequence[Sequence[Message]], drafts: Sequence[NewRow], folder: Path) -> None:
-    """Leave out drafts whose prompts are copies of earlier ones; before prompts that were written come the seeds."""
+    """Leave out drafts whose prompts are copies of earlier ones; seeds count as earlier than written prompts."""
     if config.deduplicate is None:
         return
     before = [] if config.prompts is None else [conversation_text(prompt) for prompt in seeds]

@@ -31,7 +31,7 @@ from bessemer.tokenization.prompts import fim_tokens, infill_prompt
 
 #: The path below which errors have Ollama's form.
 PREFIX = "/api"
-#: More than a token has: of a longer text no more is encoded than the context can hold.
+#: More characters than any token has: a text is cut to the context's tokens times this before it is encoded.
 _CHARACTERS_OF_A_TOKEN = 128
 #: Far in the future: the served model stays.
 _NEVER = "9999-12-31T23:59:59Z"
@@ -39,7 +39,7 @@ _NEVER = "9999-12-31T23:59:59Z"
 
 @dataclass(frozen=True)
 class _TextWork:
-    """A prompt that is gone on with."""
+    """A prompt that the model continues as plain text."""
 
     served: Served
     caller: Caller
@@ -55,7 +55,7 @@ class _TextWork:
 
 @dataclass
 class OllamaApi:
-    """The routes below `/api`. Models come by the server's settings: none is pulled, copied or deleted."""
+    """The routes below `/api`. The server's settings name its models; clients cannot pull, copy or delete any."""
 
     served: Served
     started: str = field(default_factory=now)
@@ -241,7 +241,7 @@ def _short(count: int) -> str:
 
 
 def _capabilities(engine: Engine) -> list[str]:
-    """What the model can be asked, by its chat template and its control tokens."""
+    """The capabilities of the model, by its chat template and its control tokens."""
     template = engine.tokenizer.chat_template or ""
     capabilities = ["completion", "embedding"]
     capabilities += ["tools"] if "tools" in template else []
@@ -280,7 +280,7 @@ def _embedded(served: Served, body: EmbedBody, texts: Sequence[str], caller: Cal
         if not body.truncate:
             served.check_text("input", text)
         if body.truncate:
-            # what lies far behind the context is not encoded first
+            # do not encode text far beyond the context
             text = text[: engine.context_length * _CHARACTERS_OF_A_TOKEN]
         tokens = tokenizer.encode(text)
         tokens = tokens[: engine.context_length] if body.truncate else tokens

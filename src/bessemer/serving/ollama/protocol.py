@@ -19,14 +19,14 @@ from bessemer.serving.openai.protocol import Stops
 from bessemer.serving.openai.tools import FunctionTool, ToolName, in_json
 from bessemer.serving.runtime.bodies import ApiError, Body, Name
 
-#: Options that change nothing here. The context is the one that the server was started with, and a repetition penalty is over
-#: all tokens, whatever `repeat_last_n`.
+#: Options that are ignored. The server's settings decide the context, and a repetition penalty counts all tokens, whatever
+#: `repeat_last_n` says.
 WITHOUT_EFFECT = frozenset(
     {"numa", "num_ctx", "num_batch", "num_gpu", "main_gpu", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap"}
     | {"use_mlock", "embedding_only", "num_thread", "num_keep", "repeat_last_n", "penalize_newline", "mirostat_tau"}
     | {"mirostat_eta", "draft_num_predict"}
 )
-#: Ollama's defaults, where they differ from the engine's. A model's own sampling settings go before them.
+#: Ollama's defaults, where they differ from the engine's. A model's own sampling settings override them.
 DEFAULTS: Mapping[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
 #: Ollama's names of sampling settings, where they differ from the engine's.
 _NAMES = {"repeat_penalty": "repetition_penalty"}
@@ -79,14 +79,15 @@ class Options(Body):
         return None if self.num_predict is None or self.num_predict < 0 else self.num_predict
 
     def sampling(self, own: Mapping[str, Any], max_tokens: int, **settings: Any) -> SamplingParams:
-        """The engine's settings. own: the model's, which go before Ollama's defaults; settings: not among the options."""
+        """The engine's settings. own: the model's, which override Ollama's defaults; settings: those that are not in the
+        options."""
         given = {
             _NAMES.get(name, name): value
             for name in Options.model_fields.keys() - {"num_predict", "mirostat", "tfs_z"}
             if (value := getattr(self, name)) is not None
         }
         if given.get("seed", 0) < 0:
-            # Ollama's word for another text every time
+            # in Ollama -1 means a new random seed each time
             del given["seed"]
         return SamplingParams(max_tokens=max_tokens, **{**DEFAULTS, **own, **given, **settings})
 
@@ -124,7 +125,7 @@ class GenerationBody(OllamaBody):
         return self.options.sampling(own, max_tokens, **settings)
 
     def parameter_in(self, reason: str) -> str | None:
-        """The request's parameter that an error of the engine is about: its text begins with the engine's name."""
+        """The request's parameter that an engine's error is about, which begins with the engine's name of it."""
         name = reason.partition(" ")[0].partition(":")[0]
         if name == "json_schema":
             return "format"
@@ -182,7 +183,7 @@ class GenerateBody(GenerationBody):
     suffix: str = ""
     system: str = ""
     raw: bool = False
-    #: Unsupported but where empty: the chat template is the model's, and a conversation goes to `/api/chat`.
+    #: Only empty values are supported: the chat template is the model's, and `/api/chat` takes conversations.
     template: Literal[""] = ""
     context: Annotated[list[int], Field(max_length=0)] = Field(default_factory=list)
     images: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
@@ -240,7 +241,7 @@ def in_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _answered(message: Message, place: int, open_calls: Mapping[str, deque[str]]) -> str:
-    """The id of the call that a result answers, which is then answered."""
+    """The id of the call that a result answers; removes it from the open calls."""
     for name, identities in open_calls.items():
         if message.tool_call_id is None:
             if identities and message.tool_name in (None, name):

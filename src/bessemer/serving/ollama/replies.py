@@ -37,7 +37,7 @@ def now() -> str:
 
 @dataclass
 class Clock:
-    """Durations in nanoseconds. The prompt is read until the first token comes."""
+    """Durations in nanoseconds. Prompt evaluation ends, and evaluation begins, with the first token."""
 
     begun: int = field(default_factory=time.perf_counter_ns)
     first: int | None = None
@@ -59,14 +59,14 @@ class Clock:
 
 
 class Lines(Reply):
-    """A response as lines of JSON, each with a part of the answer; whole, it is one with all of it."""
+    """A response as lines of JSON, each with a part of the answer; without streaming, one object with the whole answer."""
 
     media_type = "application/x-ndjson"
 
     def __init__(self, body: GenerationBody) -> None:
         self._name = body.model
         self._clock = Clock()
-        # a part with nothing in it, which every client adds to what it has
+        # an empty part, which every client can append
         self.ping = self._line(self._part(""), done=False)
 
     def failed(self, error: ApiError) -> str:
@@ -80,7 +80,7 @@ class Lines(Reply):
 
     @abstractmethod
     def _part(self, text: str, thinking: str = "", calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """The part of an object that holds what was said."""
+        """The fields of an object that hold the text, the thinking and the calls."""
 
 
 class TurnReply(Lines):
@@ -124,7 +124,7 @@ class TurnReply(Lines):
         return {"message": {"role": "assistant", "content": text, **more, **({"tool_calls": list(calls)} if calls else {})}}
 
     def _parts(self, step: Iterable[ChoiceEvents]) -> Iterator[_Part]:
-        """What each entry of a step adds. Raises ApiError where a hook withdraws what was sent."""
+        """What each event of a step adds. Raises ApiError where a hook withdraws text that was sent."""
         for _, events, sampled, _ in step:
             self._clock.saw_token()
             part = _Part(log_probs=chat_log_probs(self._tokenizer, sampled)["content"] if self._wants_log_probs else [])
@@ -153,7 +153,7 @@ class _Part:
 
 
 class TextReply(Lines):
-    """A completion of a text, without the chat template."""
+    """The continuation of a text, without the chat template."""
 
     def __init__(self, body: GenerateBody, engine: Engine, request: EngineRequest) -> None:
         super().__init__(body)

@@ -385,7 +385,7 @@ class CompletionRequest(GenerationRequest):
         if self.suffix is not None and not all(isinstance(prompt, str) for prompt in self.prompt):
             raise misfit("suffix", "suffix goes with prompts that are texts; of token ids, put the control tokens in yourself")
         if self.max_tokens == 0 and not self.echo:
-            raise misfit("max_tokens", "max_tokens: 0 makes nothing; send echo: true to be told of the prompt, or at least 1")
+            raise misfit("max_tokens", "max_tokens: 0 generates nothing; send echo: true to get the prompt back, or at least 1")
         if self.max_tokens == 0 and self.best_of is not None:
             raise misfit("best_of", "best_of ranks answers, and max_tokens: 0 makes none; leave one of them out")
         if (answers := len(self.prompt) * self.answers) > ANSWERS.most:

@@ -1,6 +1,6 @@
 """Routes of a rollout server: a trainer sends new weights or a new adapter, and frees the KV cache between its phases.
 
-An update is `POST /v1/weights/begin`, pieces (`POST /v1/weights/piece`, bytes as of `inference.weight_transfer`), and
+An update is `POST /v1/weights/begin`, pieces (`POST /v1/weights/piece`, bytes as in `inference.weight_transfer`), and
 `POST /v1/weights/commit`, after which requests under way go on with the new weights. `/sleep`, `/wake_up` and `/is_sleeping`
 are vLLM's.
 The routes refuse where `accept_weights` is off.

@@ -288,7 +288,7 @@ def serve_on_ray(
 
 
 class _Stop:
-    """SIGTERM and Ctrl-C, until `close`."""
+    """Waits for SIGTERM or Ctrl-C; handles both from construction until `close`."""
 
     def __init__(self) -> None:
         self._asked = threading.Event()

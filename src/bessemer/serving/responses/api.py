@@ -269,7 +269,7 @@ def _stored(reply: ResponseReply, request: ResponsesRequest, owner: str, previou
     messages = conversation.in_chat(previous)
     last = len(request.model_copy(update={"instructions": ""}).in_chat(previous)) - 1
     if last + 1 < len(messages) and messages[last]["role"] == messages[last + 1]["role"] == "assistant":
-        # the request ended with the beginning of the answer
+        # the request's last message was the beginning of the answer: join the two
         beginning, rest = messages[last : last + 2]
         messages[last : last + 2] = [beginning | rest | {"content": beginning["content"] + rest["content"]}]
     return StoredResponse(owner, reply.body(), messages, items)

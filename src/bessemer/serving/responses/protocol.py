@@ -243,7 +243,7 @@ class TextSettings(Body):
 
 
 class Reasoning(Body):
-    """How much the model is to think. A summary is not made: the thinking itself is told."""
+    """How much the model is to think. There is no summary: the thinking itself is returned."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None

@@ -129,7 +129,7 @@ class Body(BaseModel):
         if not isinstance(values, dict):
             return values
         if len(values) > FIELDS.most:
-            # pydantic makes an error for each unknown name
+            # checked first, since pydantic would make an error for each unknown name
             raise ValueError(f"an object has {len(values):,} names, of which at most {FIELDS.most:,} are read")
         return {
             name: value

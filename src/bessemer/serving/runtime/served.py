@@ -32,8 +32,9 @@ CLAMPED = "x-max-tokens"
 class Chat:
     """A conversation to answer, from any of the APIs.
 
-    messages: in the form of chat completions. params_of: sampling settings, given the most tokens of an answer. parameter_of:
-    the request's parameter that an error's text is about. token_limit: the client's own. priority: lower is more urgent.
+    messages: in the form of chat completions. params_of: gives the sampling settings for a number of tokens of the answer.
+    parameter_of: gives the request's parameter that an error's text is about. token_limit: the client's most tokens of an
+    answer. priority: lower is more urgent.
     """
 
     caller: Caller

@@ -1,7 +1,7 @@
 """The routes of the Tinker API, as `tinker` 0.38 calls them.
 
-A request that takes time answers with an id at once; `retrieve_future` gives its answer: JSON or, for losses and samples, a
-message of protocol buffers. While it is not there, the route answers 408 after some seconds, and the client asks again.
+A request that takes time is answered with an id at once. `retrieve_future` returns its result: JSON or, for losses and samples,
+a message of protocol buffers. If the result is not ready after some seconds, the route answers 408, and the client asks again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from bessemer.serving.tinker.wire import PROTOBUF, read_forward_backward
 PREFIX = "/api/v1"
 Route = Callable[..., Awaitable[Any]]
 Numbered = TypeVar("Numbered", bound=Body)
-#: What the client's own settings are on this server. Chunks of a request stay below the largest body.
+#: Settings that the client takes from the server. Chunks of a request stay below the largest body.
 _CLIENT_CONFIG = {
     "pjwt_auth_enabled": False,
     "proto_compress_fwdbwd": False,
@@ -126,7 +126,7 @@ class TinkerApi:
         return {"supported_models": [{"model_name": name, **model} for name in names]}
 
     async def telemetry(self) -> dict[str, str]:
-        """What a client says of itself is read by nobody."""
+        """Accept the client's telemetry, and drop it."""
         return {"status": "accepted"}
 
     # -- sessions
@@ -168,7 +168,7 @@ class TinkerApi:
         record = self.service.live_run(body.model_id, _owner(request)).record
         return {
             "type": "get_info",
-            # the client opens the tokenizer under the name that it knows the model by
+            # the client loads the tokenizer by this name
             "model_data": {"arch": "decoder", "model_name": record.base_model, "tokenizer_id": None},
             "model_id": record.id,
             "is_lora": True,
@@ -206,8 +206,8 @@ class TinkerApi:
         return await self._in_turn(LoadWeights, self.service.load_state, request)
 
     async def _in_turn(self, kind: type[Numbered], begin: Callable[[Numbered, str], Begun], request: Request) -> dict[str, Any]:
-        """Begin a request that has a number in its run. One that is refused has its turn as well, and the refusal as its
-        answer: the requests behind it would wait for ever."""
+        """Begin a request that has a number in its run. A refused request takes its turn too, with the refusal as its result:
+        else the later requests of the run would wait for ever."""
         owner = _owner(request)
         try:
             return _begun(begin(await read_body(kind, request), owner))
@@ -226,7 +226,7 @@ class TinkerApi:
         return {"type": "create_sampling_session", "sampling_session_id": sampling.id}
 
     async def join_sampling_session(self, request: Request) -> dict[str, Any]:
-        """A number for a client in another process, whose requests are counted from there on."""
+        """A number for a client in another process, from which that client numbers its requests."""
         self._clones += 1
         return {"type": "join_sampling_session", "client_counter": self._clones}
 

@@ -1,7 +1,7 @@
 """The Tinker server: its application, behind the gate of hosts, origins and keys that serving has, and how it is run.
 
-The gate takes `x-api-key`, which Tinker's client sends. That client wants a key to begin with `tml-`: it may put that before a
-key of this server.
+The gate accepts the header `x-api-key`, which Tinker's client sends. That client wants keys that begin with `tml-`, so a key of
+this server is also accepted with `tml-` before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bessemer.serving.tinker.service import TinkerService
 
 
 def create_tinker_app(service: TinkerService, config: ServingConfig | None = None) -> FastAPI:
-    """An application that answers the Tinker API. Raises as `create_app` for a file of keys."""
+    """An application that serves the Tinker API. Raises as `create_app` for a file of keys."""
     config = config or ServingConfig()
     asks_for_keys = config.keys is not None or config.api_key is not None
     keys = Keys(config.keys, config.api_key) if asks_for_keys else None
@@ -87,5 +87,5 @@ def new_tinker_server(service: TinkerService, config: ServingConfig) -> Server:
 
 
 def _key_of(config: ServingConfig) -> str:
-    """What a client sets as its key."""
+    """The value of TINKER_API_KEY for a client of this server."""
     return "tml-KEY" if config.keys is not None or config.api_key is not None else "tml-any"

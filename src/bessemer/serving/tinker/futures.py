@@ -1,7 +1,7 @@
-"""Answers that come later: a client sends a request, gets an id at once, and asks for the answer until it is there.
+"""Results that come later: a client sends a request, gets an id at once, and asks for the result until it is ready.
 
-Requests of one training run are computed in the order of the client's numbers, whatever order they come in; several runs take
-turns on one thread. A request that is sent again, with its number, is the same request.
+Requests of one training run are computed in the order of the client's numbers, in whichever order they arrive; several runs
+take turns on one thread. A request that is sent again with the same number is not computed again.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Answer:
 
 @dataclass(eq=False)
 class PendingAnswer:
-    """A request that is computed or was. owner: id of the client whose it is. may_end: whether the client may end it; one that
-    others wait for has to keep its turn."""
+    """A request in progress or finished. owner: id of its client. may_end: whether the client may cancel it; a request of a run
+    keeps its turn, since later ones wait for it."""
 
     id: str
     owner: str
@@ -44,7 +44,7 @@ class PendingAnswer:
 
 
 class Answers:
-    """All requests under way, and the latest answers. Used on one event loop."""
+    """All requests in progress, and the latest results. Used on one event loop."""
 
     def __init__(self) -> None:
         self._pending: OrderedDict[str, PendingAnswer] = OrderedDict()
@@ -68,7 +68,8 @@ class Answers:
         return id
 
     async def answer(self, id: str, owner: str, seconds: float = ANSWER_SECONDS) -> Answer | None:
-        """The answer; None where it is not there in time. Raises ApiError (410) where there is no such request any more."""
+        """The result; None where it is not ready in time. Raises ApiError (410) for an unknown request, or one whose result was
+        dropped."""
         pending = self._pending.get(id)
         if pending is None:
             raise ApiError(
@@ -79,7 +80,7 @@ class Answers:
         return pending.task.result() if pending.task.done() and not pending.task.cancelled() else None
 
     def cancel(self, id: str, owner: str) -> None:
-        """End a sampling request that nobody waits for any more."""
+        """Cancel a sampling request whose client has stopped waiting."""
         pending = self._pending.get(id)
         if pending is not None:
             self._check_owner(pending, owner)
@@ -96,7 +97,7 @@ class Answers:
             raise ApiError(f"there is no request {pending.id[:80]!r}", status=404)
 
     def _finished(self, pending: PendingAnswer) -> None:
-        """Count an answer, and drop the oldest ones beyond what is kept."""
+        """Count a result, and drop the oldest ones above the limits."""
         if pending.task.cancelled():
             self._pending.pop(pending.id, None)
             return
@@ -110,12 +111,12 @@ class Answers:
 
 
 async def _answer(work: Callable[[], Awaitable[dict[str, Any] | bytes]]) -> Answer:
-    """The answer of some work; a mistake of the client, or a failure, is one too."""
+    """The result of `work`; an error of the client, or a failure, becomes a result too."""
     try:
         return Answer(await work())
     except (ApiError, BessemerError) as error:
         return Answer({"error": str(error), "category": "user"})
-    except Exception as error:  # whatever it is, its client is told
+    except Exception as error:  # any failure becomes the client's result
         _log.error("a request failed", exc_info=error)
         if failed_allocation(error) is not None:
             reason = "the memory is full; send fewer or shorter examples at once, or start with less --micro-batch-tokens"
@@ -132,9 +133,9 @@ class Turns:
     closed: bool = False
 
     async def wait(self, number: int) -> None:
-        """Return when it is a request's turn. Raises ApiError where it was already, or the run is gone."""
+        """Wait until it is the turn of request `number`. Raises ApiError where that has passed, or the run has ended."""
         if number < self.next:
-            raise ApiError(f"seq_id {number} comes after {self.next - 1}; the run has gone on")
+            raise ApiError(f"seq_id {number} comes after {self.next - 1}; the run is past it")
         if len(self.waiting) >= MOST_WAITING:
             raise ApiError(f"{MOST_WAITING:,} requests of this run wait already; wait for their answers first")
         while number != self.next:
@@ -161,7 +162,7 @@ class Turns:
 
 
 class TrainingThread:
-    """The one thread that computes runs: a step at a time, in the order in which they are due."""
+    """The thread that computes all runs, one step at a time, in the order in which steps become due."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training")
@@ -176,7 +177,7 @@ class TrainingThread:
             turns.over()
 
     async def run_now(self, work: Callable[[], Any]) -> Any:
-        """Compute what belongs to no run's order."""
+        """Compute work that has no place in a run's order."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def close(self) -> None:

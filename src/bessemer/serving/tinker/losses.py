@@ -41,7 +41,7 @@ _TOKENS_AT_ONCE = 256
 
 
 class Values:
-    """Tensors of a micro-batch by name, and the settings of its loss, under which the tensors go first."""
+    """Tensors of a micro-batch by name, and the settings of its loss; a tensor is preferred to a setting of the same name."""
 
     def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, float]) -> None:
         self.tensors = tensors
@@ -149,7 +149,7 @@ def checked_config(name: str, config: Mapping[str, float | str]) -> dict[str, fl
 
 
 def check_data(name: str, data: Sequence[Datum], *, vocabulary: int, longest: int) -> None:
-    """Raises RequestError, which names the example, for data that a loss cannot be computed of."""
+    """Raise RequestError, naming the example, where a loss cannot be computed from the data."""
     loss = find_loss(name)
     known = dict.fromkeys((TARGETS, *loss.needs, *loss.settings, "weights"))
     if not data:
@@ -176,7 +176,7 @@ def check_data(name: str, data: Sequence[Datum], *, vocabulary: int, longest: in
 
 
 def batch_of(data: Sequence[Datum]) -> Batch:
-    """Examples as rows, filled up on the right with tokens that have no target and weigh nothing."""
+    """Examples as rows, padded on the right with tokens without a target and with weight 0."""
     longest = max(len(datum.tokens_T) for datum in data)
 
     def filled(arrays: Sequence[np.ndarray], fill: float, dtype: torch.dtype) -> Tensor:
@@ -197,7 +197,7 @@ def batch_of(data: Sequence[Datum]) -> Batch:
 
 
 def _input(datum: Datum, name: str) -> np.ndarray:
-    """A tensor of an example; weights that are not given are 1."""
+    """A tensor of an example; missing weights are 1."""
     given = datum.inputs.get(name)
     if given is not None:
         return given
@@ -207,8 +207,8 @@ def _input(datum: Datum, name: str) -> np.ndarray:
 
 
 class NamedObjective(Objective):
-    """A loss as the trainer takes it: one term, whose denominator is 1. It keeps the log-probabilities of the targets of each
-    micro-batch, in order."""
+    """A loss in the trainer's form: one term with the denominator 1. It keeps each micro-batch's log-probabilities of the
+    targets, in order."""
 
     guards_loss = False
 

@@ -1,7 +1,7 @@
 """Tinker's requests in JSON, and the parts of its answers that several routes give.
 
-Clients send every field, those at their defaults too. One that this server does not know is refused by name, unless its value
-is nothing: null, false, 0, or empty.
+Clients send all fields, also those with default values. A field that this server does not know is refused by name, unless its
+value is null, false, 0 or empty.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Text = Annotated[str, Field(max_length=NAME.most)]
 #: Numbers of a client's own requests and objects.
 Number = Annotated[int, Field(ge=0, lt=1 << 62)]
 _Real = Annotated[float, Field(allow_inf_nan=False)]
-#: What a client says about its runs and weights.
+#: A client's own notes on its runs and weights.
 Metadata = Annotated[dict[Text, Any], Field(max_length=64)]
 
 
@@ -34,7 +34,7 @@ class TinkerBody(Body):
     def _without_empty_extras(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        # `type` names the body itself
+        # `type` repeats the kind of the body
         return {name: value for name, value in values.items() if name in cls.model_fields or (value and name != "type")}
 
 
@@ -55,7 +55,8 @@ class SessionBody(TinkerBody):
 
 
 class LoraConfig(TinkerBody):
-    """The adapter that a run trains. train_unembed is taken, and has no effect: `create_session` says so."""
+    """The adapter that a run trains. train_unembed is accepted without effect; the reply of
+    `create_session` says so."""
 
     rank: int
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
@@ -110,7 +111,8 @@ class OptimStep(TinkerBody):
 
 
 class SaveWeights(TinkerBody):
-    """path: a name for the weights; without one, `save_weights_for_sampler` makes a sampling session of them alone."""
+    """path: a name for the weights; without one, `save_weights_for_sampler` does not keep them, and makes a sampling
+    session."""
 
     model_id: Text
     seq_id: Number | None = None
@@ -125,7 +127,7 @@ class SaveWeights(TinkerBody):
 
 
 class LoadWeights(TinkerBody):
-    """Into a run that there is (`model_id`), or a new one (`session_id` and `model_seq_id`)."""
+    """Load saved weights into an existing run (`model_id`) or into a new one (`session_id` and `model_seq_id`)."""
 
     path: Text
     optimizer: bool
@@ -167,7 +169,7 @@ class ModelInput(TinkerBody):
 
 
 class SamplingParameters(TinkerBody):
-    """How tokens are chosen. stop: texts or tokens; none: the end token; an empty list: nothing ends a sample."""
+    """How tokens are chosen. stop: texts or tokens; null: the end token; an empty list: only the length ends a sample."""
 
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     seed: int | None = None
@@ -194,7 +196,7 @@ class Sample(TinkerBody):
 
 
 class RequestId(TinkerBody):
-    """A request whose answer is asked for."""
+    """The id of a request whose result is wanted."""
 
     request_id: Text
     allow_metadata_only: bool = False
@@ -258,5 +260,5 @@ def described_lora(saved: SavedWeights) -> dict[str, Any]:
 
 
 def texts_of(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata as clients read it."""
+    """Metadata in the form that clients read: texts."""
     return {name: value if isinstance(value, str) else str(value) for name, value in metadata.items()}

@@ -1,7 +1,7 @@
 """Sampling sessions: the base model, weights that were saved, or the weights of a run as they are now, on the engine.
 
-An engine holds the adapters that were asked for last. A session without a name has a copy of its run's weights at the time, and
-a run keeps the latest few of these; a session of `inflight` weights follows its run.
+The engine holds the most recently used adapters. A session without a name samples from a copy of its run's weights, and each
+run keeps the latest few of these copies. A session of `inflight` weights follows its run.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from bessemer.serving.tinker.wire import SampledTokens, write_sample_response
 
 @dataclass(frozen=True)
 class SamplingSession:
-    """What a client samples from. adapter: the name in the engine of weights that are in memory alone; address: of saved ones;
-    neither: the base model."""
+    """What a client samples from. adapter: the engine's name of weights that are only in memory. address: that of saved
+    weights. Neither: the base model."""
 
     id: str
     owner: str
@@ -39,7 +39,7 @@ class Samplers:
     """The engine and its adapters. `sample` runs on the event loop; the others may be called from any thread."""
 
     def __init__(self, engine: Engine, states: StateStore, *, most_adapters: int, snapshots: int) -> None:
-        """most_adapters: saved weights that the engine holds at once. snapshots: copies without a name that a run keeps."""
+        """most_adapters: most saved weights in the engine at once. snapshots: most copies without a name for each run."""
         self.engine = engine
         self._states = states
         self._most_adapters = most_adapters
@@ -49,12 +49,12 @@ class Samplers:
         self._loading = asyncio.Lock()
         #: Requests that wait or are computed.
         self.requests = 0
-        #: Requests that the engine has at once; others wait here, where they cost nothing.
+        #: Limits the requests in the engine; the others wait here, where they cost nothing.
         self._places = asyncio.Semaphore(2 * engine.max_num_seqs)
 
     def add_snapshot(self, run: str, session: str, adapter: Adapter) -> str:
-        """A copy of a run's weights for a session; returns its name in the engine. The oldest of the run beyond those that are
-        kept is dropped."""
+        """Keep a copy of a run's weights for a session; returns its name in the engine. The run's oldest copy above the limit
+        is dropped."""
         name = f"snapshot {session}"
         self.engine.load_adapter(name, adapter)
         names = self._of_runs.setdefault(run, [])
@@ -64,7 +64,7 @@ class Samplers:
         return name
 
     def follow(self, run: str, adapter: Adapter) -> str:
-        """The weights of a run, which all its `inflight` sessions have from now on; returns their name in the engine."""
+        """Give all `inflight` sessions of a run its present weights; returns their name in the engine."""
         name = f"inflight {run}"
         if name in self.engine.adapters:
             self.engine.update_adapter(name, adapter)
@@ -84,8 +84,8 @@ class Samplers:
             self._unload(str(address))
 
     async def sample(self, session: SamplingSession, body: Sample, salt: str | None) -> tuple[bytes, int, int]:
-        """The answer to a request, and the tokens of its prompt and of its samples. Raises RequestError for what cannot be
-        sampled."""
+        """The reply to a request, and how many tokens its prompt and its samples have. Raises RequestError for a request that
+        cannot be sampled."""
         ids, params = body.prompt.token_ids(), sampling_params(body)
         if not ids:
             raise RequestError("prompt: it has no token; send the begin token, or a text's first ones")
@@ -110,7 +110,7 @@ class Samplers:
         return answer, len(ids), sum(each.completion_tokens for each in samples)
 
     async def _adapter(self, session: SamplingSession) -> str | None:
-        """The engine's name of a session's weights, which are read where the engine does not hold them."""
+        """The engine's name of a session's weights; loads them first where the engine does not hold them."""
         if session.address is None:
             if session.adapter is not None and session.adapter not in self.engine.adapters:
                 raise RequestError(
@@ -136,7 +136,7 @@ class Samplers:
 
 
 def sampling_params(body: Sample) -> SamplingParams:
-    """The engine's parameters of a request. Raises RequestError for what it cannot do."""
+    """A request's parameters in the engine's form. Raises RequestError for those that the engine does not support."""
     given = body.sampling_params
     texts, tokens, ignore_eos = _stops(given)
     most = 1 << 30 if given.max_tokens is None else given.max_tokens
@@ -167,7 +167,7 @@ def check_ids(ids: list[int], vocabulary: int) -> None:
 
 
 def _stops(given: SamplingParameters) -> tuple[list[str], list[int], bool]:
-    """Texts and tokens at which a sample ends, and whether it goes on after the end token: where the client's list is empty."""
+    """Texts and tokens at which a sample ends, and whether it goes on after the end token, as it does for an empty list."""
     stop = [given.stop] if isinstance(given.stop, str) else given.stop
     texts = [each for each in stop or () if isinstance(each, str)]
     if "" in texts or sum(map(len, texts)) > STOP_CHARACTERS.most:
@@ -184,7 +184,8 @@ def _sampled(completion: Completion, top: int) -> SampledTokens:
 
 
 def _prompt_tokens(completion: Completion, body: Sample) -> list[Sampled | None]:
-    """The log-probabilities of a prompt's tokens: none of the first, nor of those before the last n that are asked for."""
+    """The log-probabilities of a prompt's tokens: None for the first, and for those before the last
+    `prompt_logprobs_last_n`."""
     tokens: list[Sampled | None] = [None, *(completion.prompt_log_probs or [])]
     last = body.prompt_logprobs_last_n
     return tokens if last is None else [*[None] * (len(tokens) - last), *tokens[len(tokens) - last :]]

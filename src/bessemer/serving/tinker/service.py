@@ -1,6 +1,6 @@
 """What a Tinker server holds: clients' sessions, their training runs and sampling sessions, and what each request does to them.
 
-A session that says nothing for a while is ended, and its runs leave the memory; what was saved stays. All methods but those of
+A session without requests for a while is ended, and its runs leave the memory; saved weights stay. All methods except those of
 runs and states are called on the event loop.
 """
 
@@ -52,7 +52,7 @@ class LiveRun:
 
 
 class Begun(NamedTuple):
-    """A request that was begun: its id, that of its run, and those of its samples."""
+    """A request that has begun: its id, the id of its run, and the ids of its samples."""
 
     request_id: str
     model_id: str | None = None
@@ -72,7 +72,7 @@ class TinkerService:
         limits: TinkerLimits | None = None,
         engine: EngineConfig | None = None,
     ) -> None:
-        """name, aliases: under which clients may ask for the base model, beside its folder. Raises ConfigError as `Engine`."""
+        """name, aliases: clients name the base model by one of these, or by its folder. Raises ConfigError as `Engine`."""
         self.base = base
         self.name = name
         self.aliases = aliases
@@ -127,7 +127,7 @@ class TinkerService:
         return session
 
     def session(self, id: str, owner: str) -> Session:
-        """A client's session, which was heard of now. Raises ApiError (404)."""
+        """A client's session; the call counts as a sign of life. Raises ApiError (404)."""
         session = self._sessions.get(id)
         if session is None or session.owner != owner:
             raise ApiError(f"there is no session {id[:80]!r}: it ended, or the server was restarted", status=404)
@@ -191,7 +191,7 @@ class TinkerService:
     def _new_run(
         self, session_id: str, number: int, owner: str, base_model: str, metadata: Mapping[str, Any] | None, lora: LoraSettings
     ) -> tuple[LiveRun, bool]:
-        """The run of a session's number, which is made with its first request; and whether it is new."""
+        """The run that is number `number` of a session, and whether it is new. Its first request makes it."""
         session = self.session(session_id, owner)
         id = f"{session_id}:train:{number}"
         if id in self._runs:
@@ -248,7 +248,7 @@ class TinkerService:
         return self._in_turn(live, body.seq_id, "optim_step", step)
 
     def save_state(self, body: SaveWeights, owner: str) -> Begun:
-        """Begin to save what training goes on from."""
+        """Begin to save a run's state, from which training can continue."""
         live = self.live_run(body.model_id, owner)
 
         def save() -> dict[str, Any]:
@@ -260,7 +260,7 @@ class TinkerService:
         return self._in_turn(live, body.seq_id, "save_weights", save)
 
     def save_for_sampler(self, body: SaveWeights, owner: str) -> Begun:
-        """Begin to save what is sampled from: under a name, or for a sampling session alone."""
+        """Begin to save a run's weights for sampling: under a name, or only for a sampling session."""
         live = self.live_run(body.model_id, owner)
         session = self.session(live.record.id.partition(":")[0], owner)
         sampler = f"{session.id}:sample:{body.sampling_session_seq_id or 0}"
@@ -310,7 +310,7 @@ class TinkerService:
         return self._begin(live, 0, "load_weights", create if is_new else _unreachable)
 
     def refuse(self, run: Any, number: Any, owner: str, error: Exception) -> Begun | None:
-        """A request that was refused, in its turn; None where it has none."""
+        """Begin a refused request in its turn; None where it belongs to no run."""
         live = self._runs.get(run) if isinstance(run, str) else None
         if live is None or live.record.owner != owner or not isinstance(number, int) or number < live.turns.next:
             return None

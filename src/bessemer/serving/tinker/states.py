@@ -1,4 +1,4 @@
-"""Training runs and their saved weights on disk: what a client finds again after a restart of the server.
+"""Training runs and their saved weights on disk, which a client finds again after a restart of the server.
 
     FOLDER/RUN/run.json                    who owns it, its base model, its adapter, when it was last used
     FOLDER/RUN/weights/NAME/               the adapter and AdamW's averages: training goes on from here
@@ -33,15 +33,15 @@ from bessemer.serving.tinker.training import LoraSettings
 
 _FORMAT = 1
 _RUN, _CHECKPOINT, _STATE = "run.json", "checkpoint.json", "state.safetensors"
-#: Ending of weights that are whole and have not got their name yet.
+#: Suffix of a folder of weights that is complete and not renamed yet.
 _NEW = ".new"
-#: A name that a client may give to weights: a part of a path, and none that leads elsewhere.
+#: A name that a client may give to weights: one part of a path, which cannot lead out of its folder.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 #: The id of a run: that of its session, `:train:` and its number there.
 _RUN_ID = re.compile(r"[0-9a-f]{32}:train:[0-9]{1,9}")
 _ADDRESS = re.compile(r"tinker://([^/]+)/(weights|sampler_weights)/([^/]+)")
 
-#: What weights were saved for: to go on training, or to sample.
+#: What weights were saved for: to continue training, or to sample.
 Kind = Literal["weights", "sampler_weights"]
 
 
@@ -71,7 +71,7 @@ class Address:
 
 @dataclass
 class RunRecord:
-    """What is known of a run without its weights. owner: id of the client whose it is. created, used: seconds since 1970."""
+    """Description of a run. owner: id of its client. created, used: seconds since 1970."""
 
     id: str
     owner: str
@@ -114,7 +114,8 @@ class StateStore:
             write_json(folder / _RUN, {"format": _FORMAT, **asdict(record)})
 
     def run(self, id: str, owner: str | None = None) -> RunRecord:
-        """A run of an owner, or of any. Raises RequestError where there is none: another client's is not told apart."""
+        """A run of an owner; None: of any owner. Raises RequestError where there is none; a run of another client gives the
+        same error."""
         missing = RequestError(f"there is no training run {id[:80]!r}")
         if not _RUN_ID.fullmatch(id):
             raise missing
@@ -170,7 +171,7 @@ class StateStore:
     def save_state(
         self, record: RunRecord, name: str, tensors: Mapping[str, Tensor], *, steps: int, overwrite: bool, **more: Any
     ) -> SavedWeights:
-        """Save what training goes on from. more: `expires`, `user_metadata`. Raises as `_saving`."""
+        """Save a state from which training can continue. more: `expires`, `user_metadata`. Raises as `_saving`."""
         with self._saving(record, "weights", name, steps=steps, overwrite=overwrite, **more) as folder:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / _STATE, metadata={"format": "pt"})
         return self.find(Address(record.id, "weights", name))
@@ -178,14 +179,14 @@ class StateStore:
     def save_sampler(
         self, record: RunRecord, name: str, adapter: Adapter, model: Decoder, *, steps: int, **more: Any
     ) -> SavedWeights:
-        """Save what is sampled from, in place of weights of the same name. more: as of `save_state`."""
+        """Save weights for sampling; replaces weights of the same name. more: as for `save_state`."""
         with self._saving(record, "sampler_weights", name, steps=steps, overwrite=True, **more) as folder:
             write_adapter(adapter, model, folder)
         return self.find(Address(record.id, "sampler_weights", name))
 
     def load_state(self, address: Address) -> dict[str, Tensor]:
-        """The tensors of saved weights. Raises RequestError for those of a sampler, which training does not go on from;
-        ArtefactError for a damaged file."""
+        """The tensors of a saved state. Raises RequestError for weights that were saved for sampling, ArtefactError for a
+        damaged file."""
         if address.kind != "weights":
             raise RequestError(f"{address}: these weights are for sampling; training goes on from those of save_state")
         path = self.path(address) / _STATE
@@ -215,7 +216,7 @@ class StateStore:
                 try:
                     expires = read_json(path, "checkpoint").get("expires")
                 except ArtefactError:
-                    # gone meanwhile, or damaged: nobody is told here
+                    # removed meanwhile, or damaged, which `find` reports
                     continue
                 if expires is not None and expires < now:
                     self._delete(path.parent)
@@ -225,7 +226,7 @@ class StateStore:
     # -- inside
 
     def _folder(self, run: str) -> Path:
-        # a colon is none of a file's name on every system
+        # not every system allows a colon in a file's name
         return self.folder / run.replace(":", "-")
 
     @contextmanager
@@ -267,7 +268,7 @@ class StateStore:
             self._put(new, final)
 
     def _put(self, new: Path, final: Path) -> None:
-        """Give whole new weights their name; after a crash in here, `__init__` finishes it."""
+        """Rename complete new weights to their name; `__init__` finishes that after a crash."""
         if final.exists():
             self._delete(final)
         new.rename(final)

@@ -42,7 +42,7 @@ from bessemer.training.trainer import Trainer
 
 #: α of every adapter: updates are scaled by α / rank (Schulman et al. 2025, "LoRA without regret").
 ALPHA = 32.0
-#: Layers by the setting of a run that trains them, by the part of their name.
+#: Setting of a run → part of the names of the layers that it trains.
 _PARTS = {"train_attn": "self_attn", "train_mlp": "mlp"}
 
 
@@ -102,7 +102,7 @@ class BaseModel:
         self.runtime = Runtime.of(ComputeSettings(dtype=self.settings.dtype, compile=False), device)
         dtype = getattr(torch, self.settings.dtype)
         for matrix in product_matrices(self.model):
-            # autocast would make a copy of a float32 matrix in every product, and the backward pass keep it
+            # with float32 matrices autocast would make a copy in every product, kept for the backward pass
             matrix.data = matrix.data.to(dtype)
 
     @property
@@ -110,12 +110,12 @@ class BaseModel:
         return self.model.config.max_position_embeddings
 
     def shared(self) -> Decoder:
-        """A decoder of its own modules over the same tensors."""
+        """A decoder with modules of its own over the base's tensors."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
 
     def served(self) -> Decoder:
-        """The model for an engine: the same tensors, those in another type than the matrices converted."""
+        """The model for an engine: the same tensors; those that are not in the matrices' dtype are converted."""
         model = self.shared()
         if self.settings.dtype != "float32":
             for module in model.modules():
@@ -158,18 +158,18 @@ class TrainingRun:
         return self._parameters
 
     def forward(self, data: Sequence[Datum], loss: str, config: Mapping[str, float | str] | None = None) -> LossResult:
-        """A loss without gradients. Raises RequestError for data that it cannot be computed of."""
+        """A loss without gradients. Raises RequestError where it cannot be computed from the data."""
         return self._computed(data, loss, config or {}, with_gradients=False)
 
     def forward_backward(self, data: Sequence[Datum], loss: str, config: Mapping[str, float | str] | None = None) -> LossResult:
-        """A loss, whose gradients are added to those since the last step. Raises RequestError as `forward`, and changes nothing
-        then."""
+        """A loss; its gradients are added to those since the last step. Raises RequestError as `forward`, and then changes
+        nothing."""
         return self._computed(data, loss, config or {}, with_gradients=True)
 
     def optim_step(self, adam: AdamSettings) -> float:
         """Update the adapter by the gradients since the last step, and drop them; returns their norm before clipping.
 
-        Raises RequestError where there are none, and where they are not finite: they are dropped, and nothing is changed.
+        Raises RequestError where there are none, and where they are not finite: then they are dropped and the adapter stays.
         """
         gradients = [each.grad for each in self._parameters.values() if each.grad is not None]
         if not gradients:
@@ -191,7 +191,7 @@ class TrainingRun:
         return adapter_of(self.model)
 
     def state(self) -> dict[str, Tensor]:
-        """The adapter and what AdamW has averaged, by name: all that further steps depend on, but for gradients."""
+        """The adapter and AdamW's averages, by name: everything that later steps depend on except gradients."""
         tensors = {name: parameter.detach().cpu() for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
             for part, value in self._optimizer.state.get(parameter, {}).items():
@@ -199,9 +199,9 @@ class TrainingRun:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor], *, steps: int, with_optimizer: bool) -> None:
-        """Take what `state` gave. with_optimizer: AdamW's averages too; else they begin anew. Gradients are dropped.
+        """Restore what `state` returned. with_optimizer: AdamW's averages too; else they start from 0. Gradients are dropped.
 
-        Raises RequestError for the state of another adapter, and changes nothing then.
+        Raises RequestError for the state of another adapter, and then changes nothing.
         """
         wanted = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         given = {name: tuple(tensor.shape) for name, tensor in tensors.items() if "/" not in name}
@@ -230,7 +230,7 @@ class TrainingRun:
     ) -> LossResult:
         numbers = checked_config(loss, config)
         check_data(loss, data, vocabulary=self.model.config.vocab_size, longest=self._base.context_length)
-        # all batches are made before the first is computed: a mistake changes no gradient
+        # make all batches before computing the first: an error must not change gradients
         batches = [(places, batch_of([data[place] for place in places])) for places in self._micro_batches(data)]
         log_probs: list[np.ndarray] = [np.zeros(0, np.float32)] * len(data)
         total = 0.0
@@ -249,7 +249,7 @@ class TrainingRun:
         return self._trainer.evaluate([batch]).loss
 
     def _micro_batches(self, data: Sequence[Datum]) -> Iterator[list[int]]:
-        """The places of examples that are computed at once: of like lengths, so that little is padded."""
+        """Indices of the examples of each micro-batch: examples of similar lengths, so that padding is short."""
         by_length = sorted(range(len(data)), key=lambda place: -len(data[place].tokens_T))
         start = 0
         while start < len(by_length):

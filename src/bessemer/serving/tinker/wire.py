@@ -22,7 +22,7 @@ from bessemer.core.errors import RequestError
 #: Content type of these messages.
 PROTOBUF = "application/x-protobuf"
 
-#: Fields of each message: number, name, type. A name of a message is one of its own; `[]` is repeated, `{}` a map from texts.
+#: Fields of each message: number, name, type. A type may be another message; `[]` means repeated, `{}` a map with text keys.
 _MESSAGES: dict[str, tuple[tuple[int, str, str], ...]] = {
     "Tensor": ((1, "dense", "bytes"), (2, "sparse_csr", "SparseCsr"), (3, "dtype", "int32"), (4, "shape", "int64[]")),
     "SparseCsr": ((1, "values", "bytes"), (2, "crow_indices", "bytes"), (3, "col_indices", "bytes")),
@@ -63,11 +63,11 @@ _MESSAGES: dict[str, tuple[tuple[int, str, str], ...]] = {
 }
 #: Types of numbers in a tensor, by their number in a message.
 _DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 2: np.dtype("<i8"), 3: np.dtype("<i4")}
-#: Numbers of a message's field types in protocol buffers, and of what repeats.
+#: Numbers of field types and labels in protocol buffers.
 _TYPES = {"double": 1, "int64": 3, "int32": 5, "bool": 8, "string": 9, "bytes": 12, "uint32": 13}
 _MESSAGE, _OPTIONAL, _REPEATED = 11, 1, 3
 _PACKAGE = "bessemer_tinker"
-#: What the client reads where fewer than k likeliest tokens are known.
+#: Log-probability that the client expects as filling where fewer than k likeliest tokens are known.
 _NO_LOG_PROB = -99999.0
 
 
@@ -133,7 +133,7 @@ def _add_field(message: Any, number: int, name: str, kind: str) -> None:
 
 
 def read_forward_backward(body: bytes) -> ForwardBackward:
-    """A request for a loss. Raises RequestError for bytes that are none; its examples are read by `data`."""
+    """A request for a loss, from the bytes of its message. Raises RequestError for other bytes; `data` reads the examples."""
     message = messages()["ForwardBackwardRequest"]()
     try:
         message.ParseFromString(body)
@@ -157,7 +157,7 @@ def _datum(number: int, message: Any) -> Datum:
 
 
 def _tensor(message: Any, where: str) -> np.ndarray:
-    """A tensor, dense: of a sparse one (compressed rows) what is not listed is 0."""
+    """A dense tensor; a sparse one (compressed rows) is filled with 0."""
     dtype = _DTYPES.get(message.dtype)
     if dtype is None:
         raise RequestError(f"{where}: numbers of the unknown type {message.dtype}")
@@ -182,7 +182,7 @@ def _tensor(message: Any, where: str) -> np.ndarray:
     return dense
 
 
-#: Most numbers that a sparse tensor may stand for: it takes few bytes in a body.
+#: Most numbers of a sparse tensor when dense, which the few bytes of its body do not limit.
 _MOST_NUMBERS = 1 << 24
 
 
@@ -195,7 +195,7 @@ def _numbers(data: bytes, dtype: np.dtype[Any], where: str) -> np.ndarray:
 def write_forward_backward_output(outputs: Mapping[str, Sequence[np.ndarray]], metrics: Mapping[str, float]) -> bytes:
     """Tensors of a loss by name, one for each of D examples, (T,) or (T, K) float32, and figures of the whole.
 
-    Examples with other numbers of targets than their neighbours begin a record of their own.
+    Neighbouring examples with the same number of targets share a record.
     """
     message = messages()["ForwardBackwardOutput"](loss_fn_output_type="ArrayRecord", metrics=metrics)
     count = len(next(iter(outputs.values()), ()))

@@ -131,7 +131,7 @@ def open_tasks(config: ValidationSettings, folder: Path, opener: OpenTasks | Non
 def opened_tasks(
     names: Sequence[str], data: str | None, limit: int, folder: Path, opener: OpenTasks | None
 ) -> TaskScorer | None:
-    """Tasks by name or file, with their data in the folder `data`; relative paths, and what is raised: as of `open_tasks`."""
+    """Tasks by name or file, with their data in the folder `data`; relative paths as in, and raises as, `open_tasks`."""
     if not names:
         return None
     if opener is None:

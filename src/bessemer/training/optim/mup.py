@@ -30,8 +30,8 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.training.optim.registry import OptimizerSettings
 
-#: Kind of a weight as the width grows: a vector or a table; from width to width; from the width to a fixed number of outputs;
-#: the last norm.
+#: Kind of a weight, by which of its dimensions grow with the width: one (a vector or a table), both, only the inputs; the last
+#: norm is a kind of its own.
 Kind = Literal["vector", "matrix", "output", "last_norm"]
 
 _OUTPUTS = ("router.weight", "shared_expert_gate.weight")

@@ -100,7 +100,7 @@ OPTIMIZERS: Registry[OptimizerBuilder] = Registry(
             "adafactor",
             "Adafactor for all parameters (Shazeer and Stern 2018)",
             f"{_BUILD}:adafactor",
-            # two vectors for each matrix
+            # two vectors in place of a matrix: almost nothing per parameter
             state_bytes=lambda config, is_matrix: 0.02,
             constant="nothing",
         ),

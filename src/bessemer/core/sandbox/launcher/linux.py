@@ -197,7 +197,7 @@ def _make_scratch(disk: int, owner: int) -> None:
         os.mkdir(f"{SCRATCH}/{name}")
         os.chown(f"{SCRATCH}/{name}", owner, owner)
     os.chown(SCRATCH, owner, owner)
-    if not os.path.lexists("/tmp"):  # a readable folder may lie below it
+    if not os.path.lexists("/tmp"):  # it exists if a readable folder lies below it
         os.symlink(f"{SCRATCH}/tmp", "/tmp")
     os.symlink(f"{SCRATCH}/shm", "/dev/shm")
 

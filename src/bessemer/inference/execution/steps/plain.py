@@ -100,7 +100,7 @@ class PlainSteps:
             if count:
                 sampling.append(index)
                 wanted += range(own.stop - count, own.stop)
-        # in the usual step every row is sampled from, and nothing of it is a PyTorch operation
+        # in most steps a token is sampled from every row
         is_whole = len(wanted) == len(logits_RV)
         is_argmax = is_whole and all(_takes_argmax(chunks[index], requests[index]) for index in sampling)
         with nullcontext() if is_argmax else self.runner.limited_torch_threads():

@@ -25,20 +25,20 @@ from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.http_client import ApiError, HttpClient, TransientError
 from bessemer.posttraining.rl.environments.registry import Environments
 
-#: Fields of observations that say how the episode stands, and nothing of the world.
+#: Fields of observations about the state of the episode, which the policy is not shown.
 _STANDING = ("done", "reward", "metadata")
-#: Seeds that servers take.
+#: Number of seeds that servers accept.
 _SEEDS = 2**31
-#: Seconds for the schemas.
+#: Timeout in seconds of the requests for schemas.
 _SHORT = 30.0
 
 
 class OpenEnvOptions(Config):
     """The setting `environment_options` of a server of OpenEnv."""
 
-    action: str | None = setting(None, "Field of the action that the policy's text is.")
+    action: str | None = setting(None, "The action's field that gets the policy's text.")
     fields: dict[str, Any] = setting(default_factory=dict, description="Further fields of every action.")
-    observation: str | None = setting(None, "Field of the observation that the policy is shown.")
+    observation: str | None = setting(None, "The observation's field that the policy is shown.")
     instructions: str | None = setting(None, "Text before the first observation.")
     tasks: int = setting(1000, "Tasks of `data: [environment]`, one a seed.", ge=1)
     seconds: float = setting(60.0, "Longest wait for a step.", gt=0)
@@ -70,7 +70,7 @@ def openenv(name: str, options: Mapping[str, Any], max_turns: int) -> Environmen
 
 
 def _text_field(properties: Mapping[str, Any], settings: OpenEnvOptions, name: str) -> str:
-    """The field of an action that the policy's text is."""
+    """The name of the action's field that gets the policy's text."""
     texts = [field for field, schema in properties.items() if isinstance(schema, Mapping) and schema.get("type") == "string"]
     if settings.action is not None:
         if settings.action not in properties:
@@ -93,12 +93,13 @@ class _OpenEnvironment:
     waits = True
 
     def __init__(self, client: Any, settings: OpenEnvOptions, field: str | None) -> None:
-        """client: a synchronous one of the package. field: of the text in an action; None: actions are calls of tools."""
+        """client: a synchronous client of the package. field: the action's field for the policy's text; None: actions are calls
+        of tools."""
         self._client = client
         self._settings = settings
         self._field = field
         self._is_connected = False
-        #: Rewards of calls of tools since the last message, and whether one of them ended the episode.
+        #: Sum of rewards of tools' calls since the last message, and whether one of them ended the episode.
         self._reward, self._done = 0.0, False
         self.tools: Sequence[Tool] = ()
 
@@ -106,7 +107,7 @@ class _OpenEnvironment:
         if not self._is_connected:
             self._client.connect()
             self._is_connected = True
-        # the episodes of a group begin alike: their seed is the task's
+        # all episodes of a group begin in the same state, by the seed of their task
         own = task.get("seed")
         begin = own if isinstance(own, int) else derive_seed(0, hash_value(repr(sorted(task.items(), key=str)))) % _SEEDS
         result = self._client.reset(seed=begin)
@@ -162,7 +163,7 @@ class _OpenEnvironment:
         return call
 
     def _shown(self, observation: Mapping[str, Any]) -> str:
-        """What the policy sees of an observation."""
+        """The text of an observation for the policy."""
         if self._settings.observation is not None:
             return _text_of(observation.get(self._settings.observation))
         kept = {name: value for name, value in observation.items() if name not in _STANDING and value not in (None, "", [], {})}

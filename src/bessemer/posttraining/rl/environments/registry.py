@@ -1,4 +1,4 @@
-"""Where the environments of `rl` come from: `file.py:function`, or `SOURCE:NAME` of a source that is registered.
+"""Where the environments of `rl` come from: `file.py:function`, or `SOURCE:NAME` of a registered source.
 
 Other packages add sources by the entry points `bessemer.environments`: a `Plugin` whose implementation is an
 `EnvironmentSource`.
@@ -22,8 +22,8 @@ OWN_TASKS = "environment"
 
 @dataclass(frozen=True)
 class Environments:
-    """A kind of environment. new: makes one, for one episode at a time. tasks: rows of its own, each with a `prompt`; None: it
-    has none."""
+    """A kind of environment. new: makes one, which plays one episode at a time. tasks: rows that it brings, each with a
+    `prompt`; None: it brings none."""
 
     new: Callable[[], Environment]
     tasks: Sequence[Mapping[str, Any]] | None = None
@@ -33,8 +33,8 @@ class EnvironmentSource(Protocol):
     """Finds environments by name."""
 
     def __call__(self, name: str, options: Mapping[str, Any], max_turns: int) -> Environments:
-        """options: the setting `environment_options`. max_turns: of an episode. Raises ConfigError for what is not there, and
-        ImportError where its package is not installed."""
+        """options: the setting `environment_options`. max_turns: most turns of an episode. Raises ConfigError for an unknown
+        name, ImportError where the package is not installed."""
 
 
 _HERE = "bessemer.posttraining.rl.environments"
@@ -48,7 +48,7 @@ ENVIRONMENTS: Registry[EnvironmentSource] = Registry(
     ],
 )
 
-#: Package that a source of ours needs.
+#: Packages that our sources need.
 _PACKAGES = {"verifiers": "verifiers", "openenv": "openenv-core"}
 
 
@@ -58,9 +58,8 @@ def source_of(name: str) -> str:
 
 
 def load_environments(name: str, folder: Path, options: Mapping[str, Any], max_turns: int) -> Environments:
-    """The environments that a setting names, one of which is made to see whether that goes.
-
-    Raises ConfigError where they cannot be loaded, or making one fails.
+    """The environments that a setting names. Raises ConfigError where they cannot be loaded, or where making one, as a trial,
+    fails.
     """
     source, _, rest = name.partition(":")
     if is_user_function(name):

@@ -1,12 +1,12 @@
 """Environments of the package `verifiers`: `environment: verifiers:NAME`.
 
-In that package a rollout asks a client for each message of the policy. Here the policy's episode comes first: the rollout runs
-on an event loop of its own, and its client hands the conversation over and waits for the message (`_Exchange`). The package's
-tools are called by it, so they are client-side tools of ours.
+In that package a rollout calls a client for each message of the policy. Here the episode leads: the rollout runs on an event
+loop of its own, and its client hands over the conversation and waits for the policy's message (`_Exchange`). The package calls
+its tools itself, so for us they are client-side tools.
 
-Up to version 0.1 an environment is loaded by `load_environment`, and plays in this process with several turns and tools. Since
-then a rollout is a program in a box of its own, which asks a server; of those versions the tasks of one message are supported:
-their prompts, their lifecycle hooks and their rewards.
+Up to version 0.1 an environment is loaded by `load_environment`, and plays in this process with several turns and tools. From
+version 0.2 on a rollout is a program in a container that calls a server. Of those versions only tasks of one message are
+supported: their prompts, lifecycle hooks and rewards.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def verifiers(name: str, options: Mapping[str, Any], max_turns: int) -> Environm
 
 
 def message_from(given: Mapping[str, Any]) -> Message:
-    """A message of the environment's, in the form of chat completions; of several parts the texts."""
+    """A message of the environment in the form of chat completions; of content in several parts the texts."""
     content = given.get("content") or ""
     if not isinstance(content, str):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
@@ -81,7 +81,7 @@ class _Over:
 
 
 class _Loop:
-    """An event loop on a thread of its own, begun when it is first needed."""
+    """An event loop on a thread of its own, which starts at its first use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -96,13 +96,13 @@ class _Loop:
             return self._loop
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """The coroutine's result; waits for it."""
+        """Run a coroutine on the loop, and wait for its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
 
 class _Exchange:
-    """One rollout of the package, and what it asks the policy. most: messages that it gets; one more ends the rollout, which is
-    then judged as it stands."""
+    """One rollout of the package and its requests for the policy's messages. most: messages that it gets; the next request ends
+    the rollout, which is then judged as it is."""
 
     def __init__(self, package: Any, loop: _Loop, most: int) -> None:
         self._package = package
@@ -123,7 +123,7 @@ class _Exchange:
         self._rollout.add_done_callback(over)
 
     def next(self) -> _Request | _Over:
-        """What the rollout does next; waits for it."""
+        """Wait for the rollout's next event."""
         event = self._events.get()
         self._asked = event if isinstance(event, _Request) else None
         return event
@@ -134,7 +134,7 @@ class _Exchange:
         self._loop.loop.call_soon_threadsafe(self._asked.answer.set_result, response)
 
     async def ask(self, messages: Sequence[Any], tools: Sequence[Any]) -> Any:
-        """For the client, on the event loop."""
+        """Called by the client, on the event loop: wait for the policy's message."""
         if not self._left:
             raise self._package.OverlongPromptError("the episode has no turn left")
         self._left -= 1
@@ -168,7 +168,7 @@ def _classic(package: Any, name: str, options: Mapping[str, Any], max_turns: int
 
 
 def _client_class(package: Any) -> Any:
-    """The class of a client that asks an `_Exchange`; its base is the package's."""
+    """A subclass of the package's client that gets its messages from an `_Exchange`."""
 
     def respond(self: Any, prompt: Any, model: str, sampling_args: Any, tools: Any = None, **_: Any) -> Any:
         return self.client.ask(prompt, tools or [])
@@ -228,7 +228,7 @@ class _ClassicEnvironment:
             if error := event.output.get("error"):
                 raise ValueError(f"the rollout failed: {error}")
             return StepResult(float(event.output["reward"]))
-        # the policy's message, and what came after it
+        # the first new message is the policy's, the others came after it
         new = event.messages[self._known + 1 :]
         if len(event.messages) <= self._known or not new:
             raise ValueError("the environment rewrites the conversation, which a policy is not trained on")

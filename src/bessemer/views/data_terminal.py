@@ -1,10 +1,12 @@
-"""A corpus for a terminal: what `bessemer show CORPUS` prints."""
+"""Data for a terminal: a corpus, as `bessemer show CORPUS` prints it, and the tokens that a model learns of rows, as
+`bessemer data preview --model` does.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,11 +15,20 @@ from rich.text import Text
 from bessemer.core.metrics import label, percent, short_number, size
 from bessemer.core.report import Histogram
 from bessemer.data import report as corpus
+from bessemer.views.elements import printable, visible
 from bessemer.views.parts_terminal import bar_text, listing, literal, section
+
+if TYPE_CHECKING:
+    from bessemer.posttraining.data.mask import MaskedToken, MaskPreview
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 32
 _KEPT, _DROPPED = "#d9622b", "dim"
+#: Styles of learnt tokens, which alternate so that neighbours differ; of end tokens; of tokens that are only context.
+_LEARNT = ("#f0ece4 on #1e5c3a", "#f0ece4 on #2f7a52")
+_END, _CONTEXT = "bold #1b1b1b on #e8b04a", "dim"
+#: Signs around learnt tokens and after an end token, for output without colours.
+_OPENED, _CLOSED, _ENDED = "⟦", "⟧", "■"
 
 
 def show_corpus(stages: corpus.Stages, *, examples: int = 2, rows: int = 12) -> RenderableType:
@@ -164,3 +175,43 @@ def _examples(stages: corpus.Stages, wanted: int) -> list[RenderableType]:
 def _document(document: Mapping[str, Any]) -> RenderableType:
     known = [document.get("source"), document.get("id")]
     return Group(literal(" · ".join(str(value) for value in known if value)), literal(document["text"], "dim"))
+
+
+# ------------------------------------------------------------------------------------------------------- learnt rows
+
+
+def show_masks(preview: MaskPreview) -> RenderableType:
+    """Rows as a model learns them: figures, a legend, then each row, its learnt tokens in colour and end tokens in another."""
+    legend = Text.assemble(
+        ("context", _CONTEXT), "  ", (f"{_OPENED}learnt{_CLOSED}", _LEARNT[0]), "  ", (f"end token{_ENDED}", _END)
+    )
+    parts: list[RenderableType] = [*(Text(printable(sentence)) for sentence in preview.sentences), legend]
+    for row in preview.rows:
+        for number, example in enumerate(row.examples, start=1):
+            of = f", example {number} of {len(row.examples)}" if len(row.examples) > 1 else ""
+            parts += [Text(f"\n{row.place}{of}", style="bold"), _example_text(example)]
+        if row.reason:
+            parts += [Text(f"\n{row.place}", style="bold"), Text(f"left out: {printable(row.reason)}")]
+    return Group(*parts)
+
+
+def _example_text(example: Sequence[MaskedToken]) -> Text:
+    """The tokens of an example."""
+    text = Text()
+    was_learnt = False
+    for number, token in enumerate(example):
+        if token.is_learnt != was_learnt:
+            text.append(_OPENED if token.is_learnt else _CLOSED, style="bold")
+            was_learnt = token.is_learnt
+        style = _END if token.is_end else _LEARNT[number % 2] if token.is_learnt else _CONTEXT
+        text.append(_shown(token), style=style)
+    if was_learnt:
+        text.append(_CLOSED, style="bold")
+    return text
+
+
+def _shown(token: MaskedToken) -> str:
+    """A token's text: as it is in the context, with signs for white space where it is learnt."""
+    if token.is_end:
+        return visible(token.text) + _ENDED
+    return visible(token.text).replace("·", " ").replace("↵", "↵\n") if token.is_learnt else printable(token.text)

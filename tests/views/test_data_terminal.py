@@ -6,7 +6,7 @@ import pytest
 
 from bessemer.core.report import Histogram
 from bessemer.data.report import histograms
-from bessemer.views.corpus_terminal import show_corpus, spark
+from bessemer.views.data_terminal import show_corpus, spark
 from tests.views.sample_run import sample_metrics, thresholds
 from tests.views.test_terminal import printed
 
