@@ -23,7 +23,8 @@ PROMPTS = [[{"role": "user", "content": text}] for text in ("the thin man", "wit
 class Pretended:
     """An engine that says a fixed answer, with the scores of a token as its distance from another number."""
 
-    def __init__(self, name, answers, favourite, ends=(0,), prompt=(1, 2)):
+    def __init__(self, name, answers, favourite, ends=(0,), prompt=(1, 2), rounds=False):
+        self.rounds = rounds
         self.name, self.answers, self.favourite, self.ends, self.prompt = name, answers, favourite, list(ends), list(prompt)
         self.asked = iter(answers)
 
@@ -86,6 +87,28 @@ def test_the_report_names_each_difference_and_what_it_is():
     ]
     loose = Comparison("q.gguf", "bessemer", "bessemer on m", 10, differences[1:], decides=False)
     assert replay_lines([loose], 0.1)[-1] == "all equal but for rounding (gaps of at most 0.1)"
+
+
+def test_an_engine_that_rounds_activations_is_named_with_the_gap_by_which_it_left_the_reference(monkeypatch):
+    found = compared(monkeypatch, Pretended("floats", [[5]], 5), Pretended("bytes", [[45]], 45, rounds=True))
+    assert found.rounds and not found.defects(0.1)
+    assert replay_lines([found], 0.1) == [
+        "model by bytes, beside floats on model: 0 of 1 answers equal; activations are rounded to 8 bits",
+        "  prompt 1: token 1 is <5> there, <45> here; their logits are 0.400 apart: rounded activations of bytes",
+        "all equal but for rounding (gaps of at most 0.1, of activations rounded to 8 bits 1)",
+    ]
+    broken = compared(monkeypatch, Pretended("floats", [[5]], 5), Pretended("bytes", [[200]], 200, rounds=True))
+    assert len(broken.defects(0.1)) == 1
+
+
+def test_of_codes_the_engine_that_decodes_them_into_floats_is_the_reference(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    for name in ("OurEngine", "TransformersEngine", "LlamaCppEngine"):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: name)
+    opened = [
+        [opener() for opener in module.engines_of(Thing("m", Path("m.gguf"), None, coded), [])] for coded in (False, True)
+    ]
+    assert opened[0][:2] == ["OurEngine", "TransformersEngine"] and opened[1][:2] == ["TransformersEngine", "OurEngine"]
 
 
 def test_prompts_are_ten_of_our_own_or_those_of_a_file(tmp_path):

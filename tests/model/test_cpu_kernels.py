@@ -2,11 +2,13 @@ import ctypes
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType, quants
 from torch import nn
 
 from bessemer.model import cpu_kernels as builds
 from bessemer.model.cpu_kernels.packed import MatrixFields, PackedMatrix
-from bessemer.model.quantisation.base import KernelWeight
+from bessemer.model.quantisation.base import BlockWeight, KernelWeight
+from bessemer.model.quantisation.blocks import BLOCK_FORMS, GgufBlocks
 from bessemer.model.quantisation.integers import unpack
 
 # Shapes: N outputs, K inputs, M rows, G groups.
@@ -34,6 +36,21 @@ def random_layer(bits, outputs, inputs, group, *, zeros=False, offsets=False, bi
     return Layer(codes, scales, group, points, lows, torch.randn(outputs, generator=draw) if bias else None)
 
 
+class Blocks(BlockWeight):
+    """Blocks of a GGUF file for the kernels, and what they stand for."""
+
+    def dequantised(self):
+        return GgufBlocks(self.kind).dequantise({"codes": self.blocks}).double()
+
+
+def random_blocks(kind, outputs, inputs, *, bias=False, seed=0):
+    draw, form = torch.Generator().manual_seed(seed), BLOCK_FORMS[kind]
+    blocks = torch.randint(0, 256, (outputs, inputs // form.values, form.bytes), generator=draw, dtype=torch.uint8)
+    for at in [208] if kind == "Q6_K" else [0, 2] if form.has_offsets else [0]:
+        blocks[..., at : at + 2] = torch.rand(*blocks.shape[:2], 1, generator=draw).half().view(torch.uint8)
+    return Blocks(blocks.flatten(1), kind, inputs, torch.randn(outputs, generator=draw) if bias else None)
+
+
 def random_linear(dtype, outputs, inputs, *, bias=False, seed=0):
     torch.manual_seed(seed)
     return nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
@@ -52,14 +69,18 @@ def quantised_activations(x_MK):
 
 
 LAYERS = {
-    "Q8": lambda outputs=80, inputs=192, **how: random_layer(8, outputs, inputs, inputs, **how),
-    "Q8, groups of 32": lambda outputs=80, inputs=192, **how: random_layer(8, outputs, inputs, 32, **how),
-    "Q4": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 32, **how),
-    "Q4, groups of 64": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 64, **how),
-    "Q4 with zeros": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 32, zeros=True, **how),
-    "Q4 with offsets": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 32, offsets=True, **how),
-    "BF16": lambda outputs=80, inputs=192, **how: random_linear(torch.bfloat16, outputs, inputs, **how),
-    "F32": lambda outputs=80, inputs=192, **how: random_linear(torch.float32, outputs, inputs, **how),
+    "Q8": lambda outputs=80, inputs=256, **how: random_layer(8, outputs, inputs, inputs, **how),
+    "Q8, groups of 32": lambda outputs=80, inputs=256, **how: random_layer(8, outputs, inputs, 32, **how),
+    "Q4": lambda outputs=80, inputs=256, **how: random_layer(4, outputs, inputs, 32, **how),
+    "Q4, groups of 64": lambda outputs=80, inputs=256, **how: random_layer(4, outputs, inputs, 64, **how),
+    "Q4 with zeros": lambda outputs=80, inputs=256, **how: random_layer(4, outputs, inputs, 32, zeros=True, **how),
+    "Q4 with offsets": lambda outputs=80, inputs=256, **how: random_layer(4, outputs, inputs, 32, offsets=True, **how),
+    **{
+        kind: lambda outputs=80, inputs=256, kind=kind, **how: random_blocks(kind, outputs, inputs, **how)
+        for kind in BLOCK_FORMS
+    },
+    "BF16": lambda outputs=80, inputs=256, **how: random_linear(torch.bfloat16, outputs, inputs, **how),
+    "F32": lambda outputs=80, inputs=256, **how: random_linear(torch.float32, outputs, inputs, **how),
 }
 each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 
@@ -93,6 +114,24 @@ def test_a_quantised_product_is_the_integer_sums_with_their_scales(bits, group, 
     close(PackedMatrix.of(layer).multiply(x_MK), expected, 1e-5)
 
 
+@pytest.mark.parametrize("kind", BLOCK_FORMS)
+def test_a_product_by_blocks_is_the_integer_sums_with_the_scales_that_the_gguf_package_decodes(kind):
+    layer, x_MK = random_blocks(kind, 48, 512, bias=True), rows(7, 512)
+    weight_NK = torch.from_numpy(quants.dequantize(layer.blocks.numpy(), GGMLQuantizationType[kind]))
+    expected = quantised_activations(x_MK) @ weight_NK.double().T + layer.bias.double()
+    close(PackedMatrix.of(layer).multiply(x_MK), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMS)
+def test_packed_blocks_are_read_back_byte_by_byte(kind):
+    layers = [random_blocks(kind, outputs, 512, seed=outputs) for outputs in (64, 20)]
+    matrix = PackedMatrix.of(*layers)
+    outputs_N = torch.tensor([[83, 0], [63, 64]])
+    assert torch.equal(matrix.unpacked_blocks(outputs_N, kind), torch.cat([layer.blocks for layer in layers])[outputs_N])
+    with pytest.raises(IndexError, match="84 of 84"):
+        matrix.unpacked_blocks(torch.tensor([84]), kind)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_float_product_keeps_the_activations_as_they_are(dtype):
     layer, x_MK = random_linear(dtype, 48, 576, bias=True), rows(9, 576)
@@ -107,7 +146,7 @@ def close(found, expected, share):
 
 @each_layer
 def test_a_row_does_not_depend_on_the_rows_beside_it(layer):
-    matrix, x_MK = PackedMatrix.of(layer(bias=True)), rows(70, 192)
+    matrix, x_MK = PackedMatrix.of(layer(bias=True)), rows(70, 256)
     together = matrix.multiply(x_MK)
     for first, last in [(0, 1), (1, 3), (3, 10), (10, 26), (5, 70)]:
         assert torch.equal(matrix.multiply(x_MK[first:last]), together[first:last])
@@ -117,14 +156,14 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(layer):
 def test_a_product_does_not_depend_on_the_number_of_threads(layer):
     matrix = PackedMatrix.of(layer())
     for count in (1, 33):
-        alone, *others = (matrix.multiply(rows(count, 192), threads=threads) for threads in (1, 2, 3))
+        alone, *others = (matrix.multiply(rows(count, 256), threads=threads) for threads in (1, 2, 3))
         assert all(torch.equal(alone, other) for other in others)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 40])
 def test_another_arithmetic_gives_the_same_bits(name, count, compute_elsewhere):
-    matrix, x_MK = PackedMatrix.of(LAYERS[name](bias=True)), rows(count, 192)
+    matrix, x_MK = PackedMatrix.of(LAYERS[name](bias=True)), rows(count, 256)
     here = matrix.multiply(x_MK)
     compute_elsewhere()
     assert torch.equal(matrix.multiply(x_MK), here)
@@ -132,8 +171,22 @@ def test_another_arithmetic_gives_the_same_bits(name, count, compute_elsewhere):
 
 @pytest.mark.parametrize("bits, low, high, offsets", [(8, -128, 127, False), (4, 0, 255, False), (4, 0, 255, True)])
 def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, offsets, compute_elsewhere):
-    layer, x_MK = random_layer(bits, 32, 192, 32, offsets=offsets), torch.tensor([1.0, -1.0])[:, None].expand(2, 192)
+    layer, x_MK = random_layer(bits, 32, 256, 32, offsets=offsets), torch.tensor([1.0, -1.0])[:, None].expand(2, 256)
     layer.codes[:16], layer.codes[16:] = low, high
+    compute_elsewhere()
+    close(PackedMatrix.of(layer).multiply(x_MK), quantised_activations(x_MK) @ layer.dequantised().T, 1e-6)
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMS)
+def test_the_largest_codes_of_blocks_do_not_overflow(kind, compute_elsewhere):
+    layer, x_MK = random_blocks(kind, 32, 256), torch.tensor([1.0, -1.0])[:, None].expand(2, 256)
+    scales = layer.blocks.unflatten(-1, (-1, BLOCK_FORMS[kind].bytes))
+    numbers = scales[..., 208:].clone() if kind == "Q6_K" else scales[..., :4].clone()
+    layer.blocks[:] = 255
+    if kind == "Q6_K":
+        scales[..., 208:] = numbers
+    else:
+        scales[..., : 4 if BLOCK_FORMS[kind].has_offsets else 2] = numbers[..., : 4 if BLOCK_FORMS[kind].has_offsets else 2]
     compute_elsewhere()
     close(PackedMatrix.of(layer).multiply(x_MK), quantised_activations(x_MK) @ layer.dequantised().T, 1e-6)
 
@@ -157,7 +210,7 @@ def test_outputs_and_inputs_may_have_any_size(name, outputs, inputs):
 
 @each_layer
 def test_layers_packed_as_one_give_what_each_gives(layer):
-    layers, x_MK = [layer(outputs=n, bias=n == 40, seed=n) for n in (64, 40, 24)], rows(3, 192)
+    layers, x_MK = [layer(outputs=n, bias=n == 40, seed=n) for n in (64, 40, 24)], rows(3, 256)
     assert torch.equal(
         PackedMatrix.of(*layers).multiply(x_MK), torch.cat([PackedMatrix.of(one).multiply(x_MK) for one in layers], dim=1)
     )
@@ -165,7 +218,7 @@ def test_layers_packed_as_one_give_what_each_gives(layer):
 
 @each_layer
 def test_a_part_of_a_matrix_gives_its_outputs_from_the_same_memory(layer):
-    layers, x_MK = [layer(outputs=n, bias=n == 40, seed=n) for n in (64, 40, 24)], rows(3, 192)
+    layers, x_MK = [layer(outputs=n, bias=n == 40, seed=n) for n in (64, 40, 24)], rows(3, 256)
     whole = PackedMatrix.of(*layers)
     for first, last in ((0, 64), (64, 104), (96, 128)):
         part = whole.part(first, last)
@@ -177,14 +230,14 @@ def test_a_part_of_a_matrix_gives_its_outputs_from_the_same_memory(layer):
 @each_layer
 def test_a_row_of_the_matrix_is_the_weights_of_its_output(layer):
     one = layer()
-    expected = one.dequantised().float() if isinstance(one, Layer) else one.weight.detach().float()
+    expected = one.dequantised().float() if hasattr(one, "dequantised") else one.weight.detach().float()
     matrix = PackedMatrix.of(one)
     assert torch.equal(torch.stack([matrix.row(n) for n in range(80)]), expected)
 
 
 def test_inputs_may_be_bfloat16_of_any_leading_shape():
-    matrix, x = PackedMatrix.of(LAYERS["Q4"]()), rows(6, 192).bfloat16()
-    product = matrix.multiply(x.view(2, 3, 192))
+    matrix, x = PackedMatrix.of(LAYERS["Q4"]()), rows(6, 256).bfloat16()
+    product = matrix.multiply(x.view(2, 3, 256))
     assert product.shape == (2, 3, 80) and product.dtype == torch.bfloat16
     assert torch.equal(product.flatten(0, 1), matrix.multiply(x.float()).bfloat16())
 
@@ -192,7 +245,7 @@ def test_inputs_may_be_bfloat16_of_any_leading_shape():
 @each_layer
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_shows_and_spoils_no_other(layer, wrong):
-    matrix, x_MK = PackedMatrix.of(layer()), rows(3, 192)
+    matrix, x_MK = PackedMatrix.of(layer()), rows(3, 256)
     expected = matrix.multiply(x_MK)
     x_MK[1, 40] = wrong
     found = matrix.multiply(x_MK)
@@ -202,8 +255,8 @@ def test_a_row_that_is_not_finite_shows_and_spoils_no_other(layer, wrong):
 
 def test_activations_of_zero_and_of_almost_zero_give_zero():
     matrix = PackedMatrix.of(LAYERS["Q4"]())
-    assert torch.equal(matrix.multiply(torch.zeros(2, 192)), torch.zeros(2, 80))
-    assert torch.equal(matrix.multiply(torch.full((2, 192), 1e-38)), torch.zeros(2, 80))
+    assert torch.equal(matrix.multiply(torch.zeros(2, 256)), torch.zeros(2, 80))
+    assert torch.equal(matrix.multiply(torch.full((2, 256), 1e-38)), torch.zeros(2, 80))
 
 
 def test_rows_and_outputs_that_are_not_there_are_errors():
@@ -223,6 +276,8 @@ def test_layers_that_do_not_fit_together_are_refused():
         PackedMatrix.of(LAYERS["Q4"](), LAYERS["Q4, groups of 64"]())
     with pytest.raises(ValueError, match="its groups have 96 weights"):
         PackedMatrix.of(random_layer(4, 16, 192, 96))
+    with pytest.raises(ValueError, match="cannot be packed together with codes"):
+        PackedMatrix.of(LAYERS["Q4_K"](), LAYERS["Q4"]())
     with pytest.raises(ValueError, match="float16"):
         PackedMatrix.of(nn.Linear(32, 16, dtype=torch.float16))
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from itertools import product
-from math import prod
 
 import gguf
 import numpy as np
@@ -13,6 +12,7 @@ from gguf import GGUFReader, quants
 
 from bessemer.core.errors import ArtefactError
 from bessemer.model.cpu_kernels import library, unavailable
+from bessemer.model.cpu_kernels.packed_matmuls import packed_products
 from bessemer.model.formats import gguf_blocks as gguf_codes
 from bessemer.model.formats import gguf_open, packaged_smollm2
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, dequantise, encode_blocks, encode_values, is_quantised_type
@@ -187,8 +187,8 @@ def test_a_group_that_is_not_finite_has_a_scale_that_shows_it():
 WIDE = LLAMA.with_changes(hidden_size=256, head_dim=64, intermediate_size=512)
 
 
-def in_k_types(tmp_path, model):
-    """A file as llama.cpp's Q4_K_M is: random blocks, some matrices in Q6_K."""
+def in_types(tmp_path, model, most=12, others=14):
+    """A file as llama.cpp's Q4_K_M is: random blocks, some matrices in Q6_K; or in other types, by llama.cpp's numbers."""
     save_model(model, tmp_path / "folder", tokenizer=None)
     export_gguf(tmp_path / "folder", tmp_path / "wide.gguf", "f16")
     draws = np.random.default_rng(0)
@@ -197,21 +197,49 @@ def in_k_types(tmp_path, model):
         kind = BLOCK_TYPES[number]
         raw = numbers(kind, draws, blocks=tensor.size // kind.values)
         for name in {"d", "m"} & set(kind.layout.names):
-            raw.view(kind.layout)[name] *= 1e-3
+            raw.view(kind.layout)[name] *= 1e-3 if kind.values > 32 else 1e-2
+        if kind.name == "MXFP4":
+            raw.view(kind.layout)["e"] -= 30  # within float16
         return raw.reshape(len(tensor), -1), gguf.GGMLQuantizationType(number)
 
     def change(tensors):
         for name, (tensor, _) in tensors.items():
             if tensor.ndim == 2:
-                tensors[name] = blocks_of(tensor, 14 if name.endswith(("ffn_down.weight", "token_embd.weight")) else 12)
+                tensors[name] = blocks_of(tensor, others if name.endswith(("ffn_down.weight", "token_embd.weight")) else most)
 
     rewritten(tmp_path / "wide.gguf", tmp_path / "model.gguf", change_tensors=change)
     return tmp_path / "model.gguf"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_file_in_k_types_is_opened_in_codes_of_8_bits_and_says_so(tied, tmp_path):
-    path = in_k_types(tmp_path, random_decoder(WIDE.with_changes(tie_word_embeddings=tied)))
+def test_a_file_in_k_types_is_opened_with_its_own_blocks_and_has_the_logits_of_transformers(tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    path = in_types(tmp_path, random_decoder(WIDE.with_changes(tie_word_embeddings=tied)))
+    opened = gguf_open.open_gguf(path)
+    assert opened.encoded is None
+    assert {part.scheme.kind for part in quantised_parts(opened.model).values()} == {"Q4_K", "Q6_K"}
+    tokens_BT = random_tokens(WIDE, 2, 9)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
+    expected = logits(lambda tokens_BT: theirs(tokens_BT).logits, tokens_BT)
+    torch.testing.assert_close(logits(opened.model, tokens_BT), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("number", [6, 7, 12, 13, 14], ids=["Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+def test_blocks_of_a_file_go_through_the_engines_pack_and_out_to_gguf_again_without_a_change(number, tmp_path):
+    path = in_types(tmp_path, random_decoder(WIDE), number, number)
+    model = load_model(path)
+    before = {name: part.codes.clone() for name, part in quantised_parts(model).items()}
+    if library() is not None:
+        matmuls = packed_products(model, 1, release=True)
+        assert matmuls.products and all(part.is_released for part in matmuls.products)
+    save_model(model, tmp_path / "again", tokenizer=None)
+    export_gguf(tmp_path / "again", tmp_path / "again.gguf")
+    again = quantised_parts(load_model(tmp_path / "again.gguf"))
+    assert before and all(torch.equal(again[name].codes, codes) for name, codes in before.items())
+
+
+def test_a_file_in_a_type_without_a_scheme_is_opened_in_codes_of_8_bits_and_says_so(tmp_path):
+    path = in_types(tmp_path, random_decoder(WIDE), 39, 39)
     opened = gguf_open.open_gguf(path)
     import_gguf(path, tmp_path / "imported")
     exact = load_model(tmp_path / "imported").state_dict()
@@ -219,15 +247,17 @@ def test_a_file_in_k_types_is_opened_in_codes_of_8_bits_and_says_so(tied, tmp_pa
         assert part.scheme.bits == 8
         weight = exact[f"{name}.weight"]
         assert (part.weight - weight).abs().max() <= weight.abs().max() * 0.005, name
-    assert {
-        name for name, tensor in opened.model.state_dict().items() if tensor.dtype == torch.float32 and tensor.ndim == 2
-    } == {f"{name}.scales" for name in quantised_parts(opened.model)}
     assert opened.encoded.startswith(f"{len(quantised_parts(opened.model))} matrices are held in codes of 8 bits (")
 
 
+def test_a_setting_that_names_the_scheme_of_files_is_refused():
+    with pytest.raises(ValueError, match="gguf is what GGUF files hold; to make one: bessemer export"):
+        QuantizeConfig(scheme="gguf")
+
+
 def test_a_model_that_does_not_fit_into_memory_is_refused_before_a_tensor_is_read(tmp_path, monkeypatch):
-    path = in_k_types(tmp_path, random_decoder(WIDE))
-    monkeypatch.setattr(gguf_open, "free_memory_bytes", lambda: 1_000_000)
+    path = in_types(tmp_path, random_decoder(WIDE))
+    monkeypatch.setattr(gguf_open, "free_memory_bytes", lambda: 400_000)
     monkeypatch.setattr(gguf_open.GgufFile, "read_codes", None)
     with pytest.raises(ArtefactError, match=r"opened it takes 0\.0 GB of memory, and 0\.0 GB are free"):
         load_model(path)
@@ -255,7 +285,7 @@ def test_opening_a_file_takes_little_more_memory_than_its_codes(form, tmp_path):
     config = WIDE.with_changes(hidden_size=1024, head_dim=256, intermediate_size=2048, vocab_size=16_000)
     shapes = tensor_shapes(config)
     zeros = fill(empty_decoder(config), {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()})
-    path, small = in_k_types(tmp_path, zeros), in_k_types(tmp_path / "small", random_decoder(WIDE))
+    path, small = in_types(tmp_path, zeros), in_types(tmp_path / "small", random_decoder(WIDE))
     if form != "K types":
         export_gguf(tmp_path / "folder", path, form)
     write_small_tokenizer(tmp_path / "tokenizer")
@@ -263,7 +293,5 @@ def test_opening_a_file_takes_little_more_memory_than_its_codes(form, tmp_path):
         [sys.executable, "-c", _PEAK, tmp_path / "tokenizer", small, path], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    codes = sum(map(prod, shapes.values())) * 8.5 / 8 if form == "K types" else path.stat().st_size
+    codes = path.stat().st_size
     assert codes < int(done.stdout) < 2 * codes + 5e6
-    # the small file is of K types in any case
-    assert done.stderr.count("held in codes of 8 bits") == 1 + (form == "K types")

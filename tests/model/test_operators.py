@@ -31,8 +31,8 @@ def pages(dtype=torch.float32):
     return (keys, values, *scales), batch
 
 
-@pytest.mark.parametrize("name", ["Q4 with zeros", "BF16"])
-@pytest.mark.parametrize("shape", [(1, 192), (2, 3, 192)])
+@pytest.mark.parametrize("name", ["Q4 with zeros", "Q5_K", "BF16"])
+@pytest.mark.parametrize("shape", [(1, 256), (2, 3, 256)])
 def test_a_packed_product_is_an_operator(name, shape):
     matrix = PackedMatrix.of(LAYERS[name](bias=True))
     for dtype in (torch.float32, torch.bfloat16):
@@ -58,10 +58,10 @@ def test_an_exported_graph_holds_the_operator_and_gives_the_same_bits():
         def forward(self, x):
             return operators.packed_linear(2 * x, *arguments(matrix))
 
-    x = rows(3, 192)
+    x = rows(3, 256)
     exported = torch.export.export(Twice(), (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
     assert any(node.target is operators.packed_linear for node in exported.graph.nodes)
-    x = rows(7, 192)
+    x = rows(7, 256)
     assert torch.equal(exported.module()(x), matrix.multiply(2 * x))
 
 
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read():
     codes, *rest = arguments(PackedMatrix.of(LAYERS["Q4"]()))
     # which of them depends on the build of PyTorch
     with pytest.raises((ValueError, RuntimeError), match="the codes are not those"):
-        operators.packed_linear(rows(1, 192), codes[:-1], *rest)
+        operators.packed_linear(rows(1, 256), codes[:-1], *rest)
     layer, (starts, positions, tables) = pages()
     with pytest.raises((ValueError, RuntimeError), match="starts do not fit 3 rows"):
         operators.paged_attention(torch.randn(3, 4, 8), *layer, starts + 1, positions, tables, None, 0.3, 0.0, 0, 1)

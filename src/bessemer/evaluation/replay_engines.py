@@ -14,15 +14,17 @@ import numpy as np
 
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.model.cpu_kernels import library
 from bessemer.model.storage.tuned_folder import tuned_model
 
 Message = dict[str, str]
 
 
 class Runtime(Protocol):
-    """An engine with a model open. name: for the report."""
+    """An engine with a model open. name: for the report. rounds: whether it rounds activations to 8 bits, to multiply codes."""
 
     name: str
+    rounds: bool
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant speaks, by the model's own template and tokenizer; without a
@@ -45,8 +47,9 @@ class Runtime(Protocol):
 class OurEngine:
     """Our engine, in the type in which the model is stored."""
 
-    def __init__(self, place: Path, device: str = "cpu") -> None:
+    def __init__(self, place: Path, device: str = "cpu", *, is_coded: bool = False) -> None:
         self.name = "bessemer"
+        self.rounds = is_coded and device == "cpu" and library() is not None
         # one request at a time, as in the other engines
         self._engine = Engine(place, device=device, config=EngineConfig(max_num_seqs=1, prefix_cache=False))
 
@@ -86,6 +89,7 @@ class TransformersEngine:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.name = "transformers"
+        self.rounds = False
         self._torch = torch
         tuned = None if place.is_file() else tuned_model(place)
         folder = place if tuned is None else tuned.folder
@@ -122,9 +126,13 @@ class TransformersEngine:
                 given = self._torch.tensor([[token]])
         return tokens
 
-    def scores(self, prefix: Sequence[int], tokens: Sequence[int]) -> list[float]:
+    def logits(self, tokens_BT: Any) -> Any:
+        """Logits after every token, (B, T, V)."""
         with self._torch.no_grad():
-            logits_V = self._model(self._torch.tensor([list(prefix)])).logits[0, -1].float()
+            return self._model(tokens_BT).logits
+
+    def scores(self, prefix: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        logits_V = self.logits(self._torch.tensor([list(prefix)]))[0, -1].float()
         return [float(logits_V[token]) for token in tokens]
 
     def text(self, token: int) -> str:
@@ -134,10 +142,11 @@ class TransformersEngine:
 class LlamaCppEngine:
     """llama.cpp by `llama-cpp-python`, its KV cache in float32: a GGUF file, with a LoRA-GGUF beside it or none."""
 
-    def __init__(self, place: Path, adapter: Path | None = None, context: int = 2048) -> None:
+    def __init__(self, place: Path, adapter: Path | None = None, context: int = 2048, *, is_coded: bool = False) -> None:
         import llama_cpp
 
         self.name = "llama.cpp"
+        self.rounds = is_coded
         self._library = llama_cpp
         self._model = llama_cpp.Llama(
             str(place),
@@ -167,6 +176,16 @@ class LlamaCppEngine:
         """Logits after what has been read, (V,)."""
         pointer = self._library.llama_get_logits_ith(self._model._ctx.ctx, -1)
         return np.ctypeslib.as_array(pointer, (self._model.n_vocab(),)).copy()
+
+    def logits(self, text: Sequence[int], first: int) -> list[np.ndarray]:
+        """Logits after the first tokens of a text, and after each of the others, read one by one, (V,) each."""
+        self._model.reset()
+        self._model.eval(list(text[:first]))
+        found = [self._logits()]
+        for token in text[first:]:
+            self._model.eval([token])
+            found.append(self._logits())
+        return found
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         self._model.reset()

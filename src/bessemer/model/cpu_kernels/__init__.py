@@ -36,7 +36,7 @@ _LIBRARY = torch.library.Library("bessemer", "DEF")
 _BATCH = "Tensor starts, Tensor positions, Tensor tables"
 
 for _schema in (
-    "packed_linear(Tensor x, Tensor codes, Tensor? scales, Tensor? zeros, Tensor? offsets, Tensor? bias, "
+    "packed_linear(Tensor x, Tensor codes, Tensor? scales, Tensor? zeros, Tensor? offsets, Tensor? parts, Tensor? bias, "
     "int kind, int outputs, int inputs, int group, int threads) -> Tensor",
     f"paged_attention(Tensor query, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, {_BATCH}, "
     "Tensor? sinks, float scale, float softcap, int window, int threads) -> Tensor",
@@ -58,6 +58,7 @@ def _(
     scales: Tensor | None,
     zeros: Tensor | None,
     offsets: Tensor | None,
+    parts: Tensor | None,
     bias: Tensor | None,
     *how: int,
 ) -> Tensor:
@@ -280,6 +281,9 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.bessemer_matrix_size.restype = size
     kernels.bessemer_encode_blocks.argtypes = [count, pointer, size, pointer, pointer, count]
     kernels.bessemer_encode_blocks.restype = count
+    kernels.bessemer_pack_blocks.argtypes, kernels.bessemer_pack_blocks.restype = [count, pointer, pointer, count], count
+    kernels.bessemer_unpack_blocks.argtypes = [count, pointer, pointer, size, pointer]
+    kernels.bessemer_unpack_blocks.restype = count
     kernels.bessemer_read_row.argtypes, kernels.bessemer_read_row.restype = [pointer, size, pointer], None
     kernels.bessemer_step_sizes.argtypes, kernels.bessemer_step_sizes.restype = [pointer], None
     kernels.bessemer_step_new.argtypes, kernels.bessemer_step_new.restype = [pointer, count], pointer

@@ -1,9 +1,17 @@
-// Tensors of GGUF files in codes of 8 bits. See docs/kernels.md.
+// Tensors of GGUF files: packed as they are, and in codes of 8 bits. See docs/kernels.md.
 #pragma once
 #include <cstdint>
+
+#include "matrices.h"
 
 extern "C" {
 // Encodes `count` blocks of a quantised number type, numbered as by llama.cpp, anew: int8 codes, one for each value in their order,
 // and a scale for every 32 of them, a float16's value. Returns 1, and 0 for a type that is not known here.
 int32_t bessemer_encode_blocks(int32_t type, const uint8_t* blocks, int64_t count, int8_t* codes, float* scales, int32_t threads);
+// Packs the rows of a tensor of one of the types Q5_0, Q5_1, Q4_K, Q5_K and Q6_K, n rows of k values, without a change of a number.
+// The matrix has the tensor's n, k, kind and group, and memory for its codes and their scales; its bias is not read. Returns 1, and 0
+// for another type.
+int32_t bessemer_pack_blocks(int32_t type, const uint8_t* blocks, const bessemer::Matrix* matrix, int32_t threads);
+// The blocks that were packed of some outputs, one row after the other.
+int32_t bessemer_unpack_blocks(int32_t type, const bessemer::Matrix* matrix, const int64_t* outputs, int64_t count, uint8_t* blocks);
 }

@@ -1,6 +1,7 @@
 #include "matrices.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "guards.h"
 #include "registers.h"
@@ -14,25 +15,37 @@ using namespace registers;
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// The code of input i of an output, whose lane of the first four neighbours begins at `codes`.
+inline int code_at(Kind kind, const uint8_t* codes, int64_t i) {
+    const int64_t part = i / 32, four = i % 32 / 4, upper = bits_of(kind) - 4;
+    if (kind == Q8) return codes[i / 4 * 64 + i % 4];
+    codes += part * (4 + upper) * 64 + i % 4;
+    const int low = codes[four / 2 * 64] >> (four % 2 * 4) & 15;
+    if (!upper) return low;
+    const int64_t bit = four * upper;
+    return low | (codes[(4 + bit / 8) * 64] >> ((bit + 4) % 8) & ((1 << upper) - 1)) << 4;
+}
+
 }  // namespace
 
 int64_t rows_bytes(Kind kind, int64_t m, int64_t k) {
     const int64_t K = padded(k);
-    if (kind == F32 || kind == BF16) return 0;
-    return aligned(m * K) + 4 * aligned(m * K / GROUP * 4);
+    if (!is_coded(kind)) return 0;
+    return aligned(m * K) + 5 * aligned(m * K / GROUP * 4);
 }
 
 Rows rows_in(Kind kind, int64_t m, int64_t k, const float* values, int64_t stride, void* memory) {
     const int64_t K = padded(k);
-    Rows rows{m, k, values, stride, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Rows rows{m, k, values, stride, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     char* place = static_cast<char*>(memory);
-    if (kind == Q8 || kind == Q4) {
+    if (is_coded(kind)) {
         const int64_t step = aligned(m * K / GROUP * 4);
         rows.codes = reinterpret_cast<int8_t*>(place);
         rows.scales = reinterpret_cast<float*>(place += aligned(m * K));
         rows.sums = reinterpret_cast<int32_t*>(place += step);
         rows.sums_of_8 = reinterpret_cast<int32_t*>(place += step);
         rows.sums_of_128 = reinterpret_cast<int32_t*>(place += step);
+        rows.half_sums = reinterpret_cast<int32_t*>(place += step);
     }
     return rows;
 }
@@ -49,12 +62,13 @@ Rows some_rows(const Rows& rows, int64_t first, int64_t last) {
         some.sums += parts;
         some.sums_of_8 += parts;
         some.sums_of_128 += parts;
+        some.half_sums += parts;
     }
     return some;
 }
 
 void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last) {
-    if (matrix.kind == F32 || matrix.kind == BF16) return;
+    if (!is_coded(matrix.kind)) return;
     const int64_t k = rows.k, K = padded(k), parts = K / GROUP;
     for (int64_t r = first; r < last; ++r)
         for (int64_t part = 0; part < parts; ++part) {
@@ -65,16 +79,17 @@ void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last)
                 std::copy(values, values + (k - begin), last);
                 values = last;
             }
+            const int8_t* codes = rows.codes + at * GROUP;
             const int32_t sum = quantise_group(values, rows.codes + at * GROUP, rows.scales + at);
             rows.sums[at] = -sum;
             rows.sums_of_8[at] = -8 * sum;
             rows.sums_of_128[at] = -128 * sum;
+            rows.half_sums[at] = -std::accumulate(codes, codes + GROUP / 2, 0);
         }
 }
 
 void multiply(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t n_first, int64_t n_last) {
-    const bool codes = matrix.kind == Q8 || matrix.kind == Q4;
-    (codes ? quantised_product : float_product)(matrix, rows, out, stride, n_first / WIDTH, blocks(n_last));
+    (is_coded(matrix.kind) ? quantised_product : float_product)(matrix, rows, out, stride, n_first / WIDTH, blocks(n_last));
 }
 
 void read_row(const Matrix& matrix, int64_t output, float* out) {
@@ -89,15 +104,21 @@ void read_row(const Matrix& matrix, int64_t output, float* out) {
         for (int64_t i = 0; i < k; ++i) out[i] = bfloat_to_float(codes[i / 2 * 2 * WIDTH + i % 2]);
         return;
     }
-    const bool bytes = matrix.kind == Q8;
-    const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + block * WIDTH * (bytes ? K : K / 2) + 4 * lane;
+    const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + block * WIDTH * K * bits_of(matrix.kind) / 8 + 4 * lane;
+    const uint8_t* parts = matrix.parts ? matrix.parts + block * K + lane : nullptr;
     const int64_t groups = K / matrix.group;
     for (int64_t i = 0; i < k; ++i) {
         const int64_t group = (block * groups + i / matrix.group) * WIDTH + lane;
-        const int zero = matrix.zeros ? matrix.zeros[group] : matrix.offsets ? 0 : bytes ? 128 : 8;
-        const int code = bytes ? codes[i / 4 * 64 + i % 4] : codes[i / 8 * 64 + i % 4] >> (i % 8 / 4 * 4) & 15;
-        out[i] = half_to_float(matrix.scales[group]) * float(code - zero);
-        if (matrix.offsets) out[i] += half_to_float(matrix.offsets[group]);
+        const int zero = matrix.zeros ? matrix.zeros[group] : matrix.offsets ? 0 : 1 << (bits_of(matrix.kind) - 1);
+        float scale = half_to_float(matrix.scales[group]), offset = matrix.offsets ? half_to_float(matrix.offsets[group]) : 0.0f;
+        if (parts && matrix.kind == Q6) {
+            scale *= float(int8_t(parts[i / 16 * WIDTH]));
+        } else if (parts) {
+            scale *= float(parts[i / 32 * 32]);
+            offset *= float(parts[i / 32 * 32 + WIDTH]);
+        }
+        out[i] = scale * float(code_at(matrix.kind, codes, i) - zero);
+        if (matrix.offsets) out[i] += offset;
     }
 }
 

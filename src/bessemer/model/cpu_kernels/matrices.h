@@ -8,13 +8,16 @@
 
 namespace bessemer {
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3, Q5 = 4, Q6 = 5 };
 
 constexpr int64_t WIDTH = 16;  // outputs side by side: one block of outputs
 constexpr int64_t GROUP = 32;  // neighbours along k that share a scale of the activations; k is padded to a multiple of it
 
 inline int64_t padded(int64_t k) { return (k + GROUP - 1) / GROUP * GROUP; }
 inline int64_t blocks(int64_t n) { return (n + WIDTH - 1) / WIDTH; }
+inline bool is_coded(Kind kind) { return kind >= Q8; }
+// Bits of a code, of a matrix of codes.
+inline int64_t bits_of(Kind kind) { return kind == Q8 ? 8 : kind == Q4 ? 4 : kind == Q5 ? 5 : 6; }
 
 // A linear layer's weight (n outputs, k inputs), packed by PackedMatrix in packed.py, which mirrors this struct.
 // For every block of 16 outputs, and K = padded(k):
@@ -22,28 +25,35 @@ inline int64_t blocks(int64_t n) { return (n + WIDTH - 1) / WIDTH; }
 //   BF16  uint16   [K / 2][16][2]             2 neighbours of k in a lane
 //   Q8    uint8    [K / 4][16][4]             code + 128, 4 neighbours of k in a lane
 //   Q4    uint8    [K / 8][16][4]             low nibbles k … k + 3, high nibbles k + 4 … k + 7
-//   scales float16 [groups][16], zeros uint8 [groups][16] (null: 128 for Q8 and 8 for Q4)
-//   offsets float16 [groups][16], Q4 alone: a weight is scale * code + offset, and there are no zeros (null: scale * (code - zero))
+//   Q5    uint8    [K / 32][4 + 1][16][4]     low four bits as in Q4; bit (f + 4) % 8 of a byte behind them is the fifth bit of the
+//                                             neighbours 4 f … 4 f + 3 of the 32
+//   Q6    uint8    [K / 32][4 + 2][16][4]     the same with two bits a code, (2 f + 4) % 8 the lower one, f < 4 in the first 16 lanes
+//   scales float16 [groups][16], zeros uint8 [groups][16] (null: 128 for Q8, 8 for Q4, 16 for Q5, 32 for Q6)
+//   offsets float16 [groups][16], Q4 and Q5 alone: a weight is scale * code + offset, and there are no zeros
+//   parts uint8    [K / 32][2][16], groups of 256: each 32 neighbours have a scale and an offset of their own, scale * the first
+//                                             number and offset * the second; in Q6 each 16 have a scale, and the numbers are int8
 struct Matrix {
     int64_t n, k;
     Kind kind;
-    int32_t group;          // neighbours along k that share a scale: 32, 64, 128, or padded(k)
-    const void* codes;      // aligned to 64 bytes, as are scales, zeros and offsets
+    int32_t group;          // neighbours along k that share a scale: 32, 64, 128, or padded(k); 256 where there are parts
+    const void* codes;      // aligned to 64 bytes, as are scales, zeros, offsets and parts
     const uint16_t* scales;
     const uint8_t* zeros;
     const uint16_t* offsets;
+    const uint8_t* parts;
     const float* bias;      // n, or null
 };
 
-// m rows of k activations, and their codes for quantised matrices (F32 and BF16 read the values). The caller owns all of it.
-// Rows prepared for a Q4 matrix serve every Q4 or Q8 matrix of the same k.
+// m rows of k activations, and their codes for matrices of codes (F32 and BF16 read the values). The caller owns all of it.
+// Rows prepared for a matrix of codes serve every other of the same k.
 struct Rows {
     int64_t m, k;
     const float* values;    // row r begins at values + r * stride
     int64_t stride;
-    int8_t* codes;          // Q8, Q4: [m][K], rounded to nearest even
-    float* scales;          // Q8, Q4: [m][K / 32], largest |x| of the group / 127
-    int32_t *sums, *sums_of_8, *sums_of_128;  // Q8, Q4: [m][K / 32], -1, -8 and -128 times the sum of the group's codes
+    int8_t* codes;          // [m][K], rounded to nearest even
+    float* scales;          // [m][K / 32], largest |x| of the group / 127
+    int32_t *sums, *sums_of_8, *sums_of_128;  // [m][K / 32], -1, -8 and -128 times the sum of the group's codes
+    int32_t* half_sums;     // [m][K / 32], -1 times the sum of the group's first 16 codes
 };
 
 // Bytes that m rows of k need beside their values, for a matrix of this kind.

@@ -55,31 +55,37 @@ T* pages_at(const Tensor& tensor) {
 }
 
 Matrix matrix_of(const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& offsets,
-                 const MaybeTensor& bias, int64_t kind, int64_t outputs, int64_t inputs, int64_t group) {
-    require(kind >= F32 && kind <= Q4 && outputs > 0 && inputs > 0, "a packed matrix has a kind, outputs and inputs");
+                 const MaybeTensor& parts, const MaybeTensor& bias, int64_t kind, int64_t outputs, int64_t inputs, int64_t group) {
+    require(kind >= F32 && kind <= Q6 && outputs > 0 && inputs > 0, "a packed matrix has a kind, outputs and inputs");
     const int64_t lanes = blocks(outputs) * WIDTH, whole = padded(inputs);
-    const int64_t bytes[] = {4 * inputs, 2 * whole, whole, whole / 2};
+    const int64_t bytes[] = {4 * inputs, 2 * whole, whole, whole / 2, whole * 5 / 8, whole * 6 / 8};
     require(codes.numel() * int64_t(codes.element_size()) == lanes * bytes[kind], "the codes are not those of the matrix");
-    if (kind == Q8 || kind == Q4) {
-        require(group == whole || group == 32 || group == 64 || group == 128, "the kernels know groups of 32, 64, 128 and a row");
+    if (is_coded(Kind(kind))) {
+        require(parts ? group == 256 : group == whole || group == 32 || group == 64 || group == 128,
+                "the kernels know groups of 32, 64, 128 and a row, and of 256 with parts");
+        require(!parts || (parts->scalar_type() == ScalarType::Byte && parts->numel() == lanes * whole / 16 && !zeros),
+                "two numbers of each 32 weights belong to a group of parts, in bytes, and no zeros");
+        require(kind <= Q4 || (!zeros && (parts || group == 32)), "codes of 5 and 6 bits have groups of 32 without zeros, or parts");
+        require(!parts || (kind != Q8 && (kind == Q6) == !offsets), "parts have offsets, but for those of 6 bits");
+        require(kind != Q6 || parts, "codes of 6 bits have parts");
         require(whole % group == 0 && scales && scales->scalar_type() == ScalarType::Half, "quantised weights have scales in float16");
         require(scales->numel() == lanes * (whole / group), "the scales are not those of the matrix");
         require(!zeros || zeros->numel() == scales->numel(), "the zeros are not those of the matrix");
-        require(!offsets || (kind == Q4 && !zeros && offsets->scalar_type() == ScalarType::Half && offsets->numel() == scales->numel()),
-                "offsets are of codes of 4 bits without zeros, in float16, one to a scale");
+        require(!offsets || ((kind == Q4 || kind == Q5) && !zeros && offsets->scalar_type() == ScalarType::Half && offsets->numel() == scales->numel()),
+                "offsets are of codes of 4 and 5 bits without zeros, in float16, one to a scale");
     }
     require(!bias || bias->numel() == outputs, "the bias is not that of the matrix");
     return {outputs, inputs, Kind(kind), int32_t(group), codes.const_data_ptr(), read<uint16_t>(scales), read<uint8_t>(zeros),
-            read<uint16_t>(offsets), read<float>(bias)};
+            read<uint16_t>(offsets), read<uint8_t>(parts), read<float>(bias)};
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros,
-                     const MaybeTensor& offsets, const MaybeTensor& bias, int64_t kind, int64_t outputs, int64_t inputs, int64_t group,
-                     int64_t threads) {
+                     const MaybeTensor& offsets, const MaybeTensor& parts, const MaybeTensor& bias, int64_t kind, int64_t outputs,
+                     int64_t inputs, int64_t group, int64_t threads) {
     constexpr int64_t MOST_DIMENSIONS = 16;
     const int64_t dimensions = x.dim();
     require(dimensions > 0 && dimensions <= MOST_DIMENSIONS && x.size(dimensions - 1) == inputs, "the rows do not fit the matrix");
-    const Matrix matrix = matrix_of(codes, scales, zeros, offsets, bias, kind, outputs, inputs, group);
+    const Matrix matrix = matrix_of(codes, scales, zeros, offsets, parts, bias, kind, outputs, inputs, group);
     const Tensor values = contiguous(x, ScalarType::Float);
     int64_t shape[MOST_DIMENSIONS], rows = 1;
     for (int64_t i = 0; i + 1 < dimensions; ++i) rows *= shape[i] = x.size(i);

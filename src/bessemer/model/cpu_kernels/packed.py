@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.cpu_kernels import library, packed_linear
-from bessemer.model.quantisation.base import Codes, KernelWeight
+from bessemer.model.quantisation.base import BlockWeight, Codes, KernelWeight
+from bessemer.model.quantisation.blocks import BLOCK_FORMS, GgufBlocks
 from bessemer.model.quantisation.integers import MIDDLE, pack
 from bessemer.model.quantisation.quantised_layers import PACKED_TENSORS, Keeper, QuantisedLinear
 
@@ -29,10 +30,12 @@ class Kind(IntEnum):
     BF16 = 1
     Q8 = 2
     Q4 = 3
+    Q5 = 4
+    Q6 = 5
 
 
 #: What can be packed.
-Layer = nn.Linear | QuantisedLinear | KernelWeight
+Layer = nn.Linear | QuantisedLinear | KernelWeight | BlockWeight
 
 
 class MatrixFields(ctypes.Structure):
@@ -47,6 +50,7 @@ class MatrixFields(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
 
@@ -66,13 +70,14 @@ class PackedMatrix:
         scales: Tensor | None,
         zeros: Tensor | None,
         offsets: Tensor | None,
+        parts: Tensor | None,
         bias: Tensor | None,
     ) -> None:
         self.kind = kind
         self.shape = shape
         self.group = group
         assert library() is not None, "ask library() before a matrix is packed"
-        self._tensors = (codes, scales, zeros, offsets, bias)
+        self._tensors = (codes, scales, zeros, offsets, parts, bias)
         self.fields = MatrixFields(
             *shape, kind, group, *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
         )
@@ -91,9 +96,12 @@ class PackedMatrix:
         """
         for reason in filter(None, map(refusal, layers)):
             raise ValueError(f"a layer cannot be packed: {reason}")
-        weights = [kernel_weight(layer) for layer in layers if not isinstance(layer, nn.Linear)]
+        weights = [weight for layer in layers if not isinstance(layer, nn.Linear) and (weight := kernel_weight(layer))]
+        blocks = [weight for weight in weights if isinstance(weight, BlockWeight)]
+        if blocks and len(blocks) == len(layers) and len({weight.kind for weight in blocks}) == 1:
+            return cls._of_blocks(blocks)
         plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        kinds = {_FLOATS[layer.weight.dtype] for layer in plain} | {_kind(weight) for weight in weights if weight}
+        kinds = {_FLOATS[layer.weight.dtype] for layer in plain} | {_kind(weight) for weight in weights}
         if len(kinds) != 1:
             raise ValueError(f"layers of one kind can be packed together, not {', '.join(sorted(k.name for k in kinds))}")
         kind = kinds.pop()
@@ -102,8 +110,38 @@ class PackedMatrix:
             size, inputs = weight_NK.shape
             bias = _bias([(layer.bias, layer.weight.shape[0]) for layer in plain])
             pack = _pack_float32 if kind is Kind.F32 else _pack_bfloat16
-            return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, None, bias)
-        return cls._quantised(kind, [weight for weight in weights if weight])
+            return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, None, None, bias)
+        if blocks:
+            raise ValueError("blocks of GGUF files cannot be packed together with codes")
+        return cls._quantised(kind, [weight for weight in weights if isinstance(weight, KernelWeight)])
+
+    @classmethod
+    def _of_blocks(cls, weights: list[BlockWeight]) -> PackedMatrix:
+        kernels, kind, inputs = library(), weights[0].kind, weights[0].inputs
+        assert kernels is not None, "ask library() before a matrix is packed"
+        form, outputs = BLOCK_FORMS[kind], sum(len(weight.blocks) for weight in weights)
+        blocks_NB = weights[0].blocks if len(weights) == 1 else torch.cat([weight.blocks for weight in weights])
+        # zeros, so that outputs that fill up the last sixteen are no noise
+        lanes, parts = -(-outputs // WIDTH), inputs // GROUP
+        codes = torch.zeros(lanes, parts, GROUP * WIDTH * form.bits // 8, dtype=torch.uint8)
+        scales, offsets = (torch.zeros(lanes, inputs // form.values, WIDTH, dtype=torch.float16) for _ in range(2))
+        of_parts = torch.zeros(lanes, parts, 2, WIDTH, dtype=torch.uint8) if form.has_parts else None
+        bias = _bias([(weight.bias, len(weight.blocks)) for weight in weights])
+        matrix = cls(
+            _kind(weights[0]),
+            (outputs, inputs),
+            form.values,
+            codes,
+            scales,
+            None,
+            offsets if form.has_offsets else None,
+            of_parts,
+            bias,
+        )
+        given, threads = blocks_NB.contiguous(), torch.get_num_threads()
+        done = kernels.bessemer_pack_blocks(form.number, given.data_ptr(), ctypes.byref(matrix.fields), threads)
+        assert done, f"the kernels do not know {kind}"
+        return matrix
 
     @classmethod
     def _quantised(cls, kind: Kind, weights: list[KernelWeight]) -> PackedMatrix:
@@ -130,16 +168,19 @@ class PackedMatrix:
         zeros = None if zeros_NG is None else _pack_groups(zeros_NG)
         offsets = _pack_groups(torch.cat(offsets_NG).half()) if offsets_NG else None
         bias = _bias([(weight.bias, len(weight.codes)) for weight in weights])
-        return cls(kind, (size, inputs), group, _pack_codes(codes_NP, kind), _pack_groups(scales_NG), zeros, offsets, bias)
+        return cls(
+            kind, (size, inputs), group, _pack_codes(codes_NP, kind), _pack_groups(scales_NG), zeros, offsets, None, bias
+        )
 
     def part(self, first: int, last: int) -> PackedMatrix:
         """The outputs first … last - 1 as a matrix of their own, in the same memory. first: a multiple of 16."""
         assert first % WIDTH == 0 and first < last <= self.shape[0], (first, last, self.shape)
         codes, *of_groups, bias = self._tensors
         blocks = slice(first // WIDTH, -(-last // WIDTH))
-        scales, zeros, offsets = (None if tensor is None else tensor[blocks] for tensor in of_groups)
+        scales, zeros, offsets, parts = (None if tensor is None else tensor[blocks] for tensor in of_groups)
         bias = None if bias is None else bias[first:last]
-        return PackedMatrix(self.kind, (last - first, self.shape[1]), self.group, codes[blocks], scales, zeros, offsets, bias)
+        shape = (last - first, self.shape[1])
+        return PackedMatrix(self.kind, shape, self.group, codes[blocks], scales, zeros, offsets, parts, bias)
 
     def multiply(self, x: Tensor, threads: int | None = None) -> Tensor:
         """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
@@ -163,7 +204,7 @@ class PackedMatrix:
 
     def unpacked(self, outputs_N: Tensor) -> dict[str, Tensor]:
         """The codes, scales, zeros and offsets that were packed, of some outputs (…,)."""
-        codes, scales, zeros, offsets, _ = self._tensors
+        codes, scales, zeros, offsets, *_ = self._tensors
         assert scales is not None, "a matrix of codes"
         block, lane = outputs_N // WIDTH, outputs_N % WIDTH
         inputs = self.shape[1]
@@ -180,6 +221,18 @@ class PackedMatrix:
             found["offsets"] = offsets[block, :, lane].float()
         return found
 
+    def unpacked_blocks(self, outputs_N: Tensor, kind: str) -> Tensor:
+        """The blocks of a type of GGUF files that were packed, of some outputs (…,): uint8 (…, bytes of a row)."""
+        kernels, form = library(), BLOCK_FORMS[kind]
+        assert kernels is not None, "ask library() before a matrix is packed"
+        places = outputs_N.to(torch.int64).contiguous()
+        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < self.shape[0]:
+            raise IndexError(f"outputs {int(places.min())} to {int(places.max())} of {self.shape[0]}")
+        blocks = torch.empty(*places.shape, self.shape[1] // form.values * form.bytes, dtype=torch.uint8)
+        matrix = ctypes.byref(self.fields)
+        kernels.bessemer_unpack_blocks(form.number, matrix, places.data_ptr(), places.numel(), blocks.data_ptr())
+        return blocks
+
     def keeper(self, layer: QuantisedLinear, first: int = 0) -> Keeper:
         """Gives back the codes of a layer that was packed here, its first output at the place `first`."""
         scheme, count = layer.scheme, layer.out_features
@@ -187,7 +240,10 @@ class PackedMatrix:
         others = {name: tensor for name, tensor in layer.tensors.items() if name not in PACKED_TENSORS}
 
         def stored(rows: Tensor | None) -> Codes:
-            packed = self.unpacked(first + (torch.arange(count) if rows is None else rows))
+            places = first + (torch.arange(count) if rows is None else rows)
+            if isinstance(scheme, GgufBlocks):
+                return Codes(scheme, {"codes": self.unpacked_blocks(places, scheme.kind)})
+            packed = self.unpacked(places)
             found = {name: packed[name] for name in names if name in packed}
             return Codes(scheme, found | {name: tensor if rows is None else tensor[rows] for name, tensor in others.items()})
 
@@ -204,9 +260,9 @@ class PackedMatrix:
         return out_K
 
 
-def kernel_weight(layer: QuantisedLinear | KernelWeight) -> KernelWeight | None:
+def kernel_weight(layer: QuantisedLinear | KernelWeight | BlockWeight) -> KernelWeight | BlockWeight | None:
     """A layer as the kernels multiply it, with its bias; None where they do not know its scheme."""
-    if isinstance(layer, KernelWeight):
+    if isinstance(layer, (KernelWeight, BlockWeight)):
         return layer
     weight = layer.scheme.kernel_weight(layer.stored.tensors)
     return None if weight is None else weight._replace(bias=layer.bias)
@@ -220,6 +276,8 @@ def refusal(layer: Layer) -> str | None:
     weight = kernel_weight(layer)
     if weight is None:
         return "the kernels do not know its scheme"
+    if isinstance(weight, BlockWeight):
+        return None
     inputs = weight.codes.shape[-1] * (1 if weight.codes.dtype == torch.int8 else 2)
     if weight.group_size not in (32, 64, 128, inputs):
         return f"its groups have {weight.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
@@ -229,7 +287,9 @@ def refusal(layer: Layer) -> str | None:
 _FLOATS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
 
 
-def _kind(weight: KernelWeight) -> Kind:
+def _kind(weight: KernelWeight | BlockWeight) -> Kind:
+    if isinstance(weight, BlockWeight):
+        return {4: Kind.Q4, 5: Kind.Q5, 6: Kind.Q6}[BLOCK_FORMS[weight.kind].bits]
     return Kind.Q8 if weight.codes.dtype == torch.int8 else Kind.Q4
 
 

@@ -1,9 +1,11 @@
-// Products of codes of 4 and 8 bits with activations of 8 bits, in parts of 32 neighbours along k. For every output
+// Products of codes of 4, 5, 6 and 8 bits with activations of 8 bits, in parts of 32 neighbours along k. For every output
 //   part    = activation scale * (sum of code * activation - zero * sum of activations), the sums in integers: exact
 //   output  = sum over the parts of part * weight scale                  where a row has several scales
 //   output  = (sum over the parts of part) * weight scale                where it has one
 // and, where groups have offsets in place of zeros,
 //   output  = sum over the parts of part * weight scale + (activation scale * sum of activations) * offset
+// where scale and offset of a part may themselves be a group's number times the part's own; in codes of 6 bits each half of a part has
+// a scale, and is a part of its own in the sums above;
 // with the parts in their order, whatever the rows beside it, and every multiplication that an addition follows fused with it.
 #include <algorithm>
 
@@ -15,7 +17,6 @@ namespace {
 
 using namespace registers;
 
-constexpr int64_t PART_BYTES = WIDTH * GROUP;  // codes of a part for a block of 16 outputs, one to a byte
 #ifdef BESSEMER_AVX2
 constexpr int64_t MOST_ROWS = 4, MOST_ROWS_OF_TWO = 1, FETCHING_ROWS = 2;
 constexpr bool SIGNED_BYTES = true;            // codes of 8 bits lose the 128 that was added to them before they are multiplied
@@ -28,9 +29,14 @@ constexpr bool SIGNED_BYTES = false;
 constexpr int64_t AHEAD = 4096;                 // bytes between the codes that are multiplied and those that are fetched
 constexpr int64_t NEAR_BYTES = 1 << 18;         // codes that stay in the second cache while all rows meet them
 
-enum Codes { BYTES, NIBBLES };             // one to a byte, or packed as in a Q4 matrix
-enum Scaling { WHOLE_ROW, EACH_PART };     // where the weight's scale comes in
+enum Codes { BYTES, NIBBLES, FIVES, SIXES };  // as in a Q8, Q4, Q5 or Q6 matrix
+// Where the weight's scale comes in. OF_CODES: a part's scale and offset are numbers of `parts` times its group's; of each half of it.
+enum Scaling { WHOLE_ROW, EACH_PART, EACH_PART_OF_CODES, EACH_HALF_OF_CODES };
 enum Zeros { ONE_FOR_ALL, EACH_GROUP, OFFSETS };
+
+constexpr int UPPER_BITS[] = {0, 0, 1, 2};  // of codes of a form, those above the four that lie in nibbles
+// Codes of a part for a block of 16 outputs, in bytes.
+constexpr int64_t part_bytes(Codes form) { return form == BYTES ? WIDTH * GROUP : (4 + UPPER_BITS[form]) * 4 * WIDTH; }
 
 // A block of outputs, or two: pointers to what belongs to some part of the first, and how far the second's lie.
 struct Blocks {
@@ -40,61 +46,86 @@ struct Blocks {
     const uint8_t* zeros;
     const uint16_t* offsets;
     int64_t groups_stride;
+    const uint8_t* parts;
+    int64_t parts_stride;
     int32_t parts_of_group;
     const Matrix* matrix;
 };
 
-// products[r][b] += codes * activations, over one part.
+// Codes of the fours 2 j and 2 j + 1 of a part at `codes`, j < 4, of a form of four bits and more. `upper` goes from call to call.
+template <Codes form>
+inline void load_pair(const uint8_t* codes, int j, Bytes& upper, Bytes& first, Bytes& second) {
+    constexpr int BITS = UPPER_BITS[form];
+    const Bytes loaded = load_bytes(codes + 64 * j);
+    first = low_nibbles(loaded);
+    second = high_nibbles(loaded);
+    if constexpr (BITS > 0) {
+        const int bit = 2 * j * BITS;  // that the first four's lie at in a byte, in order of use: from the middle up, then the lower half
+        if (bit % 4 == 0) upper = load_bytes(codes + 64 * (4 + bit / 8));
+        if (bit % 8 == 4) upper = up_four(upper);
+        first = joined<BITS>(first, upper);
+        upper = down<BITS>(upper);
+        second = joined<BITS>(second, upper);
+        upper = down<BITS>(upper);
+    }
+}
+
+// products[h][r][b] += codes * activations, over part h of the H equal ones of a part.
 #ifdef BESSEMER_AVX2
-template <Codes form, int R, int B>
-inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8_t* activations, int64_t k, Ints (&products)[R][B]) {
-    if constexpr (form == NIBBLES) {
-        Pairs sums[R][B];
-        for (int r = 0; r < R; ++r)
-            for (int b = 0; b < B; ++b) sums[r][b] = zero_pairs();
-        for (int j = 0; j < 8; j += 2)
-            for (int b = 0; b < B; ++b) {
-                const uint8_t* place = codes + b * codes_stride + 32 * j;
-                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + AHEAD);
-                const Bytes loaded = load_bytes(place), low = low_nibbles(loaded), high = high_nibbles(loaded);
-                for (int r = 0; r < R; ++r) {
-                    sums[r][b] = dot(sums[r][b], low, broadcast_four(activations + r * k + 4 * j));
-                    sums[r][b] = dot(sums[r][b], high, broadcast_four(activations + r * k + 4 * j + 4));
-                }
-            }
-        for (int r = 0; r < R; ++r)
-            for (int b = 0; b < B; ++b) products[r][b] = add(products[r][b], sums[r][b]);
-    } else {
+constexpr int PAIRS_TOGETHER[] = {0, 4, 2, 1};  // of fours, whose products stay within 16 bits: registers_avx2.h
+
+template <Codes form, int H, int R, int B>
+inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8_t* activations, int64_t k, Ints (&products)[H][R][B]) {
+    if constexpr (form == BYTES) {
         for (int j = 0; j < 8; ++j)
             for (int b = 0; b < B; ++b) {
                 const uint8_t* place = codes + b * codes_stride + 64 * j;
                 if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + AHEAD);
                 const ByteWeights weights = byte_weights(load_bytes(place));
-                for (int r = 0; r < R; ++r) products[r][b] = dot(products[r][b], weights, broadcast_four(activations + r * k + 4 * j));
+                for (int r = 0; r < R; ++r)
+                    products[j * H / 8][r][b] = dot(products[j * H / 8][r][b], weights, broadcast_four(activations + r * k + 4 * j));
             }
+    } else {
+        Bytes upper[B];
+        Pairs sums[R][B];
+        for (int j = 0; j < 4; ++j) {
+            if (j % PAIRS_TOGETHER[form] == 0)
+                for (int r = 0; r < R; ++r)
+                    for (int b = 0; b < B; ++b) sums[r][b] = zero_pairs();
+            for (int b = 0; b < B; ++b) {
+                const uint8_t* place = codes + b * codes_stride;
+                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 * j + AHEAD);
+                Bytes first, second;
+                load_pair<form>(place, j, upper[b], first, second);
+                for (int r = 0; r < R; ++r) {
+                    sums[r][b] = dot(sums[r][b], first, broadcast_four(activations + r * k + 8 * j));
+                    sums[r][b] = dot(sums[r][b], second, broadcast_four(activations + r * k + 8 * j + 4));
+                }
+            }
+            if ((j + 1) % PAIRS_TOGETHER[form] == 0)
+                for (int r = 0; r < R; ++r)
+                    for (int b = 0; b < B; ++b) products[j * H / 4][r][b] = add(products[j * H / 4][r][b], sums[r][b]);
+        }
     }
 }
 #else
-template <Codes form, int R, int B>
-inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8_t* activations, int64_t k, Ints (&products)[R][B]) {
-    constexpr int PER_LOAD = form == NIBBLES ? 2 : 1;
+template <Codes form, int H, int R, int B>
+inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8_t* activations, int64_t k, Ints (&products)[H][R][B]) {
+    constexpr int PER_LOAD = form == BYTES ? 1 : 2;
+    Bytes upper[B];
     for (int j = 0; j < 8; j += PER_LOAD) {
         Bytes weights[PER_LOAD][B];
         for (int b = 0; b < B; ++b) {
-            const uint8_t* place = codes + b * codes_stride + 64 / PER_LOAD * j;
-            if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + AHEAD);
-            const Bytes loaded = load_bytes(place);
-            if constexpr (form == NIBBLES) {
-                weights[0][b] = low_nibbles(loaded);
-                weights[1][b] = high_nibbles(loaded);
-            } else {
-                weights[0][b] = loaded;
-            }
+            const uint8_t* place = codes + b * codes_stride;
+            if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 / PER_LOAD * j + AHEAD);
+            if constexpr (form == BYTES) weights[0][b] = load_bytes(place + 64 * j);
+            else load_pair<form>(place, j / 2, upper[b], weights[0][b], weights[PER_LOAD - 1][b]);
         }
         for (int half = 0; half < PER_LOAD; ++half)
             for (int r = 0; r < R; ++r) {
                 const Fours four = broadcast_four(activations + r * k + 4 * (j + half));
-                for (int b = 0; b < B; ++b) products[r][b] = dot(products[r][b], weights[half][b], four);
+                for (int b = 0; b < B; ++b)
+                    products[j * H / 8][r][b] = dot(products[j * H / 8][r][b], weights[half][b], four);
             }
     }
 }
@@ -103,29 +134,49 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8
 // Adds parts first … last - 1 of the rows to total[r][b].
 template <Codes form, Scaling scaling, Zeros zeros, int R, int B>
 inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int64_t last, Floats (&total)[R][B]) {
+    constexpr int H = scaling == EACH_HALF_OF_CODES ? 2 : 1;
+    constexpr bool FROM_ZERO = zeros == OFFSETS || (form == BYTES && SIGNED_BYTES);  // the sums of products
+    constexpr int32_t ZERO = form == SIXES ? 32 : form == FIVES ? 16 : 1;
     const int64_t k = padded(rows.k), parts = k / GROUP;
-    const int32_t* corrections = zeros == EACH_GROUP ? rows.sums : blocks.matrix->kind == Q4 ? rows.sums_of_8 : rows.sums_of_128;
+    const int32_t* corrections =
+        zeros == EACH_GROUP || ZERO > 1 ? rows.sums : blocks.matrix->kind == Q4 ? rows.sums_of_8 : rows.sums_of_128;
     const uint8_t* codes = blocks.codes;
-    for (int64_t part = first; part < last; ++part, codes += form == NIBBLES ? PART_BYTES / 2 : PART_BYTES) {
+    for (int64_t part = first; part < last; ++part, codes += part_bytes(form)) {
         const int64_t group = scaling == WHOLE_ROW ? 0 : part / blocks.parts_of_group * WIDTH;
-        Ints products[R][B];
+        Ints products[H][R][B];
         for (int r = 0; r < R; ++r) {
-            const Ints correction = broadcast(zeros == OFFSETS || (form == BYTES && SIGNED_BYTES) ? 0 : corrections[r * parts + part]);
-            for (int b = 0; b < B; ++b)
-                products[r][b] = zeros == EACH_GROUP ? times_zeros(blocks.zeros + b * blocks.groups_stride + group, correction) : correction;
+            const int64_t at = r * parts + part;
+            for (int h = 0; h < H; ++h) {
+                const int32_t sum = FROM_ZERO ? 0 : H == 1 ? corrections[at] : h ? rows.sums[at] - rows.half_sums[at] : rows.half_sums[at];
+                const Ints correction = broadcast(ZERO * sum);
+                for (int b = 0; b < B; ++b)
+                    products[h][r][b] =
+                        zeros == EACH_GROUP ? times_zeros(blocks.zeros + b * blocks.groups_stride + group, correction) : correction;
+            }
         }
         multiply_part<form>(codes, blocks.codes_stride, rows.codes + part * GROUP, k, products);
-        Floats weight_scale[B];
-        if constexpr (scaling == EACH_PART)
-            for (int b = 0; b < B; ++b) weight_scale[b] = load_halves(blocks.scales + b * blocks.groups_stride + group);
-        Floats offset[B];
-        if constexpr (zeros == OFFSETS)
-            for (int b = 0; b < B; ++b) offset[b] = load_halves(blocks.offsets + b * blocks.groups_stride + group);
+        Floats weight_scale[H][B], offset[B];
+        for (int b = 0; b < B; ++b) {
+            if constexpr (scaling != WHOLE_ROW) weight_scale[0][b] = load_halves(blocks.scales + b * blocks.groups_stride + group);
+            if constexpr (zeros == OFFSETS) offset[b] = load_halves(blocks.offsets + b * blocks.groups_stride + group);
+            const int64_t place = part * 2 * WIDTH + b * blocks.parts_stride;
+            if constexpr (scaling == EACH_HALF_OF_CODES) {
+                const int8_t* halves = reinterpret_cast<const int8_t*>(blocks.parts + place);
+                weight_scale[1][b] = times(weight_scale[0][b], to_floats(widened(halves + WIDTH)));
+                weight_scale[0][b] = times(weight_scale[0][b], to_floats(widened(halves)));
+            }
+            if constexpr (scaling == EACH_PART_OF_CODES) {
+                weight_scale[0][b] = times(weight_scale[0][b], to_floats(widened(blocks.parts + place)));
+                offset[b] = times(offset[b], to_floats(widened(blocks.parts + place + WIDTH)));
+            }
+        }
         for (int r = 0; r < R; ++r) {
             const Floats scale = broadcast(rows.scales[r * parts + part]);
             for (int b = 0; b < B; ++b) {
-                if constexpr (scaling == WHOLE_ROW) total[r][b] = fma(to_floats(products[r][b]), scale, total[r][b]);
-                else total[r][b] = fma(times(to_floats(products[r][b]), scale), weight_scale[b], total[r][b]);
+                if constexpr (scaling == WHOLE_ROW) total[r][b] = fma(to_floats(products[0][r][b]), scale, total[r][b]);
+                else
+                    for (int h = 0; h < H; ++h)
+                        total[r][b] = fma(times(to_floats(products[h][r][b]), scale), weight_scale[h][b], total[r][b]);
             }
             if constexpr (zeros == OFFSETS) {
                 const Floats sum = broadcast(rows.scales[r * parts + part] * float(-rows.sums[r * parts + part]));
@@ -155,13 +206,15 @@ inline void finish(const Blocks& blocks, float* out, int64_t stride, int64_t blo
 // store it.
 inline Blocks blocks_at(const Matrix& matrix, int64_t block, int64_t part) {
     const int64_t parts = padded(matrix.k) / GROUP, groups = padded(matrix.k) / matrix.group, second = block + 1 < blocks(matrix.n);
-    const int64_t step = matrix.kind == Q4 ? PART_BYTES / 2 : PART_BYTES, place = block * groups * WIDTH;
+    const int64_t step = WIDTH * GROUP * bits_of(matrix.kind) / 8, place = block * groups * WIDTH;
     return {static_cast<const uint8_t*>(matrix.codes) + (block * parts + part) * step,
             second * parts * step,
             matrix.scales + place,
             matrix.zeros + (matrix.zeros ? place : 0),
             matrix.offsets + (matrix.offsets ? place : 0),
             second * groups * WIDTH,
+            matrix.parts + (matrix.parts ? block * parts * 2 * WIDTH : 0),
+            second * parts * 2 * WIDTH,
             matrix.group / int32_t(GROUP),
             &matrix};
 }
@@ -192,7 +245,7 @@ void few_rows_of(const Matrix& matrix, const Rows& rows, float* out, int64_t str
 template <Codes form, Scaling scaling, Zeros zeros>
 void any_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first_block, int64_t last_block) {
     const int64_t tiles = (rows.m + MOST_ROWS - 1) / MOST_ROWS;
-    const int64_t bytes = padded(matrix.k) * WIDTH / (form == NIBBLES ? 2 : 1), most = std::max<int64_t>(NEAR_BYTES / bytes / 2 * 2, 2);
+    const int64_t bytes = padded(matrix.k) / GROUP * part_bytes(form), most = std::max<int64_t>(NEAR_BYTES / bytes / 2 * 2, 2);
     for (int64_t first = first_block; first < last_block; first += most) {
         const int64_t last = std::min(first + most, last_block);
         for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -214,6 +267,11 @@ void any_scaling(const Matrix& matrix, const Rows& rows, float* out, int64_t str
 
 void quantised_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
     if (matrix.kind == Q8) any_scaling<BYTES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
+    else if (matrix.kind == Q6) any_rows<SIXES, EACH_HALF_OF_CODES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
+    else if (matrix.kind == Q5 && matrix.parts) any_rows<FIVES, EACH_PART_OF_CODES, OFFSETS>(matrix, rows, out, stride, first, last);
+    else if (matrix.kind == Q5 && matrix.offsets) any_rows<FIVES, EACH_PART, OFFSETS>(matrix, rows, out, stride, first, last);
+    else if (matrix.kind == Q5) any_rows<FIVES, EACH_PART, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
+    else if (matrix.parts) any_rows<NIBBLES, EACH_PART_OF_CODES, OFFSETS>(matrix, rows, out, stride, first, last);
     else if (matrix.offsets) any_rows<NIBBLES, EACH_PART, OFFSETS>(matrix, rows, out, stride, first, last);
     else if (matrix.zeros) any_scaling<NIBBLES, EACH_GROUP>(matrix, rows, out, stride, first, last);
     else any_scaling<NIBBLES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);

@@ -90,6 +90,18 @@ inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
 inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+// Each byte shifted up by four bits, and down by some; bits of a neighbouring byte may come in from the other side.
+inline Bytes up_four(Bytes a) { return {_mm512_slli_epi16(a.v, 4)}; }
+template <int BITS>
+inline Bytes down(Bytes a) { return {_mm512_srli_epi16(a.v, BITS)}; }
+// The codes of low four bits, and of the bits of `upper` from the fifth on.
+template <int BITS>
+inline Bytes joined(Bytes low, Bytes upper) {
+    return {_mm512_ternarylogic_epi32(low.v, upper.v, _mm512_set1_epi8(((1 << BITS) - 1) << 4), 0xf8)};
+}
+// Sixteen bytes as numbers, without a sign and with one.
+inline Ints widened(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+inline Ints widened(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 // The same four activations for every lane.
 struct Fours { __m512i v; };
 inline Fours broadcast_four(const int8_t* activations) {
@@ -150,6 +162,16 @@ inline Bytes load_bytes(const uint8_t* p) { Bytes r; std::memcpy(r.v, p, 64); re
 inline void store_bytes(uint8_t* p, const Bytes& a) { std::memcpy(p, a.v, 64); }
 inline Bytes low_nibbles(Bytes a) { for (auto& b : a.v) b &= 15; return a; }
 inline Bytes high_nibbles(Bytes a) { for (auto& b : a.v) b >>= 4; return a; }
+inline Bytes up_four(Bytes a) { for (auto& b : a.v) b = uint8_t(b << 4); return a; }
+template <int BITS>
+inline Bytes down(Bytes a) { for (auto& b : a.v) b >>= BITS; return a; }
+template <int BITS>
+inline Bytes joined(Bytes low, const Bytes& upper) {
+    for (int i = 0; i < 64; ++i) low.v[i] |= upper.v[i] & ((1 << BITS) - 1) << 4;
+    return low;
+}
+inline Ints widened(const uint8_t* p) { Ints r; EACH_LANE r.v[i] = p[i]; return r; }
+inline Ints widened(const int8_t* p) { Ints r; EACH_LANE r.v[i] = p[i]; return r; }
 struct Fours { const int8_t* v; };
 inline Fours broadcast_four(const int8_t* activations) { return {activations}; }
 inline Ints dot(Ints sum, const Bytes& weights, Fours activations) {

@@ -57,6 +57,25 @@ inline Bytes low_nibbles(Bytes a) {
     return {_mm256_and_si256(a.low, mask), _mm256_and_si256(a.high, mask)};
 }
 inline Bytes high_nibbles(Bytes a) { return low_nibbles({_mm256_srli_epi16(a.low, 4), _mm256_srli_epi16(a.high, 4)}); }
+// Each byte shifted up by four bits, and down by some; bits of a neighbouring byte may come in from the other side.
+inline Bytes up_four(Bytes a) { return {_mm256_slli_epi16(a.low, 4), _mm256_slli_epi16(a.high, 4)}; }
+template <int BITS>
+inline Bytes down(Bytes a) { return {_mm256_srli_epi16(a.low, BITS), _mm256_srli_epi16(a.high, BITS)}; }
+// The codes of low four bits, and of the bits of `upper` from the fifth on.
+template <int BITS>
+inline Bytes joined(Bytes low, Bytes upper) {
+    const __m256i mask = _mm256_set1_epi8(((1 << BITS) - 1) << 4);
+    return {_mm256_or_si256(low.low, _mm256_and_si256(upper.low, mask)), _mm256_or_si256(low.high, _mm256_and_si256(upper.high, mask))};
+}
+// Sixteen bytes as numbers, without a sign and with one.
+inline Ints widened(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
+inline Ints widened(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+}
 // The same four activations for every lane.
 struct Fours { __m256i v; };
 inline Fours broadcast_four(const int8_t* activations) {
@@ -67,8 +86,8 @@ inline Fours broadcast_four(const int8_t* activations) {
 
 // What 32 bytes of a lane are multiplied into. An instruction multiplies bytes without a sign by bytes with one and adds two products
 // in 16 bits, where those of codes of 8 bits overflow. So these lose the 128 that was added to them, |c| meets the activation with
-// the sign of c, two products are at most 2 · 128 · 127, and pairs are added in 32 bits at once. Codes of 4 bits meet activations as
-// they are, and all 8 pairs of a part stay within 16 bits: 8 · 2 · 15 · 127.
+// the sign of c, two products are at most 2 · 128 · 127, and pairs are added in 32 bits at once. Codes of fewer bits meet activations
+// as they are, and several pairs stay within 16 bits: 8 · 2 · 15 · 127, 4 · 2 · 31 · 127, 2 · 2 · 63 · 127.
 struct ByteWeights { Bytes codes, magnitudes; };
 inline ByteWeights byte_weights(Bytes a) {
     const __m256i middle = _mm256_set1_epi8(char(128));

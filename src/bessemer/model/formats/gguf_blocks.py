@@ -5,8 +5,8 @@ and what turns them back: value = d·q, or d·q + m. The layouts are those of ll
 Encoding is left to the `gguf` package, which keeps llama.cpp's rounding.
 
 Q4_0, Q4_1 and Q8_0 are groups of 32 neighbours with a scale each, and Q4_1 has an offset beside it: schemes hold their codes
-as they are, and no number changes. The other quantised types (the K types, Q5, MXFP4) are encoded again in codes of 8 bits, as
-Q8_0 has them.
+as they are, and no number changes. Nor does one of Q5_0, Q5_1, Q4_K, Q5_K and Q6_K, whose blocks a scheme holds as bytes. MXFP4
+is encoded again in codes of 8 bits, as Q8_0 has them, and so are weights whose parts have several types in the file.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bessemer.core.environment import usable_cores
 from bessemer.model.cpu_kernels import library
 from bessemer.model.families.layout import Stored
 from bessemer.model.quantisation.base import Codes, Scheme, first_scheme
+from bessemer.model.quantisation.blocks import BLOCK_FORMS
 from bessemer.model.quantisation.integers import BLOCK, LARGEST_INT8
 from bessemer.model.quantisation.schemes import Int8
 
@@ -62,11 +63,6 @@ def _nibbles(packed: Bytes) -> Bytes:
     return np.concatenate((packed & 0x0F, packed >> 4), axis=1)
 
 
-def _fifth_bits(words: NDArray[np.uint32]) -> Bytes:
-    """Bit i of each word as what it adds to value i: 0 or 16."""
-    return ((words[:, None] >> np.arange(32, dtype=np.uint32)) & 1).astype(np.uint8) * np.uint8(16)
-
-
 def _f32(blocks: Blocks) -> Floats:
     return blocks["d"]
 
@@ -87,58 +83,20 @@ def _q4_1(blocks: Blocks) -> Floats:
     return _column(blocks, "d") * _nibbles(blocks["q"]).astype(np.float32) + _column(blocks, "m")
 
 
-def _q5_0(blocks: Blocks) -> Floats:
-    return _column(blocks, "d") * ((_nibbles(blocks["q"]) | _fifth_bits(blocks["high"])).astype(np.float32) - 16)
-
-
-def _q5_1(blocks: Blocks) -> Floats:
-    q = (_nibbles(blocks["q"]) | _fifth_bits(blocks["high"])).astype(np.float32)
-    return _column(blocks, "d") * q + _column(blocks, "m")
-
-
 def _q8_0(blocks: Blocks) -> Floats:
     return _column(blocks, "d") * blocks["q"].astype(np.float32)
 
 
-def _scales_and_minima(packed: Bytes) -> tuple[Floats, Floats]:
-    """Of 12 bytes the 8 scales and 8 minima of a K block's parts, 6 bits each: the first four lie whole in bytes 0-3 and
-    4-7, the low halves of the others in bytes 8-11, their two high bits on top of the first four's."""
-    first, second, rest = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
-    scales = np.concatenate((first & 0x3F, (rest & 0x0F) | ((first >> 6) << 4)), axis=1)
-    minima = np.concatenate((second & 0x3F, (rest >> 4) | ((second >> 6) << 4)), axis=1)
-    return scales.astype(np.float32), minima.astype(np.float32)
+def _of_form(kind: str) -> Callable[[Blocks], Floats]:
+    """What decodes the blocks of a type that a scheme holds as bytes."""
+    form = BLOCK_FORMS[kind]
 
+    def decode(blocks: Blocks) -> Floats:
+        # torch takes no memory that is only for reading
+        raw = torch.from_numpy(blocks.view(np.uint8).reshape(-1, form.bytes).copy())
+        return form.decode(raw).numpy()
 
-def _k_nibbles(packed: Bytes) -> Bytes:
-    """(blocks, 8 parts, 32): parts 2i and 2i + 1 are the low and the high halves of the i-th 32 bytes."""
-    runs = packed.reshape(-1, 4, 32)
-    return np.stack((runs & 0x0F, runs >> 4), axis=2).reshape(-1, 8, 32)
-
-
-def _of_parts(blocks: Blocks, q: Bytes) -> Floats:
-    scales, minima = _scales_and_minima(blocks["scales"])
-    d, m = _column(blocks, "d") * scales, _column(blocks, "m") * minima
-    return (d[:, :, None] * q.astype(np.float32) - m[:, :, None]).reshape(-1, 256)
-
-
-def _q4_k(blocks: Blocks) -> Floats:
-    return _of_parts(blocks, _k_nibbles(blocks["q"]))
-
-
-def _q5_k(blocks: Blocks) -> Floats:
-    parts = np.arange(8, dtype=np.uint8)[None, :, None]
-    high = ((blocks["high"][:, None, :] >> parts) & 1) * np.uint8(16)
-    return _of_parts(blocks, (_k_nibbles(blocks["q"]) | high).astype(np.uint8))
-
-
-def _q6_k(blocks: Blocks) -> Floats:
-    # each half of 128 values has 64 bytes of low halves and 32 bytes of the upper two bits of four values
-    low, high = blocks["q"].reshape(-1, 2, 2, 32), blocks["high"].reshape(-1, 2, 1, 32)
-    low = np.concatenate((low & 0x0F, low >> 4), axis=2)
-    shifts = np.arange(0, 8, 2, dtype=np.uint8)[None, None, :, None]
-    q = (low | (((high >> shifts) & 3) << 4)).reshape(-1, 16, 16).astype(np.float32) - 32
-    scales = _column(blocks, "d") * blocks["scales"].astype(np.float32)
-    return (scales[:, :, None] * q).reshape(-1, 256)
+    return decode
 
 
 #: The sixteen values of four-bit floats (OCP Microscaling 1.0, E2M1).
@@ -163,12 +121,12 @@ BLOCK_TYPES: dict[int, BlockType] = {
     1: BlockType("F16", 1, _layout(_D), _f16),
     2: BlockType("Q4_0", 32, _layout(_D, _HALVES), _q4_0),
     3: BlockType("Q4_1", 32, _layout(_D, _M, _HALVES), _q4_1),
-    6: BlockType("Q5_0", 32, _layout(_D, _HIGH, _HALVES), _q5_0),
-    7: BlockType("Q5_1", 32, _layout(_D, _M, _HIGH, _HALVES), _q5_1),
+    6: BlockType("Q5_0", 32, _layout(_D, _HIGH, _HALVES), _of_form("Q5_0")),
+    7: BlockType("Q5_1", 32, _layout(_D, _M, _HIGH, _HALVES), _of_form("Q5_1")),
     8: BlockType("Q8_0", 32, _layout(_D, ("q", "i1", 32)), _q8_0),
-    12: BlockType("Q4_K", 256, _layout(_D, _M, _SCALES, ("q", "u1", 128)), _q4_k),
-    13: BlockType("Q5_K", 256, _layout(_D, _M, _SCALES, ("high", "u1", 32), ("q", "u1", 128)), _q5_k),
-    14: BlockType("Q6_K", 256, _layout(("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D), _q6_k),
+    12: BlockType("Q4_K", 256, _layout(_D, _M, _SCALES, ("q", "u1", 128)), _of_form("Q4_K")),
+    13: BlockType("Q5_K", 256, _layout(_D, _M, _SCALES, ("high", "u1", 32), ("q", "u1", 128)), _of_form("Q5_K")),
+    14: BlockType("Q6_K", 256, _layout(("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D), _of_form("Q6_K")),
     30: BlockType("BF16", 1, _layout(("d", "<u2")), _bf16),
     39: BlockType("MXFP4", 32, _layout(("e", "u1"), _HALVES), _mxfp4),
 }

@@ -67,7 +67,8 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None, *, importanc
     """Write the model and the tokenizer of a folder as a GGUF file, which is there whole or not at all.
 
     dtype: one of `GGUF_DTYPES`; when None, the one that the folder has: of a quantised one its codes, as they are, in Q4_0,
-    Q4_1 and Q8_0. Vectors, routers and biases stay float32. importance: of the inputs, by which codes are chosen.
+    Q4_1, Q8_0 or the types of its blocks. Vectors, routers and biases stay float32. importance: of the inputs, by which codes
+    are chosen.
     Returns what llama.cpp does otherwise, a sentence each. Raises ArtefactError for a model or a tokenizer that llama.cpp has
     no equal for, naming what it lacks, ConfigError for a type that is not known.
     """
@@ -87,7 +88,7 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None, *, importanc
     if codes and dtype is None:
         counts = Counter(one.scheme.gguf_type(ours[name].shape[-1]) for name, one in codes.items())
         most = counts.most_common(1)[0][0]
-        mixture = replace(mixture, file_type=GGUF_DTYPES[most.lower()].file_type) if most else mixture
+        mixture = replace(mixture, file_type=_file_type(most)) if most else mixture
     types = TensorTypes(mixture, config.num_hidden_layers, config.tie_word_embeddings, config.num_experts or 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as unfinished:
@@ -102,6 +103,16 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None, *, importanc
         if not plan.weighed:
             raise ArtefactError("the importance matrix has none of this model's tensors; it is of another model")
     return notes
+
+
+#: llama.cpp's number of the mixture in which most matrices have a type, where none is called as the type.
+_MIXTURES_OF = {"Q5_0": 8, "Q5_1": 9, "Q4_K": 15, "Q5_K": 17}
+
+
+def _file_type(kind: str) -> int:
+    """llama.cpp's number of a file most of whose matrices have a type."""
+    named = GGUF_DTYPES.get(kind.lower())
+    return _MIXTURES_OF[kind] if named is None else named.file_type
 
 
 def as_llama_cpp(config: ModelConfig, folder: Path) -> tuple[ModelConfig, GgufFamily, list[str]]:

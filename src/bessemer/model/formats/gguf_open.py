@@ -45,7 +45,7 @@ def open_gguf(
 ) -> OpenedModel:
     """The decoder of a GGUF file and its tokenizer.
 
-    Matrices in Q4_0, Q4_1 and Q8_0 keep their codes; those of other quantised types are encoded again in 8 bits, one tensor
+    Matrices keep their codes; those in MXFP4, and those whose parts have several types, are encoded again in 8 bits, one tensor
     after the other. dtype: of all that is no code; when None, the file's where it holds halves, and float32 where it is
     quantised. split: name of the tokenizer's split regex, where the file does not say. Raises ArtefactError as `import_gguf`,
     and for a model that free memory does not hold.

@@ -55,6 +55,18 @@ class KernelWeight(NamedTuple):
     bias: Tensor | None = None
 
 
+class BlockWeight(NamedTuple):
+    """A weight as the blocks of a GGUF file, which the compiled CPU kernels pack as they are.
+
+    blocks: uint8 (N, bytes of a row). kind: the number type, one of those that `blocks.BLOCK_FORMS` describes. inputs: K.
+    """
+
+    blocks: Tensor
+    kind: str
+    inputs: int
+    bias: Tensor | None = None
+
+
 class FileTensor(NamedTuple):
     """A tensor of a matrix in a file of compressed-tensors: `NAME.` + suffix, made of one of the scheme's.
 
@@ -116,7 +128,7 @@ class Scheme(ABC):
         """hidden (…, K) by the weight's transpose, plus the bias, (…, N), in the type of `hidden`."""
         return functional.linear(hidden, weight.dequantised().to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
 
-    def kernel_weight(self, tensors: Mapping[str, Tensor]) -> KernelWeight | None:
+    def kernel_weight(self, tensors: Mapping[str, Tensor]) -> KernelWeight | BlockWeight | None:
         """A matrix as the compiled CPU kernels multiply it; None where they cannot.
 
         Those of `codes`, `scales`, `zeros` and `offsets` that it is made of are the scheme's own tensors of that name: a model

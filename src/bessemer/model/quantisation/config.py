@@ -27,11 +27,13 @@ class SchemePlugin(Plugin[Any]):
     """A class of schemes (`base.Scheme`), which loads PyTorch.
 
     settings_read: of the stage's settings, those that it heeds. is_calibrated: whether gptq and awq can choose its codes,
-    which are then an `IntegerScheme`'s. for_ends: whether the setting `head` may name it."""
+    which are then an `IntegerScheme`'s. for_ends: whether the setting `head` may name it. is_made: whether
+    weights are quantised to it here; else it is that of files."""
 
     settings_read: tuple[str, ...] = ()
     is_calibrated: bool = False
     for_ends: bool = True
+    is_made: bool = True
 
 
 SCHEMES: Registry[Any] = Registry(
@@ -65,6 +67,12 @@ SCHEMES: Registry[Any] = Registry(
             settings_read=("search_clip",),
             is_calibrated=True,
             for_ends=False,
+        ),
+        SchemePlugin(
+            "gguf",
+            "the blocks of a GGUF file in Q5_0, Q5_1, Q4_K, Q5_K or Q6_K, as they are; no setting may name it",
+            "bessemer.model.quantisation.blocks:GgufBlocks",
+            is_made=False,
         ),
     ],
 )
@@ -149,6 +157,8 @@ class QuantizeConfig(Config):
             plugin = scheme_plugin(name)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        if not plugin.is_made:
+            raise ValueError(f"{name} is what GGUF files hold; to make one: bessemer export MODEL out.gguf --dtype q4_k_m")
         if info.field_name == "head" and not plugin.for_ends:
             raise ValueError(f"{name} is not for the embedding and the head")
         return name

@@ -1,0 +1,165 @@
+"""Weights as the blocks of a GGUF file: of the K types and of Q5_0 and Q5_1, as they lie in the file.
+
+A block of a K type holds 256 neighbours of a row. Each 32 of them have a scale and a minimum, codes of 6 bits that one pair of
+float16 numbers turns into numbers: weight = (d · scale) · q − (m · minimum). In Q6_K each 16 have a scale, of 8 bits, and no
+minimum: weight = (d · scale) · (q − 32). Q5_0 and Q5_1 are blocks of 32: d · (q − 16), and d · q + m. Layouts are those of
+llama.cpp's `ggml-common.h`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.core.errors import ConfigError
+from bessemer.model.quantisation.base import BlockWeight, Codes, Scheme, TensorSpec
+from bessemer.model.quantisation.config import QuantizeConfig
+
+# Shapes: N outputs, K inputs, B blocks, V values of a block; … a stack of matrices, or none.
+
+
+class BlockForm(NamedTuple):
+    """A number type. values and bytes of a block; bits of a code; number: llama.cpp's. decode: blocks uint8 (…, bytes) to
+    float32 (…, V). has_offsets: a number is added to scale · code. has_parts: scales are codes themselves."""
+
+    values: int
+    bytes: int
+    bits: int
+    number: int
+    decode: Callable[[Tensor], Tensor]
+    has_offsets: bool = False
+    has_parts: bool = False
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """The float16 number at some byte of every block, as float32 (…, 1)."""
+    return blocks[..., at : at + 2].contiguous().view(torch.float16).to(torch.float32)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """The low halves of a block's bytes, then the high ones."""
+    return torch.cat((packed & 15, packed >> 4), dim=-1)
+
+
+def _bits(packed: Tensor, count: int) -> Tensor:
+    """Of each byte the 8 / count numbers of some bits, the lowest first, (…, 8 / count, bytes)."""
+    shifts = torch.arange(0, 8, count, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None, :] >> shifts[:, None]) & ((1 << count) - 1)
+
+
+def _fives(high: Tensor, packed: Tensor) -> Tensor:
+    """32 codes of 5 bits: bit i of four bytes lies above the nibble i."""
+    return _nibbles(packed) | _bits(high, 1).transpose(-1, -2).flatten(-2) << 4
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * (_fives(blocks[..., 2:6], blocks[..., 6:]).to(torch.float32) - 16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * _fives(blocks[..., 4:8], blocks[..., 8:]).to(torch.float32) + _half(blocks, 2)
+
+
+def _of_parts(blocks: Tensor, codes: Tensor) -> Tensor:
+    """Values of codes (…, 8, 32) by the 8 scales and 8 minima of 6 bits in the bytes 4 … 15: the first four lie whole in bytes
+    0-3 and 4-7 of these, the low halves of the others in bytes 8-11, their two high bits on top of the first four's."""
+    first, second, rest = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
+    scales = torch.cat((first & 63, (rest & 15) | (first >> 6) << 4), dim=-1).to(torch.float32)
+    minima = torch.cat((second & 63, (rest >> 4) | (second >> 6) << 4), dim=-1).to(torch.float32)
+    steps, lows = _half(blocks, 0) * scales, _half(blocks, 2) * minima
+    return (steps[..., None] * codes.to(torch.float32) - lows[..., None]).flatten(-2)
+
+
+def _runs(packed: Tensor) -> Tensor:
+    """(…, 8, 32): parts 2 i and 2 i + 1 are the low and the high halves of the i-th 32 bytes."""
+    runs = packed.unflatten(-1, (4, 1, 32))
+    return torch.cat((runs & 15, runs >> 4), dim=-2).flatten(-3, -2)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    return _of_parts(blocks, _runs(blocks[..., 16:]))
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    return _of_parts(blocks, _runs(blocks[..., 48:]) | _bits(blocks[..., 16:48], 1) << 4)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    # each half of 128 values has 64 bytes of low halves and 32 bytes of the upper two bits of four values
+    low = blocks[..., :128].unflatten(-1, (2, 2, 32))
+    low = torch.cat((low & 15, low >> 4), dim=-2)
+    codes = (low | _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2) << 4).flatten(-3).unflatten(-1, (16, 16))
+    scales = _half(blocks, 208) * blocks[..., 192:208].view(torch.int8).to(torch.float32)
+    return (scales[..., None] * (codes.to(torch.float32) - 32)).flatten(-2)
+
+
+#: By the type's name.
+BLOCK_FORMS = {
+    "Q5_0": BlockForm(32, 22, 5, 6, _q5_0),
+    "Q5_1": BlockForm(32, 24, 5, 7, _q5_1, has_offsets=True),
+    "Q4_K": BlockForm(256, 144, 4, 12, _q4_k, has_offsets=True, has_parts=True),
+    "Q5_K": BlockForm(256, 176, 5, 13, _q5_k, has_offsets=True, has_parts=True),
+    "Q6_K": BlockForm(256, 210, 6, 14, _q6_k, has_parts=True),
+}
+
+
+@dataclass(frozen=True)
+class GgufBlocks(Scheme):
+    """codes: the blocks of a row one after the other, uint8 (…, N, bytes). kind: the number type."""
+
+    kind: str
+
+    name = "gguf"
+
+    def __post_init__(self) -> None:
+        assert self.kind in BLOCK_FORMS, self.kind
+
+    @property
+    def form(self) -> BlockForm:
+        """What the type is."""
+        return BLOCK_FORMS[self.kind]
+
+    @classmethod
+    def choose(cls, inputs: int, config: QuantizeConfig, *, is_end: bool = False) -> tuple[Scheme, str | None]:
+        raise ConfigError(
+            "scheme: gguf is what GGUF files hold; make one of the model: bessemer export MODEL out.gguf --dtype q4_k_m"
+        )
+
+    def tensors(self, *shape: int) -> dict[str, TensorSpec]:
+        blocks, rest = divmod(shape[-1], self.form.values)
+        assert not rest, (shape, self)
+        return {"codes": TensorSpec((*shape[:-1], blocks * self.form.bytes), torch.uint8)}
+
+    def quantise(self, weight: Tensor, *, search_clip: bool = False) -> Codes:
+        raise ConfigError(f"{self.kind}: codes of this type are chosen by an export to GGUF alone")
+
+    def dequantise(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.form.decode(tensors["codes"].unflatten(-1, (-1, self.form.bytes))).flatten(-2)
+
+    def kernel_weight(self, tensors: Mapping[str, Tensor]) -> BlockWeight:
+        blocks = tensors["codes"]
+        return BlockWeight(blocks, self.kind, blocks.shape[-1] // self.form.bytes * self.form.values)
+
+    @classmethod
+    def of_described(cls, values: Mapping[str, object]) -> Self | None:
+        if values.get("scheme") != cls.name:
+            return None
+        return cls(**{name: str(value) for name, value in values.items() if name != "scheme"})
+
+    def gguf_type(self, inputs: int) -> str | None:
+        return self.kind
+
+    @classmethod
+    def of_gguf(cls, kind: str) -> Self | None:
+        return cls(kind) if kind in BLOCK_FORMS else None
+
+    def write_blocks(self, tensors: Mapping[str, Tensor], blocks: np.ndarray) -> None:
+        blocks.view(np.uint8)[:] = tensors["codes"].reshape(-1).numpy()
+
+    def read_blocks(self, blocks: np.ndarray) -> dict[str, Tensor]:
+        return {"codes": torch.from_numpy(blocks.view(np.uint8).copy())}
