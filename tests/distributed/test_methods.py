@@ -107,7 +107,7 @@ def test_four_ranks_are_one(four, whole, tmp_path, method, parallel):
 
 @pytest.mark.parametrize("method", ["pairs", *map(slow, ("self-made", "critic", "packed", "teacher"))])
 def test_killed_ranks_go_on_where_they_were(two, tmp_path, method):
-    steps = 8
+    steps = 6
     expected = run(tmp_path / "whole", method, steps=steps), tmp_path / "whole"
     out, pool = tmp_path / "killed", Pool(2)
     pool.start(run, out=out, method=method, parallel={"data_shard": 2}, steps=steps, checkpoint_minutes=1e-9)
