@@ -105,7 +105,9 @@ def test_scores_become_columns_and_drop_nothing(root, metrics):
     columns = [*filter_plugin("gopher_quality").columns, *filter_plugin("gopher_repetition").columns]
     assert schema.names == [*SCHEMA.names, "language_score", *columns]
     assert {str(schema.field(name).type) for name in columns} == {"double"}
-    before = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(root / "collected/documents")]
+    before = [
+        {name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(root / "collected/documents")
+    ]
     after = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(root / "clean/documents")]
     assert before == after
 

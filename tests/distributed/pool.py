@@ -103,6 +103,8 @@ def _work(rank, size, folder, pipe):
         # a job of its own for every call: each group of a mesh has a thread that looks for news a hundred times a second
         store = dist.FileStore(f"{folder}/store-{number}", size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_TIMEOUT))
+        # one that has nothing to do would be gone before the others have found it
+        dist.barrier()
         try:
             answer = (True, function(**arguments))
         except Exception:

@@ -71,8 +71,8 @@ def test_blocks_that_predict_further_ahead_read_the_first_stages_embedding(two, 
 )
 def test_blocks_are_computed_again_and_compiled(two, alone, schedule, settings):
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
-    model = shallowest(parallel)
-    assert_equal(two.run(trained, parallel=parallel, model=model, settings=settings)[0], alone(model=model), EXACT)
+    options = {"model": shallowest(parallel), "settings": settings | {"micro_batch_size": 2}}
+    assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(model=options["model"]), EXACT)
 
 
 @pytest.mark.parametrize("kind, schedule", [("bfloat16", "1f1b"), slow("float16", "zero_bubble")])
@@ -99,8 +99,8 @@ def test_products_of_half_precision_are_those_of_one_process(two, alone, kind, s
     ids=lambda parallel: " ".join(f"{name} {value}" for name, value in parallel.items()),
 )
 def test_four_ranks_are_one(four, alone, parallel):
-    model = shallowest(parallel) | TIED
-    assert_equal(four.run(trained, parallel=parallel, model=model)[0], alone(model=model), EXACT)
+    options = {"model": shallowest(parallel) | TIED, "settings": {"micro_batch_size": 2}}
+    assert_equal(four.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
 def scored(parallel=None, model=DENSE | TIED, **settings):
