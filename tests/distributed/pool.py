@@ -26,9 +26,8 @@ _PATIENCE = 5
 def quick_processes():
     """A server imports what costs seconds once, and every process starts as a copy of it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["bessemer.training.trainer", "bessemer.training.checkpoint.export", "torch.testing", "bessemer.inference.collective"]
-    )
+    trained = ["bessemer.training.trainer", "bessemer.training.checkpoint.export"]
+    context.set_forkserver_preload([*trained, "bessemer.inference.collective", "torch.testing", "pytest"])
     return context
 
 

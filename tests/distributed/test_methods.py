@@ -111,7 +111,7 @@ def test_preferences_of_four_ranks_are_those_of_one(four, whole, tmp_path, metho
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "parallel"), product(METHODS, FOUR), ids=str)
+@pytest.mark.parametrize(("method", "parallel"), list(product(METHODS, FOUR)), ids=str)
 def test_four_ranks_are_one(four, whole, tmp_path, method, parallel):
     layers = shallowest(parallel)["num_hidden_layers"]
     records = four.run(run, out=tmp_path, method=method, parallel=parallel, layers=layers)[0]
