@@ -18,7 +18,7 @@ PROSE = (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prose() -> Callable[[int], str]:
     """English that passes Gopher's rules, different for each number."""
     return lambda number: PROSE.format(n=number)

@@ -1,5 +1,6 @@
 """Loops are compiled again when something changes that they have from another file, and by one process of several."""
 
+import json
 import os
 import pty
 import shutil
@@ -42,6 +43,64 @@ print(sum(double.stats.cache_misses.values()))
 """
 
 
+#: Runs programs given as lines of JSON, each in a copy of this process, where what takes longest to import is there already;
+#: prints how they ended.
+HOST = """
+import json, os, sys, traceback
+import filelock, numba
+
+def run(program, arguments, folder, streams):
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    os.chdir(folder)
+    sys.argv, sys.path[0] = ["-c", *arguments], folder
+    exec(program, {"__name__": "__main__"})
+
+for line in sys.stdin:
+    children = []
+    for job in json.loads(line):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 1
+            try:
+                run(*job)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+    print(json.dumps([os.waitpid(child, 0)[1] for child in children]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def host():
+    command = [sys.executable, "-B", "-c", HOST]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={}) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(host, tmp_path):
+    """Runs a program beside the copied package in as many new processes as there are lists of arguments, at once; what each
+    printed, and what it wrote to a file for errors (`terminal`: or to that)."""
+
+    def run(program, *arguments, terminal=None):
+        streams = [(tmp_path / f"out-{number}", terminal or tmp_path / f"err-{number}") for number in range(len(arguments))]
+        for out, error in streams:
+            out.write_text("")
+            terminal or error.write_text("")
+        jobs = [(program, each, str(tmp_path), list(map(str, stream))) for each, stream in zip(arguments, streams, strict=True)]
+        host.stdin.write(json.dumps(jobs) + "\n")
+        host.stdin.flush()
+        assert not any(json.loads(host.stdout.readline())), [terminal or error.read_text() for _, error in streams]
+        return [(out.read_text(), "" if terminal else error.read_text()) for out, error in streams]
+
+    return run
+
+
 @pytest.fixture
 def text(tmp_path):
     """A folder of loops beside a copy of what compiles them; its loop `double` has a number from `table.py`."""
@@ -58,23 +117,16 @@ def text(tmp_path):
     return text
 
 
-def test_processes_that_begin_together_compile_a_loop_once(text, tmp_path):
+def test_processes_that_begin_together_compile_a_loop_once(text, tmp_path, run):
     begun = [str(tmp_path / name) for name in ("first", "second", "third")]
-    options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "text": True, "env": {"PYTHONPATH": str(tmp_path)}}
-    processes = [
-        subprocess.Popen([sys.executable, "-B", "-c", TOGETHER, own, *begun], **options)  # type: ignore[call-overload]
-        for own in begun
-    ]
-    assert sorted(int(process.communicate()[0]) for process in processes) == [0, 0, 1]
+    said = run(TOGETHER, *([own, *begun] for own in begun))
+    assert sorted(int(out) for out, _ in said) == [0, 0, 1]
 
 
-def test_a_loop_is_compiled_where_another_process_holds_the_lock_and_does_not_end(text, tmp_path):
+def test_a_loop_is_compiled_where_another_process_holds_the_lock_and_does_not_end(text, run):
     def printed(program):
-        command = [sys.executable, "-B", "-c", f"from bessemer.data.text import compiled, loop; {program}"]
-        done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path)}
-        )
-        return done.stdout.strip()
+        ((out, _),) = run(f"from bessemer.data.text import compiled, loop; {program}", [])
+        return out.strip()
 
     kept = Path(printed("print(loop.double._cache._cache_file._index_path)"))
     kept.parent.mkdir(exist_ok=True)
@@ -82,15 +134,14 @@ def test_a_loop_is_compiled_where_another_process_holds_the_lock_and_does_not_en
         assert printed("compiled._LONGEST_COMPILATION = 0.01; print(loop.double(2))") == "12"
 
 
-def test_compiling_is_announced_once_and_at_a_terminal_alone(text, tmp_path):
-    command = [sys.executable, "-B", "-c", "from bessemer.data.text import loop; loop.double(2)"]
-    options = {"cwd": tmp_path, "env": {"PYTHONPATH": str(tmp_path)}, "check": True}
-    said = subprocess.run(command, **options, stderr=subprocess.PIPE, text=True).stderr  # type: ignore[call-overload]
+def test_compiling_is_announced_once_and_at_a_terminal_alone(text, run):
+    program = "from bessemer.data.text import loop; loop.double(2)"
+    ((_, said),) = run(program, [])
     (kept,) = text.glob("__pycache__/*.nbi")
     terminal, its_end = pty.openpty()
     for _ in range(2):
         kept.unlink()
-        subprocess.run(command, **options, stderr=its_end)  # type: ignore[call-overload]
+        run(program, [], terminal=os.ttyname(its_end))
     os.write(its_end, b"END\n")
     shown = b""
     while b"END" not in shown:
@@ -98,7 +149,6 @@ def test_compiling_is_announced_once_and_at_a_terminal_alone(text, tmp_path):
     assert said == "" and shown.count(b"compiling the loops over text for this machine") == 1
 
 
-def test_a_change_in_an_imported_file_compiles_a_loop_again(text, tmp_path):
-    command = [sys.executable, "-B", "-c", PROGRAM, str(text)]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path)})
-    assert said.stdout.strip() == "[(6, 0), (6, 1), (8, 0), (6, 0)]"
+def test_a_change_in_an_imported_file_compiles_a_loop_again(text, run):
+    ((out, _),) = run(PROGRAM, [str(text)])
+    assert out.strip() == "[(6, 0), (6, 1), (8, 0), (6, 0)]"

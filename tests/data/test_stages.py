@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -26,18 +27,26 @@ from bessemer.data.stages.select import select
 from tests.data.test_collect import content_hash
 
 
-@pytest.fixture
-def collected(tmp_path, prose):
-    """Sixty documents: two thirds good English, copies among them, and some of each kind that is dropped."""
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, prose):
+    """The folder of sixty documents: two thirds good English, copies among them, and some of each kind that is dropped."""
+    root = tmp_path_factory.mktemp("stages")
     records = [{"id": n, "text": prose(n % 30)} for n in range(40)]
     records += [{"id": f"short{n}", "text": f"Too short to keep, number {n}, and that is the point of it."} for n in range(8)]
     records += [
         {"id": f"de{n}", "text": f"Der Ofen der {n}. Stahlhütte wurde mit großer Sorgfalt geheizt. " * 12} for n in range(6)
     ]
     records += [{"id": f"code{n}", "text": prose(n) + " = 1000 + 2000000 - 3000" * 12} for n in range(6)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (root / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     config = CollectConfig.parse([{"source": "files", "paths": "a.jsonl"}])
-    collect(config, made(tmp_path, "collected"), cache=tmp_path / "cache", folder=tmp_path)
+    collect(config, made(root, "collected"), cache=root / "cache", folder=root)
+    return root
+
+
+@pytest.fixture
+def collected(tmp_path, root):
+    """A copy of those documents."""
+    shutil.copytree(root / "collected", tmp_path / "collected")
     return tmp_path / "collected" / "documents"
 
 
@@ -50,19 +59,17 @@ def rows_of(folder):
     return [row for batch in iterate_documents(folder) for row in batch.to_pylist()]
 
 
-def line(tmp_path, collected, name=""):
-    """All stages, with few settings."""
+@pytest.fixture(scope="module")
+def metrics(root):
+    """What all stages say, with few settings; beside the documents lies what they make."""
     return {
-        "clean": clean(CleanConfig(), collected, made(tmp_path, f"clean{name}")),
-        "deduplicate": deduplicate(DeduplicateConfig(), tmp_path / f"clean{name}/documents", made(tmp_path, f"dedup{name}")),
-        "select": select(
-            SelectConfig.parse("gopher_quality"), tmp_path / f"dedup{name}/documents", made(tmp_path, f"select{name}")
-        ),
+        "clean": clean(CleanConfig(), root / "collected/documents", made(root, "clean")),
+        "deduplicate": deduplicate(DeduplicateConfig(), root / "clean/documents", made(root, "dedup")),
+        "select": select(SelectConfig.parse("gopher_quality"), root / "dedup/documents", made(root, "select")),
     }
 
 
-def test_good_documents_stay_and_each_dropped_one_has_its_reason(tmp_path, collected):
-    metrics = line(tmp_path, collected)
+def test_good_documents_stay_and_each_dropped_one_has_its_reason(metrics):
     assert metrics["clean"]["documents_out"] == 60
     assert metrics["deduplicate"]["by_reason"]["duplicate"]["documents"] == 10
     assert {reason: count["documents"] for reason, count in metrics["select"]["by_reason"].items()} == {
@@ -77,10 +84,9 @@ def test_good_documents_stay_and_each_dropped_one_has_its_reason(tmp_path, colle
         assert stage["bytes_in"] == stage["bytes_out"] + sum(count["bytes"] for count in stage["by_reason"].values())
 
 
-def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
-    line(tmp_path, collected)
-    found = {stage: content_hash(rows_of(tmp_path / stage / "documents")) for stage in ("clean", "dedup", "select")}
-    rejected = content_hash(rows_of(tmp_path / "select" / "rejected"))
+def test_the_output_of_these_versions_is_fixed(root, metrics):
+    found = {stage: content_hash(rows_of(root / stage / "documents")) for stage in ("clean", "dedup", "select")}
+    rejected = content_hash(rows_of(root / "select" / "rejected"))
     assert (CLEAN_VERSION, found["clean"]) == (4, "69492b16cf98ef469c287d2f5c055c1e"), (
         "another output needs another CLEAN_VERSION"
     )
@@ -94,14 +100,15 @@ def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
     ), "raise SELECT_VERSION"
 
 
-def test_scores_become_columns_and_drop_nothing(tmp_path, collected):
-    clean(CleanConfig(), collected, made(tmp_path, "clean"))
-    schema = document_schema(tmp_path / "clean" / "documents")
+def test_scores_become_columns_and_drop_nothing(root, metrics):
+    schema = document_schema(root / "clean" / "documents")
     columns = [*filter_plugin("gopher_quality").columns, *filter_plugin("gopher_repetition").columns]
     assert schema.names == [*SCHEMA.names, "language_score", *columns]
     assert {str(schema.field(name).type) for name in columns} == {"double"}
-    before = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(collected)]
-    after = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(tmp_path / "clean/documents")]
+    before = [
+        {name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(root / "collected/documents")
+    ]
+    after = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(root / "clean/documents")]
     assert before == after
 
 
@@ -120,14 +127,14 @@ def test_without_a_method_nothing_is_a_duplicate(tmp_path, collected):
     assert (metrics["documents_out"], metrics["by_reason"]) == (60, {})
 
 
-def test_examples_are_those_with_the_smallest_ids_shortened(tmp_path, collected):
-    metrics = line(tmp_path, collected)["select"]
-    shorts = sorted(row["id"] for row in rows_of(tmp_path / "select/rejected") if row["reason"].startswith("gopher: words 1"))
-    examples = metrics["examples"]["dropped"]["gopher: words"]
+def test_examples_are_those_with_the_smallest_ids_shortened(root, metrics):
+    shorts = sorted(row["id"] for row in rows_of(root / "select/rejected") if row["reason"].startswith("gopher: words 1"))
+    shown = metrics["select"]["examples"]
+    examples = shown["dropped"]["gopher: words"]
     assert [example["id"] for example in examples] == shorts[:4]
     assert examples[0]["reason"].startswith("gopher: words 13 < 50")
-    assert all(len(example["text"]) <= 602 for example in metrics["examples"]["dropped"]["language"])
-    assert len(metrics["examples"]["kept"]) == 4
+    assert all(len(example["text"]) <= 602 for example in shown["dropped"]["language"])
+    assert len(shown["kept"]) == 4
     json.dumps(metrics, allow_nan=False)
 
 
@@ -189,11 +196,10 @@ def test_a_threshold_on_a_score_that_was_not_computed_is_refused(tmp_path, colle
         select(SelectConfig.parse("gopher_quality"), tmp_path / "clean/documents", made(tmp_path, "select"))
 
 
-def test_when_nothing_is_left_the_most_frequent_reason_is_named(tmp_path, collected):
-    clean(CleanConfig(), collected, made(tmp_path, "clean"))
+def test_when_nothing_is_left_the_most_frequent_reason_is_named(tmp_path, root, metrics):
     config = SelectConfig.parse({"languages": [], "thresholds": {"gopher_words": {"min": 5000}}})
     with pytest.raises(SourceError, match="none of 60 documents is usable; most frequent reason: gopher: words"):
-        select(config, tmp_path / "clean/documents", made(tmp_path, "select"))
+        select(config, root / "clean/documents", made(tmp_path, "select"))
 
 
 def test_a_path_with_pattern_characters_is_taken_as_it_is(tmp_path, collected):

@@ -252,7 +252,7 @@ def gathered(parallel):
 
 def run(out, method, parallel=None, stop_after=None, layers=2, **changes):
     """Train in a folder by a method, in float64; gives the losses, norms and figures that were logged, by step."""
-    settings = {"steps": 3, "micro_batch_size": 2, "checkpoint_minutes": 1e9, "diagnostics_every": 0}
+    settings = {"micro_batch_size": 2, "checkpoint_minutes": 1e9, "diagnostics_every": 0}
     config = PretrainConfig(**(SETTINGS | settings | changes | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
     objective, source, beside, frozen = (METHODS | PREFERENCES)[method]

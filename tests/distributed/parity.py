@@ -37,7 +37,7 @@ SETTINGS = {
     "dtype": "float32",
     "compile": False,
     "threads": 1,
-    "steps": 3,
+    "steps": 2,
     "decay_fraction": 0.7,  # so that no step has another's learning rate
     "optimizer": "adamw",  # Muon has tests of its own
     "learning_rate": 0.01,
@@ -46,8 +46,9 @@ SETTINGS = {
 
 
 def shallowest(parallel):
-    """The model with a layer for each stage of a layout: two, or four where each of two ranks has two stages."""
-    return DENSE if "pipeline_schedule" in parallel else TWO_LAYERS
+    """The model with a layer for each stage of a layout: two, or four."""
+    config = ParallelConfig(**parallel)
+    return DENSE if config.pipeline * config.stages_of_rank > 2 and config.pipeline > 1 else TWO_LAYERS
 
 
 @dataclass

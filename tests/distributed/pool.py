@@ -1,5 +1,6 @@
 """A few processes that stay, joined by gloo, and run a function of a test on every one of them."""
 
+import copy
 import os
 import tempfile
 import traceback
@@ -11,8 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor import DTensor, _redistribute
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor._sharding_prop import _are_we_tracing
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.utils._pytree import tree_leaves
 
 _TIMEOUT = 240
 #: Seconds for the others, once one has failed: they may wait for it.
@@ -22,9 +26,8 @@ _PATIENCE = 5
 def quick_processes():
     """A server imports what costs seconds once, and every process starts as a copy of it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["bessemer.training.trainer", "bessemer.training.checkpoint.export", "torch.testing", "bessemer.inference.collective"]
-    )
+    trained = ["bessemer.training.trainer", "bessemer.training.checkpoint.export"]
+    context.set_forkserver_preload([*trained, "bessemer.inference.collective", "torch.testing", "pytest"])
     return context
 
 
@@ -92,12 +95,15 @@ def pool_of(size, scope):
 
 def _work(rank, size, folder, pipe):
     torch.set_num_threads(1)
+    _remember_propagation()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     for number in count():
         function, arguments = pipe.recv()
         # a job of its own for every call: each group of a mesh has a thread that looks for news a hundred times a second
         store = dist.FileStore(f"{folder}/store-{number}", size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_TIMEOUT))
+        # one that has nothing to do would be gone before the others have found it
+        dist.barrier()
         try:
             answer = (True, function(**arguments))
         except Exception:
@@ -105,6 +111,32 @@ def _work(rank, size, folder, pipe):
         dist.destroy_process_group()
         _forget_meshes()
         pipe.send(answer)
+
+
+def _remember_propagation():
+    """Remember what DTensor concludes of placements, which is most of the time of a small model's step, from job to job: it
+    depends on the layout of a mesh alone. The conclusion then gets the mesh of this job in place of the equal one before."""
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    conclude = propagator.propagate_op_sharding_non_cached
+    known = {}
+
+    def propagate(schema):
+        if _are_we_tracing():
+            return conclude(schema)
+        if schema not in known:
+            known[schema] = schema, conclude(schema)
+            return known[schema][1]
+        before, conclusion = known[schema]
+        meshes = zip(_meshes(before), _meshes(schema), strict=True)
+        return copy.deepcopy(conclusion, {id(old): new for old, new in meshes})
+
+    propagator.propagate_op_sharding_non_cached = propagate
+
+
+def _meshes(schema):
+    """The mesh of each sharded argument."""
+    leaves = tree_leaves((schema.args_schema, schema.kwargs_schema), is_leaf=lambda leaf: isinstance(leaf, DTensorSpec))
+    return [leaf.mesh for leaf in leaves if isinstance(leaf, DTensorSpec)]
 
 
 def _forget_meshes():

@@ -22,21 +22,19 @@ from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 from tests.cases import slow_but
 
-from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
+from .parity import DENSE, SETTINGS, TWO_LAYERS, RandomBatches, assert_equal, trained
 
 EXACT = 1e-9
 METHODS = ("all_gather", "ring")
 #: Windows, a cap and sinks: what gpt-oss and Gemma do to scores.
-WINDOWED = DENSE | {
-    "num_hidden_layers": 2,
+WINDOWED = TWO_LAYERS | {
     "layer_types": ("sliding_attention", "full_attention"),
     "sliding_window": 5,
     "attention_sinks": True,
     "attn_logit_softcapping": 3.0,
     "rope_local_base_freq": 500.0,
 }
-SPARSE = DENSE | {
-    "num_hidden_layers": 3,
+SPARSE = TWO_LAYERS | {
     "num_experts": 4,
     "moe_intermediate_size": 16,
     "router_aux_loss_coef": 0.1,
@@ -45,8 +43,7 @@ SPARSE = DENSE | {
     "router_bias_update_rate": 0.02,
     "first_k_dense_replace": 1,
 }
-LATENT = DENSE | {
-    "num_hidden_layers": 2,
+LATENT = TWO_LAYERS | {
     "kv_lora_rank": 12,
     "q_lora_rank": 10,
     "qk_nope_head_dim": 6,
@@ -57,12 +54,12 @@ LATENT = DENSE | {
 
 
 CASES = {
-    "dense": {},
-    "packed": {"packed": True, "settings": {"micro_batch_size": 3}},
+    "dense": {"model": TWO_LAYERS},
+    "packed": {"model": TWO_LAYERS, "packed": True, "settings": {"micro_batch_size": 3}},
     "windowed": {"model": WINDOWED},
     "windowed, packed": {"model": WINDOWED, "packed": True, "settings": {"activation_checkpointing": "full"}},
-    "alibi": {"model": DENSE | {"position_type": "alibi"}},
-    "learned positions": {"model": DENSE | {"position_type": "learned"}},
+    "alibi": {"model": TWO_LAYERS | {"position_type": "alibi"}},
+    "learned positions": {"model": TWO_LAYERS | {"position_type": "learned"}},
     "latent": {"model": LATENT},
     "experts": {"model": SPARSE, "settings": {"micro_batch_size": 3}},
 }

@@ -24,6 +24,7 @@ from bessemer.training.config import LoopConfig
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import open_beside
+from tests.cases import slow
 
 from ..training.conftest import documents, model_folder, tokenized  # noqa: F401
 from .parity import DENSE, SETTINGS
@@ -122,8 +123,11 @@ def shards_of(folder, parallel, seed_of_head):
     return sum(weight.nbytes for weight in found.values())
 
 
-@pytest.mark.parametrize("parallel", [{"data_shard": 2}, {"tensor": 2}], ids=str)
-@pytest.mark.parametrize("seed_of_head", [None, 5], ids=["reference", "critic"])
+@pytest.mark.parametrize(
+    ("seed_of_head", "parallel"),
+    [(None, {"data_shard": 2}), (5, {"tensor": 2}), slow(None, {"tensor": 2}), slow(5, {"data_shard": 2})],
+    ids=lambda value: str(value) if isinstance(value, dict) else "critic" if value else "reference",
+)
 def test_shards_of_a_model_beside_the_policy_are_those_of_the_whole_one(two, tmp_path, parallel, seed_of_head):
     save_model(initial_decoder(ModelConfig(**DENSE), seed=3).to(torch.bfloat16), tmp_path / "model", tokenizer=None)
     held = two.run(shards_of, folder=tmp_path / "model", parallel=parallel, seed_of_head=seed_of_head)

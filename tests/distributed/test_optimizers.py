@@ -22,6 +22,8 @@ SHAPES = {
     "norm.weight": (7,),
 }
 PLACEMENTS = {
+    "rows of two": ((2,), [Shard(0)]),
+    "columns of two": ((2,), [Shard(1)]),
     "sharded": ((4,), [Shard(0)]),
     "hybrid": ((2, 2), [Replicate(), Shard(0)]),
     "sharded and tensor by columns": ((2, 2), [Shard(0), Shard(1)]),
@@ -79,9 +81,10 @@ def alone():
     return moved()
 
 
-@pytest.mark.parametrize("layout", slow_but(["sharded and tensor by columns"], PLACEMENTS))
-def test_pieces_move_as_the_whole(four, alone, layout):
-    for found in four.run(moved, layout=layout):
+@pytest.mark.parametrize("layout", slow_but(["rows of two", "columns of two"], PLACEMENTS))
+def test_pieces_move_as_the_whole(request, alone, layout):
+    pool = request.getfixturevalue("two" if layout.endswith("of two") else "four")
+    for found in pool.run(moved, layout=layout):
         assert found.keys() == alone.keys()
         for key, expected in alone.items():
             torch.testing.assert_close(found[key], expected, rtol=1e-12, atol=1e-12, msg=str(key))

@@ -15,11 +15,11 @@ from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 from tests.cases import slow, slow_but
 
-from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
+from .parity import DENSE, SETTINGS, TWO_LAYERS, RandomBatches, assert_equal, shallowest, trained
 
 EXACT = 1e-9
 SCHEDULES = ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"]
-TIED = DENSE | {"tie_word_embeddings": True}
+TIED = {"tie_word_embeddings": True}
 MIXTURE = TIED | {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -31,28 +31,31 @@ MIXTURE = TIED | {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_two_stages_of_packed_documents_are_one_model(two, alone, schedule):
-    options = {"model": DENSE, "packed": True}
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
+    options = {"model": shallowest(parallel), "packed": True, "settings": {"micro_batch_size": 2}}
     assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_tied_embeddings_learn_at_both_ends(two, alone, schedule):
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
-    assert_equal(two.run(trained, parallel=parallel, model=TIED)[0], alone(model=TIED), EXACT)
+    options = {"model": shallowest(parallel) | TIED, "settings": {"micro_batch_size": 2}}
+    assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
 @pytest.mark.parametrize("schedule", slow_but(["1f1b"], SCHEDULES[1:]))
 def test_routers_of_every_stage_learn_from_their_losses(two, alone, schedule):
-    options = {"model": MIXTURE, "settings": {"micro_batch_size": 2}}  # a router's loss is not the sum of its micro-batches'
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
+    # a router's loss is not the sum of its micro-batches'
+    options = {"model": shallowest(parallel) | MIXTURE, "settings": {"micro_batch_size": 2}}
     assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", slow("zero_bubble"), slow("zbv")])
 def test_blocks_that_predict_further_ahead_read_the_first_stages_embedding(two, alone, schedule):
-    options = {"model": TIED | {"num_nextn_predict_layers": 2}, "settings": {"micro_batch_size": 2}}
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
+    model = shallowest(parallel) | TIED | {"num_nextn_predict_layers": 2}
+    options = {"model": model, "settings": {"micro_batch_size": 2}}
     assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
@@ -68,14 +71,15 @@ def test_blocks_that_predict_further_ahead_read_the_first_stages_embedding(two, 
 )
 def test_blocks_are_computed_again_and_compiled(two, alone, schedule, settings):
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
-    assert_equal(two.run(trained, parallel=parallel, settings=settings)[0], alone(), EXACT)
+    options = {"model": shallowest(parallel), "settings": settings | {"micro_batch_size": 2}}
+    assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(model=options["model"]), EXACT)
 
 
 @pytest.mark.parametrize("kind, schedule", [("bfloat16", "1f1b"), slow("float16", "zero_bubble")])
 def test_products_of_half_precision_are_those_of_one_process(two, alone, kind, schedule):
     settings = {"dtype": kind, "optimizer": "sgd", "micro_batch_size": 2}
-    options = {"settings": settings, "dtype": torch.float32}
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
+    options = {"model": shallowest(parallel), "settings": settings, "dtype": torch.float32}
     assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), 1e-5)
 
 
@@ -95,10 +99,11 @@ def test_products_of_half_precision_are_those_of_one_process(two, alone, kind, s
     ids=lambda parallel: " ".join(f"{name} {value}" for name, value in parallel.items()),
 )
 def test_four_ranks_are_one(four, alone, parallel):
-    assert_equal(four.run(trained, parallel=parallel, model=TIED)[0], alone(model=TIED), EXACT)
+    options = {"model": shallowest(parallel) | TIED, "settings": {"micro_batch_size": 2}}
+    assert_equal(four.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
-def scored(parallel=None, model=TIED, **settings):
+def scored(parallel=None, model=DENSE | TIED, **settings):
     """Σ −log p of a batch before a step and after it, on every rank."""
     config = PretrainConfig(**(SETTINGS | settings | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
@@ -125,5 +130,6 @@ def test_validation_passes_through_the_stages(two, schedule):
 
 
 def test_validation_passes_through_stages_of_several_ranks(four):
-    for found in four.run(scored, parallel={"pipeline": 2, "data_shard": 2}):
-        assert found == pytest.approx(scored(), rel=EXACT)
+    expected = scored(model=TWO_LAYERS | TIED)
+    for found in four.run(scored, parallel={"pipeline": 2, "data_shard": 2}, model=TWO_LAYERS | TIED):
+        assert found == pytest.approx(expected, rel=EXACT)

@@ -130,8 +130,8 @@ def test_on_the_same_number_of_ranks_every_bit_is_the_same(two, tmp_path):
 
 def test_checkpoints_written_in_the_background_are_the_same(two, tmp_path):
     for name, background in (("now", False), ("later", True)):
-        two.run(run, out=tmp_path / name, parallel={}, steps=3, checkpoint_background=background, checkpoint_every=1)
-    for step in (1, 2, 3):
+        two.run(run, out=tmp_path / name, parallel={}, steps=2, checkpoint_background=background, checkpoint_every=1)
+    for step in (1, 2):
         folders = (tmp_path / name / CHECKPOINTS / f"step-{step:06d}" for name in ("now", "later"))
         now, later = map(checkpoint_weights, folders)
         assert all(torch.equal(now[name], later[name]) for name in now)

@@ -139,10 +139,13 @@ def test_four_ranks_are_one(four, alone, parallel, model):
 )
 def test_in_the_stages_of_a_pipeline(four, alone, schedule, model):
     parallel = {"tensor": 2, "pipeline": 2, "pipeline_schedule": schedule}
-    assert_equal(four.run(trained, parallel=parallel, model=model)[0], alone(model=model), EXACT)
+    options = {"model": model, "settings": {"micro_batch_size": 2}}
+    assert_equal(four.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", slow("adafactor")])
+# on every run: each optimizer on pieces in `test_optimizers.py` and `test_whole_matrices.py`
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
 def test_other_optimizers_move_pieces_as_the_whole(four, alone, optimizer):
     options = {"model": EXPERTS, "settings": {"optimizer": optimizer}}
     assert_equal(four.run(trained, parallel={"tensor": 2, "data_shard": 2}, **options)[0], alone(**options), EXACT)
@@ -173,7 +176,7 @@ def validated(model, parallel=None):
 
 
 def test_validation_and_logits_are_those_of_one(two):
-    model = DENSE | {"final_logit_softcapping": 2.0}
+    model = TWO_LAYERS | {"final_logit_softcapping": 2.0}
     expected, logits_BTV = validated(model)
     batch = RandomBatches(8, 16, 96).batch(0)
     assert expected == pytest.approx(

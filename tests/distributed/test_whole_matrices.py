@@ -1,6 +1,7 @@
 """Ranks that hold shards of matrices share Muon's products: each computes some of them, and gets its shard of every result."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -21,14 +22,18 @@ GATED, DOWN = (4, 16, 6), (4, 6, 8)
 MATRICES = len(PLAIN) + 4 * 2 + 4
 
 
-def stepped(layout=None, dtype=torch.float32, steps=2):
+#: The layouts on four ranks.
+LAYOUTS = [layout for layout, (sizes, _) in PLACEMENTS.items() if math.prod(sizes) == 4]
+
+
+def stepped(layout=None, steps=2):
     """Of this rank: matrices that it orthogonalised in a step, their FLOPs, and the most elements at once; and the weights."""
     sizes, placements = PLACEMENTS.get(layout, ((), []))
     mesh = init_device_mesh("cpu", sizes) if layout else None
     calls = []
 
     def place(shape, seed):
-        tensor = random(shape, seed).to(dtype)
+        tensor = random(shape, seed)
         return tensor if mesh is None else distribute_tensor(tensor, mesh, placements)
 
     def counted(matrices, dtype):
@@ -50,11 +55,23 @@ def stepped(layout=None, dtype=torch.float32, steps=2):
     return matrices / steps, sum(map(newton_schulz_flops, calls)) / steps, max(map(math.prod, calls)), weights
 
 
-@pytest.mark.parametrize("layout", PLACEMENTS)
-def test_the_work_of_a_rank_falls_by_the_number_of_ranks(four, layout):
-    alone, whole_cost, _, _ = stepped()
+@pytest.fixture(scope="module")
+def shared(four):
+    """What each rank computed under a layout, which is computed once."""
+    return cache(lambda layout: four.run(stepped, layout=layout))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The same of one process."""
+    return stepped()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_work_of_a_rank_falls_by_the_number_of_ranks(shared, whole, layout):
+    alone, whole_cost, _, _ = whole
     assert alone == MATRICES
-    shares = four.run(stepped, layout=layout)
+    shares = shared(layout)
     assert [matrices for matrices, *_ in shares] == [MATRICES / 4] * 4
     largest = newton_schulz_flops((12, 40))
     for _, cost, elements, _ in shares:
@@ -62,16 +79,16 @@ def test_the_work_of_a_rank_falls_by_the_number_of_ranks(four, layout):
         assert elements <= 12 * 40
 
 
-@pytest.mark.parametrize("layout", PLACEMENTS)
-def test_shared_products_give_the_weights_of_one_process(four, layout):
-    expected = stepped(dtype=torch.float64)[-1]
-    for *_, found in four.run(stepped, layout=layout, dtype=torch.float64):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shared_products_give_the_weights_of_one_process(shared, whole, layout):
+    expected = whole[-1]
+    for *_, found in shared(layout):
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_shared_products_give_the_same_bits_in_every_run_and_on_every_rank(four):
-    first, *others = [weights for _ in range(2) for *_, weights in four.run(stepped, layout="hybrid")]
+def test_shared_products_give_the_same_bits_in_every_run_and_on_every_rank(four, shared):
+    first, *others = [weights for run in (shared("hybrid"), four.run(stepped, layout="hybrid")) for *_, weights in run]
     for weights in others:
         assert all(map(torch.equal, first, weights))
 

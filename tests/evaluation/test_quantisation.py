@@ -31,6 +31,7 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.validation import bits_per_byte
+from tests.cases import slow
 from tests.golden import exact_weights
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -123,7 +124,8 @@ def test_the_divergence_is_that_of_the_two_distributions(place, tokens):
     assert compared.agreement == pytest.approx(float(torch.cat(same).float().mean()))
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+# what the others make is in the golden output on every run
+@pytest.mark.parametrize("method", ["rtn", slow("gptq"), slow("awq")])
 def test_a_quantised_folder_holds_its_quality_and_its_tokenizer(method, place, tokens, tmp_path):
     found = quantised(place, tokens, tmp_path / "out", scheme="int4", method=method)
     assert read_json(tmp_path / "out" / QUALITY) == found

@@ -23,11 +23,14 @@ from tests.distributed.pool import pool_of
 from tests.inference.models import small_tokenizer
 from tests.inference.sharded import decoder, shared
 from tests.inference.test_identity import BLOCK, GIB, PARAMS, PROMPTS, assert_same_but_for_ties
+from tests.inference.test_sharded_weights import other_weights
 from tests.model.random_adapters import random_adapter
 from tests.model.tokenizers import write_small_tokenizer
 
 SHARED_EXPERT = {"shared_expert_intermediate_size": 16, "shared_expert_gate": True, "router_correction_bias": True}
 FEW = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+#: Longer than two blocks of keys, to the end.
+LONG = [list(range(40, 73)), [*range(40, 72), 99]]
 
 
 two, four = pool_of(2, "module"), pool_of(4, "module")
@@ -249,6 +252,22 @@ def test_what_one_process_alone_can_do_is_refused(opened):
 def test_a_second_engine_in_the_same_process_is_refused(opened, folder):
     with pytest.raises(ConfigError, match="has such a model open"):
         Engine(folder, device="cpu", config=EngineConfig(parallel={"tensor": 2}))
+
+
+def test_the_others_take_new_weights_or_none(opened, tokenizer):  # of this engine from here on
+    other, params = other_weights("dense", {}), FEW.with_changes(temperature=0.7, top_p=0.9, seed=5)
+    before = opened.generate(LONG, params)
+    for wrong, message in (({"no.such": torch.zeros(1)}, "no weight"), ({"norm.weight": torch.zeros(1)}, "has shape")):
+        with pytest.raises(RequestError, match=message):
+            opened.update_weights({"embed_tokens.weight": other.embed_tokens.weight, **wrong})
+    again = opened.generate(LONG, params)
+    assert again == before and opened.weight_version == 0
+    # the keys before are kept
+    assert again[0].cached_tokens == 32
+    opened.update_weights(dict(other.named_parameters()), version=3)
+    alone = Engine(other, tokenizer, config=EngineConfig(cpu_kernels="off"))
+    assert opened.generate(LONG, params) == alone.generate(LONG, params) != before
+    assert opened.weight_version == 3
 
 
 def test_when_a_worker_dies_every_answer_is_told_and_nothing_hangs(opened):  # the last of this engine

@@ -7,15 +7,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution import weights as sharded_weights
-from bessemer.model.storage.folder import save_model
 from tests.distributed.pool import pool_of
 from tests.inference.models import small_tokenizer
 from tests.inference.sharded import decoder, shared
 from tests.model.randomised import random_decoder
-from tests.model.tokenizers import write_small_tokenizer
 
 PROMPTS = [[7, 8, 9], list(range(40, 73)), [*range(40, 72), 99]]
 PARAMS = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=12, seed=5, ignore_eos=True)
@@ -84,22 +81,3 @@ def test_two_processes_take_new_weights(two, tokenizer, name, parallel, changes)
 )
 def test_four_processes_take_new_weights(four, tokenizer, name, parallel, changes):
     compare(four, tokenizer, name, parallel, changes)
-
-
-def test_started_processes_take_new_weights_or_none(tmp_path, tokenizer):
-    model, other = decoder("dense"), other_weights("dense", {})
-    save_model(model, tmp_path / "model", tokenizer=write_small_tokenizer(tmp_path / "tokenizer"))
-    config = EngineConfig(parallel={"tensor": 2}, block_size=8)
-    with Engine(tmp_path / "model", device="cpu", config=config) as engine:
-        before = engine.generate(PROMPTS, PARAMS)
-        for wrong, message in (({"no.such": torch.zeros(1)}, "no weight"), ({"norm.weight": torch.zeros(1)}, "has shape")):
-            with pytest.raises(RequestError, match=message):
-                engine.update_weights({"embed_tokens.weight": other.embed_tokens.weight, **wrong})
-        again = engine.generate(PROMPTS, PARAMS)
-        assert again == before and engine.weight_version == 0
-        # the keys before are kept
-        assert again[1].cached_tokens == 32
-        engine.update_weights(dict(other.named_parameters()), version=3)
-        alone = Engine(other, tokenizer, config=EngineConfig(block_size=8))
-        assert engine.generate(PROMPTS, PARAMS) == alone.generate(PROMPTS, PARAMS)
-        assert engine.weight_version == 3

@@ -278,8 +278,8 @@ def loss(model, batch):
 
 def test_the_processes_that_train_measure_what_is_open(folder, bessemer, codes):
     (folder / "mine.py").write_text(NOTED)
-    arguments = ["launch.processes=2", "pretrain.steps=null", "pretrain.minutes=0.02", "pretrain.loss=mine.py:loss"]
-    arguments += ["sft.minutes=0.02", "sft.steps=5000", "--until", "sft", "--name", "launched"]
+    arguments = ["launch.processes=2", "pretrain.steps=null", "pretrain.minutes=0.005", "pretrain.loss=mine.py:loss"]
+    arguments += ["sft.minutes=0.005", "sft.steps=5000", "--until", "sft", "--name", "launched"]
     code, said = bessemer(*arguments)
     assert (code, set(codes)) == (0, {0}), said
     noted = set((folder / "noted").read_text().splitlines())
