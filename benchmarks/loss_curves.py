@@ -22,8 +22,8 @@ decay of the learning rate; of `grpo` the correction of the sampler's log-probab
 before in the data that is to another prompt, so that no answer is compared with one to its own prompt.
 
 Models: the quickstart's shape (1.4M parameters, after a short training), and SmolLM2-135M-Instruct. Nothing is timed, so other
-work does no harm. Result: `loss_curves.json`, where both models and all methods were asked for; its table has the steps of each, and its
-note what was left out by `--fewer`.
+work does no harm. Result: `loss_curves.json`, where both models and all methods were asked for; its table has the steps of
+each, and its note what was left out by `--fewer`.
 """
 
 from __future__ import annotations
