@@ -1,17 +1,18 @@
 """Rollouts by a server: the score of a synchronous run and of an asynchronous one that is killed; updates beside slow tools.
 
     python benchmarks/rollout_servers.py [--seeds 3] [--steps 200] [--out FOLDER]    # most of an hour on two cores
-    python benchmarks/rollout_servers.py --untimed --steps 90                         # beside other work: the score alone
+    python benchmarks/rollout_servers.py --untimed --steps 80 --batch-size 256 --base-steps 92   # the score alone, shorter
     python benchmarks/rollout_servers.py --quick                                      # a minute, to see that it works
 
-**Score.** The base models and settings of `sums.py`: a model that adds rarely right learns to add from rewards. One run samples
-with its own engine and waits for each rollout. The other has a server in a second process and trains while that samples, at
-most one version ahead; it is killed (SIGKILL) in the middle, twice, and started again. Both are asked the held-out sums, as the
-base model was. For each seed the paired difference of the two runs has an interval over the sums. Two trainings from one start
-end apart by themselves, so what decides is the interval of the mean difference over the seeds (Student's t): the scores agree
-where it has zero inside, and the comparison could have failed only where half of that interval is less than half of what the
-synchronous runs have learnt; with less it ends with an error. What a seed has found in the folder is not done again at the
-same commit.
+**Score.** The base models and settings of `sums.py`: a model that adds rarely right learns to add from rewards (with
+`--base-steps` all base models read sums for as many steps, and none is looked for that adds as rarely as there). One run
+samples with its own engine and waits for each rollout. The other has a server in a second process and trains while that
+samples, at most one version ahead; it is killed (SIGKILL) in the middle, twice, and started again. Both are asked the held-out
+sums, as the base model was. For each seed the paired difference of the two runs has an interval over the sums. Two trainings
+from one start end apart by themselves, so what decides is the interval of the mean difference over the seeds (Student's t):
+the scores agree where it has zero inside, and the comparison could have failed only where half of that interval is less than
+half of what the synchronous runs have learnt; with less it ends with an error. What a seed has found in the folder is not done
+again at the same commit.
 
 **Slow tools.** Episodes of two turns in an environment that waits a second a turn: updates a minute with one environment after
 the other, with waiting environments side by side on the own engine, and on a server, one version ahead.
@@ -174,7 +175,7 @@ def right(model: Path, questions: int) -> list[float]:
 
 def score_of(seed: int, model: Path, folder: Path, steps: int, questions: int) -> dict[str, Any]:
     """The synchronous and the asynchronous run of a seed; what lies in the folder from this commit is taken."""
-    kept = folder / f"score-{seed}-{steps}.json"
+    kept = folder / f"score-{seed}-{steps}-{SETTINGS['batch_size']}.json"
     if kept.exists() and (found_before := json.loads(kept.read_text()))["commit"] == recording.when()["commit"]:
         return dict(found_before["score"])
     settings = {**SETTINGS, "steps": steps}
@@ -252,6 +253,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="updates of each run of the score")
     parser.add_argument("--quick", action="store_true", help="a model that has learnt nothing, and few updates")
+    parser.add_argument("--batch-size", type=int, default=SETTINGS["batch_size"], help="completions of an update")
+    parser.add_argument("--base-steps", type=int, help="steps of pretraining of every base model")
     parser.add_argument("--untimed", action="store_true", help="the score alone: other work may run")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-rollout-servers")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -266,20 +269,25 @@ def main() -> None:
     for old in options.out.glob("slow-*"):
         shutil.rmtree(old)
     if options.quick:
-        SETTINGS.update(batch_size=32, warmup_steps=2)
+        options.batch_size = 32
+        SETTINGS.update(warmup_steps=2)
+    SETTINGS.update(batch_size=options.batch_size)
     seeds, models = [], []
     for seed in range(1, (1 if options.quick else options.seeds) + 1):
         if options.quick:
             done = sums.ran("recipe.yaml", [f"seed={seed}", "pretrain.steps=8"], "quick", until="pretrain")
             model = done["pretrain"] / "model"
         else:
-            overrides, _ = sums.base_of(seed)
+            if options.base_steps is None:
+                overrides, _ = sums.base_of(seed)
+            else:
+                overrides = [f"seed={seed}", f"pretrain.steps={options.base_steps}"]
             model = sums.ran("recipe.yaml", overrides, f"again-{seed}", until="pretrain")["pretrain"] / "model"
         models.append(model)
         questions = 50 if options.quick else QUESTIONS
         seeds.append(score_of(seed, model, options.out, 9 if options.quick else options.steps, questions))
         print(seeds[-1], flush=True)
-    figures: dict[str, Any] = {"seeds": seeds, "steps": options.steps}
+    figures: dict[str, Any] = {"seeds": seeds, "steps": options.steps, "batch_size": options.batch_size}
     if not options.untimed:
         seconds, steps = (0.2, 4) if options.quick else (1.0, 12)
         figures["updates_a_minute"] = updates_a_minute(models[0], options.out, seconds, steps)
