@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bessemer.core.environment import peak_memory_bytes, reset_peak_memory
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json, write_text
@@ -34,7 +35,7 @@ from bessemer.posttraining.data.packing import EncodedExample
 from bessemer.posttraining.data.turns import RowError
 from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import prepare_base
-from bessemer.posttraining.sft.finetune_plan import Sizes, plan_finetuning, tuning_dtype
+from bessemer.posttraining.sft.finetune_plan import FinetunePlan, Sizes, plan_finetuning, tuning_dtype
 from bessemer.posttraining.sft.forgetting import GeneralTasks, ItemResults
 from bessemer.posttraining.sft.report import one_line
 from bessemer.posttraining.sft.stage import sft
@@ -43,7 +44,7 @@ from bessemer.training.checkpoint.manager import CHECKPOINTS
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import pack_rows
 from bessemer.training.objectives import token_losses
-from bessemer.training.runtime import Runtime
+from bessemer.training.runtime import Runtime, release_freed_memory
 from bessemer.training.starting_model import StartingModel
 
 #: Held-out rows as a task's data.
@@ -134,7 +135,8 @@ _WHAT = "record of a fine-tuning"
 class Finetuned:
     """Result of a fine-tuning. before_N, after_N: mean loss of each conversation held out, in nats a token; ids_N: of these.
     answers: of some of their questions, with what the model said before and after. base: the folder that an adapter is for;
-    tokenizer_hash: of its tokenizer. general: items of general tasks before and after; None: none were asked."""
+    tokenizer_hash: of its tokenizer. general: items of general tasks before and after; None: none were asked.
+    memory: `announced`, and `taken` by the process at most, in bytes; None on a card, where the plan is of the card's."""
 
     method: Method
     base: Path
@@ -145,6 +147,7 @@ class Finetuned:
     answers: Sequence[dict[str, str]]
     metrics: dict[str, Any]
     general: tuple[ItemResults, ItemResults] | None = None
+    memory: dict[str, int] | None = None
 
 
 def finetune(
@@ -167,6 +170,7 @@ def finetune(
     used, ConfigError for settings, and a model that memory does not hold; nothing is written before. `finished` is asked
     before.
     """
+    reset_peak_memory()
     with TemporaryDirectory() as scratch:
         known = ModelSource("folder", str(out / BASE)) if (out / BASE).exists() else source
         # the method is chosen once, since free memory may differ another time
@@ -180,6 +184,8 @@ def finetune(
     for line in plan.understood:
         progress.say(line)
     base = prepare_base(source, out / BASE, progress)
+    # of the plan and the import
+    release_freed_memory()
     chosen = {"method": plan.method, "reason": plan.reason, "base": place_of_base(base, out)}
     record = chosen | read_json(out / RECORD, _WHAT)
     write_json(out / RECORD, record)
@@ -217,10 +223,12 @@ def finetune(
 
     write_task(out, plan.held_out, tokenizer)
     before = measured(start.whole(chosen_device), "before")
+    release_freed_memory()
     samples = _Samples(questions, plan.sizes.steps, progress)
     metrics = sft(
         tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show, shows_data=False
     )
+    release_freed_memory()
     if method == "full":
         after = measured(load_model(out / MODEL, device=chosen_device), "after")
     else:
@@ -238,7 +246,13 @@ def finetune(
         questions.compared(before.answers, after.answers),
         metrics,
         None if before.general is None or after.general is None else (before.general, after.general),
+        _memory(plan, chosen_device),
     )
+
+
+def _memory(plan: FinetunePlan, device: torch.device) -> dict[str, int] | None:
+    peak = peak_memory_bytes() if device.type == "cpu" else None
+    return None if peak is None else {"announced": round(plan.chosen.memory.peak), "taken": peak}
 
 
 class _Measured(NamedTuple):
