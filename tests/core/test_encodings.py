@@ -16,10 +16,14 @@ TEXTS = {
         "cp1254",
         "Turkish",
     ): "soru;cevap\nMutfak nerede?;Mutfak solda, banyonun hemen yanında. Işığı açmayı unutmayın, güneş batıyor.\n",
+    ("cp1254", "Turkish in a few words"): "soru;cevap\nSipariş nerede?;Sipariş yolda, yarın ulaşır.\n",
     ("cp1251", "Russian"): "вопрос;ответ\nГде кухня?;Кухня находится слева, сразу за ванной комнатой.\n",
     ("cp1253", "Greek"): "ερώτηση;απάντηση\nΠού είναι η κουζίνα;Η κουζίνα είναι αριστερά, δίπλα στο μπάνιο.\n",
     ("cp932", "Japanese"): "質問,回答\n台所はどこですか,台所は左側にあります。お風呂の隣で、廊下のいちばん奥の部屋です。\n",
     ("gb18030", "Chinese"): "问题,回答\n厨房在哪里？,厨房在左边，就在浴室旁边。\n",
+    ("big5", "Chinese of Taiwan"): "問題,回答\n訂單在哪裡？,訂單已經出貨，預計明天送達。\n",
+    ("cp949", "Korean"): "질문,답변\n주문은 어디에 있나요?,주문은 오늘 출발했고, 내일 도착합니다.\n",
+    ("cp1256", "Arabic"): "السؤال;الجواب\nأين الطلب؟;الطلب في الطريق، وسيصل غدا.\n",
 }
 
 

@@ -160,6 +160,30 @@ def notes(folder: Path) -> Path:
     return folder / "notes"
 
 
+#: Questions and answers with a number in them, by the code page in which programs of their country save them.
+FOREIGN = {
+    "cp949": ("주문 {n}번은 어디에 있나요?", "주문 {n}번은 오늘 출발했고,\n“내일” 도착합니다."),
+    "gb18030": ("订单{n}在哪里？", "订单{n}已经发货，\n预计“明天”送达。"),
+    "big5": ("訂單{n}在哪裡？", "訂單{n}已經出貨，\n預計「明天」送達。"),
+    "windows-1256": ("أين الطلب رقم {n}؟", 'الطلب رقم {n} في الطريق؛\nوسيصل "غدا".'),
+    # Devanagari has no code page that programs still write
+    "utf-16": ("ऑर्डर {n} कहाँ है?", "ऑर्डर {n} रास्ते में है,\n“कल” पहुँचेगा।"),
+}
+
+
+def foreign_rows(encoding: str) -> list[tuple[str, str]]:
+    """The questions and answers of a language, as many as every file has."""
+    question, answer = FOREIGN[encoding]
+    return [(question.format(n=n), answer.format(n=n)) for n in range(len(ROWS))]
+
+
+def foreign_csv(folder: Path, encoding: str) -> Path:
+    """A table that a spreadsheet saved in a language's code page, with semicolons."""
+    path = folder / f"{encoding}.csv"
+    path.write_bytes(_delimited([("question", "answer"), *foreign_rows(encoding)], ";").encode(encoding))
+    return path
+
+
 #: Makes a file in a folder → rows that cannot be used.
 TABLES = {
     spreadsheet_csv: 0,

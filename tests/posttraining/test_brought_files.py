@@ -2,19 +2,30 @@
 
 import json
 import logging
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import pytest
 
 from bessemer.core.errors import SourceError
 from bessemer.core.store import read_json
+from bessemer.model.formats import packaged_smollm2
+from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.posttraining.data.examples import RowReader, previewed, read_conversations
 from bessemer.posttraining.data.formats import Answered
+from bessemer.posttraining.data.mask import preview_masks
 from bessemer.posttraining.data.understanding import passages
 from bessemer.posttraining.sft.config import FinetuneConfig, SFTConfig
 from bessemer.posttraining.sft.finetune_plan import settings_of
 from bessemer.posttraining.sft.stage import gather_conversations
+from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.cli.test_main import bessemer, one_error
-from tests.posttraining.brought_files import CALLING, ROWS, TABLES, notes
+from tests.literate import free_port
+from tests.posttraining.brought_files import CALLING, FOREIGN, ROWS, TABLES, foreign_csv, foreign_rows, notes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +44,19 @@ def test_the_same_is_learnt_whatever_form_a_table_has(tmp_path, make, caplog):
     learnt = sorted(map(last_question_and_answer, [*training, *held_out]))
     # a cell of CSV and of a workbook keeps its line ends
     assert learnt == sorted(ROWS) and len(reader.bad) == TABLES[make]
+
+
+@pytest.mark.parametrize("encoding", FOREIGN)
+def test_other_scripts_are_read_shown_and_learnt_as_they_are_written(model_folder, tmp_path, encoding):
+    path, rows = foreign_csv(tmp_path, encoding), foreign_rows(encoding)
+    conversations = read_conversations(path, ("question", "answer"))
+    assert list(map(last_question_and_answer, conversations)) == rows
+    assert any(rows[0][0] in line for line in previewed(str(path)).lines())
+    (row,) = preview_masks(conversations[:1], load_tokenizer(model_folder), [0], 1024).rows
+    tokens = [token for example in row.examples for token in example]
+    # characters of several tokens, of which none is cut where the answer begins
+    assert "".join(token.text for token in tokens if token.is_learnt and not token.is_end).strip() == rows[0][1]
+    assert rows[0][0] in "".join(token.text for token in tokens if not token.is_learnt)
 
 
 def test_openai_messages_keep_all_that_they_say(tmp_path):
@@ -167,6 +191,55 @@ def test_a_folder_of_notes_becomes_an_adapter(model_folder, tmp_path, capsys):
     code, _, said = bessemer(capsys, *asked, "--context-length", 64, "--device", "cpu")
     assert code == 0 and "12 rows: texts without questions, which are learnt whole (continued training)" in said
     assert (tmp_path / "out" / "adapter").is_dir()
+
+
+@contextmanager
+def serving(out):
+    """While entered, `bessemer serve` of a folder in a process of its own; its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "bessemer", "serve", str(out), "--port", port, "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while True:
+                assert server.poll() is None, server.stderr.read()
+                with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=60):
+                    break
+                time.sleep(0.2)
+            yield url
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M-Instruct as a folder, imported once."""
+    folder = tmp_path_factory.mktemp("base") / "smollm2"
+    import_gguf(packaged_smollm2(), folder)
+    return folder
+
+
+@pytest.mark.peer(name="smollm2")
+@pytest.mark.parametrize(
+    "make",
+    [*TABLES, notes, *(partial(foreign_csv, encoding=encoding) for encoding in FOREIGN)],
+    ids=lambda make: make.keywords["encoding"] if isinstance(make, partial) else make.__name__,
+)
+def test_smollm2_learns_every_kind_of_file_and_serves_it(smollm2, tmp_path, capsys, make):
+    asked = ["finetune", smollm2, make(tmp_path), tmp_path / "out", "--method", "lora", "--epochs", 0.1, "--general", "none"]
+    # notes are few passages, and long ones
+    asked += ["--held-out", 0.3, "--context-length", 128] if make is notes else []
+    code, printed, said = bessemer(capsys, *asked, "--batch-size", 1, "--device", "cpu")
+    with capsys.disabled():
+        print(f"\n--- {asked[2].name}\n{said}{printed}")
+    assert code == 0 and printed.splitlines()[-1].startswith("use it: bessemer chat ")
+    from openai import OpenAI
+
+    with serving(tmp_path / "out") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="any")
+        messages = [{"role": "user", "content": ROWS[0][0]}]
+        answer = client.chat.completions.create(model="out", messages=messages, max_tokens=8)
+    assert answer.choices[0].message.content and answer.usage.completion_tokens <= 8
 
 
 @pytest.mark.slow

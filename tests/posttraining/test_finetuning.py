@@ -5,6 +5,8 @@ import gc
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -44,7 +46,7 @@ from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.runtime import Runtime
-from bessemer.training.starting_model import FROZEN, StartingModel
+from bessemer.training.starting_model import FROZEN, StartingModel, read_quantised
 from bessemer.training.trainer import Trainer
 from tests.cases import slow_but
 from tests.cli.test_main import bessemer, one_error
@@ -356,6 +358,25 @@ def test_the_memory_that_is_announced_is_that_of_a_step(tmp_path, method, dtype,
     counted = storage_bytes(standing) + live.peak
     sizes = TuningShape(rows, length, getattr(torch, dtype).itemsize, frozen=FROZEN["int4"], recompute=recompute)
     assert tuning_memory(shape, method, sizes).peak == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "nf4"])
+def test_a_model_that_is_quantised_as_it_is_read_has_the_same_codes(model_folder, scheme):
+    whole, read = load_model(model_folder), read_quantised(model_folder, FROZEN[scheme], "cpu")
+    quantise(whole, FROZEN[scheme])
+    expected, found = whole.state_dict(), read.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_memory_that_is_announced_is_that_of_the_whole_process(model_folder, tmp_path, method):
+    """Of a little model nearly all is the interpreter and its libraries."""
+    out, table = tmp_path / "out", write_table(tmp_path / "tickets.csv")
+    command = [sys.executable, "-m", "bessemer", "finetune", model_folder, table, out, "--method", method, "--epochs", "0.3"]
+    subprocess.run([*map(str, command), "--device", "cpu"], check=True, capture_output=True)
+    memory = read_json(out / "finetune.json")["result"]["memory"]
+    assert memory["announced"] == pytest.approx(memory["taken"], rel=0.1, abs=30e6)
 
 
 def test_a_seven_billion_model_is_announced_with_one_copy_of_its_weights():

@@ -233,6 +233,7 @@ def _result(tuned: Finetuned) -> dict[str, Any]:
         "method": tuned.method,
         "answers": list(tuned.answers),
         **({} if tuned.general is None else {"forgetting": forgetting(*tuned.general)}),
+        **({} if tuned.memory is None else {"memory": tuned.memory}),
         "losses": {id: [before, after] for id, before, after in losses},
         "tokenizer": tuned.tokenizer_hash,
         "metrics": metrics,

@@ -236,6 +236,11 @@ def _status(name: str) -> int:
     return 0
 
 
+def resident_memory_bytes() -> int | None:
+    """Resident size of this process now, in bytes; None outside Linux."""
+    return _status("VmRSS") or None if _STATUS.exists() else None
+
+
 def peak_memory_bytes() -> int | None:
     """Largest resident size of this process, in bytes; None where the system does not say (Windows)."""
     if _STATUS.exists() and (peak := _status("VmHWM")):

@@ -30,6 +30,10 @@ _CODE_PAGES = (
 )
 #: Runs of characters beyond ASCII, Japanese kana, and the share of kana among them from which a text is Japanese.
 _BEYOND_ASCII, _KANA, _KANA_SHARE = re.compile(r"[^\x00-\x7f\ufffd]+"), re.compile("[\u3041-\u30fe]"), 0.2
+#: Share of characters that a code page does not know from which a text is not in it.
+_UNKNOWN = 0.02
+#: Turkish's letters beyond ASCII, and those of them that other letters stand for in the Western European page.
+_TURKISH, _TURKISH_ALONE = frozenset("ğĞıİşŞçÇöÖüÜâÂîÎûÛ"), frozenset("ğĞıİşŞ")
 #: Differences in `charset_normalizer`'s chaos and coherence that are too small to choose a code page by.
 _ALIKE = 0.01
 
@@ -94,9 +98,15 @@ def _code_page(data: bytes) -> str:
     lines = b"".join(_lines_beyond_ascii(data))
     for name in ("cp932", "euc_jp"):
         # the library takes a few Japanese words for Korean or Chinese
-        characters = "".join(_BEYOND_ASCII.findall(lines.decode(name, "replace")))
-        if len(_KANA.findall(characters)) > _KANA_SHARE * len(characters):
+        decoded = lines.decode(name, "replace")
+        characters = "".join(_BEYOND_ASCII.findall(decoded))
+        is_known = decoded.count("\ufffd") <= _UNKNOWN * len(characters)
+        if is_known and len(_KANA.findall(characters)) > _KANA_SHARE * len(characters):
             return name
+    # the library finds as much sense in the Western letters of the same bytes
+    letters = {character for character in lines.decode("cp1254", "replace") if character > "\x7f" and character.isalpha()}
+    if letters <= _TURKISH and len(letters & _TURKISH_ALONE) > 1:
+        return "cp1254"
     matches = list(from_bytes(lines, cp_isolation=list(_CODE_PAGES), enable_fallback=False))
     if not matches:
         return _CODE_PAGES[0]

@@ -20,13 +20,16 @@ from bessemer.distributed.parallelize import load_shards
 from bessemer.distributed.sharding import product_matrices
 from bessemer.model.adapters.trained import add_adapters, initial_tensors, train_whole
 from bessemer.model.decoder import Decoder
-from bessemer.model.initialisation import empty_decoder
+from bessemer.model.families.layout import Stored
+from bessemer.model.initialisation import empty_decoder, fill
+from bessemer.model.quantisation.base import Codes
 from bessemer.model.quantisation.config import QuantizeConfig
-from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.quantisation.quantise import plan, quantise, take_codes
+from bessemer.model.quantisation.quantised_decoder import weight_name
 from bessemer.model.quantisation.quantised_layers import quantised_parts
 from bessemer.model.storage.folder import SCORE, load_model, load_scorer, new_head, scorer_config
 from bessemer.model.storage.model_config import holds_codes, read_model_config, refuse_quantised, refuse_scorer
-from bessemer.model.storage.weights import StoredTensors, find_tensors
+from bessemer.model.storage.weights import EMBEDDING, StoredTensors, WeightsFile, find_tensors, opening
 from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import AdapterConfig
 from bessemer.training.model_setup import Load
@@ -125,16 +128,18 @@ class StartingModel:
         Raises ConfigError for a base whose activations are quantised, and a pattern of layers that there are not.
         """
         adapter = self.adapter
+        quantize = None if adapter is None else adapter.quantize
         if self.frozen_dtype != torch.float32:
             # the weights are read straight into half precision: there is never a float32 copy
             empty = self._empty()
             load_shards([empty.decoder], empty.stored, device, empty.added)
             return empty.decoder.eval()
         # a model that will be quantised is read as stored, since it may not fit in memory in float32
-        quantize = None if adapter is None else adapter.quantize
         dtype = torch.float32 if quantize is None else None
         if self.scores:
             model = load_scorer(self.folder, device, dtype, seed=head_seed(self.seed))
+        elif quantize is not None and not holds_codes(self.folder):
+            model = read_quantised(self.folder, FROZEN[quantize], device)
         else:
             model = load_model(self.folder, device=device, dtype=dtype)
         if quantize is not None:
@@ -180,6 +185,50 @@ class StartingModel:
         if self.scores:
             model.get_parameter(SCORE).requires_grad_(True)
         return initial_tensors(model, self.seed)
+
+
+@torch.no_grad()
+def read_quantised(folder: Path, config: QuantizeConfig, device: torch.device | str) -> Decoder:
+    """The model of a folder with its blocks' matrices quantised as they are read, one after the other: memory is that of the
+    codes and of a few matrices, not of the model. What is not quantised keeps the type that it is stored in.
+
+    The same as `quantise(load_model(folder))`. Raises ArtefactError as `find_tensors`.
+    """
+    stored = find_tensors(folder, read_model_config(folder))
+    model = empty_decoder(stored.config)
+    schemes = {weight_name(module): (module, scheme) for module, scheme in plan(model, config).schemes.items()}
+    codes: dict[str, Codes] = {}
+    rest: dict[str, Tensor] = {}
+    packed: dict[str, Tensor] = {}
+
+    def take(name: str, tensor: Tensor) -> None:
+        if name not in schemes:
+            rest[name] = tensor.to(device, copy=True)
+            return
+        module, scheme = schemes[name]
+        codes[module] = scheme.quantise(tensor.to(device), search_clip=config.search_clip)
+
+    for path, tensors in stored.files.items():
+        with opening(path):
+            file = WeightsFile(path)
+            for disk_name, one in tensors.items():
+                assert isinstance(one, Stored), disk_name
+                tensor = file.passing(disk_name)
+                if one.is_whole:
+                    take(one.views[0].name, tensor)
+                    continue
+                for place in one.views:
+                    if place.name not in packed:
+                        packed[place.name] = torch.empty(stored.shapes[place.name], dtype=tensor.dtype)
+                one.unpack(tensor, packed)
+    for name in list(packed):
+        take(name, packed.pop(name))
+    if stored.second_head is not None:
+        stored.check_second_head(rest[EMBEDDING])
+    take_codes(model, codes)
+    weights = {f"{module}.{part}": tensor for module, one in codes.items() for part, tensor in one.tensors.items()}
+    # moves the tables of rotary positions as well
+    return fill(model, rest | weights).to(device)
 
 
 def head_seed(seed: int) -> int:

@@ -43,7 +43,7 @@ CODE_DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 #: Bytes read through a mapping before it is renewed, which frees their pages.
-_MAPPED = 1 << 28
+_MAPPED = 1 << 26
 _SHARDS = "model-*-of-*.safetensors"
 
 

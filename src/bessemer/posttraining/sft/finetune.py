@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bessemer.core.environment import peak_memory_bytes, reset_peak_memory
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json, write_text
@@ -34,7 +35,7 @@ from bessemer.posttraining.data.packing import EncodedExample
 from bessemer.posttraining.data.turns import RowError
 from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import prepare_base
-from bessemer.posttraining.sft.finetune_plan import Sizes, plan_finetuning, tuning_dtype
+from bessemer.posttraining.sft.finetune_plan import FinetunePlan, Sizes, plan_finetuning, tuning_dtype
 from bessemer.posttraining.sft.forgetting import GeneralTasks, ItemResults
 from bessemer.posttraining.sft.report import one_line
 from bessemer.posttraining.sft.stage import sft
@@ -43,7 +44,7 @@ from bessemer.training.checkpoint.manager import CHECKPOINTS
 from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import pack_rows
 from bessemer.training.objectives import token_losses
-from bessemer.training.runtime import Runtime
+from bessemer.training.runtime import Runtime, release_freed_memory
 from bessemer.training.starting_model import StartingModel
 
 #: Held-out rows as a task's data.
@@ -133,7 +134,8 @@ class Finetuned:
     """Result of a fine-tuning. before_N, after_N: mean loss of each held-out conversation before and after, in nats a token;
     ids_N: ids of the conversations. answers: some of their questions with the data's answer and the model's before and after.
     base: folder of the adapter's base model; tokenizer_hash: that of its tokenizer. general: items of general tasks before and
-    after; None: not measured."""
+    after; None: not measured.
+    memory: bytes `announced`, and the most that the process has `taken`; None on a card, where the plan is of the card's."""
 
     method: Method
     base: Path
@@ -144,6 +146,7 @@ class Finetuned:
     answers: Sequence[dict[str, str]]
     metrics: dict[str, Any]
     general: tuple[ItemResults, ItemResults] | None = None
+    memory: dict[str, int] | None = None
 
 
 def finetune(
@@ -166,6 +169,7 @@ def finetune(
     used, ConfigError for settings, and a model that does not fit into memory; then nothing has been written. Call `finished`
     first.
     """
+    reset_peak_memory()
     with TemporaryDirectory() as scratch:
         known = ModelSource("folder", str(out / BASE)) if (out / BASE).exists() else source
         # a resumed run keeps its method, though free memory may have changed
@@ -179,6 +183,8 @@ def finetune(
     for line in plan.understood:
         progress.say(line)
     base = prepare_base(source, out / BASE, progress)
+    # of the plan and the import
+    release_freed_memory()
     chosen = {"method": plan.method, "reason": plan.reason, "base": place_of_base(base, out)}
     record = chosen | read_json(out / RECORD, _WHAT)
     write_json(out / RECORD, record)
@@ -216,10 +222,12 @@ def finetune(
 
     write_task(out, plan.held_out, tokenizer)
     before = measured(start.whole(chosen_device), "before")
+    release_freed_memory()
     samples = _Samples(questions, plan.sizes.steps, progress)
     metrics = sft(
         tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show, shows_data=False
     )
+    release_freed_memory()
     if method == "full":
         after = measured(load_model(out / MODEL, device=chosen_device), "after")
     else:
@@ -237,7 +245,13 @@ def finetune(
         questions.compared(before.answers, after.answers),
         metrics,
         None if before.general is None or after.general is None else (before.general, after.general),
+        _memory(plan, chosen_device),
     )
+
+
+def _memory(plan: FinetunePlan, device: torch.device) -> dict[str, int] | None:
+    peak = peak_memory_bytes() if device.type == "cpu" else None
+    return None if peak is None else {"announced": round(plan.chosen.memory.peak), "taken": peak}
 
 
 class _Measured(NamedTuple):

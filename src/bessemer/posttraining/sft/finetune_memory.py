@@ -7,6 +7,10 @@ appear while activations are freed, so the peak is the largest of a few moments 
 layouts of many processes; this one knows frozen weights, adapters and codes.
 
 Beside a frozen weight of a norm its unscaled output is not kept, since no gradient of the weight reads it.
+
+On a processor these tensors lie in the process that a user sees: beside the interpreter, the libraries and the data, in a heap
+that has holes between what lives, and after the model was read, asked questions, and asked general tasks. `process_memory` is
+what the whole command takes.
 """
 
 from __future__ import annotations
@@ -33,6 +37,16 @@ _FLOAT32, _MEANS = 4.0, 8.0
 #: Bytes per number while a quantised matrix is dequantised: its code in a byte, and in float32 the number before and after
 #: scaling.
 _DEQUANTISING = 9.0
+
+
+#: What training and the engine load and set up once the plan is made: modules, products' kernels, two more tokenizers.
+_LATER = 85e6
+#: Holes of the heap, beside what a step makes and frees.
+_HOLES = 0.15
+#: Pages of a file that are in memory while it is read: at most these, beside those of the largest tensor.
+_READ_AT_ONCE = 1 << 26
+#: Tokens of a step of the engine that answers questions and general tasks.
+_ENGINE_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,33 @@ def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> Tun
         "masks": masks,
     }
     peak = weights + own + means + masks + max(moments.values())
+    return TuningMemory({name: size for name, size in parts.items() if size}, peak)
+
+
+def process_memory(model: ModelConfig, method: Method, shape: TuningShape, held: float) -> TuningMemory:
+    """Resident memory of the process that tunes a model on a processor, from the model's opening to its end.
+
+    held: resident before, of the interpreter, the libraries and the data, in bytes.
+    """
+    step = tuning_memory(model, method, shape)
+    c, is_half = float(shape.dtype_bytes), shape.dtype_bytes != 4
+    table = float(model.vocab_size * model.hidden_size)
+    standing = sum(step.parts.get(part, 0.0) for part in ("weights", "adapter", "optimizer states"))
+    weights = step.parts["weights"] + step.parts.get("adapter", 0.0)
+    holes = _HOLES * (step.peak - standing)
+    # a model that is tuned whole is the file's own pages until the first update
+    read = 0.0 if method == "full" else _FLOAT32 * table + min(_READ_AT_ONCE, _FLOAT32 * (model.parameters() - table))
+    # logits of a step, in the type of products and in float32, and autocast's copy of the head
+    asked = model.vocab_size * _ENGINE_TOKENS * (_FLOAT32 + (c if is_half else 0.0)) + (c * table if is_half else 0.0)
+    program = held + _LATER
+    parts = {
+        "program, libraries and data": program,
+        **step.parts,
+        "holes of the heap": holes,
+        "the model's file while it is read": read,
+        "answers and general tasks": asked,
+    }
+    peak = program + max(step.peak + holes, weights + read, weights + asked)
     return TuningMemory({name: size for name, size in parts.items() if size}, peak)
 
 

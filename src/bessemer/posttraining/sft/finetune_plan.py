@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from bessemer.core.environment import free_memory_bytes
+from bessemer.core.environment import free_memory_bytes, resident_memory_bytes
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import duration, size
 from bessemer.model.activations import Recompute
@@ -28,7 +28,7 @@ from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.posttraining.data.understanding import DataPlace
 from bessemer.posttraining.sft.config import FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, read_base
-from bessemer.posttraining.sft.finetune_memory import TuningMemory, TuningShape, tuning_memory
+from bessemer.posttraining.sft.finetune_memory import TuningMemory, TuningShape, process_memory, tuning_memory
 from bessemer.posttraining.sft.stage import gather_conversations
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
@@ -41,12 +41,13 @@ _USABLE = 0.8
 _REACHED = 0.5
 
 
-def free_bytes(device: torch.device) -> float:
-    """Memory that tensors may take on a device; infinite where it is unknown."""
+def free_bytes(device: torch.device, held: float = 0.0) -> float:
+    """Memory that may be taken: on a card by tensors, on a processor by this process, which holds some already; infinite where
+    it is unknown."""
     if device.type == "cuda":
         return _USABLE * torch.cuda.mem_get_info(device)[0]
     free = free_memory_bytes()
-    return float("inf") if free is None else _USABLE * free
+    return float("inf") if free is None else held + _USABLE * free
 
 
 class Fitting(NamedTuple):
@@ -57,18 +58,31 @@ class Fitting(NamedTuple):
 
 
 def memory_needs(
-    model: ModelConfig, shape: TuningShape, free: float, *, rows_given: bool = False, recompute: Sequence[Recompute] = ("none",)
+    model: ModelConfig,
+    shape: TuningShape,
+    free: float,
+    *,
+    rows_given: bool = False,
+    recompute: Sequence[Recompute] = ("none",),
+    held: float | None = None,
 ) -> dict[Method, Fitting]:
     """The methods by which a model can be tuned, from most to least memory, each with the largest micro-batch that fits into
     `free` bytes, or with the smallest step. shape: its rows are those of a batch or, with `rows_given`, of a fixed micro-batch.
-    recompute: kinds of recomputation to try, the fastest first.
+    recompute: kinds of recomputation to try, the fastest first. held: what the process holds before, whose whole memory is then
+    meant (`process_memory`); None: the tensors of a step alone (`tuning_memory`).
     """
     methods: tuple[Method, ...] = ("qlora",) if shape.stored is not None else ("full", "lora", "qlora")
-    return {method: _fitting(model, method, shape, free, rows_given, recompute) for method in methods}
+    return {method: _fitting(model, method, shape, free, rows_given, recompute, held) for method in methods}
 
 
 def _fitting(
-    model: ModelConfig, method: Method, shape: TuningShape, free: float, rows_given: bool, recompute: Sequence[Recompute]
+    model: ModelConfig,
+    method: Method,
+    shape: TuningShape,
+    free: float,
+    rows_given: bool,
+    recompute: Sequence[Recompute],
+    held: float | None,
 ) -> Fitting:
     batch = shape.rows * shape.micro_batches
     smallest: Fitting | None = None
@@ -76,7 +90,8 @@ def _fitting(
         rows = shape.rows
         while True:
             tried = replace(shape, rows=rows, micro_batches=-(-batch // rows), recompute=kind)
-            smallest = Fitting(tried, tuning_memory(model, method, tried))
+            memory = tuning_memory(model, method, tried) if held is None else process_memory(model, method, tried, held)
+            smallest = Fitting(tried, memory)
             if smallest.memory.peak <= free:
                 return smallest
             if rows == 1 or rows_given:
@@ -358,8 +373,9 @@ def _method(
         micro_batches=-(-batch_size // rows),
     )
     recompute: tuple[Recompute, ...] = ("none", "full") if config.checkpointing == "auto" else (config.checkpointing,)
-    free = free_bytes(device)
-    needs = memory_needs(base.config, shape, free, rows_given=rows_given, recompute=recompute)
+    held = float(resident_memory_bytes() or 0) if device.type == "cpu" else None
+    free = free_bytes(device, held or 0.0)
+    needs = memory_needs(base.config, shape, free, rows_given=rows_given, recompute=recompute, held=held)
     if config.method != "auto":
         if config.method not in needs:
             raise ConfigError(f"--method: {config.method} is of whole weights, and {base.name} is quantised; take qlora")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bessemer.core.errors import ArtefactError
+from bessemer.core.metrics import size
 from bessemer.core.records import json_lines
 from bessemer.core.report import (
     Answer,
@@ -168,8 +169,14 @@ def record_lines(result: Mapping[str, Any]) -> list[str]:
         *answer_lines(result.get("answers", ())),
         result["data"],
         *([] if forgotten is None else forgetting_lines(forgotten)),
+        *memory_lines(result.get("memory")),
         result["verdict"],
     ]
+
+
+def memory_lines(memory: Mapping[str, float] | None) -> list[str]:
+    """The memory that was announced and that the process took, in a line; none where it was not measured."""
+    return [] if memory is None else [f"memory: {size(memory['taken'])} at most; announced: {size(memory['announced'])}"]
 
 
 def _range(interval: Sequence[float] | None) -> str:
