@@ -57,34 +57,49 @@ def test_a_shipped_recipe_needs_only_all_and_the_extra_that_it_names(name):
             assert package_of(module) in installed, f"{name}: {stage.name} needs {module}"
 
 
-def test_a_server_that_has_no_data_engine_evaluates_quantises_and_serves():
-    """By the modules of the extras that `serve` does not bring, which cannot be imported."""
-    missing = [module for module in EXTRAS if package_of(module) not in packages("serve")]
-    missing += ["isal", "resiliparse", "fastwarc", "lxml", "ftfy", "pypdfium2", "mwparserfromhell"]
-    code = (
-        "import sys\n"
-        f"sys.modules.update(dict.fromkeys({missing}))\n"
-        "import bessemer.evaluation.tasks, bessemer.evaluation.tasks, bessemer.evaluation.evaluation_folder\n"
-        "import bessemer.evaluation.quantisation, bessemer.views.terminal, bessemer.views.terminal\n"
-        "import bessemer.serving.server, bessemer.webapp.app, bessemer.inspection.inspect\n"
-        "from bessemer.evaluation.contamination import find_corpus\n"
-        "print('all are there')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "all are there\n", done.stderr
+#: By extra: modules beside those of other extras that are not there, and what has to work all the same.
+SMALLER = {
+    "serve": (
+        ("isal", "resiliparse", "fastwarc", "lxml", "ftfy", "pypdfium2", "mwparserfromhell"),
+        """
+import bessemer.evaluation.tasks, bessemer.evaluation.evaluation_folder
+import bessemer.evaluation.quantisation, bessemer.views.terminal
+import bessemer.serving.server, bessemer.webapp.app, bessemer.inspection.inspect
+from bessemer.evaluation.contamination import find_corpus
+assert callable(find_corpus)
+""",
+    ),
+    "train": (
+        (),
+        """
+import bessemer.posttraining.sft.finetune, bessemer.posttraining.sft.report, bessemer.model.storage.tuned_folder
+from bessemer.posttraining.data.splitting import are_held_out
+assert sum(are_held_out([f"Where is order {number} of mine, which is late?" for number in range(50)], 0.5, 7)) > 0
+""",
+    ),
+}
 
 
-def test_an_environment_that_trains_needs_no_data_engine_to_fine_tune():
-    missing = [module for module in EXTRAS if package_of(module) not in packages("train")]
-    code = (
-        "import sys\n"
-        f"sys.modules.update(dict.fromkeys({missing}))\n"
-        "import bessemer.posttraining.sft.finetune, bessemer.posttraining.sft.report, bessemer.model.storage.tuned_folder\n"
-        "from bessemer.posttraining.data.splitting import are_held_out\n"
-        "print(sum(are_held_out([f'Where is order {number} of mine, which is late?' for number in range(50)], 0.5, 7)) > 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "True\n", done.stderr
+def test_an_environment_that_serves_or_fine_tunes_needs_no_data_engine():
+    """By the modules that an extra does not bring, which cannot be imported: in a process for each, which have PyTorch from
+    the one that starts them."""
+    tried = {
+        extra: (dict.fromkeys([*others, *(module for module in EXTRAS if package_of(module) not in packages(extra))]), code)
+        for extra, (others, code) in SMALLER.items()
+    }
+    program = f"""
+import os, sys, torch
+for extra, (missing, code) in {tried}.items():
+    if not (child := os.fork()):
+        assert not missing.keys() & sys.modules.keys(), missing.keys() & sys.modules.keys()
+        sys.modules.update(missing)
+        exec(code)
+        print(extra, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [*SMALLER], done.stderr
 
 
 def test_the_version_is_that_of_the_changelog_and_of_the_citation():

@@ -1,4 +1,7 @@
-"""The site: it builds strictly and offline, its references are complete, and its pages ask no other machine for anything."""
+"""The site: it builds strictly and offline, its references are complete, and its pages ask no other machine for anything.
+
+By default its pages are looked at as they are written; the build, a quarter of a minute, is slow, and `make docs` does it too.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -45,6 +49,7 @@ class Loaded(HTMLParser):
             self.addresses += [value for name in ("src", "href") if (value := given.get(name))]
 
 
+@pytest.mark.slow
 def test_no_page_loads_anything_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 40
@@ -56,14 +61,61 @@ def test_no_page_loads_anything_from_elsewhere(site):
         assert not re.search(r"url\([\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
 
 
+@pytest.mark.slow
 def test_tables_of_benchmarks_are_tables_of_the_site(site):
     text = (site / "data.html").read_text(encoding="utf-8")
     assert "<!-- table" not in text and "<!-- figure" not in text
     assert text.count("<table>") >= (ROOT / "docs" / "data.md").read_text(encoding="utf-8").count("<!-- table")
 
 
+@pytest.mark.slow
 def test_formulas_are_mathml(site):
     assert "<math" in (site / "scheduling.html").read_text(encoding="utf-8")
+
+
+PAGES = sorted(ROOT.joinpath("docs").rglob("*.md"))
+_FENCE = re.compile(r"^( *)(```+).*?^\1\2[^\S\n]*$", re.DOTALL | re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The addresses within a page: of its headings as the site makes them, and those that it names itself."""
+    slugify = pytest.importorskip("pymdownx.slugs", reason="the extra docs is not installed").slugify(case="lower")
+    text = prose(page)
+    headings = re.findall(r"^#+ +(.+?) *#*$", text, flags=re.MULTILINE)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "") for heading in headings]
+    return {slugify(heading, "-") for heading in plain} | set(re.findall(r'id="([^"]+)"', text))
+
+
+def test_links_to_a_place_within_a_page_lead_there():
+    for page in PAGES:
+        for name, anchor in re.findall(r"\]\(([\w./-]+\.md)?#([\w-]+)\)", prose(page)):
+            target = (page.parent / name).resolve() if name else page
+            if target.is_file():
+                assert anchor in anchors(target), f"{page.name}: {name}#{anchor}"
+
+
+def test_no_page_as_it_is_written_loads_anything_from_elsewhere():
+    for page in PAGES:
+        loaded = Loaded()
+        loaded.feed(re.sub(r"`[^`\n]*`", "", prose(page)))
+        addresses = loaded.addresses + re.findall(r"!\[[^\]]*\]\(([^)\s]+)", prose(page))
+        assert [address for address in addresses if re.match(r"(https?:)?//", address)] == [], page
+    assert "  font: false" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def test_marks_of_tables_are_taken_out_and_formulas_become_mathml():
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    import hooks
+
+    assert hooks.for_the_site("<!-- table speed -->\n| a |\n|---|\n<!-- end -->\nas\n- one") == "\n| a |\n|---|\n\nas\n\n- one"
+    assert hooks.for_the_site("a share of $1/n$, or `$HOME`").startswith("a share of <math")
+    assert "<math" in hooks.for_the_site((ROOT / "docs" / "scheduling.md").read_text(encoding="utf-8"))
 
 
 def test_every_command_and_option_is_in_the_reference():

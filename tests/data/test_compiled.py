@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 import bessemer
+from bessemer.data.text.compiled import compiled
 
 PROGRAM = """
 import sys
@@ -115,6 +116,25 @@ def text(tmp_path):
     loop = "from bessemer.data.text.compiled import compiled\nfrom bessemer.data.text.middle import NUMBER\n"
     (text / "loop.py").write_text(loop + "@compiled\ndef double(factor):\n    return 2 * factor * NUMBER\n")
     return text
+
+
+@compiled
+def after(count):
+    return count + 1
+
+
+@compiled
+def counted(times):
+    count = 0
+    for _ in range(times):
+        count = after(count)
+    return count
+
+
+def test_a_loop_is_compiled_once_for_integers_whether_written_or_computed():
+    assert counted(3) == 3
+    # none, where the caller's compiled code is kept
+    assert len(after.signatures) <= 1
 
 
 def test_processes_that_begin_together_compile_a_loop_once(text, tmp_path, run):
