@@ -118,9 +118,9 @@ def test_the_base_is_the_reference_and_no_second_model_is_loaded(model_folder, d
 def test_a_killed_run_goes_on_bit_for_bit(model_folder, data, tmp_path, kernels):  # noqa: F811
     changes = {"mini_batches": 2, "batch_size": 8, "checkpoint_every": 3, "beta": 0.1, "kl": "reward", "cpu_kernels": kernels}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for place in (whole, cut):
-        run(model_folder, data, place, adapter={"rank": 4, "merge": False}, **changes)
+    run(model_folder, data, whole, adapter={"rank": 4, "merge": False}, **changes)
     # what an interruption after step 3, within a rollout, leaves
+    shutil.copytree(whole, cut)
     for path in (cut / CHECKPOINTS).glob("*4*"):
         shutil.rmtree(path)
     shutil.rmtree(cut / "adapter")
