@@ -129,8 +129,8 @@ def no_power_cut():
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_measurements():
-    """Measure the machine no longer than a test needs. A run multiplies matrices for half a second to know the processor's peak,
-    an engine decodes with each number of threads for a while: together longer than most tests compute otherwise.
+    """Measure the machine no longer than a test needs. A run multiplies matrices for half a second to know the processor's
+    peak, an engine decodes with each number of threads for a while: together longer than most tests compute otherwise.
 
     What is measured and how it is chosen by is tested where these are called with rates of the test's own.
     """

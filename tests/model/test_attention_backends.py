@@ -58,7 +58,7 @@ def situations(draw):
     return queries, keys, mask, Scores(0.3, draw(st.sampled_from([None, 1.5])), sinks_H)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(situation=situations(), tile=st.integers(1, 9))
 def test_every_backend_gives_what_the_definition_gives(situation, tile):
     queries, keys, mask, scores = situation
@@ -103,7 +103,7 @@ def masks(length, documents, window):
     return attention_mask(length, length, torch.float32, CPU, documents_BT=documents_BT, window=window, dense=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(situation=situations())
 def test_a_block_mask_lets_through_what_the_dense_one_does(situation):
     queries, keys, mask, _ = situation

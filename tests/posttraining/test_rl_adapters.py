@@ -54,7 +54,7 @@ def sure_folder(model_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("settings", [{}, slow({"rslora": True}), {"dora": True}], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize("settings", [{}, slow({"rslora": True}), slow({"dora": True})], ids=["lora", "rslora", "dora"])
 def test_an_adapter_learns_what_is_rewarded_and_its_base_stays(sure_folder, data, tmp_path, settings):  # noqa: F811
     before = contents(sure_folder)
     adapter = {"rank": 4, "alpha": 16, **settings}

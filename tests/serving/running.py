@@ -29,6 +29,14 @@ async def _short_sleep(seconds: float) -> None:
     await asyncio.sleep(min(seconds, _TICK))
 
 
+@contextmanager
+def quick_stops() -> Iterator[None]:
+    """While entered, servers stop as soon as they are told to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.server, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": _short_sleep}))
+        yield
+
+
 def babbling_engine(folder: Path, context: int = 512, **settings) -> Engine:
     """A real engine of a tiny model that has learned nothing, which is written to a folder."""
     tokenizer = write_small_tokenizer(folder / "tokenizer")
@@ -54,8 +62,7 @@ def servers() -> Iterator[Callable[..., str]]:
             made.append(server)
         return address_of(listener)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uvicorn.server, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": _short_sleep}))
+    with quick_stops():
         yield start
         for server, _ in running:
             server.should_exit = True
