@@ -136,7 +136,7 @@ def test_a_crowd_is_answered_or_refused_and_leaves_nothing(server, engine, clien
         assert resident() - memory < 64 * 2**20, (resident() - memory) / 2**20
 
 
-@pytest.mark.parametrize("streams", [120, slow(1000)])
+@pytest.mark.parametrize("streams", [80, slow(1000)])
 def test_streams_that_are_left_leave_no_page_task_or_socket(server, engine, streams):
     url, running = server
     served = running._served
