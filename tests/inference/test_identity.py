@@ -17,7 +17,7 @@ from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 
 GIB = 1 << 30
 BLOCK = 8
-PARAMS = SamplingParams(temperature=0, max_tokens=16, logprobs=2, ignore_eos=True)
+PARAMS = SamplingParams(temperature=0, max_tokens=24, logprobs=2, ignore_eos=True)
 #: Texts of one to a hundred tokens; the last two begin alike.
 PROMPTS = [[7], [9] * 20, list(range(40, 103)), list(range(100)), [*range(90), 3, 2, 1]]
 COMPANY = [[(seed * 31 + place * 7) % 250 for place in range(3 + seed)] for seed in range(31)]
