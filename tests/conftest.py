@@ -160,9 +160,13 @@ def command_tree():
     """Make the commands of `bessemer` out of their functions once: that takes longer than most of them."""
     with pytest.MonkeyPatch.context() as patch:
         if typer := sys.modules.get("typer.main"):
-            make = typer.get_command
-            made = cache(lambda app, commands: make(app))
-            patch.setattr(typer, "get_command", lambda app: made(app, len(app.registered_commands)))
+            # not those that a test asks for and changes
+            made = cache(lambda app, commands: typer.get_command(app))
+
+            def call(app: Any, *words: Any, **options: Any) -> Any:
+                return made(app, len(app.registered_commands))(*words, **options)
+
+            patch.setattr(typer.Typer, "__call__", call)
         yield
 
 
