@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -124,6 +125,59 @@ def no_power_cut():
         # a file that is closed stays an error
         patch.setattr(os, "fsync", lambda file: os.fstat(file if isinstance(file, int) else file.fileno()) and None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_measurements():
+    """Measure the machine no longer than a test needs. A run multiplies matrices for half a second to know the processor's
+    peak, an engine decodes with each number of threads for a while: together longer than most tests compute otherwise.
+
+    What is measured and how it is chosen by is tested where these are called with rates of the test's own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if profiler := sys.modules.get("bessemer.training.monitoring.profiler"):
+            patch.setattr(profiler, "measured_peak", cache(profiler.measured_peak))
+        if runtime := sys.modules.get("bessemer.training.runtime"):
+            # the fewest threads: with more, small models wait longer than they compute
+            patch.setattr(runtime, "_work_per_second", lambda threads, seconds: 1 / threads)
+        if steps := sys.modules.get("bessemer.inference.execution.compiled_steps"):
+            patch.setattr(steps, "_TRIAL_SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates():
+    """Read the machine's certificates once: each client of HTTP reads them anew, longer than it takes to answer its request."""
+    with pytest.MonkeyPatch.context() as patch:
+        for package in ("httpx", "httpx2"):
+            if module := sys.modules.get(f"{package}._transports.default"):
+                patch.setattr(module, "create_ssl_context", _usual_once(module.create_ssl_context))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def command_tree():
+    """Make the commands of `bessemer` out of their functions once: that takes longer than most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if typer := sys.modules.get("typer.main"):
+            # not those that a test asks for and changes
+            made = cache(lambda app, commands: typer.get_command(app))
+
+            def call(app: Any, *words: Any, **options: Any) -> Any:
+                return made(app, len(app.registered_commands))(*words, **options)
+
+            patch.setattr(typer.Typer, "__call__", call)
+        yield
+
+
+def _usual_once(create: Callable[..., Any]) -> Callable[..., Any]:
+    usual = cache(create)
+
+    def create_or_take(verify: Any = True, **options: Any) -> Any:
+        is_usual = verify is True and not options.get("cert") and not {"SSL_CERT_FILE", "SSL_CERT_DIR"} & os.environ.keys()
+        return usual() if is_usual else create(verify=verify, **options)
+
+    return create_or_take
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from tests.model.random_adapters import merge, random_adapter
 from tests.model.randomised import random_decoder
 
 BLOCK = 8
-PARAMS = SamplingParams(temperature=0, max_tokens=12, logprobs=1, ignore_eos=True)
+PARAMS = SamplingParams(temperature=0, max_tokens=9, logprobs=1, ignore_eos=True)
 PROMPTS = [[7], list(range(40, 73)), [9] * 20]
 #: What each of them is asked with, all beside each other.
 ADAPTERS = ["one", None, "two"]

@@ -72,11 +72,11 @@ def test_beams_are_those_of_transformers(models, ends, penalty, width):
     (decoder, theirs), ends = models, ENDS[ends]
     for prompt in PROMPTS:
         ours = beam_search(
-            of_model(decoder), prompt, state_of(end_tokens=ends, beam_width=width, n=width, length_penalty=penalty), 12
+            of_model(decoder), prompt, state_of(end_tokens=ends, beam_width=width, n=width, length_penalty=penalty), 8
         )
         found = theirs.generate(
             torch.tensor([prompt]),
-            max_new_tokens=12,
+            max_new_tokens=8,
             do_sample=False,
             num_beams=width,
             num_return_sequences=width,

@@ -375,6 +375,6 @@ def test_pages_counts_contents_and_progress_hold_under_any_order_of_events():
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
-            max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+            max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
         ),
     )

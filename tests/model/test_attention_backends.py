@@ -58,7 +58,7 @@ def situations(draw):
     return queries, keys, mask, Scores(0.3, draw(st.sampled_from([None, 1.5])), sinks_H)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(situation=situations(), tile=st.integers(1, 9))
 def test_every_backend_gives_what_the_definition_gives(situation, tile):
     queries, keys, mask, scores = situation
@@ -103,7 +103,7 @@ def masks(length, documents, window):
     return attention_mask(length, length, torch.float32, CPU, documents_BT=documents_BT, window=window, dense=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(situation=situations())
 def test_a_block_mask_lets_through_what_the_dense_one_does(situation):
     queries, keys, mask, _ = situation
@@ -133,10 +133,10 @@ def test_a_block_mask_lists_the_blocks_in_which_a_score_counts(length, window, d
 )
 @pytest.mark.parametrize("slopes_H", [None, alibi_slopes(HEADS)], ids=["", "alibi"])
 def test_blocks_made_beforehand_give_what_the_definition_gives(scores, slopes_H):
-    mask = masks(300, True, 90)._replace(slopes_H=slopes_H)
-    query, key, value = heads(HEADS, 300, 1), heads(KEY_VALUE_HEADS, 300, 2), heads(KEY_VALUE_HEADS, 300, 3, channels=5)
+    mask = masks(200, True, 90)._replace(slopes_H=slopes_H)
+    query, key, value = heads(HEADS, 200, 1), heads(KEY_VALUE_HEADS, 200, 2), heads(KEY_VALUE_HEADS, 200, 3, channels=5)
     expected = explicit(query, key, value, mask, scores)
-    found = flex(query, key, value, mask._replace(blocks=block_mask(mask, 300, 300, CPU)), scores)
+    found = flex(query, key, value, mask._replace(blocks=block_mask(mask, 200, 200, CPU)), scores)
     assert (found - expected).abs().max() < 1e-5
 
 

@@ -334,8 +334,10 @@ def test_no_damage_to_the_head_is_more_than_an_error(small_gguf, tmp_path_factor
 
 
 # all of them take half a minute
-@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["every fourth", "all"])
-def test_a_value_of_another_type_or_size_is_one_line_or_a_model(step, tmp_path):
+@pytest.mark.parametrize(
+    ("step", "least"), [(8, 75), pytest.param(1, 150, marks=pytest.mark.slow)], ids=["every eighth", "all"]
+)
+def test_a_value_of_another_type_or_size_is_one_line_or_a_model(step, least, tmp_path):
     """Every value of the metadata, and every 64-bit number of the head, changed to others."""
     export_gguf(write_case("llama-yarn", tmp_path / "m"), tmp_path / "whole.gguf")
     path, refused, before = tmp_path / "x.gguf", 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -350,7 +352,7 @@ def test_a_value_of_another_type_or_size_is_one_line_or_a_model(step, tmp_path):
             assert "\n" not in str(error), (key, word)
         except Exception as error:
             pytest.fail(f"{key} changed to {word}: {type(error).__name__}: {error}")
-    assert refused > 150
+    assert refused > least
     # in KiB, on macOS in bytes: what a file of 200 kB says makes nobody take a gigabyte
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert taken < (1 << 29 if sys.platform == "darwin" else 1 << 19)

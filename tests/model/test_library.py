@@ -1,6 +1,7 @@
 """Models kept by name: pulled whole or not at all, listed, found by every command, removed."""
 
 import io
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -23,16 +24,23 @@ from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model as a folder and as a GGUF file."""
+    folder = tmp_path_factory.mktemp("library")
+    tokenizer = write_small_tokenizer(folder / "tokenizer")
+    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=64)
+    save_model(random_decoder(shape), folder / "trained", tokenizer=tokenizer)
+    export_gguf(folder / "trained", folder / "file.gguf")
+    return folder
+
+
 @pytest.fixture
-def sources(tmp_path, monkeypatch):
-    """A model as a folder and as a GGUF file; the library is empty."""
+def sources(made, tmp_path, monkeypatch):
+    """Both in the folder where a test runs; the library is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BESSEMER_MODELS", raising=False)
-    tokenizer = write_small_tokenizer(tmp_path / "tokenizer")
-    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=64)
-    save_model(random_decoder(shape), tmp_path / "trained", tokenizer=tokenizer)
-    export_gguf(tmp_path / "trained", tmp_path / "file.gguf")
-    return tmp_path
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def test_the_tokenizer_of_a_gguf_file_goes_on_reading_its_files(sources):

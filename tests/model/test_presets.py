@@ -142,7 +142,7 @@ def test_a_small_preset_is_built_saved_and_read_back(name, tmp_path):
         assert decoder(torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", slow_but(ONE_OF_EACH, PRESETS))
 def test_a_preset_is_shown_whole(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     code, out, _ = bessemer(capsys, "show", name)

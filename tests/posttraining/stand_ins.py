@@ -191,7 +191,7 @@ def serving_as(stand_in: StandIn) -> Iterator[str]:
             self._answer(lambda: stand_in.post(parts.path, parse_qs(parts.query), json.loads(content) if content else None))
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()

@@ -125,9 +125,9 @@ def test_an_adapter_is_trained_written_and_merged_and_its_base_stays(request, mo
 def test_a_killed_run_goes_on_bit_for_bit(model_folder, data, tmp_path):
     adapter = {"rank": 4, "dropout": 0.1, "quantize": "int8", "merge": False}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for place in (whole, cut):
-        run(model_folder, data, place, adapter, checkpoint_every=3)
+    run(model_folder, data, whole, adapter, checkpoint_every=3)
     # what an interruption after step 3 leaves
+    shutil.copytree(whole, cut)
     for path in (cut / CHECKPOINTS).glob("*6*"):
         shutil.rmtree(path)
     shutil.rmtree(cut / "adapter")

@@ -162,7 +162,7 @@ def test_the_command_says_what_it_understood_before_it_trains(model_folder, tmp_
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"instruction": "Hm?", "input": "", "output": ""}]))
     out = tmp_path / "out"
     asked = ("finetune", model_folder, path, out, "--method", "lora", "--epochs", 0.1, "--device", "cpu")
-    code, _, said = bessemer(capsys, *asked)
+    code, _, said = bessemer(capsys, *asked, "--general", "none")
     assert code == 0
     before, _, _ = said.partition("lora:")
     assert (
@@ -188,7 +188,7 @@ def test_a_folder_of_notes_becomes_an_adapter(model_folder, tmp_path, capsys):
         "--held-out",
         0.3,
     )
-    code, _, said = bessemer(capsys, *asked, "--context-length", 64, "--device", "cpu")
+    code, _, said = bessemer(capsys, *asked, "--context-length", 64, "--device", "cpu", "--general", "none")
     assert code == 0 and "12 rows: texts without questions, which are learnt whole (continued training)" in said
     assert (tmp_path / "out" / "adapter").is_dir()
 

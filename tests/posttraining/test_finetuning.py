@@ -2,11 +2,13 @@
 
 import csv
 import gc
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from bessemer.cli.finetune import _result
+from bessemer.cli.main import main
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
@@ -35,7 +38,14 @@ from bessemer.posttraining.sft.config import FinetuneConfig, SFTConfig
 from bessemer.posttraining.sft.finetune import Finetuned, _Questions, _Samples, _training_settings
 from bessemer.posttraining.sft.finetune_inputs import find_columns, prepare_base
 from bessemer.posttraining.sft.finetune_memory import TuningShape, tuning_memory
-from bessemer.posttraining.sft.finetune_plan import Sizes, choose_method, memory_needs, row_length, settings_of
+from bessemer.posttraining.sft.finetune_plan import (
+    Sizes,
+    choose_method,
+    memory_needs,
+    plan_finetuning,
+    row_length,
+    settings_of,
+)
 from bessemer.posttraining.sft.forgetting import Limits, forgetting
 from bessemer.posttraining.sft.report import verdict
 from bessemer.tasks.questions import ItemResult
@@ -145,15 +155,13 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
     assert "holds another fine-tuning, of other data, another model or settings" in one_error(err)
 
 
-def test_copies_of_a_row_are_one_piece_of_evidence(model_folder, tmp_path, capsys):
+def test_copies_of_a_row_are_one_piece_of_evidence(model_folder, tmp_path):
     found = []
     for times in (1, 3):
-        out = tmp_path / f"out{times}"
-        table = write_table(tmp_path / f"tickets{times}.csv", ROWS * times)
-        asked = ("finetune", model_folder, table, out, "--method", "lora", "--epochs", 0.1, "--device", "cpu")
-        assert bessemer(capsys, *asked)[0] == 0
-        found.append(read_json(out / "finetune.json")["result"]["conversations"])
-    assert found[0] == found[1] > 2
+        table, source = write_table(tmp_path / f"tickets{times}.csv", ROWS * times), ModelSource("folder", str(model_folder))
+        config, where = FinetuneConfig(method="lora"), {"device": "cpu", "scratch": tmp_path}
+        found.append([one.id for one in plan_finetuning(config, source, str(table), seed=0, **where).held_out])
+    assert found[0] == found[1] and len(found[0]) > 2
 
 
 def test_samples_are_of_questions_that_the_model_can_read(model_folder):
@@ -505,18 +513,30 @@ def test_a_call_that_the_template_cannot_show_is_refused_with_its_row(model_fold
     assert "calls.jsonl:" in err and not (tmp_path / "out").exists()
 
 
-def test_the_plan_is_what_the_command_then_does(model_folder, tmp_path, capsys):
-    table, out = write_table(tmp_path / "tickets.csv"), tmp_path / "out"
+@pytest.fixture(scope="module")
+def short(model_folder, tmp_path_factory):
+    """A short run of the command: its table, its folder, and what it said."""
+    folder, said = tmp_path_factory.mktemp("short"), io.StringIO()
+    table, out = write_table(folder / "tickets.csv"), folder / "out"
+    words = ("finetune", model_folder, table, out, "--method", "lora", "--epochs", 0.1, "--device", "cpu", "--general", "none")
+    with redirect_stdout(io.StringIO()), redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert not ended.value.code, said.getvalue()
+    return table, out, said.getvalue()
+
+
+def test_the_plan_is_what_the_command_then_does(short, model_folder, tmp_path, capsys):
+    (table, out, _), before = short, sorted(tmp_path.iterdir())
     asked = ("--method", "lora", "--device", "cpu")
-    code, printed, err = bessemer(capsys, "plan", "--finetune", model_folder, table, "epochs=0.5", "--json", *asked)
+    code, printed, err = bessemer(capsys, "plan", "--finetune", model_folder, table, "epochs=0.1", "--json", *asked)
     plan = json.loads(printed)
     assert code == 0, err
     assert list(plan["memory_bytes"]) == ["full", "lora", "qlora"] and plan["method"] == "lora"
     assert sum(plan["memory_parts"].values()) >= plan["memory_bytes"]["lora"] and plan["seconds"] > 0
     assert plan["memory_bytes"]["full"] > plan["memory_bytes"]["lora"] and 0 < plan["learnt_tokens"] < plan["tokens"]
     _, printed, _ = bessemer(capsys, "plan", "--finetune", model_folder, table, *asked)
-    assert "tuned on tickets.csv" in printed and "chosen" in printed and not out.exists()
-    assert bessemer(capsys, "finetune", model_folder, table, out, "--epochs", 0.5, *asked)[0] == 0
+    assert "tuned on tickets.csv" in printed and "chosen" in printed
+    assert sorted(tmp_path.iterdir()) == before and {path.name for path in table.parent.iterdir()} == {table.name, out.name}
     metrics = read_json(out / "finetune.json")["result"]["metrics"]
     assert [metrics[name] for name in ("steps", "rows", "held_out")] == [plan[name] for name in ("steps", "rows", "held_out")]
 
@@ -532,10 +552,8 @@ def test_a_plan_of_a_fine_tuning_needs_a_table_and_known_settings(model_folder, 
     assert code == 2 and message in one_error(err)
 
 
-def test_an_example_is_shown_with_what_is_learnt_in_brackets(model_folder, tmp_path, capsys):
-    asked = ("--method", "lora", "--epochs", 0.1, "--device", "cpu")
-    code, _, err = bessemer(capsys, "finetune", model_folder, write_table(tmp_path / "t.csv"), tmp_path / "out", *asked)
-    assert code == 0
+def test_an_example_is_shown_with_what_is_learnt_in_brackets(short):
+    _, _, err = short
     number = re.search(r"Where is order (\d+)\?<\|im_end\|>", err).group(1)
     assert f"⟦Order {number} is on its way.<|im_end|>⟧" in err
     assert err.count("⟦") == 2  # in the line above it once

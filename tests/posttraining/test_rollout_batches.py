@@ -179,7 +179,8 @@ def test_a_run_stopped_within_a_shuffled_epoch_goes_on_bit_for_bit(model_folder,
     whole = run(model_folder, data, tmp_path / "whole")
     epochs = [[trained[step] for step in range(start, start + 3)] for start in (0, 3, 6)]
     assert all(sorted(epochs[0]) != sorted(epoch) for epoch in epochs[1:]) and sorted(epochs[1]) != sorted(epochs[2])
-    run(model_folder, data, tmp_path / "cut")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "model")
     for path in (tmp_path / "cut" / "checkpoints").glob("*9*"):
         shutil.rmtree(path)
     cut = run(model_folder, data, tmp_path / "cut")

@@ -184,7 +184,8 @@ def test_clients_with_keys_share_no_prefix_cache(start, tmp_path):
     assert len(set(engine.salts)) == 4 and engine.salts[1] == engine.salts[4]
 
 
-def test_a_revoked_key_ends_its_stream(start, tmp_path):
+def test_a_revoked_key_ends_its_stream(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("bessemer.serving.app._REFRESH_SECONDS", 0.05)
     engine = FakeEngine(babble, context_length=10**9)
     path = keys_file(tmp_path / "keys.json")
     url = start(engine, keys=path)

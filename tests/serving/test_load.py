@@ -89,8 +89,10 @@ async def crowd(url: str, clients: int, seconds: float) -> tuple[Counter, int]:
 
         async def one(number: int) -> None:
             nonlocal tokens
-            generator = random.Random(number)
-            while time.monotonic() < until:
+            generator, has_asked = random.Random(number), False
+            # each at least once, however slow the machine is
+            while not has_asked or time.monotonic() < until:
+                has_asked = True
                 how, came = await ask(client, generator, leaves=number % 3 == 0)
                 found[how] += 1
                 tokens += came if how == "whole" else 0
@@ -110,11 +112,11 @@ def settled(engine, served, seconds: float = 10.0) -> None:
     assert sum(used for _, used in engine.statistics.blocks) == 0
 
 
-@pytest.mark.parametrize(("clients", "seconds"), [(90, 3.0), slow(200, 120.0)])
+@pytest.mark.parametrize(("clients", "seconds"), [(90, 1.0), slow(200, 120.0)])
 def test_a_crowd_is_answered_or_refused_and_leaves_nothing(server, engine, clients, seconds):
     url, running = server
     served = running._served
-    asyncio.run(crowd(url, 8, 0.5))  # what is made once is made
+    asyncio.run(crowd(url, 8, 0.2))  # what is made once is made
     settled(engine, served)
     before, threads, files, memory = counted(url), threading.active_count(), open_files(), resident()
     found, tokens = asyncio.run(crowd(url, clients, seconds))
@@ -136,7 +138,7 @@ def test_a_crowd_is_answered_or_refused_and_leaves_nothing(server, engine, clien
         assert resident() - memory < 64 * 2**20, (resident() - memory) / 2**20
 
 
-@pytest.mark.parametrize("streams", [120, slow(1000)])
+@pytest.mark.parametrize("streams", [80, slow(1000)])
 def test_streams_that_are_left_leave_no_page_task_or_socket(server, engine, streams):
     url, running = server
     served = running._served

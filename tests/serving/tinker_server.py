@@ -24,6 +24,7 @@ from bessemer.serving.tinker.training import BaseModel
 from bessemer.serving.tinker.wire import PROTOBUF, Datum, messages
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
+from tests.serving.running import quick_stops
 
 #: Numbers of types in a tensor.
 FLOAT, INTEGER = 1, 2
@@ -57,12 +58,13 @@ def tinker_server(folder: Path, states: Path, limits: Mapping[str, Any] | None =
     server = new_tinker_server(service, ServingConfig(**settings))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    try:
-        yield address_of(listener)
-    finally:
-        server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
+    with quick_stops():
+        try:
+            yield address_of(listener)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
+            assert not thread.is_alive()
 
 
 class RawClient:

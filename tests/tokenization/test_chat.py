@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import struct
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -509,6 +510,9 @@ def test_a_template_that_makes_control_tokens_of_words_gets_none_through(text, t
 def test_a_faulty_or_endless_template_is_one_line(text, expected, monkeypatch):
     if "0\\.05 s" in expected:
         monkeypatch.setattr(chat_templates, "MAX_SECONDS", 0.05)
+    if "200,000 steps" in expected:
+        assert chat_templates._Rendering(("", "")).steps_left == 200_000
+        monkeypatch.setattr(chat_templates, "_Rendering", partial(chat_templates._Rendering, steps_left=1_000))
     with pytest.raises(RequestError, match=expected) as error:
         foreign(text).segments(MESSAGES)
     assert "\n" not in str(error.value)

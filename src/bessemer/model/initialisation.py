@@ -8,6 +8,8 @@ L layers (Radford et al. 2019, section 2.3); norms are 1, biases and sinks 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,6 +49,12 @@ def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, generator: 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the decoder, in the order of the network."""
+    return dict(_tensor_shapes(config))
+
+
+# a file or an adapter is opened by its shapes again and again, and a decoder takes long to make
+@lru_cache(maxsize=8)
+def _tensor_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     # without rotary tables, which are no parameters and take gigabytes for long contexts
     if config.position_type == "rotary":
         config = config.with_changes(position_type="none")
