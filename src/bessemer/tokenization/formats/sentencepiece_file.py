@@ -114,7 +114,7 @@ def _parse(path: Path) -> Any:
 
 
 def _unigram_vocab(pieces: Sequence[Any]) -> list[list[Any]]:
-    """Pieces with the scores by which `tokenizers` finds the same segmentation.
+    """(piece, score) of a Unigram model, with scores for which `tokenizers` segments texts as SentencePiece does.
 
     It matches every entry in the text, SentencePiece only normal and user-defined ones: the others get a score so low that
     their characters are better. A user-defined symbol scores by its length, as in SentencePiece.
