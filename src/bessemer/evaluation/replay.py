@@ -10,7 +10,7 @@ gap is the larger of the two engines' differences of logits.
 
 Where weights are codes, the compiled kernels and llama.cpp round activations to 8 bits, and `transformers` does not: it decodes
 the file into floats. So it is the reference there, and the report says of each other engine whether it left that product, and
-by how much. Rounding of activations has a larger tolerance: no error of an export is needed for such a gap.
+by how much. No error of an export is needed for such a gap, and yet it is one: the limit is the same.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from bessemer.core.records import read_records
 from bessemer.evaluation.replay_engines import LlamaCppEngine, Message, OurEngine, Runtime, TransformersEngine
 from bessemer.model.storage.tuned_folder import tuned_model
 
-#: Gap in logits from which a difference is a defect: between engines that compute with the same numbers, and where one of them
-#: rounds activations to 8 bits. Of SmolLM2-135M in Q4_K_M that rounding alone moves the difference of the two likeliest tokens'
-#: logits by up to half as much (benchmarks/replay_gaps.py).
-TOLERANCE, ROUNDED_TOLERANCE = 0.1, 1.0
+#: Gap in logits from which a difference is a defect.
+TOLERANCE = 0.1
 
 #: Prompts of several kinds: facts, sums, code, another language, a list, a long sentence, white space.
 REFERENCE_PROMPTS = (
@@ -81,13 +79,9 @@ class Comparison:
     decides: bool = True
     rounds: bool = False
 
-    def allowed(self, tolerance: float) -> float:
-        """The gap from which a difference is a defect here."""
-        return max(tolerance, ROUNDED_TOLERANCE) if self.rounds else tolerance
-
     def defects(self, tolerance: float) -> list[Difference]:
         """The differences that are not rounding."""
-        return [one for one in self.differences if self.decides and one.is_defect(self.allowed(tolerance))]
+        return [one for one in self.differences if self.decides and one.is_defect(tolerance)]
 
 
 class Thing(NamedTuple):
@@ -278,24 +272,20 @@ def replay_lines(comparisons: Sequence[Comparison], tolerance: float, notes: Seq
             elif not one.decides:
                 what = "other numbers"
             else:
-                what = "a defect" if found.is_defect(one.allowed(tolerance)) else f"rounded activations of {one.engine}"
+                what = f"a defect; {one.engine} rounds activations" if one.rounds else "a defect"
             lines.append(
                 f"  prompt {found.prompt}: token {found.position} is {first} there, {second} here; their logits are "
                 f"{found.gap:.3f} apart: {what}"
             )
     defects = sum(len(one.defects(tolerance)) for one in comparisons)
-    gaps = f"{{}} {tolerance:g}"
-    if any(one.rounds for one in comparisons):
-        gaps += f", of activations rounded to 8 bits {max(tolerance, ROUNDED_TOLERANCE):g}"
     if not comparisons:
         lines.append("one form in one engine: nothing to compare it with")
     elif defects:
         lines.append(
-            f"{defects} {'difference is' if defects == 1 else 'differences are'} more than rounding "
-            f"({gaps.format('a gap above')})"
+            f"{defects} {'difference is' if defects == 1 else 'differences are'} more than rounding (a gap above {tolerance:g})"
         )
     else:
-        lines.append(f"all equal but for rounding ({gaps.format('gaps of at most')})")
+        lines.append(f"all equal but for rounding (gaps of at most {tolerance:g})")
     return lines
 
 

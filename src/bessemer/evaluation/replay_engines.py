@@ -45,13 +45,14 @@ class Runtime(Protocol):
 
 
 class OurEngine:
-    """Our engine, in the type in which the model is stored."""
+    """Our engine, in the type in which the model is stored; of codes with a KV cache in float32, as the others have it."""
 
     def __init__(self, place: Path, device: str = "cpu", *, is_coded: bool = False) -> None:
         self.name = "bessemer"
         self.rounds = is_coded and device == "cpu" and library() is not None
         # one request at a time, as in the other engines
-        self._engine = Engine(place, device=device, config=EngineConfig(max_num_seqs=1, prefix_cache=False))
+        config = EngineConfig(max_num_seqs=1, prefix_cache=False, kv_cache_dtype="float32" if is_coded else "auto")
+        self._engine = Engine(place, device=device, config=config)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         tokenizer = self._engine.tokenizer
