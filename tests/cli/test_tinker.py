@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import subprocess
 import sys
-import threading
 
 import pytest
 
-from bessemer.cli.main import main
 from bessemer.core.store import locked_folder
 from tests.cli.test_main import bessemer, one_error
 from tests.serving.tinker_server import DATA, RawClient, tiny_folder
@@ -40,26 +38,13 @@ def test_two_servers_do_not_share_a_folder_of_states(folder, tmp_path, capsys):
     assert code == 2 and "another process is at work" in one_error(err)
 
 
-def test_the_command_serves_until_it_is_interrupted(folder, tmp_path, monkeypatch):
-    """In this process, whose output a client reads; the client's process sends it Ctrl-C."""
-    said, its_end = os.pipe()
-    found = []
-
-    def train() -> None:
-        try:
-            with open(said) as output:  # noqa: PTH123
-                client = RawClient(next(line.split(" at ")[1].split()[0] for line in output if "Tinker API at" in line))
-                client.create(base_model="model")
-                found.extend([client.loss(DATA)[0], client.step()["metrics"]])
-        finally:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    options = ["--port", "0", "--kv-memory", "0.01", "--device", "cpu", "--states", str(tmp_path)]
-    with open(its_end, "w", buffering=1) as stream:  # noqa: PTH123
-        monkeypatch.setattr(sys, "stdout", stream)
-        thread = threading.Thread(target=train)
-        thread.start()
-        with pytest.raises(SystemExit) as stop:
-            main(["tinker", str(folder), *options])
-        thread.join(60)
-    assert not stop.value.code and found[0] > 0 and "grad_norm" in found[1]
+def test_the_command_serves_until_it_is_interrupted(folder, tmp_path):
+    command = [sys.executable, "-m", "bessemer", "tinker", str(folder), "--port", "0", "--kv-memory", "0.01", "--device", "cpu"]
+    with subprocess.Popen([*command, "--states", str(tmp_path)], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = next(line.split(" at ")[1].split()[0] for line in server.stdout if "Tinker API at" in line)
+        client = RawClient(url)
+        client.create(base_model="model")
+        assert client.loss(DATA)[0] > 0 and "grad_norm" in client.step()["metrics"]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0
