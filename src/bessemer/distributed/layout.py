@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
-from bessemer.model.attention import variant_of_type, variants_in
+from bessemer.model.attention.base import variant_of_type, variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.costs import layer_parts, mtp_parts
 

@@ -54,7 +54,7 @@ from bessemer.inference.speculation.ngram import NGramProposer
 from bessemer.inference.speculation.proposer import DraftLengthPolicy, Proposer
 from bessemer.model.adapters.folder import read_adapter, trains_modules
 from bessemer.model.adapters.trained import merged
-from bessemer.model.attention import is_recurrent
+from bessemer.model.attention.base import is_recurrent
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast

@@ -15,7 +15,7 @@ from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.scheduling.sequence import ScheduledChunk, TokenSequence
 from bessemer.model.adapters import Adapter
-from bessemer.model.attention import variant_of
+from bessemer.model.attention.base import variant_of
 from bessemer.model.config import ModelConfig
 
 # Shapes: P captured positions, D hidden, S positions attended to, k experts of a token.

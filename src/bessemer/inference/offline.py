@@ -41,7 +41,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.model.adapters import Adapter
 from bessemer.model.adapters.folder import read_adapter
-from bessemer.model.attention import is_recurrent
+from bessemer.model.attention.base import is_recurrent
 from bessemer.model.decoder import Decoder
 
 # Shapes: P prompts, R rows (P · n), T tokens of the longest row.

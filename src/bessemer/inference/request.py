@@ -234,31 +234,6 @@ class LogitsRequest(ScheduledRequest):
         self.logits_V = logits_RV[-1].clone()
 
 
-class CaptureRequest(ScheduledRequest):
-    """Reads a prompt for its captured values alone: no logits, no tokens."""
-
-    def __init__(self, sequence: TokenSequence, recorder: Recorder, adapter: Adapter | None = None) -> None:
-        super().__init__(sequence, adapter, recorder)
-        self._recorder = recorder
-        self._is_read = False
-
-    @property
-    def done(self) -> bool:
-        return self._is_read or self.error is not None
-
-    @property
-    def captured(self) -> Captured:
-        """What was captured, once it is done."""
-        return self._recorder.captured(self.sequence.prompt_length)
-
-    def wanted_rows(self, chunk: ScheduledChunk) -> range:
-        return range(0)
-
-    def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
-        self._is_read = True
-        return super().take(sampled)
-
-
 class Request(ScheduledRequest):
     """Asks for a completion: its sequence, how its tokens are sampled, and the chunks that its reader has not taken yet.
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from bessemer.core.errors import RequestError
 from bessemer.inference.capture import Capture, Recorder
 from bessemer.inference.execution.weights import LoadedAdapter
-from bessemer.inference.request import CaptureRequest, Completion, CompletionText, LogitsRequest, Prompt, Request
+from bessemer.inference.request import Completion, CompletionText, LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import SamplingState, no_token
 from bessemer.inference.scheduling.sequence import TokenSequence
-from bessemer.inference.scores import ScoreItem, ScoreRequest
+from bessemer.inference.scores import CaptureRequest, ScoreItem, ScoreRequest
 from bessemer.model.config import ModelConfig
 from bessemer.tokenization.prompts import encode_continuations
 from bessemer.tokenization.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Scores: log-probabilities of continuations that share a prefix, and the requests that compute them.
+"""Requests that sample nothing: scores, the log-probabilities of continuations that share a prefix, and captures of a prompt.
 
 The prefix is read once. The logits after it give the first token of every continuation; the rest of each is read by a request
 of its own that is forked from the prefix, and its last token is never read. A continuation of one token needs no request.
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
+from bessemer.inference.capture import Captured, Recorder
 from bessemer.inference.request import ScheduledRequest
-from bessemer.inference.sampling.sampler import NOT_FINITE, likeliest
+from bessemer.inference.sampling.sampler import NOT_FINITE, Sampled, likeliest
 from bessemer.inference.scheduling.sequence import ScheduledChunk, TokenSequence
 from bessemer.model.adapters import Adapter
 
@@ -201,3 +202,28 @@ class _ContinuationRequest(ScheduledRequest):
     def successors(self, places: int) -> list[ScheduledRequest]:
         self._first.siblings.remove(self)
         return self._first.successors_of(self, places)
+
+
+class CaptureRequest(ScheduledRequest):
+    """Reads a prompt for its captured values alone: no logits, no tokens."""
+
+    def __init__(self, sequence: TokenSequence, recorder: Recorder, adapter: Adapter | None = None) -> None:
+        super().__init__(sequence, adapter, recorder)
+        self._recorder = recorder
+        self._is_read = False
+
+    @property
+    def done(self) -> bool:
+        return self._is_read or self.error is not None
+
+    @property
+    def captured(self) -> Captured:
+        """What was captured, once it is done."""
+        return self._recorder.captured(self.sequence.prompt_length)
+
+    def wanted_rows(self, chunk: ScheduledChunk) -> range:
+        return range(0)
+
+    def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
+        self._is_read = True
+        return super().take(sampled)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from bessemer.model.attention import variant_of
+from bessemer.model.attention.base import variant_of
 from bessemer.model.config import ModelConfig
 from bessemer.model.parts import FLOAT32_BYTES, Numerics, StoredActivations
 

@@ -7,9 +7,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
-
-#: Types of layers, as a model's `layer_types` names them.
-LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
+from bessemer.model.attention import LayerType
 
 
 class RopeScaling(Config):

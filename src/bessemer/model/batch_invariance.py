@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, resolve_na
 
 from bessemer.core.errors import ConfigError
 from bessemer.model import cpu_kernels as operators
-from bessemer.model.attention import variants_in
+from bessemer.model.attention.base import variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels.packed import PackedMatrix

@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from bessemer.core.config import nearest, setting
 from bessemer.model.architecture import Architecture, DecoderShape
-from bessemer.model.attention import variant_of, variant_of_type
+from bessemer.model.attention.base import variant_of, variant_of_type
 from bessemer.model.costs import all_parts, block_parts, outer_parts
 from bessemer.model.parts import ModelPart
 from bessemer.model.presets import GROWING, PRESETS

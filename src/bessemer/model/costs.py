@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bessemer.model.architecture import DecoderShape
-from bessemer.model.attention import variant_of
+from bessemer.model.attention.base import variant_of
 from bessemer.model.parts import ModelPart, Shape
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.core.errors import ConfigError
-from bessemer.model.architecture import LayerType
-from bessemer.model.attention import variant_of_type
+from bessemer.model.attention import LayerType
+from bessemer.model.attention.base import variant_of_type
 from bessemer.model.batch_invariance import attention as batch_invariant_attention
 from bessemer.model.batch_invariance import logits as batch_invariant_logits
 from bessemer.model.batch_invariance import unsupported, within_batch_invariance

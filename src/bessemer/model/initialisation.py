@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bessemer.core.hashing import derive_seed
-from bessemer.model.attention import variants_in
+from bessemer.model.attention.base import variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from bessemer.distributed.layout import Layout, balanced_stages
 from bessemer.model.activations import Recompute, block_activations
-from bessemer.model.attention import variant_of
-from bessemer.model.attention.base import KeyValueShape
+from bessemer.model.attention.base import KeyValueShape, variant_of
 from bessemer.model.config import ModelConfig
 from bessemer.model.costs import all_parts, layer_parts, mtp_parts, outer_parts
 from bessemer.model.parts import ModelPart, Numerics, StoredActivations

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bessemer.model.activations import final_norm_activations, mtp_activations
-from bessemer.model.attention import variant_of_type
+from bessemer.model.attention.base import variant_of_type
 from bessemer.model.parts import StoredActivations
 from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, PlannedJob, Weights
 from bessemer.training.optim.registry import find_optimizer

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bessemer.model.attention import variant_of
+from bessemer.model.attention.base import variant_of
 from bessemer.model.costs import layer_parts
 from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, PlannedJob, Weights
 from bessemer.scaling.memory import average_bytes, state_bytes

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -79,7 +77,8 @@ class Tokenizer:
         added = {id: _added_text(token) for id, token in tokenizer.get_added_tokens_decoder().items()}
         self._special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._control_ids = {content: id for id, content in self._special.items()}
-        self._vocabulary = read_vocabulary(tokenizer.get_vocab(), added, _decoder(tokenizer), type(tokenizer.model).__name__)
+        decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+        self._vocabulary = read_vocabulary(tokenizer.get_vocab(), added, decoder, type(tokenizer.model).__name__)
         gaps = frozenset(self._vocabulary.gaps)
         # ids that decoding leaves out, by `skip_special`
         self._hidden = {True: gaps | self._special.keys(), False: gaps}
@@ -358,7 +357,13 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     """
     folder = Path(folder)
     if folder.suffix == ".gguf" and folder.is_file():
-        return _of_gguf(folder)
+        from bessemer.tokenization.formats.gguf_import import unpacked
+
+        scratch = unpacked(folder)
+        opened = load_tokenizer(scratch.name)
+        # it reads some files only when they are needed
+        weakref.finalize(opened, scratch.cleanup)
+        return opened
     path = folder / TOKENIZER_FILE
     if not path.exists():
         raise ArtefactError(f"{path}: no such file; a tokenizer's folder holds it beside {TOKENIZER_CONFIG_FILE}")
@@ -379,26 +384,11 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         raise ArtefactError(f"{path}: {error}") from None
 
 
-def _of_gguf(path: Path) -> Tokenizer:
-    from bessemer.tokenization.formats.gguf_import import import_gguf
-
-    scratch = TemporaryDirectory()
-    import_gguf(path).write(Path(scratch.name), compact=True)
-    tokenizer = load_tokenizer(scratch.name)
-    # the tokenizer reads some files only when they are needed
-    weakref.finalize(tokenizer, scratch.cleanup)
-    return tokenizer
-
-
 def _added_text(token: tokenizers.AddedToken) -> str:
     """The text that an added token stands for. One that is matched in normalised text has U+2581 for spaces, as SentencePiece's
     user-defined runs of spaces have."""
     content: str = token.content
     return content.replace(SPACE_MARK, " ") if token.normalized and not token.special else content
-
-
-def _decoder(tokenizer: tokenizers.Tokenizer) -> Any:
-    return None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
 
 
 def _surroundings(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:

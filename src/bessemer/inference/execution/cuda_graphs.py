@@ -18,7 +18,7 @@ from bessemer.inference.execution.backend import StatelessCache, StepContext
 from bessemer.inference.execution.batch import Batch, StepInputs, fill_pending
 from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.model.attention import is_recurrent
+from bessemer.model.attention.base import is_recurrent
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.cache import AttentionInputs
 from bessemer.model.layers.feed_forward import SparseFeedForward

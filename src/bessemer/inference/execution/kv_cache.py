@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
-from bessemer.model.attention import variant_of_type, variants_in
-from bessemer.model.attention.base import KeyValueShape
+from bessemer.model.attention.base import KeyValueShape, variant_of_type, variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_mask import alibi_slopes
 

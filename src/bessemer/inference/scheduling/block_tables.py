@@ -230,8 +230,7 @@ class BlockTables:
     # -- allocating and releasing
 
     def reach(self, sequence: TokenSequence) -> int:
-        """The position up to which a running sequence can be computed with its blocks and the free ones; below `computed` if
-        no block is free for its next token."""
+        """The position up to which a running sequence can be computed with the free blocks; below `computed` without any."""
         size = self.block_size
         first = sequence.computed // size
         reach = len(sequence.tokens) + len(sequence.draft)

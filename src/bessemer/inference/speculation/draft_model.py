@@ -33,7 +33,7 @@ from bessemer.inference.sampling.sampler import likeliest
 from bessemer.inference.scheduling.block_tables import BlockPool
 from bessemer.inference.speculation.proposer import AcceptanceTracker, Draft, DraftLengthPolicy, Proposer, Recent
 from bessemer.inference.speculation.verification import propose
-from bessemer.model.attention import is_recurrent
+from bessemer.model.attention.base import is_recurrent
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.storage import read_settings
 from bessemer.model.storage.folder import load_model

@@ -26,7 +26,7 @@ from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.scheduling.sequence import ScheduledChunk
 from bessemer.inference.speculation.draft_model import ModelProposer, draft_together
 from bessemer.inference.speculation.proposer import Draft, DraftLengthPolicy
-from bessemer.model.attention import variant_of
+from bessemer.model.attention.base import variant_of
 from bessemer.model.config import ModelConfig
 
 # Shapes: N positions, D hidden, V vocabulary.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
-from bessemer.model.architecture import DecoderShape, LayerType
+from bessemer.model.architecture import DecoderShape
+from bessemer.model.attention import VARIANTS, LayerType
 from bessemer.model.parts import ModelPart, Numerics, StoredActivations
 
 
@@ -100,3 +102,31 @@ class AttentionVariant(ABC):
         """The class of its module, an `AttentionLayer`."""
         module, _, name = self.layer.partition(":")
         return getattr(import_module(module), name)
+
+
+@cache
+def variants() -> tuple[AttentionVariant, ...]:
+    """All variants, in the registry's order."""
+    named = (name.split(":") for name in VARIANTS)
+    return tuple(getattr(import_module(f"bessemer.model.attention.{module}"), name)() for module, name in named)
+
+
+def variant_of_type(config: DecoderShape, layer_type: LayerType) -> AttentionVariant:
+    """The variant of the layers of a type."""
+    return next(variant for variant in variants() if variant.is_used(config, layer_type))
+
+
+def variant_of(config: DecoderShape, layer: int) -> AttentionVariant:
+    """The variant of a layer."""
+    return variant_of_type(config, config.types[layer])
+
+
+def variants_in(config: DecoderShape) -> list[AttentionVariant]:
+    """The variants that a model's layers have, in the registry's order."""
+    types = set(config.types)
+    return [variant for variant in variants() if any(variant.is_used(config, layer_type) for layer_type in types)]
+
+
+def is_recurrent(config: DecoderShape) -> bool:
+    """Whether some layer carries a state from token to token."""
+    return any(variant.recurrent for variant in variants_in(config))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bessemer.model.architecture import DecoderShape, LayerType
+from bessemer.model.architecture import DecoderShape
+from bessemer.model.attention import LayerType
 from bessemer.model.attention.base import AttentionVariant, KeyValueShape
 from bessemer.model.parts import FLOAT32_BYTES, ModelPart, Numerics, Shape, StoredActivations
 

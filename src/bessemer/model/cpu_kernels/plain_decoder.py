@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.attention import VARIANTS, variants_in
+from bessemer.model.attention.base import variants, variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels.attention import PagesFields, ScoresFields, scores_fields
@@ -79,7 +79,7 @@ _WITHOUT_EFFECT = frozenset(
         "num_nextn_predict_layers",
         # of attention variants, which `_unsupported_setting` refuses by name
         "layer_types",
-        *(name for variant in VARIANTS if not variant.in_compiled_step for name in variant.settings),
+        *(name for variant in variants() if not variant.in_compiled_step for name in variant.settings),
         # experts
         "num_experts_per_tok",
         "moe_intermediate_size",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bessemer.core.errors import ConfigError
-from bessemer.model.attention import variants_in
+from bessemer.model.attention.base import variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.families.base import SCORING, Family, Values, read_shared, stored_alike, write_shared
 from bessemer.model.families.dense import GEMMA3, GPT2, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3

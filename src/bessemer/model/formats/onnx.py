@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from bessemer.core.environment import install_extra
 from bessemer.core.errors import ArtefactError, ConfigError, writing_to
 from bessemer.core.store import new_folder
-from bessemer.model.architecture import LayerType
-from bessemer.model.attention import variants_in
+from bessemer.model.attention import LayerType
+from bessemer.model.attention.base import variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention_mask import AttentionMask, alibi_slopes

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.attention import variant_of
+from bessemer.model.attention.base import variant_of
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_mask import AttentionMask

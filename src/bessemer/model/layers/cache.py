@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bessemer.model.attention import is_recurrent, variant_of
+from bessemer.model.attention.base import is_recurrent, variant_of
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import AttentionBackend, Scores
 from bessemer.model.layers.attention_mask import AttentionMask

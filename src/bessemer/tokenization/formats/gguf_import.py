@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bessemer.core.config import nearest
@@ -62,6 +63,13 @@ def import_gguf(path: Path, split: str | None = None) -> TokenizerContent:
     is damaged, has no tokenizer, or one of a kind that a `tokenizer.json` cannot be made of.
     """
     return _Gguf(path).tokenizer(split)
+
+
+def unpacked(path: Path) -> TemporaryDirectory[str]:
+    """The tokenizer of a GGUF file as a folder, until it is cleaned up. Raises as `import_gguf`."""
+    scratch = TemporaryDirectory()
+    import_gguf(path).write(Path(scratch.name), compact=True)
+    return scratch
 
 
 def _is_text(value: Any) -> bool:
