@@ -113,5 +113,4 @@ def test_a_call_is_found_in_the_answer_and_not_in_what_is_said_beside_it(tokeniz
     messages = (said("user", "Where?"), said("assistant", "I use find_order.") | {"tool_calls": [call]})
     assert "find_order" in learnt(encode_answer((), messages, tokenizer), tokenizer)
     other = with_template(tokenizer, tmp_path, "<|im_end|>\n")
-    with pytest.raises(RequestError, match="message 2 calls the tool 'find_order', and the model's chat template shows no"):
-        encode_answer((), messages, other)
+    assert '{"name": "find_order", "arguments": {}}' in learnt(encode_answer((), messages, other), other)

@@ -50,6 +50,7 @@ from bessemer.posttraining.sft.forgetting import Limits, forgetting
 from bessemer.posttraining.sft.report import verdict
 from bessemer.tasks.questions import ItemResult
 from bessemer.tasks.registry import read_task
+from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batch import Batch
 from bessemer.training.model_setup import prepare_model
@@ -487,12 +488,6 @@ def test_general_tasks_are_answered_by_likelihood(model_folder, tmp_path, capsys
 
 # -- the data, before anything is trained
 
-#: Content alone: as SmolLM2's, which leaves calls of tools out without a word.
-_NO_TOOLS = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 
 def write_calls(path, count=40):
     call = {"type": "function", "function": {"name": "find_order", "arguments": {"number": 7}}}
@@ -504,12 +499,12 @@ def write_calls(path, count=40):
     return path
 
 
-def test_a_call_that_the_template_cannot_show_is_refused_with_its_row(model_folder, tmp_path, capsys):
+def test_a_call_that_the_template_refuses_is_refused_with_its_row(model_folder, tmp_path, capsys):
     base = shutil.copytree(model_folder, tmp_path / "base")
-    (base / "chat_template.jinja").write_text(_NO_TOOLS)
+    (base / "chat_template.jinja").write_text(CHAT_TEMPLATES["plain"])
     table = write_calls(tmp_path / "calls.jsonl")
     code, _, err = bessemer(capsys, "finetune", base, table, tmp_path / "out")
-    assert code == 2 and "message 2 calls the tool 'find_order'" in one_error(err)
+    assert code == 2 and "has no place for tools" in one_error(err)
     assert "calls.jsonl:" in err and not (tmp_path / "out").exists()
 
 
