@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from bessemer.core.errors import ConfigError, RequestError
+from bessemer.inference.sampling.penalties import TokenCounts
 from bessemer.inference.sampling.sampler import SamplingParams, SamplingState, generator_for, sample_rows, truncated_logits
 from tests.cases import slow_but
 
@@ -170,3 +172,14 @@ def test_logits_that_are_not_finite_are_reported():
 def test_values_out_of_range_are_named(values, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         SamplingParams.parse(values, "generate")
+
+
+def test_tokens_are_counted_once_in_what_is_present_and_as_often_as_they_were_made():
+    prompt, made = [5, 3, 5, 900], [3, 7, *range(40), 7, 7]
+    counts = TokenCounts(prompt)
+    for number, token in enumerate(made, start=1):
+        counts.add(token)
+        expected = Counter(made[:number])
+        tokens_N, times_N = counts.made
+        assert dict(zip(tokens_N.tolist(), times_N.tolist(), strict=True)) == expected
+        assert sorted(counts.present.tolist()) == sorted({*prompt, *expected})
