@@ -249,6 +249,12 @@ def test_begin_and_end_tokens_stand_once(tokenizer):
     assert ids.count(tokenizer.eos_ids[1]) == 2
 
 
+def test_a_turn_may_end_at_control_tokens_and_at_no_word(tokenizer):
+    words = tokenizer.encode("What does it do?")[1:]
+    assert all(map(tokenizer.is_end, tokenizer.eos_ids)) and tokenizer.is_end(tokenizer.control_id("<|im_start|>"))
+    assert words and not any(map(tokenizer.is_end, words))
+
+
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_stored_template_is_known_by_name_and_has_no_tags_of_ours(name):
     assert template_name(CHAT_TEMPLATES[name]) == name
