@@ -426,7 +426,7 @@ def format_of_template(chat_template: str | None) -> ToolFormat:
 def format_name_of(tokenizer: Tokenizer) -> str:
     """The name of the format that a model was trained on, as its tokenizer's folder says; else that of its chat template."""
     name = tokenizer.tool_format
-    return name if name in TOOL_FORMATS else format_name(tokenizer.chat_template)
+    return name if name and name in TOOL_FORMATS else format_name(tokenizer.chat_template)
 
 
 def format_of(tokenizer: Tokenizer) -> ToolFormat:

@@ -10,8 +10,10 @@ whose object is a `Plugin`:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar, cast
@@ -42,6 +44,16 @@ class Plugin(Generic[T]):
         return cast(T, getattr(import_module(module), attribute))
 
 
+def _entries(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group. Every installed package is read for them, so it is done once for each `sys.path`."""
+    return _entries_on(group, tuple(sys.path))
+
+
+@lru_cache(maxsize=128)
+def _entries_on(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
+
+
 class Registry(Mapping[str, Plugin[T]]):
     """Plugins of one kind by name: our own in their order, then those that installed packages add.
 
@@ -56,7 +68,7 @@ class Registry(Mapping[str, Plugin[T]]):
 
     @property
     def _others(self) -> dict[str, EntryPoint]:
-        return {entry.name: entry for entry in entry_points(group=self.group) if entry.name not in self._own}
+        return {entry.name: entry for entry in _entries(self.group) if entry.name not in self._own}
 
     def __getitem__(self, name: str) -> Plugin[T]:
         if name in self._own:
@@ -94,7 +106,7 @@ def plugin_versions(named: Iterable[tuple[str, str]]) -> dict[str, str]:
     versions: dict[str, str] = {}
     wanted = set(named)
     for group in sorted({group for group, _ in wanted}):
-        for entry in entry_points(group=group):
+        for entry in _entries(group):
             if (group, entry.name) in wanted:
                 package = entry.dist
                 versions[f"{group}:{entry.name}"] = f"{package.name} {package.version}" if package else entry.value

@@ -24,12 +24,12 @@ import tokenizers
 from bessemer.core.errors import RequestError
 from bessemer.tokenization.chat_templates import (
     MARKED_TEMPLATES,
-    TOOLS_IN_WORDS,
     CompiledTemplate,
     TemplateError,
     template_name,
 )
 from bessemer.tokenization.control_tokens import ControlTokens, StandIns, map_strings, split_at, strings_of
+from bessemer.tokenization.tools_in_words import function_of, with_tools_in_words
 
 #: A message: `role` and `content`, and `tool_calls` for calls of tools. Templates may read other keys.
 Message = Mapping[str, Any]
@@ -304,47 +304,6 @@ class EscapedConversation:
             raise self._of.refused(fault) from None
 
 
-def with_tools_in_words(
-    messages: Sequence[Message], tools: Sequence[Tool] | None, *, in_system: bool = True
-) -> list[dict[str, Any]]:
-    """Messages for a template without a place for tools, which then stand in the text as Hermes models have them: described in
-    the system message, called in `<tool_call>`, answered by the user in `<tool_response>`, results in a row in one message.
-
-    in_system: whether there may be a system message; otherwise the first message describes them.
-    """
-    placed: list[dict[str, Any]] = []
-    results: dict[str, Any] | None = None
-    for message in messages:
-        if message["role"] == "tool":
-            answer = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if results is None:
-                placed.append(results := {"role": "user", "content": answer})
-            else:
-                results["content"] += f"\n{answer}"
-            continue
-        results = None
-        calls = [_call_in_words(call) for call in message.get("tool_calls") or ()]
-        content = "\n".join(filter(None, [message.get("content"), *calls]))
-        placed.append({**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content})
-    if tools:
-        described = TOOLS_IN_WORDS.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-        if placed and placed[0]["role"] == "system":
-            placed[0]["content"] += f"\n\n{described}"
-        elif placed and not in_system:
-            placed[0]["content"] = f"{described}\n\n{placed[0]['content']}"
-        else:
-            placed.insert(0, {"role": "system", "content": described})
-    return placed
-
-
-def _call_in_words(call: Mapping[str, Any]) -> str:
-    function = _function(call)
-    arguments = function.get("arguments", {})
-    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    name = json.dumps(function.get("name"), ensure_ascii=False)
-    return f'<tool_call>\n{{"name": {name}, "arguments": {written}}}\n</tool_call>'
-
-
 def checked_messages(messages: Sequence[Message], first: int = 0) -> list[dict[str, Any]]:
     """The messages in plain JSON values, without keys that are None.
 
@@ -366,7 +325,7 @@ def checked_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
         raise RequestError(f"the tools must be a list, got {type(tools).__name__}")
     for index, tool in enumerate(tools):
-        if not (isinstance(tool, Mapping) and isinstance(_function(tool).get("name"), str)):
+        if not (isinstance(tool, Mapping) and isinstance(function_of(tool).get("name"), str)):
             raise RequestError(f'tool {index}: must be {{"type": "function", "function": {{"name": …, "parameters": …}}}}')
     return [_plain(tool, f"tool {index}") for index, tool in enumerate(tools)]
 
@@ -390,14 +349,8 @@ def _checked_message(message: Message, where: str) -> dict[str, Any]:
     return _plain(given, where)
 
 
-def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `function` of a tool or a call; some data sets write it without the object around it."""
-    function = tool.get("function", tool)
-    return function if isinstance(function, Mapping) else {}
-
-
 def _is_call(call: Any) -> bool:
-    function = _function(call) if isinstance(call, Mapping) else {}
+    function = function_of(call) if isinstance(call, Mapping) else {}
     return isinstance(function.get("name"), str) and isinstance(function.get("arguments"), str | Mapping)
 
 

@@ -35,13 +35,6 @@ from jinja2.visitor import NodeTransformer
 
 from bessemer.tokenization.control_tokens import END_HEADER, END_OF_TURN, IM_END, IM_START, START_HEADER
 
-#: Tools as our templates describe them; in place of {}, each in JSON on a line of its own.
-TOOLS_IN_WORDS = (
-    "# Tools\n\nYou can call these functions, each described in JSON:\n<tools>\n{}\n</tools>\n\n"
-    "To call one, write its name and its arguments in JSON, every call between tags of its own:\n"
-    '<tool_call>\n{{"name": "...", "arguments": {{...}}}}\n</tool_call>'
-)
-
 #: Turns between control tokens. OPEN and NAMED stand for the text around a role, CLOSE and AFTER for that after a content.
 #: Tools are described in the system turn, called by the assistant in <tool_call> and answered in <tool_response>, the
 #: form of the Hermes models, which llama.cpp and vLLM read; results that follow each other share one turn.
