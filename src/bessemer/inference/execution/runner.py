@@ -26,7 +26,7 @@ from bessemer.inference.execution.weights import (
 )
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.model.adapters import Adapter, adapted
-from bessemer.model.adapters.folder import WeightSample
+from bessemer.model.adapters.fingerprints import WeightSample
 from bessemer.model.batch_invariance import keeping_packed_weights
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.block import MtpModule

@@ -27,7 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from bessemer.core.errors import RequestError
 from bessemer.distributed.mesh import as_dtensor, local, sharded_dim
 from bessemer.model.adapters import Adapter, Update
-from bessemer.model.adapters.folder import WeightSample, adaptable_layers, fingerprinted_tensors, rounded, sampled_places
+from bessemer.model.adapters.fingerprints import WeightSample, fingerprinted_tensors, rounded, sampled_places
+from bessemer.model.adapters.folder import adaptable_layers
 from bessemer.model.adapters.trained import LowRankUpdate
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder

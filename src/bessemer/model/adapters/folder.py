@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.hashing import hash_bytes
 from bessemer.core.store import check_format, new_file, read_json, write_json
-from bessemer.model.adapters import Adapter, Update, is_of_adapter, row_norms, weight_of
+from bessemer.model.adapters import Adapter, Update, row_norms, weight_of
+from bessemer.model.adapters.fingerprints import FLOAT16, WeightSample, fingerprints
 from bessemer.model.decoder import Decoder
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import FilePatterns, Stored, transposed, whole
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: Format number of an adapter's folder, under `bessemer` in its config.
@@ -54,20 +54,9 @@ _MORE = {
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "use_qalora")
 #: Initialisations that leave the base weights unchanged; others subtract the adapter's initial update from them.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
-#: Numbers of each tensor that enter the fingerprint of a base model.
-_SAMPLE = 4096
-#: Suffix of the fingerprints that a float16 copy of the base has as well.
-_FLOAT16 = "_float16"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:(A|B)\.weight|(magnitude_vector))")
 
 # Shapes: N outputs, K inputs, R rank, P places of a tensor that are sampled.
-
-
-class WeightSample(NamedTuple):
-    """Some numbers of a tensor: the whole one's shape, and (up to `_SAMPLE`) numbers spread over it, `rounded`."""
-
-    shape: tuple[int, ...]
-    numbers_2P: Tensor
 
 
 class _Target(NamedTuple):
@@ -157,8 +146,11 @@ def trains_modules(folder: Path) -> bool:
     return bool(read_json(folder / ADAPTER_CONFIG, "adapter config").get("modules_to_save"))
 
 
-def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
-    """Write an adapter's folder, which `peft` opens too, beside the model's; it knows its base again when it is read."""
+def write_adapter(adapter: Adapter, model: Decoder, folder: Path, samples: Mapping[str, WeightSample] | None = None) -> None:
+    """Write an adapter's folder, which `peft` opens too, beside the model's; it knows its base again when it is read.
+
+    samples: of the model's weights, as for `fingerprints`.
+    """
     targets, stored = _targets(model), {}
     for name, target in targets.items():
         updates = [adapter.updates.get(module) for module in target.modules]
@@ -190,7 +182,7 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "inference_mode": True,
-        "bessemer": {"format": ADAPTER_FORMAT, "base": fingerprints(model)},
+        "bessemer": {"format": ADAPTER_FORMAT, "base": fingerprints(model, samples)},
     }
     tensors = {}
     for name, update in stored.items():
@@ -205,40 +197,6 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def fingerprints(model: Decoder, samples: Mapping[str, WeightSample] | None = None) -> dict[str, str]:
-    """Hashes by which an adapter knows its base: of the norms, and of all weights where none is quantised.
-
-    Quantisation leaves norms as they are (where it folds scales into them, the adapter would not fit either). Each tensor
-    gives some thousand numbers, spread over it and `rounded` in two ways: so it is quick, and copies in other types are known.
-    samples: of the whole model, where `model` holds shards of it.
-    """
-    if samples is None:
-        samples = {name: _sample(tensor) for name, tensor in fingerprinted_tensors(model).items()}
-    hashes = {}
-    for way, ending in enumerate(("", _FLOAT16)):
-        hashes[f"norms{ending}"] = _hash_of((sample for name, sample in samples.items() if "norm" in name), way)
-        if not is_quantised(model):
-            hashes[f"weights{ending}"] = _hash_of(samples.values(), way)
-    return hashes
-
-
-def fingerprinted_tensors(model: Decoder) -> dict[str, Tensor]:
-    """The tensors of a model that `fingerprints` samples, in their order: without those of an adapter in training."""
-    tensors = sorted(model.state_dict().items())
-    return {name: tensor for name, tensor in tensors if not name.startswith("mtp.") and not is_of_adapter(name)}
-
-
-def rounded(numbers_P: Tensor) -> Tensor:
-    """Numbers in bfloat16 in two ways, (2, P): rounded at once, and through float16, as a copy of the model in float16 gives
-    them."""
-    return torch.stack([numbers_P.to(torch.bfloat16), numbers_P.to(torch.float16).to(torch.bfloat16)])
-
-
-def sampled_places(numel: int) -> range:
-    """Which numbers of a tensor, row after row, are sampled."""
-    return range(0, numel, max(1, numel // _SAMPLE))[:_SAMPLE]
-
-
 def adaptable_layers(model: Decoder) -> dict[str, tuple[int, int]]:
     """The linear layers that an adapter may change, by module name: outputs and inputs."""
     return {
@@ -251,20 +209,6 @@ def adaptable_layers(model: Decoder) -> dict[str, tuple[int, int]]:
 # -- inside
 
 
-def _sample(tensor: Tensor) -> WeightSample:
-    places = sampled_places(tensor.numel())
-    numbers_P = tensor.detach().flatten()[places.start : places.stop : places.step]
-    return WeightSample(tuple(tensor.shape), rounded(numbers_P.cpu()))
-
-
-def _hash_of(samples: Iterable[WeightSample], way: int) -> str:
-    """way: of `rounded`."""
-    parts = []
-    for shape, numbers_2P in samples:
-        parts += [str(shape).encode(), numbers_2P[way].view(torch.int16).numpy().tobytes()]
-    return hash_bytes(*parts)
-
-
 def _check_base(path: Path, ours: Any, model: Decoder, samples: Mapping[str, WeightSample] | None) -> None:
     """Refuse an adapter that was written here for other weights."""
     if ours is None:
@@ -274,7 +218,7 @@ def _check_base(path: Path, ours: Any, model: Decoder, samples: Mapping[str, Wei
     check_format(ours.get("format"), ADAPTER_FORMAT, path, "adapter")
     base, own = ours.get("base"), fingerprints(model, samples)
     # copies in float32 and bfloat16 agree in the plain hashes, a copy in float16 in those of the suffix
-    ways = [[name for name in own if name.endswith(_FLOAT16) == is_float16] for is_float16 in (False, True)]
+    ways = [[name for name in own if name.endswith(FLOAT16) == is_float16] for is_float16 in (False, True)]
     if not isinstance(base, Mapping) or not any(all(base.get(name) == own[name] for name in names) for names in ways):
         raise ArtefactError(
             f"{path}: this adapter was trained on a model with other weights; use it with that one, as it was then"

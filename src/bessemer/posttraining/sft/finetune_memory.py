@@ -40,7 +40,7 @@ _DEQUANTISING = 9.0
 
 
 #: What training and the engine load and set up once the plan is made: modules, products' kernels, two more tokenizers.
-_LATER = 85e6
+_LATER = 140e6
 #: Holes of the heap, beside what a step makes and frees.
 _HOLES = 0.15
 #: Pages of a file that are in memory while it is read: at most these, beside those of the largest tensor.

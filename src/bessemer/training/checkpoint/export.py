@@ -18,6 +18,7 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow
 from bessemer.distributed.collectives import whole_tensors
 from bessemer.distributed.mesh import Mesh
+from bessemer.model.adapters.fingerprints import samples_of_folder
 from bessemer.model.adapters.folder import write_adapter
 from bessemer.model.adapters.trained import adapter_of, is_trained_by_adapter, merged
 from bessemer.model.decoder import Decoder
@@ -168,7 +169,7 @@ def save_trained_adapter(
             head = tensors.get(SCORE)
             if head is None:
                 # read again (memory-mapped): this run may have quantised its own copy
-                write_adapter(adapter, load_model(start.folder), out / f"adapter{ending}")
+                write_adapter(adapter, load_model(start.folder), out / f"adapter{ending}", samples_of_folder(start.folder))
             if start.adapter.merge:
                 is_as_read = mesh.alone and start.frozen_dtype == torch.float32
                 base = model if is_as_read else _base(start.folder, head)
