@@ -21,6 +21,7 @@ from bessemer.core.store import read_json, write_json, write_text
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.adapters import Adapter, adapted
+from bessemer.model.adapters.fingerprints import samples_of_folder
 from bessemer.model.adapters.folder import read_adapter
 from bessemer.model.adapters.trained import adapter_of, adapters_of, without_adapters
 from bessemer.model.decoder import Decoder
@@ -232,7 +233,8 @@ def finetune(
         after = measured(load_model(out / MODEL, device=chosen_device), "after")
     else:
         tuned = start.whole(chosen_device)
-        adapter = read_adapter(out / ADAPTER, load_model(base)).to(chosen_device, torch.float32)
+        # the base in its file's type would lie beside the tuned one
+        adapter = read_adapter(out / ADAPTER, tuned, samples_of_folder(base)).to(chosen_device, torch.float32)
         adapter = adapter.put_whole(tuned).fitted(tuned)
         after = measured(tuned, "after", adapter)
     return Finetuned(

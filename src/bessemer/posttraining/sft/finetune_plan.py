@@ -198,7 +198,7 @@ class FinetunePlan:
             "memory_bytes": {method: round(fitting.memory.peak) for method, fitting in self.needs.items()},
             "memory_parts": {part: round(needed) for part, needed in self.chosen.memory.parts.items()},
             "free_bytes": None if self.free == float("inf") else round(self.free),
-            "seconds": None if self.seconds is None else round(self.seconds, 3),
+            "seconds": None if self.seconds is None else float(f"{self.seconds:.4g}"),
             "cost": None if self.cost is None else round(self.cost, 4),
         }
 
