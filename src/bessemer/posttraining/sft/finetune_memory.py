@@ -47,6 +47,8 @@ _HOLES = 0.15
 _READ_AT_ONCE = 1 << 26
 #: Tokens of a step of the engine that answers questions and general tasks.
 _ENGINE_TOKENS = 512
+#: Tokens whose keys and values that engine still keeps at the end: the packaged tasks', with the answers that they offer.
+_CACHED_TOKENS = 4000
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,9 @@ def process_memory(model: ModelConfig, method: Method, shape: TuningShape, held:
     holes = _HOLES * (step.peak - standing)
     # a model that is tuned whole is the file's own pages until the first update
     read = 0.0 if method == "full" else _FLOAT32 * table + min(_READ_AT_ONCE, _FLOAT32 * (model.parameters() - table))
-    # logits of a step, in the type of products and in float32, and autocast's copy of the head
+    # logits of a step, in the type of products and in float32, autocast's copy of the head, and the cache
     asked = model.vocab_size * _ENGINE_TOKENS * (_FLOAT32 + (c if is_half else 0.0)) + (c * table if is_half else 0.0)
+    asked += _CACHED_TOKENS * model.kv_bytes_per_token(4 if method == "qlora" else shape.dtype_bytes)
     program = held + _LATER
     parts = {
         "program, libraries and data": program,
