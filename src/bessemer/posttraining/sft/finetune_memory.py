@@ -168,6 +168,7 @@ def process_memory(model: ModelConfig, method: Method, shape: TuningShape, held:
     # logits of a step, in the type of products and in float32, autocast's copy of the head, and the cache
     asked = model.vocab_size * _ENGINE_TOKENS * (_FLOAT32 + (c if is_half else 0.0)) + (c * table if is_half else 0.0)
     asked += _CACHED_TOKENS * model.kv_bytes_per_token(4 if method == "qlora" else shape.dtype_bytes)
+    asked *= 1 + _HOLES
     program = held + _LATER
     parts = {
         "program, libraries and data": program,

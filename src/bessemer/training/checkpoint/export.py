@@ -38,6 +38,7 @@ from bessemer.training.checkpoint.manager import (
 from bessemer.training.checkpoint.state import AVERAGE
 from bessemer.training.config_parts import ExportSettings
 from bessemer.training.optim.weight_averaging import mean_weights
+from bessemer.training.runtime import release_freed_memory
 from bessemer.training.starting_model import StartingModel
 
 
@@ -168,6 +169,8 @@ def save_trained_adapter(
             adapter = adapter_of(model, tensors)
             head = tensors.get(SCORE)
             if head is None:
+                # what the last step has freed would lie beside the file's pages
+                release_freed_memory()
                 # read again (memory-mapped): this run may have quantised its own copy
                 write_adapter(adapter, load_model(start.folder), out / f"adapter{ending}", samples_of_folder(start.folder))
             if start.adapter.merge:
