@@ -135,6 +135,9 @@ def serve(
         bool, _speed("--batch-invariant", help="A request never depends on what else is running, to the last bit.")
     ] = False,
     prefix_cache: Annotated[bool, _memory(help="Reuse cached KV blocks for prompts that share a prefix.")] = True,
+    prefix_store: Annotated[
+        str | None, _memory(help="Folder that keeps prefixes which several requests had in common over restarts.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated.")
     ] = None,
@@ -195,7 +198,7 @@ def serve(
         raise ConfigError("--accept-weights: of a server with one engine; name several such servers to the trainer instead")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
-    memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache")
+    memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache", "prefix_store")
     given = given_options(context, *memory, "threads", "batch_invariant")
     given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
     if both := next((taken for taken in alias or [] if taken == name or taken in adapters), None):

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.hashing import hash_value
 from bessemer.core.progress import PlainLines
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.config import EngineConfig
@@ -39,6 +40,7 @@ from bessemer.inference.execution.steps.asynchronous import AsyncSteps
 from bessemer.inference.execution.steps.plain import MultiTokenSteps, PlainSteps
 from bessemer.inference.execution.steps.speculative import SpeculativeSteps
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
+from bessemer.inference.prefix_store import PrefixStore, store_identity
 from bessemer.inference.scheduling.block_tables import BlockPool
 from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler
 from bessemer.inference.speculation.draft_model import (
@@ -75,7 +77,8 @@ class OpenedModel(NamedTuple):
 
     is_served: whether it was opened to be served, and is not one in memory that may be in training. sampling_settings: what
     the model's folder says of how it is sampled. adapter: of a fine-tuning, the folder of what was tuned beside its base; None
-    where it was merged, as it is into weights in float32 in one process.
+    where it was merged, as it is into weights in float32 in one process. identity: of the files that were opened, of which
+    another state has another one; None for a model in memory and for shards.
     """
 
     model: Decoder
@@ -85,6 +88,7 @@ class OpenedModel(NamedTuple):
     sharded: ShardedModel | None = None
     sampling_settings: Mapping[str, Any] = MappingProxyType({})
     adapter: Path | None = None
+    identity: str | None = None
 
 
 def open_model(
@@ -129,17 +133,26 @@ def open_model(
         tokenizer = tokenizer or opened.tokenizer
         if tokenizer is None:
             raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")
-        model = _in_fast_dtype(opened.model, config)
-        return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
-    whole = load_model(path, choose_device(device))
+        model, identity = _in_fast_dtype(opened.model, config), _identity(path)
+        return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids), identity=identity)
+    whole, identity = load_model(path, choose_device(device)), _identity(path)
     is_plain = whole.dtype == torch.float32 and not is_quantised(whole)
     if own is not None and adapter is None and (is_plain or trains_modules(own)):
         # no request can select the base alone, and the compiled kernels take one set of weights
+        identity = _identity(path, own)
         whole, own = merged(whole, read_adapter(own, whole)), None
     whole = _in_fast_dtype(whole, config)
     tokenizer = tokenizer or load_tokenizer(path)
     settings = read_sampling_settings(path)
-    return OpenedModel(whole, tokenizer, _ends(path, tokenizer), sampling_settings=settings, adapter=own)
+    ends = _ends(path, tokenizer)
+    return OpenedModel(whole, tokenizer, ends, sampling_settings=settings, adapter=own, identity=identity)
+
+
+def _identity(*places: Path) -> str:
+    """Hash of what files hold, as far as their names, sizes and times tell; places: files, and folders of files."""
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
+    stats = [(file.resolve(), file.stat()) for file in files]
+    return hash_value([[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats])
 
 
 def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:
@@ -209,17 +222,45 @@ def new_strategy(runner: Runner, proposer: Proposer | None) -> PlainSteps:
     return MultiTokenSteps(runner) if runner.generates else PlainSteps(runner)
 
 
+def new_prefix_store(config: EngineConfig, runner: Runner, scheduler: Scheduler, identity: str | None) -> PrefixStore | None:
+    """The store of a runner's blocks; None where the settings name none. identity: as of `OpenedModel`.
+
+    Raises ConfigError for a model in memory, and for one whose prefixes are more than blocks.
+    """
+    if config.prefix_store is None:
+        return None
+    if identity is None:
+        raise ConfigError("prefix_store: of a model that is opened from its folder or file, not of one in memory")
+    if is_recurrent(runner.model.config) or not scheduler.tables.groups:
+        raise ConfigError("prefix_store: of models whose layers all have keys and values; this one has linear attention")
+    return PrefixStore(
+        Path(config.prefix_store),
+        store_identity(identity, config.block_size, runner.arithmetic, config.batch_invariant),
+        runner.memory,
+        scheduler.tables,
+        limit=config.prefix_store_size * 2**30,
+        say=PlainLines().say,
+    )
+
+
 #: Most logits of one step that come of tokens read, where each token's are wanted: 256 MiB of float32.
 _MOST_LOGITS = 1 << 26
 
 
 def assemble(
-    model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, opened: bool, sharded: ShardedModel | None = None
+    model: Decoder,
+    tokenizer: Tokenizer,
+    config: EngineConfig,
+    *,
+    opened: bool,
+    sharded: ShardedModel | None = None,
+    identity: str | None = None,
 ) -> tuple[EngineCore, str]:
     """The engine core of a model, and a line about its KV cache: how many blocks, of which type, how much memory.
 
     opened: whether the model was opened to be served, and is not one in training. sharded: the model's shards, where worker
-    processes hold some. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
+    processes hold some. identity: as of `OpenedModel`, for a prefix store. Raises ConfigError, and ArtefactError for a draft
+    model that cannot be read.
     """
     check_model_length(model.config, config)
     mtp_layers, _ = mtp_layers_of(config, model.config)
@@ -249,7 +290,8 @@ def assemble(
         share_prefixes=config.prefix_cache,
     )
     proposer = new_proposer(config, tokenizer, runner, sharded)
-    core = EngineCore(scheduler, runner, new_strategy(runner, proposer))
+    store = new_prefix_store(config, runner, scheduler, identity)
+    core = EngineCore(scheduler, runner, new_strategy(runner, proposer), store)
     ranks = memory.share.ranks
     described = describe_pages(model.config, blocks, config, memory.dtype, mtp_layers, ranks=ranks)
     described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)

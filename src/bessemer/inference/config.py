@@ -86,6 +86,17 @@ class EngineConfig(Config):
         512, "most tokens of one step: prompts are read in chunks, so that running requests go on", unit="tokens", ge=1
     )
     prefix_cache: bool = setting(True, "reuse cached KV blocks for prompts that share a prefix")
+    prefix_store: str | None = setting(
+        None,
+        "folder for the KV blocks of prefixes that several requests had in common, such as an agent's instructions: found "
+        "again after a restart; none: kept in memory alone",
+    )
+    prefix_store_size: float = setting(
+        4.0,
+        "most that a model's prefixes take of the disk; those used longest ago go first",
+        unit="GiB",
+        gt=0,
+    )
     batch_invariant: bool = setting(False, "a request's tokens never depend on what else is running, to the last bit")
     cpu_kernels: Literal["auto", "on", "off"] = setting(
         "auto", "compiled CPU kernels: where they can be built, always, or never (then the modules run in PyTorch)"
@@ -119,6 +130,10 @@ class EngineConfig(Config):
             )
         if self.processes > 1 and self.speculation is not None and self.speculation.method == "mtp":
             raise ValueError("speculation by mtp and parallel do not go together; take ngram or draft")
+        if self.prefix_store is not None and not self.prefix_cache:
+            raise ValueError("prefix_store: what it finds goes through the prefix cache; leave prefix_cache: false out")
+        if self.prefix_store is not None and self.processes > 1:
+            raise ValueError("prefix_store and parallel do not go together: each process has a part of every block")
         return self
 
     @property

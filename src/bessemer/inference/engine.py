@@ -106,7 +106,12 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
             shared=self._sharded is not None,
         )
         self.core, self._cache_size = assemble(
-            self.model, self.tokenizer, self.config, opened=opened.is_served, sharded=self._sharded
+            self.model,
+            self.tokenizer,
+            self.config,
+            opened=opened.is_served,
+            sharded=self._sharded,
+            identity=opened.identity,
         )
         # last: packing takes the codes out of the model
         self._stamp = WeightsStamp(self.model)
@@ -119,7 +124,9 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
                 raise
 
     def close(self) -> None:
-        """End the processes that share the model with this one. An engine of one process has nothing to end."""
+        """End the processes that share the model with this one, and finish what is being written to a prefix store."""
+        if self.core.prefix_store is not None:
+            self.core.prefix_store.close()
         if self._sharded is not None:
             self._close()
 

@@ -14,6 +14,7 @@ from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.execution.steps.plain import ChunkTokens, PlainSteps, StepTokens
 from bessemer.inference.execution.weights import LoadedAdapter
+from bessemer.inference.prefix_store import PrefixStore
 from bessemer.inference.request import ScheduledRequest
 from bessemer.inference.scheduling.scheduler import Scheduler
 from bessemer.inference.scheduling.sequence import ScheduledChunk
@@ -35,10 +36,13 @@ class _Step:
 class EngineCore:
     """In-flight requests of one model; `step()` advances all. Nothing in it waits or locks."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, strategy: PlainSteps) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, strategy: PlainSteps, prefix_store: PrefixStore | None = None
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.strategy = strategy
+        self.prefix_store = prefix_store
         self._requests: dict[int, ScheduledRequest] = {}
         self._recorder = StatisticsRecorder()
         #: As of `Engine.weight_version`.
@@ -60,6 +64,9 @@ class EngineCore:
     def enqueue_request(self, request: ScheduledRequest) -> None:
         """Add a request to the waiting queue. Raises RequestError when it can never fit, or too many wait."""
         self.scheduler.enqueue(request.sequence)
+        # keys that an adapter made have a name of this process alone
+        if self.prefix_store is not None and request.adapter is None:
+            self.prefix_store.fetch(request.sequence)
         self._requests[request.sequence.identity] = request
         self._recorder.request_began(request)
 
@@ -132,6 +139,8 @@ class EngineCore:
         for request in requests:
             if not request.scheduled_at:
                 request.scheduled_at = started
+                if self.prefix_store is not None and request.adapter is None:
+                    self.prefix_store.keep(request.sequence)
         try:
             tokens = self.strategy.compute(output, requests)
         except Exception as error:

@@ -205,7 +205,7 @@ class PagedMemory:
     @property
     def nbytes(self) -> int:
         """Memory of all pages, states not counted."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in self._stored(layer))
+        return sum(tensor.nbytes for layer in self.layers for tensor in self.stored(layer))
 
     def release(self) -> None:
         """Free the memory of all pages and states, which no sequence holds, until `restore`."""
@@ -227,14 +227,14 @@ class PagedMemory:
             for storage, size in zip(self._storages(), self._released, strict=True):
                 storage.resize_(size)
             for layer in self.layers:
-                for tensor in self._stored(layer):
+                for tensor in self.stored(layer):
                     tensor.zero_()
 
     def _storages(self) -> list[torch.UntypedStorage]:
         """The storage of every tensor of pages, in order."""
-        return [tensor.untyped_storage() for layer in self.layers for tensor in self._stored(layer)]
+        return [tensor.untyped_storage() for layer in self.layers for tensor in self.stored(layer)]
 
-    def _stored(self, layer: int) -> list[Tensor]:
+    def stored(self, layer: int) -> list[Tensor]:
         """The tensors of a layer's pages; where values are part of the keys, the keys alone."""
         pages = self.layers[layer]
         kept = pages if not self.shape.shared else (pages.keys, pages.key_scales)
@@ -248,7 +248,7 @@ class PagedMemory:
                 continue
             sources, targets = torch.tensor(pairs, device=self.device).T
             for layer in group.layers:
-                for tensor in self._stored(layer):
+                for tensor in self.stored(layer):
                     tensor[targets] = tensor[sources]
 
     def write(self, layer: int, blocks_N: Tensor, places_N: Tensor, key_NKC: Tensor, value_NKV: Tensor) -> None:

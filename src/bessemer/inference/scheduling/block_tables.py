@@ -191,6 +191,11 @@ class BlockTables:
         self._windowed = [(index, pool, window) for index, (pool, window) in enumerate(self.groups) if window is not None]
         self._epoch = 0
 
+    @property
+    def is_first_epoch(self) -> bool:
+        """Whether the weights are those that the engine was opened with."""
+        return self._epoch == 0
+
     # -- counts of blocks
 
     def blocks(self, tokens: int) -> int:

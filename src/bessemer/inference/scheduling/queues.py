@@ -67,6 +67,11 @@ class SequenceQueues:
         self.preemptions = 0
 
     @property
+    def tables(self) -> BlockTables:
+        """The block tables, with the pools and the prefix cache."""
+        return self._tables
+
+    @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self._waiting or self._running)
