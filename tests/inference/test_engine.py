@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.core.store import write_json
+from bessemer.inference import build
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.execution.steps import plain
 from bessemer.inference.sampling.sampler import Sampled, SamplingParams
@@ -508,6 +509,18 @@ def test_no_text_is_longer_than_max_model_len(engine):
         short.generate([[1] * 40], GREEDY)
     with pytest.raises(ConfigError, match=r"max_model_len: 97 tokens are more than the model's context of 96"):
         Engine(engine.model, engine.tokenizer, config=EngineConfig(max_model_len=97))
+
+
+def test_weights_larger_than_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "model", "grouped")
+    size = (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(build, "load_model", None)
+    monkeypatch.setattr(build, "most_memory_bytes", lambda: size - 1)
+    with pytest.raises(ConfigError, match=r"model: the weights take .* MB, and this process can have .* MB of memory; "):
+        Engine(folder, device="cpu")
+    (tmp_path / "model.gguf").write_bytes(bytes(size))
+    with pytest.raises(ConfigError, match=r"model\.gguf: the weights take"):
+        Engine(tmp_path / "model.gguf", device="cpu")
 
 
 @pytest.mark.parametrize(("scaling", "kernels"), [("yarn", "on"), ("llama3", "off"), ("dynamic", "off")])

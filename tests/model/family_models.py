@@ -36,6 +36,13 @@ _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": 4,
+    "short_factor": [1.0, 1.25, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 5.0, 9.5],
+}
 _SLIDING = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
@@ -52,6 +59,17 @@ CASES = {
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}, "max_position_embeddings": 12},
     ),
     "llama-multi-query": ("LlamaConfig", {"rope_parameters": _THETA, "num_key_value_heads": 1}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "rope_parameters": _THETA,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mistral": ("MistralConfig", {"rope_parameters": _THETA, "sliding_window": 5}),
     "mistral-no-window": ("MistralConfig", {"rope_parameters": _THETA, "sliding_window": None}),
     "qwen2": ("Qwen2Config", {"rope_parameters": _THETA}),
@@ -93,6 +111,29 @@ CASES = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "rope_parameters": _THETA,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "query_pre_attn_scalar": 12,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "phi3": ("Phi3Config", {"rope_parameters": _THETA, "sliding_window": None}),
+    "phi3-window-partial-rope": (
+        "Phi3Config",
+        {"rope_parameters": {**_THETA, "partial_rotary_factor": 0.5}, "sliding_window": 5, "tie_word_embeddings": True},
+    ),
+    # all that is read in one piece there is longer than the old context, or nothing is
+    "phi3-longrope-short": (
+        "Phi3Config",
+        {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 64},
+    ),
+    "glm": ("GlmConfig", {"rope_parameters": {**_THETA, "partial_rotary_factor": 0.5}, "attention_bias": True}),
+    "glm4": ("Glm4Config", {"rope_parameters": {**_THETA, "partial_rotary_factor": 0.5}, "attention_bias": True}),
     "gpt_oss": (
         "GptOssConfig",
         {
@@ -195,7 +236,7 @@ def randomise(model, seed: int) -> None:
     """Norms uniform in 0.5 … 1.5 (around 0 where they are stored minus 1), matrices so that activations keep their size,
     everything else normal: with default values, swapping two norms would change nothing."""
     generator = torch.Generator().manual_seed(seed + 1)
-    offset = type(model).__name__.startswith(("Gemma3", "Qwen3Next"))
+    offset = type(model).__name__.startswith(("Gemma2", "Gemma3", "Qwen3Next"))
     for name, tensor in [*model.named_parameters(), *_buffers(model)]:
         if "norm" in name or ".ln_" in name:
             if name.endswith("bias"):

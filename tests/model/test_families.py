@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -12,7 +13,7 @@ from bessemer.model.layers.cache import DecoderCache
 from bessemer.model.storage.folder import load_model, save_model
 from bessemer.model.storage.model_config import read_model_config
 from bessemer.model.storage.weights import find_tensors, read_boxes
-from tests.model.family_models import CASES, make
+from tests.model.family_models import CASES, LONGROPE, make
 
 TOLERANCE = 1e-4
 
@@ -158,6 +159,18 @@ def test_parameters_and_cache_are_counted_without_building_the_model(pair):
     assert ours.config.parameters() == sum(parameter.numel() for parameter in ours.parameters())
     cache = DecoderCache(ours.config, batch_size=3, capacity=7)
     assert cache.nbytes == 3 * 7 * ours.config.kv_bytes_per_token(4)
+
+
+def test_longrope_in_a_context_beyond_the_old_one_is_that_of_transformers(tmp_path):
+    model = make("phi3-longrope-short", rope_parameters=dict(LONGROPE), original_max_position_embeddings=4)
+    model.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    scaling = ours.config.rope_scaling
+    assert scaling.rope_type == "longrope"
+    assert scaling.attention_factor == pytest.approx((1 + math.log(16) / math.log(4)) ** 0.5)
+    # more than the old context, so that transformers too takes the long factors
+    with torch.no_grad():
+        assert (model(tokens(2, 20)).logits - ours(tokens(2, 20))).abs().max() < TOLERANCE
 
 
 def test_every_family_is_tested():

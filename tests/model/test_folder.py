@@ -208,7 +208,7 @@ def test_a_repeated_tied_head_is_accepted_only_if_it_is_the_table(saved):
         ),
         ({"layer_types": ["sliding_attention"], "sliding_window": 4}, "layer_types names 1 layers and there are 4"),
         (
-            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
             "rope_scaling.rope_type: input should be 'default'",
         ),
         ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "'factor' is missing"),

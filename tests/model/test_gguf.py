@@ -44,6 +44,10 @@ def numbers(kind, rng, blocks):
         fields["d"] &= 0xBFFF  # below 2, so no infinities
     if kind.name == "MXFP4":
         fields["e"] = rng.integers(100, 150, blocks)
+    if kind.name == "NVFP4":
+        fields["e"] = rng.integers(40, 80, (blocks, 4))
+    if kind.name == "IQ1_M":
+        fields["scales"][:, 7] &= 0x3F  # the exponent of the scale, which lies in the highest bits of four numbers
     return raw
 
 
@@ -133,9 +137,12 @@ def test_every_family_is_tested_or_refused_by_name(tmp_path):
     assert {case.split("-")[0].replace("gemma3", "gemma3_text") for case in CASES} == set(BY_MODEL_TYPE)
     from tests.model.family_models import make
 
-    assert set(FAMILIES) - set(BY_MODEL_TYPE) == {"qwen3_next", "bessemer"}
+    assert set(FAMILIES) - set(BY_MODEL_TYPE) == {"glm", "qwen3_next", "bessemer"}
     make("qwen3_next").save_pretrained(tmp_path)
-    with pytest.raises(ArtefactError, match="a qwen3_next model cannot be exported to GGUF; families that can: llama, mistral"):
+    with pytest.raises(
+        ArtefactError,
+        match="a qwen3_next model cannot be exported to GGUF; families that can: llama, mistral",
+    ):
         export_gguf(tmp_path, tmp_path / "x.gguf")
 
 
@@ -229,13 +236,13 @@ def test_the_embedding_may_have_more_rows_than_there_are_tokens(tmp_path):
     assert load_model(tmp_path / "back").config.vocab_size == VOCAB_SIZE + 9
 
 
-def rewritten(path, out, change_keys=lambda keys: None, change_tensors=lambda tensors: None):
-    """A copy of a file with other keys or tensors."""
+def rewritten(path, out, change_keys=lambda keys: None, change_tensors=lambda tensors: None, **writing):
+    """A copy of a file with other keys or tensors. writing: options of the writer."""
     keys, _ = read_head(path)
     tensors = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
     change_keys(keys)
     change_tensors(tensors)
-    writer = gguf.GGUFWriter(out, keys.pop("general.architecture"))
+    writer = gguf.GGUFWriter(out, keys.pop("general.architecture"), **writing)
     for key, value in keys.items():
         add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
         add.get(type(value), writer.add_array)(key, value)
@@ -251,7 +258,7 @@ def rewritten(path, out, change_keys=lambda keys: None, change_tensors=lambda te
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"general.architecture": "mamba"}, "the architecture 'mamba' is not supported; supported: llama, qwen2, qwen3"),
+        ({"general.architecture": "mamba"}, "the architecture 'mamba' is not supported; supported: llama, granite, qwen2"),
         ({"qwen3.block_count": ...}, "the key 'qwen3.block_count' is missing"),
         ({"qwen3.block_count": 5}, "tensor 'blk.4.attn_norm.weight' is missing"),
         ({"qwen3.block_count": 3}, r"unexpected tensor 'blk.3.\w+.weight'; the file's keys describe no such part"),
@@ -261,7 +268,8 @@ def rewritten(path, out, change_keys=lambda keys: None, change_tensors=lambda te
         ({"qwen3.attention.head_count": 3}, r"num_attention_heads \(3\) must be a multiple"),
         ({"qwen3.attention.head_count": [4, 4, 2, 4]}, "'qwen3.attention.head_count' differs from layer to layer"),
         ({"qwen3.rope.scaling.type": "longrope"}, "rotary scaling of the kind 'longrope'; supported: linear, yarn"),
-        ({"split.count": 3}, "one of 3 files of a model; join them first"),
+        ({"split.count": 3}, "one of 3 files of a model; name the first"),
+        ({"split.count": "three"}, "one of three files of a model; name the first"),
     ],
 )
 def test_keys_that_do_not_fit_are_named(qwen, keys, message, tmp_path):
@@ -276,6 +284,38 @@ def test_keys_that_do_not_fit_are_named(qwen, keys, message, tmp_path):
     assert str(path) in str(caught.value) and not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def parts(qwen, tmp_path):
+    """The files of a model that was split, in order."""
+    rewritten(qwen[1], tmp_path / "parts.gguf", split_max_tensors=12)
+    return sorted(tmp_path.glob("parts-0*.gguf"))
+
+
+def test_a_model_in_several_files_is_that_in_one(qwen, parts, tmp_path):
+    assert len(parts) == 4
+    import_gguf(parts[0], tmp_path / "out")
+    whole, split = load_model(qwen[0]).state_dict(), load_model(tmp_path / "out").state_dict()
+    assert whole.keys() == split.keys() and all(torch.equal(whole[name], split[name]) for name in whole)
+
+
+def test_parts_that_do_not_belong_together_are_named(qwen, parts, tmp_path):
+    with pytest.raises(ArtefactError, match=r"00002-of-00004\.gguf: this is one of 4 files of a model; name the first"):
+        import_gguf(parts[1], tmp_path / "out")
+    third = parts[2].read_bytes()
+    parts[2].write_bytes(parts[3].read_bytes())
+    with pytest.raises(ArtefactError, match=r"00003-of-00004\.gguf: this is no part of the model in parts-00001"):
+        import_gguf(parts[0], tmp_path / "out")
+    parts[2].write_bytes(third[:-64])
+    with pytest.raises(ArtefactError, match=r"00003-of-00004\.gguf: .* it is cut off"):
+        import_gguf(parts[0], tmp_path / "out")
+    parts[2].unlink()
+    with pytest.raises(ArtefactError, match=r"00003-of-00004\.gguf: missing; parts-00001-of-00004\.gguf is the first of 4"):
+        import_gguf(parts[0], tmp_path / "out")
+    alone = parts[0].rename(tmp_path / "alone.gguf")
+    with pytest.raises(ArtefactError, match="name the first"):
+        import_gguf(alone, tmp_path / "out")
+
+
 def test_tensors_that_do_not_fit_are_named(qwen, tmp_path):
     norm = "blk.1.attn_norm.weight"
 
@@ -286,12 +326,12 @@ def test_tensors_that_do_not_fit_are_named(qwen, tmp_path):
         tensors["blk.1.more.weight"] = tensors[norm]
 
     def unknown(tensors):
-        tensors[norm] = (np.zeros((1, 84), np.uint8), gguf.GGMLQuantizationType.Q2_K)
+        tensors[norm] = (np.zeros(128, np.int8), gguf.GGMLQuantizationType.I8)
 
     for change, message in [
         (without, f"tensor '{norm}' is missing"),
         (extra, "unexpected tensor 'blk.1.more.weight'"),
-        (unknown, f"tensor '{norm}' has the type Q2_K; supported: F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K"),
+        (unknown, f"tensor '{norm}' has the type I8; supported: F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K"),
     ]:
         path = rewritten(qwen[1], tmp_path / f"{change.__name__}.gguf", change_tensors=change)
         with pytest.raises(ArtefactError, match=message):

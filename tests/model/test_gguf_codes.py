@@ -238,8 +238,9 @@ def test_blocks_of_a_file_go_through_the_engines_pack_and_out_to_gguf_again_with
     assert before and all(torch.equal(again[name].codes, codes) for name, codes in before.items())
 
 
-def test_a_file_in_a_type_without_a_scheme_is_opened_in_codes_of_8_bits_and_says_so(tmp_path):
-    path = in_types(tmp_path, random_decoder(WIDE), 39, 39)
+@pytest.mark.parametrize("number", [39, 10, 20, 23], ids=["MXFP4", "Q2_K", "IQ4_NL", "IQ4_XS"])
+def test_a_file_in_a_type_without_a_scheme_is_opened_in_codes_of_8_bits_and_says_so(number, tmp_path):
+    path = in_types(tmp_path, random_decoder(WIDE), number, number)
     opened = gguf_open.open_gguf(path)
     import_gguf(path, tmp_path / "imported")
     exact = load_model(tmp_path / "imported").state_dict()

@@ -152,7 +152,7 @@ def test_a_missing_tensor_of_codes_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"quant_method": "gptq"}, "quant_method 'gptq'"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq'"),
         ({"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 3}}}}, "not supported"),
         ({"ignore": ["re:(a|[a-z0-9._]|[a-z0-9._]{2})+[!?]"]}, r"quantization_config: .* takes more than 0\.1 s to match"),
         ({"ignore": ["re:("]}, r"quantization_config: '\(' is no regular expression"),

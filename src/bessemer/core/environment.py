@@ -164,6 +164,22 @@ def free_memory_bytes() -> int | None:
     return min(known) if known else None
 
 
+def most_memory_bytes() -> int | None:
+    """Memory that this process can ever have, used or not: the machine's, a container's limit, or that of `ulimit -v`."""
+    limits = [available_memory_bytes(), _limit_of_group(Path("/sys/fs/cgroup"))]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _limit_of_group(group: Path) -> int | None:
+    """Bytes that a container may have; None without a limit."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+    except OSError:
+        return None
+    return int(limit) if limit.isdecimal() else None
+
+
 def _available(meminfo: Path) -> int | None:
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()

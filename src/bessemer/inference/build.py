@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from bessemer.core.environment import free_memory_bytes
+from bessemer.core.environment import free_memory_bytes, most_memory_bytes
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_value
+from bessemer.core.metrics import size
 from bessemer.core.progress import PlainLines
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.config import EngineConfig
@@ -60,6 +61,7 @@ from bessemer.model.attention.base import is_recurrent
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
+from bessemer.model.formats.gguf_import import parts_of
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
@@ -117,6 +119,8 @@ def open_model(
     if not named.exists() and (kept := find_kept(str(model))) is not None:
         named = kept
     path, own = tuned_model(named) or TunedModel(named, None)
+    if choose_device(device).type == "cpu":
+        _check_size(path)
     if config.processes > 1:
         sharded = ShardedModel.open(path, device, config)
         try:
@@ -148,10 +152,21 @@ def open_model(
     return OpenedModel(whole, tokenizer, ends, sampling_settings=settings, adapter=own, identity=identity)
 
 
+def _check_size(path: Path) -> None:
+    """Refuse weights that this machine's memory cannot hold, before any are read. Raises ConfigError."""
+    files = path.glob("*.safetensors") if path.is_dir() else parts_of(path)
+    needed, most = sum(file.stat().st_size for file in files if file.is_file()), most_memory_bytes()
+    if most is not None and needed > most:
+        raise ConfigError(
+            f"{path}: the weights take {size(needed)}, and this process can have {size(most)} of memory; "
+            "take a smaller or a quantised model (`bessemer quantize`), or a larger machine"
+        )
+
+
 def _identity(*places: Path) -> str:
     """Hash of what files hold, as far as their names, sizes and times tell; places: files, and folders of files."""
-    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
-    stats = [(file.resolve(), file.stat()) for file in files]
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else parts_of(place))]
+    stats = [(file.resolve(), file.stat()) for file in files if file.is_file()]
     return hash_value([[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats])
 
 

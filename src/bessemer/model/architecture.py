@@ -13,17 +13,29 @@ from bessemer.model.attention import LayerType
 class RopeScaling(Config):
     """How rotary frequencies are changed so that a model reads further than it was trained (`model/layers/positions.py`)."""
 
-    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = setting("default", "way to scale the frequencies")
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = setting(
+        "default", "way to scale the frequencies"
+    )
     factor: float = setting(1.0, "how many times further than before the model shall read", ge=1)
     original_max_position_embeddings: int | None = setting(None, "context before scaling; none: max_position_embeddings", ge=1)
     low_freq_factor: float = setting(1.0, "llama3: wavelengths above the old context over this are scaled in full", gt=0)
     high_freq_factor: float = setting(4.0, "llama3: wavelengths below the old context over this are left alone", gt=0)
     beta_fast: float = setting(32.0, "yarn: channels that turn more often than this in the old context are left alone", gt=0)
     beta_slow: float = setting(1.0, "yarn: channels that turn less often than this in the old context are scaled in full", gt=0)
-    attention_factor: float | None = setting(None, "yarn: factor on the rotated query and key; none: 0.1 ln(factor) + 1", gt=0)
+    attention_factor: float | None = setting(
+        None, "yarn, longrope: factor on the rotated query and key; none: 0.1 ln(factor) + 1, with longrope 1", gt=0
+    )
     mscale: float | None = setting(None, "yarn, DeepSeek: with mscale_all_dim decides the attention factor", ge=0)
     mscale_all_dim: float | None = setting(None, "yarn, DeepSeek: also scales the attention scores", ge=0)
     truncate: bool = setting(True, "yarn: whole channels as the ends of the ramp")
+    short_factor: tuple[float, ...] | None = setting(None, "longrope: divisor of each frequency up to the old context")
+    long_factor: tuple[float, ...] | None = setting(None, "longrope: divisor of each frequency in a longer context")
+
+    @model_validator(mode="after")
+    def _has_its_factors(self) -> Self:
+        if self.rope_type == "longrope" and not (self.short_factor and self.long_factor):
+            raise ValueError("rope_type longrope needs short_factor and long_factor, a number for each frequency")
+        return self
 
 
 class Architecture(Config):
@@ -37,6 +49,8 @@ class Architecture(Config):
     max_position_embeddings: int = setting(512, "context: the longest sequence that the model reads", unit="tokens", ge=1)
     tie_word_embeddings: bool = setting(True, "use the embedding table as the output head too")
     embedding_multiplier: float = setting(1.0, "factor on the embedded tokens (Gemma: the root of hidden_size)", gt=0)
+    residual_multiplier: float = setting(1.0, "factor on what each part of a block adds to the residual stream (Granite)", gt=0)
+    logits_scaling: float = setting(1.0, "logits are divided by it (Granite)", gt=0)
     final_logit_softcapping: float | None = setting(None, "logits become c·tanh(logits / c)", gt=0)
     initializer_range: float = setting(0.02, "standard deviation of the weights before training", gt=0)
 

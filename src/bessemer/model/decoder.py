@@ -26,7 +26,7 @@ from bessemer.model.layers.attention_mask import AttentionMask, Rows, WholeRows,
 from bessemer.model.layers.block import Block, MtpModule
 from bessemer.model.layers.cache import Cache
 from bessemer.model.layers.document_keys import DocumentKeys
-from bessemer.model.layers.norms import make_norm
+from bessemer.model.layers.norms import make_last_norm
 from bessemer.model.layers.positions import RotaryPositions, Rotation, SinusoidalPositions
 from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised
 
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         elif config.position_type == "sinusoidal":
             self.embed_positions = SinusoidalPositions(config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = make_norm(config)
+        self.norm = make_last_norm(config)
         if config.num_scores:
             self.score = nn.Linear(config.hidden_size, config.num_scores, bias=False)
         elif not config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's, Anthropic's and Ollama's API, tokens, metrics, health, and the pages of another package."""
+"""The HTTP application: OpenAI's, Anthropic's and Ollama's API, `/infill`, tokens, metrics, health, another package's pages."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from bessemer.core.errors import BessemerError
 from bessemer.inference.engine import Engine
 from bessemer.serving.anthropic.api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.config import ServingConfig
+from bessemer.serving.infill import InfillApi
 from bessemer.serving.ollama import api as ollama
 from bessemer.serving.ollama.replies import error_body as ollama_error
 from bessemer.serving.openai.api import OpenAIApi
@@ -82,6 +83,7 @@ def create_app(
         ResponsesApi(served, store or MemoryStore()),
         AnthropicApi(served),
         ollama.OllamaApi(served),
+        InfillApi(served),
         AdaptersApi(served, config.adapter_root, other_template=config.other_template),
         WeightsApi(served, config),
     )

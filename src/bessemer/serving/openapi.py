@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bessemer.serving.anthropic.protocol import CountRequest, MessagesRequest
+from bessemer.serving.infill import InfillRequest
 from bessemer.serving.ollama.protocol import ChatBody, EmbedBody, GenerateBody, ShowBody
 from bessemer.serving.ollama.replies import Lines
 from bessemer.serving.openai.api import EmbeddingsRequest
@@ -191,6 +192,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         streams=True,
         stream_type=Lines.media_type,
         **_OLLAMA,
+    ),
+    ("/infill", "post"): Operation(
+        "Fill in the text at a cursor.",
+        _object(content=_TEXT, stop=_YES, tokens_evaluated=_COUNT, tokens_predicted=_COUNT),
+        InfillRequest,
+        streams=True,
+        tag="llama.cpp",
     ),
     ("/api/generate", "post"): Operation(
         "Answer a prompt, or go on with a text.",

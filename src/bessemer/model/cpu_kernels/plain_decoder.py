@@ -202,13 +202,15 @@ def _unsupported_setting(config: ModelConfig) -> str | None:
         **{variant.noun: (f"it has {variant.noun}", not variant.in_compiled_step) for variant in variants_in(config)},
         "num_scores": ("it has a scalar head in place of the language head", bool(config.num_scores)),
         "attention_output_gate": ("its attention has an output gate", config.attention_output_gate),
+        "residual_multiplier": ("what its blocks add has a factor", config.residual_multiplier != 1),
+        "logits_scaling": ("its logits are divided", config.logits_scaling != 1),
         "position_type": (
             f"its positions are {config.position_type}",
             config.position_type not in ("rotary", "none"),
         ),
         "rope_scaling": (
             "its rotary frequencies follow the length of the text",
-            config.rope_scaling.rope_type not in ("default", "linear", "yarn", "llama3"),
+            config.rope_scaling.rope_type not in ("default", "linear", "yarn", "llama3", "longrope"),
         ),
     }
     for reason, holds in reasons.values():

@@ -8,7 +8,8 @@ from bessemer.core.errors import ConfigError
 from bessemer.model.attention.base import variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.families.base import SCORING, Family, Values, read_shared, stored_alike, write_shared
-from bessemer.model.families.dense import GEMMA3, GPT2, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3
+from bessemer.model.families.dense import GEMMA2, GEMMA3, GPT2, GRANITE, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3
+from bessemer.model.families.fused import GLM, GLM4, PHI3
 from bessemer.model.families.sparse import DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_NEXT
 
 #: The form of a decoder that no published family can hold: our own settings and names. Only Bessemer opens it.
@@ -29,9 +30,14 @@ FAMILIES: dict[str, Family] = {
         QWEN2,
         MISTRAL,
         SMOLLM3,
+        GRANITE,
         OLMO2,
         OLMO3,
         GEMMA3,
+        GEMMA2,
+        PHI3,
+        GLM4,
+        GLM,
         QWEN3_MOE,
         MIXTRAL,
         GPT_OSS,

@@ -84,6 +84,8 @@ _SCALING = (
     "mscale",
     "mscale_all_dim",
     "truncate",
+    "short_factor",
+    "long_factor",
 )
 
 

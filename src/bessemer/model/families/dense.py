@@ -43,6 +43,34 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
 
 LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, stored_alike)
 
+# -------------------------------------------------------------------------------------------------------- Granite
+
+
+def _read_granite(values: Values) -> dict[str, Any]:
+    return {
+        **_read_llama(values),
+        **{name: values.get(name, 1.0) for name in _GRANITE},
+        "query_pre_attn_scalar": scalar_of_multiplier(values.get("attention_multiplier", 1.0)),
+    }
+
+
+def scalar_of_multiplier(multiplier: float) -> float:
+    """`query_pre_attn_scalar`, from a factor on attention scores: a hundred for a tenth, and not the double next to it."""
+    return round(multiplier**-2, 9)
+
+
+def multiplier_of_scalar(config: ModelConfig) -> float:
+    """The factor on attention scores."""
+    return float((config.query_pre_attn_scalar or config.head_dim) ** -0.5)
+
+
+def _write_granite(config: ModelConfig) -> dict[str, Any]:
+    return {**_write_llama(config), **same(config, *_GRANITE), "attention_multiplier": multiplier_of_scalar(config)}
+
+
+_GRANITE = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+GRANITE = Family("granite", "GraniteForCausalLM", _read_granite, _write_granite, stored_alike)
+
 # -------------------------------------------------------------------------------------------------------- Mistral
 
 
@@ -188,8 +216,8 @@ _GEMMA_NORMS = {
 }
 
 
-def _read_gemma3(values: Values) -> dict[str, Any]:
-    types = read_types(values, values.get("sliding_window_pattern") or 6)
+def _read_gemma(values: Values, full_every: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common. full_every: so many layers have one with full attention, where nothing is said."""
     return {
         "hidden_act": values.get("hidden_activation", "gelu_pytorch_tanh"),
         "tie_word_embeddings": values.get("tie_word_embeddings", True),
@@ -197,10 +225,26 @@ def _read_gemma3(values: Values) -> dict[str, Any]:
         "norm_offset": True,
         "embedding_multiplier": math.sqrt(values["hidden_size"]),
         "query_pre_attn_scalar": values.get("query_pre_attn_scalar", 256),
+        **read_bias(values),
+        **read_windows({**values, "layer_types": read_types(values, full_every)}),
+    }
+
+
+def _read_gemma2(values: Values) -> dict[str, Any]:
+    return {
+        **_read_gemma(values, 2),
+        "qk_norm": "none",
+        "attn_logit_softcapping": values.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": values.get("final_logit_softcapping", 30.0),
+        **read_rope(values),
+    }
+
+
+def _read_gemma3(values: Values) -> dict[str, Any]:
+    return {
+        **_read_gemma(values, values.get("sliding_window_pattern") or 6),
         "attn_logit_softcapping": values.get("attn_logit_softcapping"),
         "final_logit_softcapping": values.get("final_logit_softcapping"),
-        **read_bias(values),
-        **read_windows({**values, "layer_types": types}),
         **_local(values),
     }
 
@@ -210,17 +254,25 @@ def whole_number(value: float | None) -> float | None:
     return int(value) if value is not None and value == int(value) else value
 
 
-def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
+def _write_gemma(config: ModelConfig) -> dict[str, Any]:
     return {
         "hidden_activation": config.hidden_act,
         # transformers takes a whole number only
         "query_pre_attn_scalar": whole_number(config.query_pre_attn_scalar),
         **same(config, "attn_logit_softcapping", "final_logit_softcapping", "attention_bias"),
         **write_windows(config),
-        **_write_local(config),
     }
 
 
+def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
+    return {**_write_gemma(config), **write_rope(config)}
+
+
+def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
+    return {**_write_gemma(config), **_write_local(config)}
+
+
+GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2, _stored_renamed(_GEMMA_NORMS), SIZES_AND_HEAD)
 GEMMA3 = Family(
     "gemma3_text",
     "Gemma3ForCausalLM",

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bessemer.core.errors import ArtefactError
@@ -25,14 +26,14 @@ from bessemer.model.layers.positions import rotary_frequencies, yarn_mscale
 class GgufHead:
     """The metadata under one architecture's name, and the shapes of the tensors.
 
-    values: all keys. rope_factors: the content of the one tensor that is a setting and no parameter.
+    values: all keys. settings: the content of the tensors that are settings and no parameters, by their names.
     """
 
     place: Path
     architecture: str
     values: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
-    rope_factors: Tensor | None = None
+    settings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value under `ARCHITECTURE.NAME`. A list of equal values, one a layer, is that value.
@@ -103,6 +104,9 @@ def shortest(value: float) -> float:
 
 #: A tensor of llama.cpp's `llama` that is a setting: the divisor of each rotary frequency.
 ROPE_FACTORS = "rope_freqs.weight"
+#: Those of `phi3`, for contexts up to the old one and beyond.
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+SETTINGS = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
 _TOLERANCE = 1e-4
 
 
@@ -117,7 +121,7 @@ def read_rope(head: GgufHead, head_dim: int) -> dict[str, Any]:
         # at 1 all frequencies are the same
         raise ArtefactError(f"{head.place}: 'rope.freq_base' should be above 1, got {theta!r}")
     scaling: dict[str, Any] = {}
-    if head.rope_factors is not None and not (head.rope_factors == 1).all():
+    if (factors := head.settings.get(ROPE_FACTORS)) is not None and not (factors == 1).all():
         scaling = _llama3_of(head, theta, head_dim)
     elif kind == "linear":
         scaling = {"rope_type": "linear", "factor": factor} if factor != 1 else {}
@@ -144,7 +148,7 @@ def _read_yarn(head: GgufHead, factor: float) -> dict[str, Any]:
 
 
 def write_rope(config: ModelConfig, *, log_multiplier: bool = False) -> dict[str, Any]:
-    """The keys; Llama 3's scaling has none, but `rope_factors`.
+    """The keys; Llama 3's scaling has none, but a tensor (`setting_tensors`).
 
     log_multiplier: say DeepSeek's `mscale_all_dim`, for an architecture that reads it.
     """
@@ -171,13 +175,17 @@ def context_before(config: ModelConfig) -> int:
     return config.rope_scaling.original_max_position_embeddings or config.max_position_embeddings
 
 
-def rope_factors(config: ModelConfig) -> Tensor | None:
-    """Divisor of each frequency under Llama 3's scaling, (dim / 2,) float32; None for other scalings."""
-    if config.rope_scaling.rope_type != "llama3":
-        return None
+def setting_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors that are settings, by their names: divisors of each frequency, (dim / 2,) float32."""
+    scaling = config.rope_scaling
+    if scaling.rope_type == "longrope":
+        named = {SHORT_FACTORS: scaling.short_factor, LONG_FACTORS: scaling.long_factor}
+        return {name: torch.tensor(factors, dtype=torch.float32) for name, factors in named.items()}
+    if scaling.rope_type != "llama3":
+        return {}
     plain, _ = rotary_frequencies(config.rotary_dim, config.rope_theta, RopeScaling(), config.max_position_embeddings)
     scaled, _ = rotary_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
-    return plain / scaled
+    return {ROPE_FACTORS: plain / scaled}
 
 
 def _llama3_of(head: GgufHead, theta: float, head_dim: int) -> dict[str, Any]:
@@ -186,8 +194,7 @@ def _llama3_of(head: GgufHead, theta: float, head_dim: int) -> dict[str, Any]:
     The share of a frequency f that is left alone is (c f / 2π - low) / (high - low), cut to 0 … 1: a line a f + b between. A
     context c, low and high that are all multiplied by a number give the same line, so low is taken as 1, as Meta has it.
     """
-    factors = head.rope_factors
-    assert factors is not None
+    factors = head.settings[ROPE_FACTORS]
     plain, _ = rotary_frequencies(head_dim, theta, RopeScaling(), head["context_length"])
     refusal = ArtefactError(f"{head.place}: {ROPE_FACTORS!r} holds factors that are not those of Llama 3's rotary scaling")
     if factors.shape != plain.shape:
@@ -248,7 +255,7 @@ class GgufFamily:
 
     read: our settings from a file's keys. write: the keys, without the architecture's name in front. stored: its tensors,
     given the names of ours. model_types: the Hugging Face families that it holds. reduced: of a model that llama.cpp holds but
-    for some of it, what it holds, and notes that say so. rope_factors: whether it reads Llama 3's scaling.
+    for some of it, what it holds, and notes that say so. setting_tensors: those that it reads.
     """
 
     architecture: str
@@ -257,7 +264,7 @@ class GgufFamily:
     stored: Callable[[ModelConfig, Names], Iterator[Stored]]
     model_types: tuple[str, ...]
     reduced: Callable[[ModelConfig], tuple[ModelConfig, list[str]]] = lambda config: (config, [])
-    rope_factors: bool = False
+    setting_tensors: tuple[str, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------- shared settings and tensors

@@ -5,8 +5,9 @@ and what turns them back: value = d·q, or d·q + m. The layouts are those of ll
 Encoding is left to the `gguf` package, which keeps llama.cpp's rounding.
 
 Q4_0, Q4_1 and Q8_0 are groups of 32 neighbours with a scale each, and Q4_1 has an offset beside it: schemes hold their codes
-as they are, and no number changes. Nor does one of Q5_0, Q5_1, Q4_K, Q5_K and Q6_K, whose blocks a scheme holds as bytes. MXFP4
-is encoded again in codes of 8 bits, as Q8_0 has them, and so are weights whose parts have several types in the file.
+as they are, and no number changes. Nor does one of Q5_0, Q5_1, Q4_K, Q5_K and Q6_K, whose blocks a scheme holds as bytes. All
+other types are encoded again in codes of 8 bits, as Q8_0 has them, and so are weights whose parts have several types in the
+file.
 """
 
 from __future__ import annotations
@@ -111,6 +112,18 @@ def _layout(*fields: tuple) -> np.dtype:
     return np.dtype(list(fields))
 
 
+def _by_package(name: str, values: int, *fields: tuple) -> BlockType:
+    """A type that the `gguf` package decodes."""
+
+    def decode(blocks: Blocks) -> Floats:
+        from gguf import GGMLQuantizationType, quants
+
+        decoded: Floats = quants.dequantize(blocks.view(np.uint8).reshape(len(blocks), -1), GGMLQuantizationType[name])
+        return decoded
+
+    return BlockType(name, values, _layout(*fields), decode)
+
+
 _D, _M = ("d", "<f2"), ("m", "<f2")
 _HIGH, _HALVES = ("high", "<u4"), ("q", "u1", 16)
 _SCALES = ("scales", "u1", 12)
@@ -129,14 +142,25 @@ BLOCK_TYPES: dict[int, BlockType] = {
     14: BlockType("Q6_K", 256, _layout(("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D), _of_form("Q6_K")),
     30: BlockType("BF16", 1, _layout(("d", "<u2")), _bf16),
     39: BlockType("MXFP4", 32, _layout(("e", "u1"), _HALVES), _mxfp4),
+    # what few files have, and files of very few bits: decoded by the gguf package
+    10: _by_package("Q2_K", 256, ("scales", "u1", 16), ("q", "u1", 64), _D, _M),
+    11: _by_package("Q3_K", 256, ("high", "u1", 32), ("q", "u1", 64), _SCALES, _D),
+    16: _by_package("IQ2_XXS", 256, _D, ("q", "u1", 64)),
+    17: _by_package("IQ2_XS", 256, _D, ("q", "u1", 64), ("scales", "u1", 8)),
+    18: _by_package("IQ3_XXS", 256, _D, ("q", "u1", 96)),
+    19: _by_package("IQ1_S", 256, _D, ("q", "u1", 32), ("high", "u1", 16)),
+    20: _by_package("IQ4_NL", 32, _D, _HALVES),
+    21: _by_package("IQ3_S", 256, _D, ("q", "u1", 104), ("scales", "u1", 4)),
+    22: _by_package("IQ2_S", 256, _D, ("q", "u1", 72), ("scales", "u1", 8)),
+    23: _by_package("IQ4_XS", 256, _D, ("scales", "u1", 6), ("q", "u1", 128)),
+    29: _by_package("IQ1_M", 256, ("q", "u1", 48), ("scales", "u1", 8)),
+    34: _by_package("TQ1_0", 256, ("q", "u1", 52), _D),
+    35: _by_package("TQ2_0", 256, ("q", "u1", 64), _D),
+    40: _by_package("NVFP4", 64, ("e", "u1", 4), ("q", "u1", 32)),
 }
 
 #: Names of the types that are not read, for the error that says so.
-OTHER_TYPES = {
-    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
-    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0",
-}  # fmt: skip
+OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
 
 
 # Shapes: N outputs, K inputs, G blocks of a row.
@@ -179,14 +203,10 @@ def is_quantised_type(kind: str) -> bool:
 
 def encode_blocks(raw: NDArray[np.uint8], kind: str, codes: NDArray[np.int8], scales: Floats) -> None:
     """Encode whole blocks of a quantised type in codes of 8 bits: `codes`, one for each value, and `scales`, one for every 32,
-    float32 numbers that float16 holds, are written. The kernels do it where they are there, on all cores."""
+    float32 numbers that float16 holds, are written. The kernels do it where they are there and know the type, on all cores."""
     kernels, block, threads = library(), _block(kind), usable_cores()
-    blocks = len(raw) // block.bytes
-    if kernels is not None:
-        done = kernels.bessemer_encode_blocks(
-            _NUMBERS[kind], raw.ctypes.data, blocks, codes.ctypes.data, scales.ctypes.data, threads
-        )
-        assert done, f"the kernels do not know {kind}"
+    blocks, places = len(raw) // block.bytes, (codes.ctypes.data, scales.ctypes.data)
+    if kernels is not None and kernels.bessemer_encode_blocks(_NUMBERS[kind], raw.ctypes.data, blocks, *places, threads):
         return
     step = _NEAR_VALUES // block.values
 

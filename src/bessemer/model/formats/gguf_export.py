@@ -23,7 +23,7 @@ from bessemer.core.store import new_file, read_json, write_text
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
-from bessemer.model.formats.gguf_base import ROPE_FACTORS, GgufFamily, GgufHead, Plus, context_before, rope_factors, shortest
+from bessemer.model.formats.gguf_base import GgufFamily, GgufHead, Plus, context_before, setting_tensors, shortest
 from bessemer.model.formats.gguf_blocks import Floats, keeps_rows, packed_codes, write_codes
 from bessemer.model.formats.gguf_families import BY_MODEL_TYPE
 from bessemer.model.formats.gguf_imatrix import ImportanceMatrix
@@ -141,8 +141,8 @@ def lacking(config: ModelConfig, family: GgufFamily, place: Path) -> list[str]:
     keys = {f"{family.architecture}.{name}": value for name, value in family.write(config).items()}
     ours = tensor_shapes(config)
     shapes = {stored.name: stored.shape_in(ours) for stored in family.stored(config, list(ours))}
-    factors = rope_factors(config) if family.rope_factors else None
-    again = ModelConfig.parse(family.read(GgufHead(place, family.architecture, keys, shapes, factors)))
+    settings = {name: tensor for name, tensor in setting_tensors(config).items() if name in family.setting_tensors}
+    again = ModelConfig.parse(family.read(GgufHead(place, family.architecture, keys, shapes, settings)))
     before, after = _compared(config), _compared(again)
     return [name for name in before if before[name] != after[name]]
 
@@ -170,7 +170,14 @@ def _compared_scaling(config: ModelConfig) -> Any:
     values = scaling.model_dump()
     if scaling.rope_type == "yarn":
         values["original_max_position_embeddings"] = context_before(config)
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
+    return {name: _rounded(value) for name, value in values.items()}
+
+
+def _rounded(value: Any) -> Any:
+    """A number, or several, to as many digits as float32 holds."""
+    if isinstance(value, tuple):
+        return tuple(map(_rounded, value))
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> GgufTokenizer | None:
@@ -223,17 +230,17 @@ def _write(
     asked |= {name: (block, None) for name, block in kept.items()}
     # of another model it is refused before anything is written
     weights = {one.name: _importance_of(one, shapes, asked[one.name][0], importance) for one in stored}
-    factors = rope_factors(config)
-    if factors is not None:
-        _add_info(writer, ROPE_FACTORS, tuple(factors.shape), "F32")
+    settings = setting_tensors(config)
+    for name, tensor in settings.items():
+        _add_info(writer, name, tuple(tensor.shape), "F32")
     for one in stored:
         _add_info(writer, one.name, one.shape_in(shapes), asked[one.name][0])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors.numpy())
+        for tensor in settings.values():
+            writer.write_tensor_data(tensor.numpy())
         for one in stored:
             if one.name in kept:
                 inputs = shapes[one.views[0].name][-1]

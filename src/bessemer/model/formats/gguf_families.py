@@ -17,8 +17,10 @@ from torch import Tensor
 
 from bessemer.core.errors import ArtefactError
 from bessemer.model.config import ModelConfig
+from bessemer.model.families.dense import multiplier_of_scalar, scalar_of_multiplier
 from bessemer.model.families.layout import Stored, TensorView
 from bessemer.model.formats.gguf_base import (
+    ROPE_FACTORS,
     GgufFamily,
     GgufHead,
     Names,
@@ -31,6 +33,7 @@ from bessemer.model.formats.gguf_base import (
     write_shape,
     write_windows,
 )
+from bessemer.model.formats.gguf_fused import GLM4, PHI3
 from bessemer.model.layers.positions import rotary_frequencies
 
 # ---------------------------------------------------------------------------------------------------------------- llama
@@ -100,8 +103,37 @@ def _without_window(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
 
 
 LLAMA = GgufFamily(
-    "llama", _read_llama, _write_llama, _stored_permuted, ("llama", "mistral", "mixtral"), _without_window, rope_factors=True
+    "llama",
+    _read_llama,
+    _write_llama,
+    _stored_permuted,
+    ("llama", "mistral", "mixtral"),
+    _without_window,
+    setting_tensors=(ROPE_FACTORS,),
 )
+
+
+def _read_granite(head: GgufHead) -> dict[str, Any]:
+    settings = _read_llama(head)
+    return settings | {
+        "model_type": "granite",
+        "embedding_multiplier": head.number("embedding_scale", 1.0),
+        "residual_multiplier": head.number("residual_scale", 1.0),
+        "logits_scaling": head.number("logit_scale", 1.0),
+        "query_pre_attn_scalar": scalar_of_multiplier(head.number("attention.scale", settings["head_dim"] ** -0.5)),
+    }
+
+
+def _write_granite(config: ModelConfig) -> dict[str, Any]:
+    return write_shape(config) | {
+        "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "logit_scale": float(config.logits_scaling),
+        "attention.scale": multiplier_of_scalar(config),
+    }
+
+
+GRANITE = GgufFamily("granite", _read_granite, _write_granite, _stored_permuted, ("granite",), setting_tensors=(ROPE_FACTORS,))
 
 # ----------------------------------------------------------------------------------------------------------------- Qwen
 
@@ -168,24 +200,42 @@ def _write_with_windows(config: ModelConfig) -> dict[str, Any]:
 
 OLMO2 = GgufFamily("olmo2", _read_olmo2, _write_with_windows, stored_alike, ("olmo2", "olmo3"))
 
-# --------------------------------------------------------------------------------------------------------------- Gemma3
+# ---------------------------------------------------------------------------------------------------------------- Gemma
 
-_GEMMA_27B_LAYERS = 62
+_GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
 
 
-def _read_gemma3(head: GgufHead) -> dict[str, Any]:
-    settings = read_shape(head) | read_windows(head, 6)
+def _read_gemma(head: GgufHead, period: int, layers_of_27b: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common. period: of the layers with full attention."""
+    settings = read_shape(head) | read_windows(head, period)
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     # llama.cpp recognises it by its layers too
-    is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS
-    settings |= {
-        "model_type": "gemma3_text",
+    is_27b = settings["num_hidden_layers"] == layers_of_27b
+    return settings | {
         "hidden_act": "gelu_pytorch_tanh",
-        "qk_norm": "head",
         "norm_position": "both",
         "norm_offset": True,
         "embedding_multiplier": math.sqrt(hidden),
         "query_pre_attn_scalar": hidden // heads if is_27b else settings["head_dim"],
+    }
+
+
+def _read_gemma2(head: GgufHead) -> dict[str, Any]:
+    # what llama.cpp takes where the keys are missing
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    settings = _read_gemma(head, 2, _GEMMA2_27B_LAYERS)
+    return settings | {"model_type": "gemma2"} | {name: head.number(name, cap) for name, cap in caps.items()}
+
+
+def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
+    caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    return _write_with_windows(config) | {name: float(cap) for name, cap in caps.items() if cap is not None}
+
+
+def _read_gemma3(head: GgufHead) -> dict[str, Any]:
+    settings = _read_gemma(head, 6, _GEMMA3_27B_LAYERS) | {
+        "model_type": "gemma3_text",
+        "qk_norm": "head",
         "final_logit_softcapping": head.get("final_logit_softcapping"),
     }
     if "layer_types" in settings:
@@ -193,7 +243,7 @@ def _read_gemma3(head: GgufHead) -> dict[str, Any]:
     return settings
 
 
-def _stored_gemma3(config: ModelConfig, names: Names) -> Iterator[Stored]:
+def _stored_gemma(config: ModelConfig, names: Names) -> Iterator[Stored]:
     for stored in stored_alike(config, names):
         yield Plus(stored.name, stored.views) if stored.name.endswith("norm.weight") else stored
 
@@ -202,7 +252,8 @@ def _with_table(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
     return config, ["llama.cpp looks GELU up in a half-precision table: logits differ in the third decimal"]
 
 
-GEMMA3 = GgufFamily("gemma3", _read_gemma3, _write_with_windows, _stored_gemma3, ("gemma3_text",), _with_table)
+GEMMA2 = GgufFamily("gemma2", _read_gemma2, _write_gemma2, _stored_gemma, ("gemma2",), _with_table)
+GEMMA3 = GgufFamily("gemma3", _read_gemma3, _write_with_windows, _stored_gemma, ("gemma3_text",), _with_table)
 
 # ---------------------------------------------------------------------------------------------------------------- GPT-2
 
@@ -399,7 +450,11 @@ DEEPSEEK = GgufFamily("deepseek2", _read_deepseek, _write_deepseek, _stored_deep
 
 #: By llama.cpp's name.
 GGUF_FAMILIES: dict[str, GgufFamily] = {
-    family.architecture: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3, OLMO2, GEMMA3, GPT2, GPT_OSS, DEEPSEEK)
+    family.architecture: family
+    for family in (
+        *(LLAMA, GRANITE, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3, OLMO2, GEMMA3, GEMMA2, PHI3, GLM4),
+        *(GPT2, GPT_OSS, DEEPSEEK),
+    )
 }
 #: By Hugging Face's `model_type`.
 BY_MODEL_TYPE: dict[str, GgufFamily] = {name: family for family in GGUF_FAMILIES.values() for name in family.model_types}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from bessemer.core.store import new_folder, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
-from bessemer.model.formats.gguf_base import ROPE_FACTORS, GgufFamily, GgufHead, Plus
+from bessemer.model.formats.gguf_base import SETTINGS, GgufFamily, GgufHead, Plus
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise, encode_blocks, read_codes, scheme_of
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES
 from bessemer.model.initialisation import tensor_shapes
@@ -108,51 +109,90 @@ def write_tokenizer(
     return notes, tokenizer
 
 
+#: The end of the name of one of several files, as llama-gguf-split gives it.
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model whose first is `path`, by its name: more than one where that ends as llama-gguf-split has it."""
+    named = _PART.search(path.name)
+    if named is None or int(named[1]) != 1:
+        return [path]
+    beginning, count = path.name[: named.start()], int(named[2])
+    return [path.with_name(f"{beginning}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+
+
+def _other_parts(path: Path, values: Mapping[str, Any]) -> list[Path]:
+    """The other files of a model, in order; none for one in one file. Raises ArtefactError where `path` is not the first, or
+    one is missing."""
+    count = values.get("split.count", 1)
+    if count in (0, 1):
+        return []
+    parts = parts_of(path)
+    if len(parts) != count or values.get("split.no", 0) != 0:
+        raise ArtefactError(
+            f"{path}: this is one of {count} files of a model; name the first, …-00001-of-….gguf, with the others beside it"
+        )
+    for part in parts[1:]:
+        if not part.is_file():
+            raise ArtefactError(f"{part}: missing; {path.name} is the first of {count} files of a model")
+    return parts[1:]
+
+
 class GgufFile:
-    """An open GGUF file: its head, checked, and its tensors."""
+    """An open GGUF file, or the first of several that a model was split into: its head, checked, and all tensors.
+
+    stream: of the first file; the others are opened here, and closed with this object.
+    """
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         # not memory-mapped: decoded blocks must not stay in memory
         self.path = path
-        self._stream = stream
-        self._size = path.stat().st_size
         values, infos = read_head(path)
         self.infos: dict[str, TensorInfo] = {}
-        for info in infos:
-            if info.name in self.infos:
-                raise ArtefactError(f"{path}: tensor {info.name!r} is there twice")
-            self.infos[info.name] = info
-            self._check(info)
+        self._streams: dict[str, BinaryIO] = {}
+        self._add(path, stream, infos)
+        others = _other_parts(path, values)
+        for other in others:
+            part_values, infos = read_head(other)
+            if part_values.get("split.count") != len(others) + 1 or part_values.get("split.no") != others.index(other) + 1:
+                raise ArtefactError(f"{other}: this is no part of the model in {path.name}; fetch the parts of one model")
+            part = other.open("rb")
+            weakref.finalize(self, part.close)
+            self._add(other, part, infos)
         architecture = values.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
             known = ", ".join(GGUF_FAMILIES)
             raise ArtefactError(f"{path}: the architecture {architecture!r} is not supported; supported: {known}")
         self.family: GgufFamily = GGUF_FAMILIES[architecture]
-        if values.get("split.count", 1) not in (0, 1):
-            raise ArtefactError(
-                f"{path}: this is one of {values['split.count']} files of a model; join them first: llama-gguf-split --merge"
-            )
-        factors = self.read(ROPE_FACTORS) if ROPE_FACTORS in self.infos else None
+        settings = {name: self.read(name) for name in SETTINGS if name in self.infos}
         shapes = {name: info.shape for name, info in self.infos.items()}
-        self.head = GgufHead(path, architecture, values, shapes, factors)
+        self.head = GgufHead(path, architecture, values, shapes, settings)
 
-    def _check(self, info: TensorInfo) -> None:
+    def _add(self, path: Path, stream: BinaryIO, infos: Iterable[TensorInfo]) -> None:
+        size = path.stat().st_size
+        for info in infos:
+            if info.name in self.infos:
+                raise ArtefactError(f"{path}: tensor {info.name!r} is there twice")
+            self.infos[info.name] = info
+            self._streams[info.name] = stream
+            self._check(info, path, size)
+
+    def _check(self, info: TensorInfo, path: Path, size: int) -> None:
         if info.type not in BLOCK_TYPES:
             kind = OTHER_TYPES.get(info.type, f"number {info.type}")
             known = ", ".join(block.name for block in BLOCK_TYPES.values())
-            raise ArtefactError(f"{self.path}: tensor {info.name!r} has the type {kind}; supported: {known}")
+            raise ArtefactError(f"{path}: tensor {info.name!r} has the type {kind}; supported: {known}")
         block = BLOCK_TYPES[info.type]
         if 0 in info.shape:
-            raise ArtefactError(f"{self.path}: tensor {info.name!r} of the shape {info.shape} is empty")
+            raise ArtefactError(f"{path}: tensor {info.name!r} of the shape {info.shape} is empty")
         if not info.shape or info.shape[-1] % block.values:
             raise ArtefactError(
-                f"{self.path}: tensor {info.name!r} of the shape {info.shape} has rows that are no whole blocks of {block.name}"
+                f"{path}: tensor {info.name!r} of the shape {info.shape} has rows that are no whole blocks of {block.name}"
             )
         end = info.start + self._bytes(info)
-        if end > self._size:
-            raise ArtefactError(
-                f"{self.path}: tensor {info.name!r} ends at byte {end:,} and the file has {self._size:,}: it is cut off"
-            )
+        if end > size:
+            raise ArtefactError(f"{path}: tensor {info.name!r} ends at byte {end:,} and the file has {size:,}: it is cut off")
 
     @staticmethod
     def _bytes(info: TensorInfo) -> int:
@@ -182,9 +222,10 @@ class GgufFile:
         """The blocks of a tensor, in batches that bound the memory of what is made of them."""
         block = BLOCK_TYPES[info.type]
         step, end = max(_RUN // block.values, 1) * block.bytes, info.start + self._bytes(info)
-        self._stream.seek(info.start)
+        stream = self._streams[info.name]
+        stream.seek(info.start)
         for start in range(info.start, end, step):
-            yield self._stream.read(min(step, end - start))
+            yield stream.read(min(step, end - start))
 
     def kind(self, name: str) -> str:
         """The number type of a tensor."""
@@ -233,7 +274,7 @@ class Wanted:
         self._by_place: dict[str, list[Stored]] = {name: [] for name in self.shapes}
         self.left_out = 0
         self.rounded = 0
-        names = {ROPE_FACTORS}
+        names = set(SETTINGS)
         for stored in file.family.stored(config, list(self.shapes)):
             shape, asked = file.head.shape(stored.name), stored.shape_in(self.shapes)
             if shape != asked:

@@ -18,7 +18,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.families.layout import Stored
 from bessemer.model.formats.gguf_base import Plus
 from bessemer.model.formats.gguf_blocks import ENCODED, is_quantised_type, keeps_rows, scheme_of
-from bessemer.model.formats.gguf_import import GgufFile, Wanted, in_a_family, write_tokenizer
+from bessemer.model.formats.gguf_import import GgufFile, Wanted, in_a_family, parts_of, write_tokenizer
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.quantisation.base import Scheme
 from bessemer.model.quantisation.integers import BLOCK
@@ -133,7 +133,7 @@ class _Tensors:
         what = "1 matrix is" if count == 1 else f"{count} matrices are"
         return (
             f"{what} held in codes of 8 bits ({types}): {held / 1e9:.2f} GB in memory, "
-            f"{self._file.path.stat().st_size / 1e9:.2f} GB in the file"
+            f"{sum(part.stat().st_size for part in parts_of(self._file.path)) / 1e9:.2f} GB in the file"
         )
 
     def read(self) -> dict[str, Tensor]:

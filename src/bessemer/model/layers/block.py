@@ -18,7 +18,7 @@ from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_mask import AttentionMask
 from bessemer.model.layers.cache import Cache
 from bessemer.model.layers.feed_forward import FeedForward, SparseFeedForward
-from bessemer.model.layers.norms import make_norm
+from bessemer.model.layers.norms import make_last_norm, make_norm
 from bessemer.model.layers.positions import Rotation
 
 # Shapes: B batch, T time, D hidden.
@@ -43,6 +43,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config) if before else nn.Identity()
         self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
         self.feed_forward_output_norm = make_norm(config) if after else nn.Identity()
+        self.residual_multiplier = config.residual_multiplier
 
     @property
     def attention(self) -> AttentionLayer:
@@ -52,8 +53,12 @@ class Block(nn.Module):
     def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """Returns (B, T, D)."""
         attended_BTD = self.attention(self.input_layernorm(hidden_BTD), rotation, mask, cache)
-        hidden_BTD = hidden_BTD + self.attention_output_norm(attended_BTD)
-        return hidden_BTD + self.feed_forward_output_norm(self.mlp(self.post_attention_layernorm(hidden_BTD)))
+        hidden_BTD = hidden_BTD + self._added(self.attention_output_norm(attended_BTD))
+        return hidden_BTD + self._added(self.feed_forward_output_norm(self.mlp(self.post_attention_layernorm(hidden_BTD))))
+
+    def _added(self, part_BTD: Tensor) -> Tensor:
+        """What a part adds to the residual stream."""
+        return part_BTD if self.residual_multiplier == 1 else part_BTD * self.residual_multiplier
 
 
 class MtpModule(nn.Module):
@@ -65,7 +70,7 @@ class MtpModule(nn.Module):
         self.hidden_norm = make_norm(config)
         self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = block
-        self.norm = make_norm(config)
+        self.norm = make_last_norm(config)
 
     def merge(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
         """What the block reads, (B, T, D)."""

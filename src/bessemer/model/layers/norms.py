@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.architecture import Architecture
+from bessemer.model.architecture import Architecture, DecoderShape
 
 
 class RMSNorm(nn.Module):
@@ -22,10 +22,12 @@ class RMSNorm(nn.Module):
 
     Computed in the weight's type or better: under autocast a bfloat16 input is normed in float32.
     offset: the stored weight is the scale minus 1, as Gemma keeps it, so that weight decay pulls the scale to 1.
+    multiplier: factor on what comes out.
     """
 
-    def __init__(self, width: int, eps: float, offset: bool = False) -> None:
+    def __init__(self, width: int, eps: float, offset: bool = False, multiplier: float = 1.0) -> None:
         super().__init__()
+        self.multiplier = multiplier
         self.weight = nn.Parameter(torch.zeros(width) if offset else torch.ones(width))
         self.eps = eps
         self.offset = offset
@@ -33,29 +35,38 @@ class RMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (..., width). Returns the same shape, in the weight's type."""
         scale = self.weight + 1 if self.offset else self.weight
-        return functional.rms_norm(hidden.to(self.weight.dtype), self.weight.shape, scale, self.eps)
+        normed = functional.rms_norm(hidden.to(self.weight.dtype), self.weight.shape, scale, self.eps)
+        return normed if self.multiplier == 1 else normed * self.multiplier
 
 
 class LayerNorm(nn.Module):
-    """Centres the last dimension and scales it to a variance of 1, then a weight and a bias per channel."""
+    """Centres the last dimension and scales it to a variance of 1, then a weight and a bias per channel. multiplier: as of
+    `RMSNorm`."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, multiplier: float = 1.0) -> None:
         super().__init__()
+        self.multiplier = multiplier
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (..., width). Returns the same shape, in the weight's type."""
-        return functional.layer_norm(hidden.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps)
+        normed = functional.layer_norm(hidden.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps)
+        return normed if self.multiplier == 1 else normed * self.multiplier
 
 
-def make_norm(config: Architecture, width: int | None = None) -> nn.Module:
-    """The norm that a config asks for, over the residual stream or another width."""
+def make_norm(config: Architecture, width: int | None = None, multiplier: float = 1.0) -> nn.Module:
+    """The norm that a config asks for, over the residual stream or another width. multiplier: as of `RMSNorm`."""
     width = width or config.hidden_size
     if config.norm_type == "layer":
-        return LayerNorm(width, config.rms_norm_eps)
-    return RMSNorm(width, config.rms_norm_eps, config.norm_offset)
+        return LayerNorm(width, config.rms_norm_eps, multiplier)
+    return RMSNorm(width, config.rms_norm_eps, config.norm_offset, multiplier)
+
+
+def make_last_norm(config: DecoderShape) -> nn.Module:
+    """The norm before the head. What logits are divided by is in it: so whatever reads it and multiplies by the head agrees."""
+    return make_norm(config, multiplier=1.0 if config.num_scores else 1 / config.logits_scaling)
 
 
 # Shapes: K channels of the activations as their readers take them, P channels as their makers give them.

@@ -37,6 +37,8 @@ def rotary_frequencies(
         return _llama3(frequencies, scaling, context), 1.0
     if scaling.rope_type == "yarn":
         return _yarn(frequencies, dim, theta, scaling, context), yarn_attention_factor(scaling)
+    if scaling.rope_type == "longrope":
+        return _longrope(frequencies, scaling, max_position_embeddings > context), scaling.attention_factor or 1.0
     return frequencies, 1.0
 
 
@@ -73,6 +75,16 @@ def _yarn(frequencies: Tensor, dim: int, theta: float, scaling: RopeScaling, con
         last += 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
+
+
+def _longrope(frequencies: Tensor, scaling: RopeScaling, is_long: bool) -> Tensor:
+    """A divisor for each pair, found by search (Ding et al. 2024, arXiv 2402.13753), one set for contexts beyond the old one,
+    one up to it. The model's context decides, for texts of any length, as in vLLM: `transformers` changes the set when a text
+    grows past the old context, and what it has cached until then was turned by the other one."""
+    factors = torch.tensor(scaling.long_factor if is_long else scaling.short_factor, dtype=torch.float32, device="cpu")
+    if len(factors) != len(frequencies):
+        raise ValueError(f"rope_type longrope has {len(factors)} factors for {len(frequencies)} frequencies")
+    return frequencies / factors
 
 
 def yarn_attention_factor(scaling: RopeScaling) -> float:

@@ -69,6 +69,12 @@ SCHEMES: Registry[Any] = Registry(
             for_ends=False,
         ),
         SchemePlugin(
+            "fp8",
+            "weights of 8 bits in floating point, a scale for each block of 128 by 128, as files have them",
+            "bessemer.model.quantisation.fp8:Fp8",
+            is_made=False,
+        ),
+        SchemePlugin(
             "gguf",
             "the blocks of a GGUF file in Q5_0, Q5_1, Q4_K, Q5_K or Q6_K, as they are; no setting may name it",
             "bessemer.model.quantisation.blocks:GgufBlocks",

@@ -5,6 +5,8 @@ codes each, `pack-quantized`) or as `NAME.weight` (int8, `int-quantized` where a
 `naive-quantized`), with `NAME.weight_scale` (float16, a column a group) and, where zeros are codes of their own,
 `NAME.weight_zero_point` (int32, packed along the outputs).
 
+Folders of AutoAWQ and of GPTQ are read (`word_forms.py`), and those of 8 bits in floating point (`fp8.py`).
+
 Weights of the scheme nf4 alone are in the form of `bitsandbytes` (`load_in_4bit`): `NAME.weight` (uint8, two codes a byte),
 `NAME.weight.absmax`, with `nested_absmax` where scales are codes, and `quant_state.bitsandbytes__nf4`, JSON as bytes.
 
@@ -19,7 +21,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,33 +37,12 @@ from bessemer.model.families.layout import FilePatterns, Stored, whole
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.quantisation.base import CompressedForm, Scheme, first_scheme
 from bessemer.model.quantisation.config import SCHEMES
+from bessemer.model.quantisation.fp8 import FP8, FP8_FORM
 from bessemer.model.quantisation.nf4 import BLOCK, LEVELS, NF4, SCALE_BLOCK, dynamic_map
 from bessemer.model.quantisation.quantised_decoder import EMBEDDING, HEAD, quantisable, weight_name
 from bessemer.model.quantisation.quantised_layers import quantised_parts
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """One tensor of a file that holds codes, scales or zeros.
-
-    ours: the tensor of ours that it is made of, of `ours_shape`, seen through `view`. pack and unpack: between that view and
-    the file's form; unpack is None for what is there for other readers alone and says nothing new.
-    """
-
-    name: str
-    ours: str
-    ours_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    view: Callable[[Tensor], Tensor]
-    pack: Callable[[Tensor], Tensor]
-    unpack: Callable[[Tensor], Tensor] | None
-    #: Whether a file may hold another number of elements, as of JSON.
-    any_length: bool = False
-
-    def packed(self, ours: Mapping[str, Tensor]) -> Tensor:
-        """The tensor as the file holds it."""
-        return self.pack(self.view(ours[self.ours]))
+from bessemer.model.quantisation.storage_parts import ReadForm, StoredPart
+from bessemer.model.quantisation.word_forms import AWQ, GPTQ, WORDS
 
 
 def compressed_form(module: str, scheme: Scheme) -> CompressedForm | None:
@@ -102,6 +82,8 @@ QUANTIZATION = "quantization_config"
 #: Values of `quant_method`.
 COMPRESSED_TENSORS, BITSANDBYTES, OWN_FORM = "compressed-tensors", "bitsandbytes", "bessemer"
 
+#: Of forms that are only read, by `quant_method`.
+READ_FORMS: dict[str, ReadForm] = {AWQ: WORDS, GPTQ: WORDS, FP8: FP8_FORM}
 #: Bytes of the JSON that bitsandbytes keeps with each matrix, filled up with spaces.
 _STATE_BYTES = 256
 
@@ -261,11 +243,13 @@ def read_settings(values: Mapping[str, Any], path: Path) -> Mapping[str, Any] | 
     if not settings:
         return None
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    if method not in (COMPRESSED_TENSORS, BITSANDBYTES, OWN_FORM):
+    if method not in (COMPRESSED_TENSORS, BITSANDBYTES, OWN_FORM, *READ_FORMS):
         raise ArtefactError(
             f"{path}: the weights are quantised in a way that is not supported (quant_method {method!r}; supported: "
-            f"{COMPRESSED_TENSORS}, {BITSANDBYTES} with nf4)"
+            f"{COMPRESSED_TENSORS}, {BITSANDBYTES} with nf4, {', '.join(READ_FORMS)})"
         )
+    if method in READ_FORMS:
+        READ_FORMS[method].check(settings, path)
     if method == BITSANDBYTES and not (settings.get("load_in_4bit") and settings.get("bnb_4bit_quant_type") == "nf4"):
         raise ArtefactError(
             f"{path}: the weights are quantised by bitsandbytes in another way than nf4 (load_in_4bit, bnb_4bit_quant_type: "
@@ -296,6 +280,13 @@ def read_schemes(
             left = any(base == skip or base.startswith(f"{skip}.") or base.endswith(f".{skip}") for skip in skipped)
             if name in modules and name in linear and modules[name] != HEAD and not left:
                 schemes[modules[name]] = codes
+        return schemes
+    if (form := READ_FORMS.get(settings["quant_method"])) is not None:
+        for one in stored:
+            name, base = one.views[0].name, one.name.removesuffix(".weight")
+            left = modules.get(name) == HEAD or form.is_left(settings, base)
+            if name in modules and name in linear and not left:
+                schemes[modules[name]] = form.scheme(settings)
         return schemes
     groups = [group for group in settings.get("config_groups", {}).values() if isinstance(group, Mapping)]
     ignored = settings.get("ignore") or []
@@ -415,6 +406,7 @@ def read_layout(config: ModelConfig, settings: Mapping[str, Any], path: Path) ->
 
 def _laid_out(config: ModelConfig, names: _Names, schemes: Mapping[str, Scheme], settings: dict[str, Any]) -> Layout:
     own, packed = settings["quant_method"] == OWN_FORM, settings["quant_method"] == BITSANDBYTES
+    form = READ_FORMS.get(settings["quant_method"])
     plain: list[Stored] = []
     parts: list[StoredPart] = []
     for one in names.stored:
@@ -426,6 +418,8 @@ def _laid_out(config: ModelConfig, names: _Names, schemes: Mapping[str, Scheme],
             if not isinstance(scheme, NF4) or len(one.views) > 1 or one.views[0].view is not whole:
                 raise ArtefactError(f"{one.name}: packed of several matrices, of which bitsandbytes' form is not read here")
             parts += bitsandbytes_parts(one, module, scheme, names.shapes[module])
+        elif form is not None:
+            parts += form.parts(one, module, schemes[module], names.shapes[module], settings)
         elif not own:
             parts += compressed_parts(one, module, schemes[module], names.shapes[module], config.tie_word_embeddings)
     if own:

@@ -25,12 +25,12 @@ from bessemer.model.initialisation import empty_decoder, fill, initial_weight, t
 from bessemer.model.quantisation.quantised_decoder import replace_with_quantised_modules, set_dtype
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.quantisation.storage import (
-    StoredPart,
     layout_of,
     read_layout,
     read_settings,
     schemes_of,
 )
+from bessemer.model.quantisation.storage_parts import StoredPart
 from bessemer.model.storage.library import import_advice
 from bessemer.model.storage.model_config import CONFIG, read_model_config, refuse_scorer, write_model_config
 from bessemer.model.storage.weights import (

@@ -28,7 +28,8 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored, TensorBox, fill_box
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.quantisation.storage import Layout, StoredPart
+from bessemer.model.quantisation.storage import Layout
+from bessemer.model.quantisation.storage_parts import StoredPart
 from bessemer.model.storage.library import WEIGHTS, WEIGHTS_INDEX, refuse_checkpoint
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
