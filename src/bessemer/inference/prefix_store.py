@@ -88,7 +88,7 @@ class PrefixStore:
     def fetch(self, sequence: TokenSequence) -> int:
         """Read what the cache lacks of a waiting sequence's prefix into free blocks, and seal these. Tokens that were read."""
         self._settle()
-        if not self._rows[0] or not self._tables.is_first_epoch:
+        if not self._rows[0] or self._tables.epoch:
             return 0
         size, begin = self._tables.block_size, self._tables.match(sequence)
         most = (len(sequence.tokens) - 1) // size
@@ -113,7 +113,7 @@ class PrefixStore:
     def keep(self, sequence: TokenSequence) -> None:
         """Write the blocks that a sequence, just admitted, has found in the cache, as far as they are not on disk yet."""
         self._settle()
-        if not self._writes or sequence.cached < LEAST_TOKENS or not self._tables.is_first_epoch:
+        if not self._writes or sequence.cached < LEAST_TOKENS or self._tables.epoch:
             return
         keys = sequence.chain[1 : sequence.cached // self._tables.block_size + 1]
         wanted = [

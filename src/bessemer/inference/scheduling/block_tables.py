@@ -189,12 +189,7 @@ class BlockTables:
         self._share_prefixes = share_prefixes
         self._snapshots = snapshots
         self._windowed = [(index, pool, window) for index, (pool, window) in enumerate(self.groups) if window is not None]
-        self._epoch = 0
-
-    @property
-    def is_first_epoch(self) -> bool:
-        """Whether the weights are those that the engine was opened with."""
-        return self._epoch == 0
+        self.epoch = 0  # raised by `forget`
 
     # -- counts of blocks
 
@@ -376,7 +371,7 @@ class BlockTables:
 
     def forget(self) -> None:
         """Empty the prefix cache. New hash chains have another root; running sequences keep their old one."""
-        self._epoch += 1
+        self.epoch += 1
         for pool, _ in self.groups:
             pool.forget()
 
@@ -384,7 +379,7 @@ class BlockTables:
         """The hash chain of a sequence's text, the root first, up to at least `blocks` blocks."""
         chain, size = sequence.chain, self.block_size
         if not chain:
-            chain.append(root_hash(sequence.salt, self._epoch))
+            chain.append(root_hash(sequence.salt, self.epoch))
         for block in range(len(chain) - 1, blocks):
             chain.append(chain_hash(chain[-1], sequence.tokens[block * size : (block + 1) * size]))
         return chain

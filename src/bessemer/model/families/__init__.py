@@ -8,7 +8,19 @@ from bessemer.core.errors import ConfigError
 from bessemer.model.attention.base import variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.families.base import SCORING, Family, Values, read_shared, stored_alike, write_shared
-from bessemer.model.families.dense import GEMMA2, GEMMA3, GPT2, GRANITE, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3
+from bessemer.model.families.dense import (
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    OLMO3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+)
 from bessemer.model.families.fused import GLM, GLM4, PHI3
 from bessemer.model.families.sparse import DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_NEXT
 
