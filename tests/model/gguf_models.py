@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.model.family_models import CASES as FAMILY_CASES
-from tests.model.family_models import make
+from tests.model.family_models import LONGROPE, make
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 _YARN = {
@@ -49,7 +49,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 8, "tie_word_embeddings": True}),
     "phi3": ("phi3", {}),
     "phi3-partial-rope": ("phi3-window-partial-rope", {"sliding_window": None}),
-    "phi3-longrope": ("phi3-longrope-short", {}),
+    # beyond the old context, as llama.cpp's own context always is
+    "phi3-longrope": ("phi3-longrope-short", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 4}),
     "glm4": ("glm4", {}),
     "gpt2": ("gpt2", {}),
     "gpt_oss": ("gpt_oss", {"swiglu_limit": 7.0, "rope_parameters": _PLAIN}),
