@@ -50,7 +50,9 @@ def _with_longrope(values: Values) -> Values:
         return values
     context = rope.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or 4096
     times = rope.get("factor") or values["max_position_embeddings"] / context
-    factor = rope.get("attention_factor") or (math.sqrt(1 + math.log(times) / math.log(context)) if times > 1 else 1.0)
+    # to as many digits as a float32 of GGUF has
+    found = round(math.sqrt(1 + math.log(times) / math.log(context)), 7) if times > 1 else 1.0
+    factor = rope.get("attention_factor") or found
     theta = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") is not None else {}
     own = {"rope_type": "longrope", "original_max_position_embeddings": context, "attention_factor": factor}
     kept = {name: value for name, value in rope.items() if name not in ("type", "factor")}
