@@ -91,18 +91,18 @@ class InfillRequest(Body):
         return SamplingParams(**{"temperature": 0.0, **own, **given, "max_tokens": max(1, max_tokens)})
 
 
-def infill_tokens(tokenizer: Tokenizer, body: InfillRequest, room: int) -> list[int]:
-    """The prompt in at most `room` tokens. Raises ConfigError for a tokenizer that lacks the control tokens, RequestError for
-    a room that holds none of the text."""
+def infill_tokens(tokenizer: Tokenizer, body: InfillRequest, limit: int) -> list[int]:
+    """The prompt in at most `limit` tokens. Raises ConfigError for a tokenizer that lacks the control tokens, RequestError for
+    a limit below what these need."""
     frame = infill_prompt(tokenizer, "", "")
     begin, control = frame[: len(tokenizer.begin_ids)], frame[len(tokenizer.begin_ids) :]
-    if room <= len(frame):
-        raise RequestError(f"the model's context leaves {room} tokens for the prompt, less than the control tokens need")
+    if limit <= len(frame):
+        raise RequestError(f"the model's context leaves {limit} tokens for the prompt, less than the control tokens need")
     # what is certainly too far from the cursor is not encoded
-    most = room * _CHARACTERS_OF_A_TOKEN
+    most = limit * _CHARACTERS_OF_A_TOKEN
     before = tokenizer.encode((body.input_prefix + body.prompt)[-most:], add_bos=False)
     after = tokenizer.encode(body.input_suffix[:most], add_bos=False)
-    left = room - len(frame)
+    left = limit - len(frame)
     if len(before) + len(after) > left:
         of_after = min(len(after), left - min(len(before), int(left * _SHARE_BEFORE)))
         before, after = before[len(before) - min(len(before), left - of_after) :], after[:of_after]

@@ -387,3 +387,13 @@ def read_windows(head: GgufHead, period: int) -> dict[str, Any]:
 def write_windows(config: ModelConfig) -> dict[str, Any]:
     """The key of sliding attention; none where all layers see everything."""
     return {"attention.sliding_window": config.sliding_window} if "sliding_attention" in config.types else {}
+
+
+def write_with_windows(config: ModelConfig) -> dict[str, Any]:
+    """The keys that most architectures share, and that of sliding attention."""
+    return write_shape(config) | write_windows(config)
+
+
+def with_gelu_table(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """`GgufFamily.reduced` of an architecture with GELU."""
+    return config, ["llama.cpp looks GELU up in a half-precision table: logits differ in the third decimal"]

@@ -6,7 +6,6 @@ weights, say) stands where the keys are read: a model can be exported when what 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,16 +23,17 @@ from bessemer.model.formats.gguf_base import (
     GgufFamily,
     GgufHead,
     Names,
-    Plus,
     read_rope,
     read_shape,
     read_windows,
     stored_alike,
+    with_gelu_table,
     write_rope,
     write_shape,
-    write_windows,
+    write_with_windows,
 )
 from bessemer.model.formats.gguf_fused import GLM4, PHI3
+from bessemer.model.formats.gguf_gemma import GEMMA2, GEMMA3
 from bessemer.model.layers.positions import rotary_frequencies
 
 # ---------------------------------------------------------------------------------------------------------------- llama
@@ -194,66 +194,7 @@ def _read_olmo2(head: GgufHead) -> dict[str, Any]:
     return settings
 
 
-def _write_with_windows(config: ModelConfig) -> dict[str, Any]:
-    return write_shape(config) | write_windows(config)
-
-
-OLMO2 = GgufFamily("olmo2", _read_olmo2, _write_with_windows, stored_alike, ("olmo2", "olmo3"))
-
-# ---------------------------------------------------------------------------------------------------------------- Gemma
-
-_GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
-
-
-def _read_gemma(head: GgufHead, period: int, layers_of_27b: int) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common. period: of the layers with full attention."""
-    settings = read_shape(head) | read_windows(head, period)
-    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
-    # llama.cpp recognises it by its layers too
-    is_27b = settings["num_hidden_layers"] == layers_of_27b
-    return settings | {
-        "hidden_act": "gelu_pytorch_tanh",
-        "norm_position": "both",
-        "norm_offset": True,
-        "embedding_multiplier": math.sqrt(hidden),
-        "query_pre_attn_scalar": hidden // heads if is_27b else settings["head_dim"],
-    }
-
-
-def _read_gemma2(head: GgufHead) -> dict[str, Any]:
-    # what llama.cpp takes where the keys are missing
-    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    settings = _read_gemma(head, 2, _GEMMA2_27B_LAYERS)
-    return settings | {"model_type": "gemma2"} | {name: head.number(name, cap) for name, cap in caps.items()}
-
-
-def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
-    caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
-    return _write_with_windows(config) | {name: float(cap) for name, cap in caps.items() if cap is not None}
-
-
-def _read_gemma3(head: GgufHead) -> dict[str, Any]:
-    settings = _read_gemma(head, 6, _GEMMA3_27B_LAYERS) | {
-        "model_type": "gemma3_text",
-        "qk_norm": "head",
-        "final_logit_softcapping": head.get("final_logit_softcapping"),
-    }
-    if "layer_types" in settings:
-        settings["rope_local_base_freq"] = head.get("rope.freq_base_swa", 10_000.0)
-    return settings
-
-
-def _stored_gemma(config: ModelConfig, names: Names) -> Iterator[Stored]:
-    for stored in stored_alike(config, names):
-        yield Plus(stored.name, stored.views) if stored.name.endswith("norm.weight") else stored
-
-
-def _with_table(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
-    return config, ["llama.cpp looks GELU up in a half-precision table: logits differ in the third decimal"]
-
-
-GEMMA2 = GgufFamily("gemma2", _read_gemma2, _write_gemma2, _stored_gemma, ("gemma2",), _with_table)
-GEMMA3 = GgufFamily("gemma3", _read_gemma3, _write_with_windows, _stored_gemma, ("gemma3_text",), _with_table)
+OLMO2 = GgufFamily("olmo2", _read_olmo2, write_with_windows, stored_alike, ("olmo2", "olmo3"))
 
 # ---------------------------------------------------------------------------------------------------------------- GPT-2
 
@@ -291,7 +232,7 @@ def _stored_gpt2(config: ModelConfig, names: Names) -> Iterator[Stored]:
             yield stored
 
 
-GPT2 = GgufFamily("gpt2", _read_gpt2, _write_gpt2, _stored_gpt2, ("gpt2",), _with_table)
+GPT2 = GgufFamily("gpt2", _read_gpt2, _write_gpt2, _stored_gpt2, ("gpt2",), with_gelu_table)
 
 # -------------------------------------------------------------------------------------------------------------- gpt-oss
 
@@ -320,7 +261,7 @@ def _read_gpt_oss(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_gpt_oss(config: ModelConfig) -> dict[str, Any]:
-    return _write_with_windows(config) | _write_experts(config)
+    return write_with_windows(config) | _write_experts(config)
 
 
 def _stored_gpt_oss(config: ModelConfig, names: Names) -> Iterator[Stored]:

@@ -22,7 +22,7 @@ from bessemer.model.formats.gguf_base import (
     shortest,
     stored_alike,
     write_shape,
-    write_windows,
+    write_with_windows,
 )
 
 #: Name of the stored part, and those of ours that it holds, in order.
@@ -74,7 +74,7 @@ def _read_longrope(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_phi3(config: ModelConfig) -> dict[str, Any]:
-    keys, scaling = write_shape(config) | write_windows(config), config.rope_scaling
+    keys, scaling = write_with_windows(config), config.rope_scaling
     if scaling.rope_type != "longrope":
         return keys
     return keys | {
