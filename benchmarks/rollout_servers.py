@@ -1,6 +1,6 @@
 """Rollouts by a server: the score of a synchronous run and of an asynchronous one that is killed; updates beside slow tools.
 
-    python benchmarks/rollout_servers.py [--seeds 3] [--steps 200] [--out FOLDER]    # most of an hour on two cores
+    python benchmarks/rollout_servers.py [--seeds 3] [--steps 400] [--out FOLDER]    # most of an hour on two cores
     python benchmarks/rollout_servers.py --untimed --steps 80 --batch-size 256 --base-steps 92   # the score alone, shorter
     python benchmarks/rollout_servers.py --quick                                      # a minute, to see that it works
 
@@ -12,7 +12,8 @@ sums, as the base model was. For each seed the paired difference of the two runs
 from one start end apart by themselves, so what decides is the interval of the mean difference over the seeds (Student's t):
 the scores agree where it has zero inside, and the comparison could have failed only where half of that interval is less than
 half of what the synchronous runs have learnt; with less it ends with an error. What a seed has found in the folder is not done
-again at the same commit.
+again at the same commit. Runs go on until rewards have nearly risen as far as they will: a model that is rarely right takes off
+after 50 updates or after 150, and 200 updates compare that moment and no skill.
 
 **Slow tools.** Episodes of two turns in an environment that waits a second a turn: updates a minute with one environment after
 the other, with waiting environments side by side on the own engine, and on a server, one version ahead.
@@ -251,7 +252,7 @@ def updates_a_minute(model: Path, folder: Path, seconds: float, steps: int) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200, help="updates of each run of the score")
+    parser.add_argument("--steps", type=int, default=400, help="updates of each run of the score")
     parser.add_argument("--quick", action="store_true", help="a model that has learnt nothing, and few updates")
     parser.add_argument("--batch-size", type=int, default=SETTINGS["batch_size"], help="completions of an update")
     parser.add_argument("--base-steps", type=int, help="steps of pretraining of every base model")
