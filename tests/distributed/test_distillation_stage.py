@@ -80,5 +80,7 @@ def test_two_sample_and_learn_what_one_does(
         for name in measured:
             assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
     first, second = (load_model(tmp_path / place / "model").state_dict() for place in ("one", "two"))
+    begun = load_model(teacher_folder).state_dict()
     for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        # by the tensor: AdamW moves a number whose gradient is all rounding as far as any other
+        assert (second[name] - tensor).norm() <= 1e-3 * (tensor - begun[name]).norm(), name
