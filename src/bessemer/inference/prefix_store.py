@@ -1,10 +1,10 @@
 """Prefixes on disk: keys and values that requests had in common are found again after a restart.
 
-An agent begins every conversation with the same thousands of tokens of instructions and tools, and reading them takes a minute
-on a processor. The prefix cache (`scheduling/block_tables.py`) computes them once for as long as the process lives; this store
-keeps them beyond. When a request finds blocks in the cache that an earlier request has left, they are written to a file. When
-a request arrives whose blocks the cache lacks, those that lie on disk are read into free blocks and sealed, and the scheduler
-finds them as it finds any other.
+An agent begins every conversation with the same thousands of tokens of instructions and tools, which take a processor long.
+The prefix cache (`scheduling/block_tables.py`) computes them once for as long as the process lives; this store keeps them
+beyond. When a request finds blocks in the cache that an earlier request has left, they are written to a file. When a request
+arrives whose blocks the cache lacks, those that lie on disk are read into free blocks and sealed, and the scheduler finds them
+as it finds any other.
 
 A file belongs to one model, one type and size of blocks, and one kind of arithmetic (`store_identity`): keys of other weights
 would be read without an error. Blocks are named by the hash of all the text up to their end (`chain_hash`), so a file holds
@@ -131,7 +131,8 @@ class PrefixStore:
         self._written.append(self._writer.submit(self._write, wanted, tensors))
 
     def close(self) -> None:
-        """Wait until what is being written is on disk."""
+        """Wait until what is being written is on disk; nothing is written afterwards."""
+        self._writes = False
         self._writer.shutdown(wait=True)
 
     # -- inside

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from bessemer.serving.config import MESSAGES
 from bessemer.serving.openai.protocol import Stops
 from bessemer.serving.runtime.bodies import ApiError, Body, Name, read_body
 from bessemer.serving.runtime.clients import Caller, caller_of
-from bessemer.serving.runtime.served import Served
+from bessemer.serving.runtime.served import Served, TextWork
 from bessemer.serving.runtime.streams import Reply, respond
 from bessemer.tokenization.prompts import infill_prompt
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -123,22 +123,6 @@ def _file_tokens(tokenizer: Tokenizer, extra: Extra) -> list[int]:
     return [*([] if separator is None else [separator]), *tokenizer.encode(text, add_bos=False)]
 
 
-@dataclass(frozen=True)
-class _Infill:
-    """An engine request that has not begun."""
-
-    served: Served
-    caller: Caller
-    request: EngineRequest
-    params: SamplingParams
-
-    async def finish(self) -> list[Completion]:
-        return await self.served.worker.complete([self.request], self.params, self.caller)
-
-    def stream(self) -> AsyncGenerator[list[ChoiceChunk], None]:
-        return self.served.worker.chunks([self.request], self.caller)
-
-
 @dataclass
 class InfillReply(Reply):
     """llama.cpp's answer: one object, or server-sent events of which the last has `stop: true`."""
@@ -215,7 +199,7 @@ class InfillApi:
             return await respond(request, work, reply, admission, caller.headers, is_streamed=body.stream)
 
 
-def _prepared(served: Served, body: InfillRequest, name: str, caller: Caller) -> _Infill:
+def _prepared(served: Served, body: InfillRequest, name: str, caller: Caller) -> TextWork:
     """Encode the prompt and check it, off the event loop."""
     engine = served.engine
     wanted = engine.longest // 4 if body.n_predict < 0 else max(1, body.n_predict)
@@ -228,4 +212,4 @@ def _prepared(served: Served, body: InfillRequest, name: str, caller: Caller) ->
         raise ApiError(str(error), status=501, code="unsupported") from None
     except RequestError as error:
         raise ApiError(str(error), code="invalid_value") from None
-    return _Infill(served, caller, request, params)
+    return TextWork(served, caller, request, params)

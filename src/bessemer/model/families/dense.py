@@ -217,7 +217,7 @@ _GEMMA_NORMS = {
 
 
 def _read_gemma(values: Values, full_every: int) -> dict[str, Any]:
-    """The settings that Gemma 2 and 3 share. full_every: one layer of so many has full attention, where nothing is said."""
+    """The settings that Gemma 2 and 3 share. full_every: without `layer_types`, every so-many-th layer has full attention."""
     return {
         "hidden_act": values.get("hidden_activation", "gelu_pytorch_tanh"),
         "tie_word_embeddings": values.get("tie_word_embeddings", True),

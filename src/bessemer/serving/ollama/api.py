@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,18 +14,14 @@ import torch
 from fastapi import APIRouter, Request, Response
 
 from bessemer.core.errors import ConfigError, RequestError
-from bessemer.inference.async_generation import ChoiceChunk
 from bessemer.inference.engine import Engine
-from bessemer.inference.request import Completion
-from bessemer.inference.request import Request as EngineRequest
-from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.families import family_of
 from bessemer.serving.ollama.protocol import ChatBody, EmbedBody, GenerateBody, ShowBody
 from bessemer.serving.ollama.replies import Clock, TextReply, TurnReply, now
 from bessemer.serving.openai.tools import tools_of
 from bessemer.serving.runtime.bodies import ApiError, read_body
 from bessemer.serving.runtime.clients import Caller, caller_of
-from bessemer.serving.runtime.served import Chat, Served
+from bessemer.serving.runtime.served import Chat, Served, TextWork
 from bessemer.serving.runtime.streams import respond
 from bessemer.tokenization.prompts import fim_tokens, infill_prompt
 
@@ -35,22 +31,6 @@ PREFIX = "/api"
 _CHARACTERS_OF_A_TOKEN = 128
 #: Far in the future: the served model stays.
 _NEVER = "9999-12-31T23:59:59Z"
-
-
-@dataclass(frozen=True)
-class _TextWork:
-    """A prompt that the model continues as plain text."""
-
-    served: Served
-    caller: Caller
-    request: EngineRequest
-    params: SamplingParams
-
-    async def finish(self) -> list[Completion]:
-        return await self.served.worker.complete([self.request], self.params, self.caller)
-
-    def stream(self) -> AsyncGenerator[list[ChoiceChunk], None]:
-        return self.served.worker.chunks([self.request], self.caller)
 
 
 @dataclass
@@ -253,7 +233,7 @@ def _capabilities(engine: Engine) -> list[str]:
     return [*capabilities, "insert"]
 
 
-def _text_work(served: Served, body: GenerateBody, caller: Caller) -> _TextWork:
+def _text_work(served: Served, body: GenerateBody, caller: Caller) -> TextWork:
     """Encode the prompt and check it, off the event loop."""
     tokenizer = served.engine.tokenizer
     served.check_text("prompt", body.prompt + body.suffix)
@@ -270,7 +250,7 @@ def _text_work(served: Served, body: GenerateBody, caller: Caller) -> _TextWork:
         request = served.engine.prepare(tokens, params, adapter=served.adapter(body.model), cache_salt=caller.salt(None))
     except RequestError as error:
         raise ApiError(str(error), parameter=body.parameter_in(str(error)), code="invalid_value") from None
-    return _TextWork(served, caller, request, params)
+    return TextWork(served, caller, request, params)
 
 
 def _embedded(served: Served, body: EmbedBody, texts: Sequence[str], caller: Caller) -> tuple[list[list[float]], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -14,8 +14,9 @@ from bessemer.assistant.hooks import Hook
 from bessemer.assistant.messages import Message, as_messages, with_call_ids
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import RequestError
+from bessemer.inference.async_generation import ChoiceChunk
 from bessemer.inference.engine import Engine
-from bessemer.inference.request import Request
+from bessemer.inference.request import Completion, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.config import ASIDE, ENCODED
 from bessemer.serving.runtime.bodies import ApiError
@@ -276,3 +277,19 @@ def check_encoded(value: Any) -> None:
         raise ApiError(
             f"the request has {characters:,} characters, of which at most {ENCODED.most:,} are encoded", code="invalid_value"
         )
+
+
+@dataclass(frozen=True)
+class TextWork:
+    """A prompt that the model continues as plain text."""
+
+    served: Served
+    caller: Caller
+    request: Request
+    params: SamplingParams
+
+    async def finish(self) -> list[Completion]:
+        return await self.served.worker.complete([self.request], self.params, self.caller)
+
+    def stream(self) -> AsyncGenerator[list[ChoiceChunk], None]:
+        return self.served.worker.chunks([self.request], self.caller)
