@@ -4,9 +4,9 @@
     python benchmarks/watermark.py --answers 20    # a short look; no result
 
 Answers of 200 tokens to prompts about the standard library, at temperatures 1 and 0.7 over the whole vocabulary, are sampled
-without a mark and with each kind. A text counts as found where its p-value is below 0.01. Found marks are counted by the tokens
-of the answer that are tested, and by the text's mean surprise (−log p of its tokens by the model, in nats), which is its entropy
-on average: thirds of the answers. Texts without a mark are pieces of the standard library's documentation, 1,000 of 200
+without a mark and with each kind. A text counts as found where its p-value is below 0.01. Found marks are counted by the
+tokens of the answer that are tested, and by the text's mean surprise (−log p of its tokens by the model, in nats), which is its
+entropy on average: thirds of the answers. Texts without a mark are pieces of the standard library's documentation, 1,000 of 200
 tokens, and the answers without one: the share that seems marked, and whether p-values are uniform (Kolmogorov–Smirnov). The
 cost is the change of the mean surprise, which for `gumbel` is chance alone.
 
@@ -24,6 +24,7 @@ import sys
 from typing import Any
 
 import numpy as np
+
 import recording
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.inference.sampling.params import WatermarkConfig
@@ -75,9 +76,13 @@ def answers(engine: Engine, prompts: list[str], temperature: float, mark: Waterm
         SamplingParams(temperature=temperature, max_tokens=TOKENS, ignore_eos=True, seed=place, logprobs=0, watermark=mark)
         for place in range(len(prompts))
     ]
-    chats = [engine.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+    template = engine.tokenizer.apply_chat_template
+    chats = [template([{"role": "user", "content": prompt}], add_generation_prompt=True) for prompt in prompts]
     made = engine.generate(chats, params)
-    return [{"tokens": one.token_ids, "surprise": -statistics.fmean(lp.token for lp in one.logprobs)} for one in made]
+    return [
+        {"tokens": one.token_ids, "surprise": -statistics.fmean(token.log_probs.token for token in one.log_probs)}
+        for one in made
+    ]
 
 
 def found_share(texts: list[list[int]], mark: WatermarkConfig) -> float:

@@ -20,7 +20,8 @@ def watermark(
     model: Annotated[str | None, typer.Option(help="The model, or its tokenizer: the tokens of a text are tested.")] = None,
     new: Annotated[bool, typer.Option("--new", help="Make the file, with a new secret key.")] = False,
     method: Annotated[
-        str, typer.Option(help="With --new: gumbel keeps the distribution of texts; green favours tokens, also at temperature 0.")
+        str,
+        typer.Option(help="With --new: gumbel keeps the distribution of texts; green favours tokens, also at temperature 0."),
     ] = "gumbel",
     runs: Runs = Path("runs"),
 ) -> None:
@@ -40,7 +41,7 @@ def watermark(
     config = watermark_of(key)
     with opened_tokenizer(_tokenizer_name(model, runs), runs) as tokenizer:
         for name in texts:
-            found = detect(tokenizer.encode(_read(name)), config)
+            found = detect(tokenizer.encode(_read(name), add_bos=False), config)
             chance = f"{found.p_value:.3f}" if found.p_value >= 0.001 else f"{found.p_value:.0e}"
             print(f"{name}: {found.tokens:,} tokens tested, {found.score:+.1f} deviations, p = {chance}")
 
@@ -66,7 +67,8 @@ def _make(path: Path, method: str) -> None:
     values: dict[str, Any] = {"method": method, "key": secrets.token_urlsafe(24)}
     WatermarkConfig.parse(values, "--new")
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(dump_yaml(values))
     except FileExistsError:
         raise ConfigError(f"{path}: is there already; texts marked with its key can be tested only while it is kept") from None

@@ -40,8 +40,8 @@ class WatermarkConfig(Config):
 
     method: Literal["gumbel", "green"] = setting(
         "gumbel",
-        "gumbel: the key takes the place of chance, and the distribution stays; green: tokens of a keyed list are favoured, also "
-        "at temperature 0",
+        "gumbel: the key takes the place of chance, and the distribution stays; green: tokens of a keyed list are favoured, "
+        "also at temperature 0",
     )
     key: str = setting(description="secret that marks a text and finds the mark", min_length=16, repr=False)
     context_width: int = setting(
@@ -98,7 +98,9 @@ class SamplingParams(Config):
         "your own change of the logits: a function of (prompt tokens, answer tokens, logits) that returns logits, "
         "or `file.py:function`",
     )
-    watermark: Annotated[WatermarkConfig | None, Mark.DRAWS] = setting(None, "leave a mark that is found with its key; none: none")
+    watermark: Annotated[WatermarkConfig | None, Mark.DRAWS] = setting(
+        None, "leave a mark that is found with its key; none: none"
+    )
     seed: Annotated[int | None, Mark.DEVICE] = setting(None, "the same seed gives the same text; none: another text every time")
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Mark.UNREAD] = setting(
         default_factory=list, description="texts before which the answer ends"

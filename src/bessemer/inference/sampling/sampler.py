@@ -334,7 +334,10 @@ def _drawn(
             drawn = distribution.draw(uniforms_B[some][places])
             rows = [start + place for place in places]
             if is_marked:
-                drawn = [_marked(token, distribution.part([at]), states[row]) for at, (token, row) in enumerate(zip(drawn, rows))]
+                drawn = [
+                    _marked(token, distribution.part([place]), states[row])
+                    for place, (token, row) in enumerate(zip(drawn, rows, strict=True))
+                ]
             for row, token in zip(rows, drawn, strict=True):
                 tokens[row] = token
             if any(states[row].wants_sampler_log_probs for row in rows):

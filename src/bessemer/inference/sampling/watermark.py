@@ -1,17 +1,17 @@
 """Watermarks: sampling leaves a mark in a text that is found with the key alone, without the model.
 
-A keyed function gives each token of the vocabulary a number r, uniform in (0, 1), after each context: the last few tokens of the
-answer. Two ways of choosing by it:
+A keyed function gives each token of the vocabulary a number r, uniform in (0, 1), after each context: the last few tokens of
+the answer. Two ways of choosing by it:
 
-- `gumbel` (Aaronson 2022): the token with the largest r^(1/p) of the truncated probabilities p. Over keys its distribution is p,
-  so that a text on average loses nothing. A text's score is the sum of -ln(1 - r) over its T tokens, which without the mark is
-  Gamma(T, 1).
+- `gumbel` (Aaronson 2022): the token with the largest r^(1/p) of the truncated probabilities p. Over keys its distribution is
+  p, so that a text on average loses nothing. A text's score is the sum of -ln(1 - r) over its T tokens, which without the mark
+  is Gamma(T, 1).
 - `green` (Kirchenbauer et al. 2023): the logits of tokens with r below γ, the green ones, rise by δ. Without the mark a text's
   green tokens are Binomial(T, γ).
 
 A context that the answer had before is not marked again, since repeated numbers would distort the text and count twice
-(Hu et al. 2023; Fernandez et al. 2023); and the first tokens, whose context the prompt begins, are not marked at all, so that an
-answer is tested without its prompt.
+(Hu et al. 2023; Fernandez et al. 2023); and the first tokens, whose context the prompt begins, are not marked at all, so that
+an answer is tested without its prompt.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def _gumbel(numbers_T: np.ndarray) -> Detection:
     """The upper tail of Gamma(T, 1) at S: that fewer than T events of a Poisson process come within S."""
     count, total = len(numbers_T), float(-np.log1p(-numbers_T).sum())
     events = np.arange(count)
-    return Detection(count, (total - count) / math.sqrt(count), _sum_of_exp(events * math.log(total) - total - _log_factorial(events)))
+    return Detection(
+        count, (total - count) / math.sqrt(count), _sum_of_exp(events * math.log(total) - total - _log_factorial(events))
+    )
 
 
 def _green(numbers_T: np.ndarray, ratio: float) -> Detection:
