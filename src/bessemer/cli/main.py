@@ -32,6 +32,7 @@ from bessemer.cli.scaling import scaling
 from bessemer.cli.serve import keys, serve
 from bessemer.cli.show import show
 from bessemer.cli.tinker import tinker
+from bessemer.cli.watermark import watermark
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,6 +100,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         evaluate: ("bessemer evaluate out", "bessemer evaluate smollm2 --tasks arithmetic,code --limit 50"),
         compare: ("bessemer compare mine mine-2", "bessemer compare out"),
         show: ("bessemer show mine", "bessemer show runs/mine/tokenizer --text book.txt"),
+        watermark: ("bessemer watermark mark.yaml --new", "bessemer watermark mark.yaml answer.txt --model smollm2"),
         inspect: ("bessemer inspect smollm2 'The furnace is hot.' --out page.html",),
     },
     "Answer from documents": {

@@ -138,6 +138,9 @@ def serve(
     prefix_store: Annotated[
         str | None, _memory(help="Folder that keeps prefixes which several requests had in common over restarts.")
     ] = None,
+    watermark: Annotated[
+        Path | None, _requests(help="Key file of `bessemer watermark`: mark every answer, so that the key finds it again.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated.")
     ] = None,
@@ -183,6 +186,7 @@ def serve(
         option_of,
         speculation,
     )
+    from bessemer.cli.watermark import watermark_of
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
     from bessemer.serving.config import ServingConfig, is_loopback
@@ -201,6 +205,8 @@ def serve(
     memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache", "prefix_store")
     given = given_options(context, *memory, "threads", "batch_invariant")
     given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
+    if watermark is not None:
+        given["watermark"] = watermark_of(watermark)
     if both := next((taken for taken in alias or [] if taken == name or taken in adapters), None):
         raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
     additional = {

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
+from bessemer.inference.sampling.params import WatermarkConfig
 
 
 class SpeculationConfig(Config):
@@ -47,7 +48,7 @@ class ParallelInferenceConfig(Config):
 
 
 class EngineConfig(Config):
-    """Memory, scheduling and speed of an engine. The output depends on none of it beyond rounding."""
+    """Memory, scheduling and speed of an engine. The output depends on none of it beyond rounding, but for a watermark."""
 
     retired: ClassVar[Mapping[str, str]] = {
         "max_running": "max_num_seqs",
@@ -116,6 +117,9 @@ class EngineConfig(Config):
         None,
         "threads of the compiled CPU kernels, none: measured at the start; with `parallel` of each process, none: its share",
         ge=1,
+    )
+    watermark: WatermarkConfig | None = setting(
+        None, "mark the answers of all requests that can carry it: beams cannot, nor gumbel's at temperature 0; none: no mark"
     )
     speculation: SpeculationConfig | None = setting(None, "speculative decoding; none: one token a step")
     parallel: ParallelInferenceConfig | None = setting(None, "share a model's folder between processes; none: one process")

@@ -104,6 +104,7 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
             self.context_length,
             context_name,
             shared=self._sharded is not None,
+            watermark=self.config.watermark,
         )
         self.core, self._cache_size = assemble(
             self.model,

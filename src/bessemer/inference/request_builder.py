@@ -19,7 +19,7 @@ from bessemer.inference.capture import Capture, Recorder
 from bessemer.inference.execution.weights import LoadedAdapter
 from bessemer.inference.request import Completion, CompletionText, LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.grammar import GrammarCompiler
-from bessemer.inference.sampling.params import SamplingParams
+from bessemer.inference.sampling.params import SamplingParams, WatermarkConfig
 from bessemer.inference.sampling.sampler import SamplingState, no_token
 from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.inference.scores import CaptureRequest, ScoreItem, ScoreRequest
@@ -138,13 +138,15 @@ class RequestBuilder:
         context_name: str,
         *,
         shared: bool,
+        watermark: WatermarkConfig | None = None,
     ) -> None:
         """context_name: what limits the length, in the words of an error: the model's context, or a setting. shared: whether
-        several processes share the model."""
+        several processes share the model. watermark: of requests that have none and can carry it."""
         self._tokenizer = tokenizer
         self._vocab_size = config.vocab_size
         self._config = config
         self._shared = shared
+        self._watermark = watermark
         self._end_tokens = end_tokens
         self._context_length = context_length
         self._context_name = context_name
@@ -184,6 +186,7 @@ class RequestBuilder:
 
         streams: as in `Request`. Raises RequestError for parameters that cannot be served.
         """
+        params = self._with_watermark(params)
         limit = self._limit(ids, params)
         salt = _salt(loaded, cache_salt)
         # what is found in the prefix cache has no logits, and no states
@@ -208,6 +211,13 @@ class RequestBuilder:
         first, *others = requests
         first.siblings = others
         return first
+
+    def _with_watermark(self, params: SamplingParams) -> SamplingParams:
+        """The engine's watermark where the request has none and can carry it."""
+        mark = self._watermark
+        if mark is None or params.watermark is not None or params.beam_width or (params.greedy and mark.method == "gumbel"):
+            return params
+        return params.with_changes(watermark=mark)
 
     def beam_search(self, ids: list[int], params: SamplingParams) -> BeamSearch:
         """A beam search from `prompt_ids`. Raises RequestError for parameters that cannot be served."""
