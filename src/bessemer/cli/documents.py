@@ -138,6 +138,7 @@ def questions(
     unanswered: Annotated[
         float, typer.Option(help="--cited: share of the questions whose passage is not among the sources.", min=0, max=1)
     ] = 0.25,
+    longest: Annotated[int, typer.Option(help="--cited: most characters of a source; short ones save time.", min=100)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:
     """Make questions from an index, with the passage that answers each: to measure a search, or to tune a model."""
@@ -150,7 +151,7 @@ def questions(
         raise ArtefactError(f"{out}: is there already; name another file")
     opened = open_index(place)
     rows = (
-        cited_conversations(opened, count, unanswered=unanswered, seed=seed)
+        cited_conversations(opened, count, unanswered=unanswered, longest=longest, seed=seed)
         if cited
         else as_questions(make_questions(opened, count, seed))
     )

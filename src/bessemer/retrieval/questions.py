@@ -23,13 +23,15 @@ from bessemer.core.hashing import hash_value
 from bessemer.retrieval.answer import NOT_HELD, conversation
 from bessemer.retrieval.chunks import sentences
 from bessemer.retrieval.index import OpenIndex
-from bessemer.retrieval.search import Hit, search
+from bessemer.retrieval.search import search
 from bessemer.retrieval.store import Passage
 
 #: Fewest and most characters of an answer's sentence.
 _SHORTEST, _LONGEST = 20, 200
 #: Sources of a conversation: at least, at most.
 _SOURCES = (2, 4)
+#: Passages that are searched for, of which those that may be sources are taken.
+_SEARCHED = 12
 #: What a sentence of documentation begins with where it says what a function does, and the question's own verb where it differs.
 _VERBS = {
     **{verb: verb for verb in ("add", "apply", "build", "call", "change", "check", "close", "compare", "compile", "compute")},
@@ -39,6 +41,8 @@ _VERBS = {
     **{verb: verb for verb in ("set", "show", "sort", "split", "start", "stop", "store", "test", "update", "wait", "wrap", "write")},
     **dict.fromkeys(("get", "return"), "get"),
 }
+#: What a title of documentation of code may begin with.
+_KIND = re.compile(r"^(class|module|def) ")
 _PLAIN_SENTENCE = re.compile(r"[A-Z][^\n\[\]<>|`]*[.]")
 
 
@@ -52,9 +56,9 @@ class Question:
     passage: Passage
 
 
-def make_questions(index: OpenIndex, count: int, seed: int = 0) -> list[Question]:
+def make_questions(index: OpenIndex, count: int, seed: int = 0, longest: int | None = None) -> list[Question]:
     """At most `count` questions on different documents of an index, drawn by the seed. Subjects that several documents have,
-    which would leave a question without one answer, are left out.
+    which would leave a question without one answer, are left out. longest: most characters of a passage; None: any.
 
     Raises SourceError where no passage gives a question.
     """
@@ -62,6 +66,8 @@ def make_questions(index: OpenIndex, count: int, seed: int = 0) -> list[Question
     subjects: Counter[str] = Counter()
     for passage in index.store.passages():
         question = question_of(passage, seed)
+        if longest is not None and len(passage.text) > longest:
+            continue
         if question is not None and passage.document not in found:
             found[passage.document] = question
             subjects[question.subject] += 1
@@ -86,18 +92,21 @@ def question_of(passage: Passage, seed: int = 0) -> Question | None:
     return Question(random.Random(f"{seed} {passage.id}").choice(texts), answer, subject, passage)
 
 
-def cited_conversations(index: OpenIndex, count: int, *, unanswered: float = 0.25, seed: int = 0) -> Iterator[dict[str, Any]]:
+def cited_conversations(
+    index: OpenIndex, count: int, *, unanswered: float = 0.25, longest: int = 1000, seed: int = 0
+) -> Iterator[dict[str, Any]]:
     """Rows for tuning a model on answers with citations: {messages, held, document}. unanswered: share of the questions whose
-    passage is not among the sources.
+    passage is not among the sources. longest: most characters of a source; passages with more take no part, which saves time.
 
     Raises SourceError as `make_questions`.
     """
-    for question in make_questions(index, count, seed):
+    for question in make_questions(index, count, seed, longest):
         draw = random.Random(f"{seed} {question.text} {question.passage.id}")
         is_held = draw.random() >= unanswered
         number = draw.randint(*_SOURCES)
-        others = [hit for hit in search(index, question.text, 2 * _SOURCES[1]) if _is_other(hit, question)][:number]
-        sources = [hit.passage for hit in others]
+        hits = search(index, question.text, _SEARCHED)
+        others = [hit.passage for hit in hits if len(hit.passage.text) <= longest and _is_other(hit.passage, question)]
+        sources = others[:number]
         if is_held:
             sources = sources[: number - 1]
             sources.insert(draw.randint(0, len(sources)), question.passage)
@@ -116,14 +125,15 @@ def _answer(question: Question, number: int) -> str:
     return f"Use {question.subject} [{number}]: {sentence[0].lower()}{sentence[1:]}"
 
 
-def _is_other(hit: Hit, question: Question) -> bool:
-    """Whether a hit is of another document, and does not hold the same sentence."""
-    return hit.passage.document != question.passage.document and question.answer not in hit.passage.text
+def _is_other(passage: Passage, question: Question) -> bool:
+    """Whether a passage is of another document, and does not hold the same sentence."""
+    return passage.document != question.passage.document and question.answer not in passage.text
 
 
 def _subject(passage: Passage) -> str | None:
     """What a passage is about: the innermost heading, or the title, a signature left out."""
-    shown = (passage.headings.rpartition(" › ")[2] or passage.title).partition("(")[0].strip().strip("`#* ")
+    shown = (passage.headings.rpartition(" › ")[2] or passage.title).partition("(")[0].strip("`#* ")
+    shown = _KIND.sub("", shown)
     return shown if 2 < len(shown) <= 80 else None
 
 
