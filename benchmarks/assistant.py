@@ -58,8 +58,8 @@ def tuned(work: Path) -> Path:
     if not (work / "cited.jsonl").exists():
         numbers = ("--count", str(CONVERSATIONS), "--longest", str(LONGEST))
         command("questions", work / "index", work / "cited.jsonl", "--cited", *numbers)
-    if not (work / "assistant" / "finetune.json").exists():
-        command("finetune", "smollm2", work / "cited.jsonl", work / "assistant", "--yes")
+    # what is finished there is not done again
+    command("finetune", "smollm2", work / "cited.jsonl", work / "assistant", "--epochs", "1", "--general", "none")
     return work / "assistant"
 
 
