@@ -26,6 +26,13 @@ def documents():
     yield IndexedDocument("notes.md", "# Rust\n\nwithout a whole sentence")
 
 
+def error_of(capsys, *words):
+    """The one line of a command that is refused with exit code 2."""
+    status, _, err = bessemer(capsys, *words)
+    assert status == 2
+    return one_error(err)
+
+
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     folder = tmp_path_factory.mktemp("questions") / "index"
@@ -38,7 +45,9 @@ def passage(text, title="", headings=""):
 
 
 def test_a_question_is_of_the_subject_or_of_what_a_function_does():
-    found = {question_of(passage("Returns the length of the longest word.", "texts.longest(text)"), seed).text for seed in range(12)}
+    found = {
+        question_of(passage("Returns the length of the longest word.", "texts.longest(text)"), seed).text for seed in range(12)
+    }
     assert found == {"What does texts.longest do?", "How do I get the length of the longest word?"}
     assert question_of(passage("Rest well and long enough.", headings="Health › Sleep")).subject == "Sleep"
     assert question_of(passage("no sentence here", "a title")) is None
@@ -65,7 +74,9 @@ def test_an_answer_cites_the_passage_among_others_or_says_that_none_holds_it(ind
         if not row["held"]:
             assert answer == NOT_HELD and f"the melting point of {metal} in" not in user.partition("Question:")[0]
             continue
-        sources = [Hit(passage(text.partition(" ")[2]), 1.0, {}, {}) for text in user.partition("\n\nQuestion")[0].split("\n\n[")]
+        sources = [
+            Hit(passage(text.partition(" ")[2]), 1.0, {}, {}) for text in user.partition("\n\nQuestion")[0].split("\n\n[")[1:]
+        ]
         (statement,) = checked(answer, sources).statements
         (number,) = statement.cited
         assert f"metals.{metal}(" in sources[number - 1].passage.text and statement.support > 0.7
@@ -85,9 +96,14 @@ def test_the_command_writes_rows_and_keeps_what_is_there(index, tmp_path, capsys
     status, shown, _ = bessemer(capsys, "questions", index.folder, tmp_path / "cited.jsonl", "--cited", "-n", "5")
     rows = [json.loads(line) for line in (tmp_path / "cited.jsonl").read_text().splitlines()]
     assert status == 0 and "5 conversations" in shown and [one["role"] for one in rows[0]["messages"]][-1] == "assistant"
-    assert "is there already" in one_error(capsys, "questions", index.folder, tmp_path / "cited.jsonl")
+    assert "is there already" in error_of(capsys, "questions", index.folder, tmp_path / "cited.jsonl")
     assert bessemer(capsys, "questions", index.folder, tmp_path / "asked.jsonl")[0] == 0
-    assert set(json.loads((tmp_path / "asked.jsonl").read_text().splitlines()[0])) == {"question", "document", "passage", "answer"}
+    assert set(json.loads((tmp_path / "asked.jsonl").read_text().splitlines()[0])) == {
+        "question",
+        "document",
+        "passage",
+        "answer",
+    }
 
 
 def test_an_index_without_sentences_gives_no_question(tmp_path):

@@ -32,14 +32,16 @@ _SHORTEST, _LONGEST = 20, 200
 _SOURCES = (2, 4)
 #: Passages that are searched for, of which those that may be sources are taken.
 _SEARCHED = 12
-#: What a sentence of documentation begins with where it says what a function does, and the question's own verb where it differs.
+#: What a sentence of documentation begins with where it says what a function does, and the verb of the question that it gives.
 _VERBS = {
-    **{verb: verb for verb in ("add", "apply", "build", "call", "change", "check", "close", "compare", "compile", "compute")},
-    **{verb: verb for verb in ("convert", "copy", "count", "create", "decode", "delete", "encode", "escape", "execute", "find")},
-    **{verb: verb for verb in ("format", "generate", "insert", "iterate", "join", "list", "load", "make", "merge", "move", "open")},
-    **{verb: verb for verb in ("parse", "print", "read", "register", "remove", "rename", "replace", "run", "search", "send")},
-    **{verb: verb for verb in ("set", "show", "sort", "split", "start", "stop", "store", "test", "update", "wait", "wrap", "write")},
-    **dict.fromkeys(("get", "return"), "get"),
+    verb: "get" if verb == "return" else verb
+    for verb in (
+        *("add", "apply", "build", "call", "change", "check", "close", "compare", "compile", "compute", "convert", "copy"),
+        *("count", "create", "decode", "delete", "encode", "escape", "execute", "find", "format", "generate", "get", "insert"),
+        *("iterate", "join", "list", "load", "make", "merge", "move", "open", "parse", "print", "read", "register", "remove"),
+        *("rename", "replace", "return", "run", "search", "send", "set", "show", "sort", "split", "start", "stop", "store"),
+        *("test", "update", "wait", "wrap", "write"),
+    )
 }
 #: What a title of documentation of code may begin with.
 _KIND = re.compile(r"^(class|module|def) ")
