@@ -128,6 +128,38 @@ def ask(
         print("(the answer cites none of these)")
 
 
+def questions(
+    place: Index,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File of JSON lines to write.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Most questions, each on another document.", min=1)] = 500,
+    cited: Annotated[
+        bool, typer.Option("--cited", help="Conversations with sources and a citing answer, to tune a model on (finetune).")
+    ] = False,
+    unanswered: Annotated[
+        float, typer.Option(help="--cited: share of the questions whose passage is not among the sources.", min=0, max=1)
+    ] = 0.25,
+    longest: Annotated[int, typer.Option(help="--cited: most characters of a source; short ones save time.", min=100)] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> None:
+    """Make questions from an index, with the passage that answers each: to measure a search, or to tune a model."""
+    from bessemer.core.errors import ArtefactError
+    from bessemer.core.store import write_text
+    from bessemer.retrieval.index import open_index
+    from bessemer.retrieval.questions import as_questions, cited_conversations, make_questions
+
+    if out.exists():
+        raise ArtefactError(f"{out}: is there already; name another file")
+    opened = open_index(place)
+    rows = (
+        cited_conversations(opened, count, unanswered=unanswered, longest=longest, seed=seed)
+        if cited
+        else as_questions(make_questions(opened, count, seed))
+    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(out, "".join(lines))
+    print(f"{out}: {len(lines):,} {'conversations' if cited else 'questions'}")
+
+
 def _place(hit: Hit) -> str:
     passage = hit.passage
     above = " › ".join(part for part in (passage.title, passage.headings) if part)

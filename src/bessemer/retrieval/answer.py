@@ -21,7 +21,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.retrieval.chunks import sentences
 from bessemer.retrieval.index import OpenIndex
 from bessemer.retrieval.search import Hit, search
-from bessemer.retrieval.store import EVERYTHING, PLAIN_WORDS, Filter
+from bessemer.retrieval.store import EVERYTHING, PLAIN_WORDS, Filter, Passage
 
 SYSTEM = (
     "Answer the question from the numbered sources alone. Behind each statement cite its source as [1]. "
@@ -141,15 +141,20 @@ def prompt_of(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens:
     """The conversation, and the sources that it holds: the first ones that leave room for the answer, at least one."""
     for number in range(len(hits), 0, -1):
         used = list(hits[:number])
-        sources = "\n\n".join(f"[{place}] {_harmless(hit.passage.shown)}" for place, hit in enumerate(used, start=1))
-        messages = [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": f"Sources:\n\n{sources}\n\nQuestion: {question}"},
-        ]
+        messages = conversation(question, [hit.passage for hit in used])
         tokens = len(engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
         if number == 1 or tokens + answer_tokens <= engine.longest:
             return messages, used
     raise AssertionError("there is at least one hit")
+
+
+def conversation(question: str, sources: Sequence[Passage]) -> list[dict[str, str]]:
+    """The messages that show numbered sources to a model, and ask it."""
+    shown = "\n\n".join(f"[{place}] {_harmless(passage.shown)}" for place, passage in enumerate(sources, start=1))
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"Sources:\n\n{shown}\n\nQuestion: {question}"},
+    ]
 
 
 def _harmless(text: str) -> str:

@@ -160,6 +160,11 @@ class LanceStore:
         """All rows, some at a time."""
         yield from self._table.search().select(list(columns)).to_batches(ROWS_AT_ONCE)
 
+    def passages(self) -> Iterator[Passage]:
+        """All passages, in the order of their rows."""
+        for batch in self.batches(_COLUMNS):
+            yield from map(_passage, batch.to_pylist())
+
     def _rows(self, search: Any, count: int, where: Filter) -> list[dict[str, Any]]:
         condition = _condition(where)
         if condition:
