@@ -9,8 +9,8 @@ with every first difference and the gap of its two logits (`bessemer compare --r
 **Gaps**: the reference is the file's own weights in float32, with activations as they are. Along its greedy answers to the same
 prompts each engine's logits are compared at every token: how far the difference of the two likeliest tokens' logits moves, how
 often another token becomes the likeliest, and how far apart the two tokens are then, by the engine in which they are farther.
-In parts: activations of 8 bits in groups of 32 neighbours, as the compiled kernels have them, or of 256, or of some matrices;
-and weights of K types rounded again to codes of 8 bits.
+In parts: activations of 8 bits in groups of 32 neighbours, as the compiled kernels have them, or of 256; and weights of K types
+rounded again to codes of 8 bits. `transformers` is not among them: it is the reference of the replay.
 
 **Cost**: CPU time on one thread, with activations of 8 and of 16 bits in turn: that of the process, which a busy neighbour
 disturbs little.
@@ -45,10 +45,10 @@ MEASURES = (
 
 #: In the table → `--dtype` of the export.
 FORMS = {"F16": "f16", "Q8_0": "q8_0", "Q4_K_M": "q4_k_m"}
-#: The forms whose gaps are measured, and the one that is taken apart.
-CODED, PARTS_OF = ("Q8_0", "Q4_K_M"), "Q4_K_M"
+#: The forms whose products are timed, and the one whose gaps are measured.
+CODED, GAPS_OF = ("Q8_0", "Q4_K_M"), "Q4_K_M"
 #: Tokens of the prompt that is timed, of what is decoded after a short one, and how often.
-PROMPT, DECODED, ROUNDS = 512, 64, 5
+PROMPT, DECODED, ROUNDS = 512, 32, 3
 BITS: tuple[Literal[8, 16], ...] = (8, 16)
 
 # Shapes: T tokens, V vocabulary.
@@ -170,14 +170,6 @@ def by_llama_cpp(file: Path, texts: Texts) -> Any:
     return torch.stack(rows)
 
 
-def by_transformers(file: Path, texts: Texts) -> Any:
-    """Logits of transformers, which decodes the file."""
-    from bessemer.evaluation.replay import TransformersEngine
-
-    engine = TransformersEngine(file)
-    return texts.logits(engine.logits)
-
-
 def rounded_again(file: Path, texts: Texts) -> Any:
     """Logits with weights of other types than Q8_0 as codes of 8 bits, and activations as they are."""
     import copy
@@ -201,13 +193,9 @@ def rounded_again(file: Path, texts: Texts) -> Any:
 
 def parts_of(file: Path, texts: Texts) -> dict[str, dict[str, float]]:
     """One rounding at a time."""
-    attention, inner = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     cases: dict[str, Callable[[str, int], int]] = {
         "activations of 8 bits, groups of 32": lambda name, inputs: 32,
         "the same, groups of 256 where they divide": lambda name, inputs: 32 if inputs % 256 else 256,
-        "groups of 32, inputs of attention alone": lambda name, inputs: 32 * name.endswith(attention),
-        "groups of 32, inputs of the feed-forward alone": lambda name, inputs: 32 * name.endswith(inner),
-        "groups of 32, all others": lambda name, inputs: 32 * (not name.endswith((*attention, *inner))),
     }
     found = {"weights rounded again to 8 bits": texts.beside(rounded_again(file, texts))}
     for name, group_of in cases.items():
@@ -216,17 +204,15 @@ def parts_of(file: Path, texts: Texts) -> dict[str, dict[str, float]]:
     return found
 
 
-def gaps_of(file: Path, tokens: int, *, whole: bool) -> dict[str, dict[str, float]]:
-    """How far each engine's logits are from the file's float product; whole: with `transformers` and one rounding at a time."""
+def gaps_of(file: Path, tokens: int) -> dict[str, dict[str, float]]:
+    """How far logits are from the file's float product: each engine's, and with one rounding at a time."""
     texts = Texts(file, tokens)
     engines: dict[str, Callable[[Path, Texts], Any]] = {
         **{f"bessemer, {bits} bits": partial(by_our_kernels, bits=bits) for bits in BITS},
         "llama.cpp": by_llama_cpp,
     }
-    if whole:
-        engines["transformers"] = by_transformers
     found = {name: texts.beside(compute(file, texts)) for name, compute in engines.items()}
-    return found | (parts_of(file, texts) if whole else {})
+    return found | parts_of(file, texts)
 
 
 def replayed(file: Path, max_tokens: int) -> list[dict[str, Any]]:
@@ -295,7 +281,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--file", type=Path, default=None, help="a GGUF file in place of the exports")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer at most, for the gaps")
-    parser.add_argument("--max-tokens", type=int, default=48, help="of an answer at most, in the replay")
+    parser.add_argument("--max-tokens", type=int, default=32, help="of an answer at most, in the replay")
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--disturbed", action="store_true", help="a try: no result is saved")
     options = parser.parse_args()
@@ -306,9 +292,10 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         for form, file in written(options, work).items():
             figures["replay"][form] = replayed(file, options.max_tokens)
-            if form in (*CODED, "file"):
-                figures["gaps"][form] = gaps_of(file, options.tokens, whole=form in (PARTS_OF, "file"))
+            if form in (GAPS_OF, "file"):
+                figures["gaps"][form] = gaps_of(file, options.tokens)
                 gc.collect()
+            if form in (*CODED, "file"):
                 figures["cost"][form] = cost_of(file)
             for part in ("gaps", "cost"):
                 for name, each in figures[part].get(form, {}).items():
