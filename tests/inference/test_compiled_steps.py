@@ -172,6 +172,19 @@ def test_quantised_weights_meet_activations_of_8_bits(scheme, tied):
     assert (errors_RT < 2 * moved_RT).all()
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4 with zeros"])
+def test_with_activations_of_16_bits_logits_are_those_of_the_decoded_weights(scheme):
+    decoder = quantised_decoder(scheme)
+    rows_RT = random_tokens(WIDE, 24, 8)
+    with torch.no_grad():
+        expected_RTV = decoder(rows_RT)
+    for make_runner in (partial(by_kernels, threads=2), partial(by_modules, packed=2)):
+        narrow_RT, wide_RT = (
+            relative(short_texts(Steps(decoder, partial(make_runner, bits=bits)), rows_RT), expected_RTV) for bits in (8, 16)
+        )
+        assert wide_RT.max() < 1e-3 and wide_RT.median() < narrow_RT.median() / 50
+
+
 def test_groups_with_an_offset_as_llama_cpps_q4_1_has_are_computed_by_the_step():
     decoder = quantised_decoder("int4 with zeros")
     for part in quantised_parts(decoder).values():
@@ -254,6 +267,8 @@ def test_the_runner_says_how_it_computes():
     assert kernel_steps(decoder).runner.arithmetic == f"compiled kernels ({by}), keys and values in float32"
     coded = kernel_steps(quantised, dtype=torch.float16).runner
     assert coded.arithmetic == f"compiled kernels ({by}), activations of 8 bits, keys and values in float16"
+    exact = Steps(quantised, partial(by_kernels, bits=16)).runner
+    assert exact.arithmetic == f"compiled kernels ({by}), activations of 16 bits, keys and values in float32"
     modules = Steps(quantised, partial(by_modules, packed=2)).runner
     assert modules.arithmetic == (
         f"the model's modules in PyTorch (float32), products by compiled kernels ({by}), activations of 8 bits, "

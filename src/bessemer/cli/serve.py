@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model, Runs, retired_option
+from bessemer.cli.options import ACTIVATION_BITS, Model, Runs, retired_option
 
 keys = typer.Typer(
     no_args_is_help=True,
@@ -131,6 +131,7 @@ def serve(
     former_max_running: Annotated[int | None, retired_option("--max-running", "--max-num-seqs")] = None,
     max_waiting: Annotated[int | None, _requests(help="Requests that may wait; more are refused with 503.")] = None,
     threads: Annotated[int | None, _speed(help="Threads of the compiled CPU kernels; measured.")] = None,
+    activation_bits: Annotated[int | None, _speed(help=ACTIVATION_BITS)] = None,
     batch_invariant: Annotated[
         bool, _speed("--batch-invariant", help="A request never depends on what else is running, to the last bit.")
     ] = False,
@@ -203,7 +204,7 @@ def serve(
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache", "prefix_store")
-    given = given_options(context, *memory, "threads", "batch_invariant")
+    given = given_options(context, *memory, "threads", "activation_bits", "batch_invariant")
     given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
     if watermark is not None:
         given["watermark"] = watermark_of(watermark)

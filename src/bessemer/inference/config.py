@@ -102,6 +102,11 @@ class EngineConfig(Config):
     cpu_kernels: Literal["auto", "on", "off"] = setting(
         "auto", "compiled CPU kernels: where they can be built, always, or never (then the modules run in PyTorch)"
     )
+    activation_bits: Literal[8, 16] = setting(
+        8,
+        "bits to which the compiled CPU kernels round activations that meet quantised weights; 16: answers as of a product in "
+        "floating point, for twice the arithmetic",
+    )
     paged_attention: Literal["auto", "gather", "flex"] = setting(
         "auto",
         "how PyTorch reads KV blocks: gathered into one tensor, or in place by FlexAttention; auto: gathered, until flex has "
@@ -128,6 +133,11 @@ class EngineConfig(Config):
     def _fit_together(self) -> Self:
         if self.processes > 1 and self.cpu_kernels == "on":
             raise ValueError("cpu_kernels: on and parallel do not go together: the compiled CPU kernels compute whole models")
+        if self.activation_bits != 8 and (self.cpu_kernels == "off" or self.processes > 1):
+            without = "cpu_kernels: off" if self.cpu_kernels == "off" else "parallel"
+            raise ValueError(
+                f"activation_bits: only the compiled CPU kernels round activations, not with {without}; leave it out"
+            )
         if self.processes > 1 and self.paged_attention == "flex":
             raise ValueError(
                 "paged_attention: flex and parallel do not go together: processes that share a model gather its KV blocks"

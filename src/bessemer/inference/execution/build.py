@@ -184,25 +184,28 @@ class OwnWeights:
 
 
 class PackedCodes(OwnWeights):
-    """Codes of quantised layers, packed for the compiled CPU kernels: products with activations of 8 bits."""
+    """Codes of quantised layers, packed for the compiled CPU kernels: products with activations of 8 or 16 bits."""
 
     own_threads = True
 
-    def __init__(self, model: Decoder, threads: int, *, release: bool = False) -> None:
+    def __init__(self, model: Decoder, threads: int, *, activation_bits: int = 8, release: bool = False) -> None:
         """release: the model gives up its own codes."""
         self._model, self._threads, self._releases = model, threads, release
+        self._activation_bits = activation_bits
         self.weights_changed()
 
     @property
     def arithmetic(self) -> Sequence[str]:
-        return [f"products by compiled kernels ({kernels_arithmetic()}), activations of 8 bits"]
+        return [f"products by compiled kernels ({kernels_arithmetic()}), activations of {self._activation_bits} bits"]
 
     def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
         # chunks are few rows, and the number of threads may not depend on the batch
         return invariant or rows <= _FEW_ROWS
 
     def weights_changed(self) -> None:
-        self.matmuls = packed_products(self._model, self._threads, release=self._releases)
+        self.matmuls = packed_products(
+            self._model, self._threads, activation_bits=self._activation_bits, release=self._releases
+        )
 
 
 class DequantisedWeights(OwnWeights):
@@ -363,7 +366,7 @@ def choose_backend(
     decoded = _decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
     packs = wanted and decoded is None
     if packs and not modules_only and CompiledSteps.supports(model) is None:
-        steps = CompiledSteps(model, memory, config.threads, release=opened)
+        steps = CompiledSteps(model, memory, config.threads, activation_bits=config.activation_bits, release=opened)
         return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads()), steps, generator=steps)
     if config.cpu_kernels == "on" and library() is None:
         raise ConfigError(f"cpu_kernels: on: {unavailable()}")
@@ -372,7 +375,7 @@ def choose_backend(
     if decoded is not None:
         linear = DequantisedWeights(model, decoded)
     elif packs and model.device.type == "cpu" and is_quantised(model) and library() is not None:
-        linear = PackedCodes(model, threads, release=opened)
+        linear = PackedCodes(model, threads, activation_bits=config.activation_bits, release=opened)
     if wanted and CompiledAttention.supports(model):
         return Backend(linear, CompiledAttention(memory, threads))
     return Backend(linear, GatheredAttention(memory, model.dtype))

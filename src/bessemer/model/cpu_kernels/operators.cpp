@@ -81,8 +81,9 @@ Matrix matrix_of(const Tensor& codes, const MaybeTensor& scales, const MaybeTens
 
 Tensor packed_linear(const Tensor& x, const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros,
                      const MaybeTensor& offsets, const MaybeTensor& parts, const MaybeTensor& bias, int64_t kind, int64_t outputs,
-                     int64_t inputs, int64_t group, int64_t threads) {
+                     int64_t inputs, int64_t group, int64_t threads, int64_t activation_bits) {
     constexpr int64_t MOST_DIMENSIONS = 16;
+    require(activation_bits == 8 || activation_bits == 16, "activations that meet codes have 8 or 16 bits");
     const int64_t dimensions = x.dim();
     require(dimensions > 0 && dimensions <= MOST_DIMENSIONS && x.size(dimensions - 1) == inputs, "the rows do not fit the matrix");
     const Matrix matrix = matrix_of(codes, scales, zeros, offsets, parts, bias, kind, outputs, inputs, group);
@@ -92,9 +93,10 @@ Tensor packed_linear(const Tensor& x, const Tensor& codes, const MaybeTensor& sc
     shape[dimensions - 1] = outputs;
     const Tensor out = torch::stable::empty({shape, size_t(dimensions)}, ScalarType::Float);
     thread_local Scratch scratch;
-    void* memory = scratch.room<uint8_t>(rows_bytes(matrix.kind, rows, inputs));
-    raise(bessemer_multiply(&matrix, read<float>(values), rows, inputs, static_cast<float*>(out.mutable_data_ptr()), outputs, memory,
-                            int32_t(threads)));
+    const int64_t codes_each = activation_bits / 8;
+    void* memory = scratch.room<uint8_t>(rows_bytes(matrix.kind, rows, inputs, codes_each));
+    raise(bessemer_multiply(&matrix, read<float>(values), rows, inputs, codes_each, static_cast<float*>(out.mutable_data_ptr()), outputs,
+                            memory, int32_t(threads)));
     return x.scalar_type() == ScalarType::Float ? out : torch::stable::to(out, x.scalar_type());
 }
 

@@ -182,12 +182,13 @@ class PackedMatrix:
         shape = (last - first, self.shape[1])
         return PackedMatrix(self.kind, shape, self.group, codes[blocks], scales, zeros, offsets, parts, bias)
 
-    def multiply(self, x: Tensor, threads: int | None = None) -> Tensor:
+    def multiply(self, x: Tensor, threads: int | None = None, activation_bits: int = 8) -> Tensor:
         """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
 
-        Outputs are split between `threads` (PyTorch's number of them when None). Quantised weights meet activations of 8 bits,
-        in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads. Raises ValueError
-        for rows of another width or on another device.
+        Outputs are split between `threads` (PyTorch's number of them when None). Quantised weights meet activations of
+        `activation_bits`, 8 or 16, in groups of 32. With 16 it is the float product but for rounding, and takes twice the
+        arithmetic. A row's result does not depend on the rows beside it, nor on the number of threads. Raises ValueError for
+        rows of another width or on another device, and for other bits.
         """
         outputs, inputs = self.shape
         if x.shape[-1] != inputs or x.device.type != "cpu":
@@ -200,6 +201,7 @@ class PackedMatrix:
             inputs,
             self.group,
             threads or torch.get_num_threads(),
+            activation_bits,
         )
 
     def unpacked(self, outputs_N: Tensor) -> dict[str, Tensor]:

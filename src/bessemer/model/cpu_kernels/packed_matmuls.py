@@ -28,11 +28,12 @@ from bessemer.model.quantisation.quantised_layers import (
 from bessemer.model.quantisation.schemes import Int8
 
 
-def packed_products(model: Decoder, threads: int, *, release: bool = False) -> PackedMatmuls:
+def packed_products(model: Decoder, threads: int, *, activation_bits: int = 8, release: bool = False) -> PackedMatmuls:
     """Pack every quantised layer that the kernels know, each matrix of the experts by itself; the others go on as they are.
 
     Weights that attention reads themselves are dequantised once, and not packed.
-    The codes are copied: a change of the model's shows in new products. release: packed codes are the only ones from then on.
+    The codes are copied: a change of the model's shows in new products. activation_bits: as in `PackedMatrix.multiply`.
+    release: packed codes are the only ones from then on.
     """
     restore_codes(model)
     products: dict[QuantisedLinear, Product] = {}
@@ -40,13 +41,13 @@ def packed_products(model: Decoder, threads: int, *, release: bool = False) -> P
     weights = read_weights(model)
     for part in model.modules():
         if isinstance(part, QuantisedLinear) and part not in weights and not _is_table(part, model):
-            packed = _packed(part, threads)
+            packed = _packed(part, threads, activation_bits)
             if packed is not None:
                 matrix, products[part] = packed
                 if release:
                     part.release(matrix.keeper(part))
         if isinstance(part, QuantisedStack):
-            of_each = [packed for layer in part.matrices if (packed := _packed(layer, threads)) is not None]
+            of_each = [packed for layer in part.matrices if (packed := _packed(layer, threads, activation_bits)) is not None]
             if len(of_each) == len(part.matrices):
                 stacks[part] = [product for _, product in of_each]
                 if release:
@@ -60,19 +61,19 @@ def _is_table(layer: QuantisedLinear, model: Decoder) -> bool:
     return isinstance(layer, QuantisedEmbedding) and layer is not model.head
 
 
-def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
-    """The product of one layer by packed codes, with activations of 8 bits; None where the kernels do not know its groups."""
-    packed = _packed(layer, threads)
+def packed_product(layer: QuantisedLinear, threads: int, activation_bits: int = 8) -> Product | None:
+    """The product of one layer by packed codes; None where the kernels do not know its groups. activation_bits: 8 or 16."""
+    packed = _packed(layer, threads, activation_bits)
     return None if packed is None else packed[1]
 
 
-def _packed(layer: QuantisedLinear, threads: int) -> tuple[PackedMatrix, Product] | None:
+def _packed(layer: QuantisedLinear, threads: int, activation_bits: int) -> tuple[PackedMatrix, Product] | None:
     """The packed codes of a layer and its product; None where the kernels do not know them."""
     weight = kernel_weight(layer)
     if weight is None or refusal(weight) is not None:
         return None
     packed = PackedMatrix.of(weight)
-    return packed, partial(packed.multiply, threads=threads)
+    return packed, partial(packed.multiply, threads=threads, activation_bits=activation_bits)
 
 
 #: Outputs and inputs of the matrix that is timed: too large for a cache.

@@ -178,6 +178,7 @@ class ModelFields(ctypes.Structure):
         ("logit_softcap", ctypes.c_float),
         ("activation", ctypes.c_int32),
         ("norm_whole_width", ctypes.c_int32),
+        ("codes_each", ctypes.c_int32),
     )
 
 
@@ -261,10 +262,16 @@ class PlainDecoder:
     new one."""
 
     def __init__(
-        self, model: Decoder, pages: dict[int, PagesFields], group_of: dict[int, int], *, release: bool = False
+        self,
+        model: Decoder,
+        pages: dict[int, PagesFields],
+        group_of: dict[int, int],
+        *,
+        activation_bits: int = 8,
+        release: bool = False,
     ) -> None:
-        """pages: of each layer; group_of: the group of block tables that each layer goes by. release: packed codes are the
-        only ones from then on (`QuantisedWeight.release`)."""
+        """pages: of each layer; group_of: the group of block tables that each layer goes by. activation_bits: 8 or 16, of those
+        that meet codes. release: packed codes are the only ones from then on (`QuantisedWeight.release`)."""
         restore_codes(model)
         reason = unsupported(model)
         assert reason is None, reason
@@ -293,6 +300,7 @@ class PlainDecoder:
             config.final_logit_softcapping or 0.0,
             _ACTIVATIONS[config.hidden_act],
             config.qk_norm == "full",
+            activation_bits // 8,
         )
         self._kept.append(layers)
 
