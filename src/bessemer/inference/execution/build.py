@@ -14,21 +14,32 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.core.environment import free_memory_bytes, memory_bytes
 from bessemer.core.errors import ConfigError
+from bessemer.core.metrics import size
+from bessemer.core.progress import PlainLines
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.backend import Backend, Linear
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.cuda_graphs import CudaGraphs, StaticSteps, cannot_be_static
 from bessemer.inference.execution.flex_attention import FlexPagesAttention, compiled_page_attention
-from bessemer.inference.execution.kv_cache import PAGE_TYPES, LayerGroup, PagedMemory, block_bytes, layer_groups, state_bytes
+from bessemer.inference.execution.kv_cache import (
+    PAGE_TYPES,
+    LayerGroup,
+    PagedMemory,
+    block_bytes,
+    layer_groups,
+    name_of_page_type,
+    page_shape,
+    state_bytes,
+)
 from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.execution.tensor_parallel.sharded_model import Workers
 from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import kernels_arithmetic, library, unavailable
-from bessemer.model.cpu_kernels.packed_matmuls import faster_dtype, packed_products
+from bessemer.model.cpu_kernels.packed_matmuls import bytes_for_kernels, describe_codes, faster_dtype, packed_products
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.quantised_decoder import decoded_bytes, decoded_products
-from bessemer.model.quantisation.quantised_layers import PackedMatmuls, QuantisedLinear, is_quantised
+from bessemer.model.quantisation.quantised_layers import PackedMatmuls, QuantisedLinear, is_quantised, quantised_parts
 
 #: Of the memory that is free, the share that pages get where nothing is said.
 _SHARE = 0.25
@@ -40,8 +51,13 @@ _GIB = 1 << 30
 
 
 def page_type(model: Decoder, engine: EngineConfig) -> torch.dtype:
-    """The type of a model's KV cache."""
+    """The type of a model's KV cache. Raises ConfigError for heads that a type does not fit."""
     if engine.kv_cache_dtype != "auto":
+        shape = page_shape(model.config)
+        if engine.kv_cache_dtype == "int4" and (shape.key_width | shape.value_width) % 2:
+            raise ConfigError(
+                "kv_cache_dtype: int4: this model's heads have an odd number of channels, of which two share a byte"
+            )
         return PAGE_TYPES[engine.kv_cache_dtype]
     return torch.float16 if any(isinstance(module, QuantisedLinear) for module in model.modules()) else model.dtype
 
@@ -157,7 +173,7 @@ def describe_pages(
     for count, group in zip(blocks, groups, strict=True):
         what = "" if group.window is None else f" in layers that see {group.window:,} tokens"
         parts.append(f"{count:,} KV blocks of {engine.block_size} tokens{what}")
-    name = str(dtype).removeprefix("torch.")
+    name = name_of_page_type(dtype)
     each = f" on each of {engine.processes} processes" if engine.processes > 1 else ""
     return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_num_seqs} sequences at once"
 
@@ -191,11 +207,12 @@ class PackedCodes(OwnWeights):
     def __init__(self, model: Decoder, threads: int, *, release: bool = False) -> None:
         """release: the model gives up its own codes."""
         self._model, self._threads, self._releases = model, threads, release
+        self._weights = describe_codes(model)
         self.weights_changed()
 
     @property
     def arithmetic(self) -> Sequence[str]:
-        return [f"products by compiled kernels ({kernels_arithmetic()}), activations of 8 bits"]
+        return [f"products by compiled kernels ({kernels_arithmetic()})", *self._weights]
 
     def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
         # chunks are few rows, and the number of threads may not depend on the batch
@@ -208,13 +225,15 @@ class PackedCodes(OwnWeights):
 class DequantisedWeights(OwnWeights):
     """Weights of quantised layers, read out of their codes once."""
 
-    def __init__(self, model: Decoder, dtype: torch.dtype) -> None:
+    def __init__(self, model: Decoder, dtype: torch.dtype | None) -> None:
+        """dtype: as of `decoded_products`."""
         self._model, self.dtype = model, dtype
         self.weights_changed()
 
     @property
     def arithmetic(self) -> Sequence[str]:
-        return [f"quantised weights read out of their codes once ({str(self.dtype).removeprefix('torch.')})"]
+        name, taken = str(self.dtype or self._model.dtype).removeprefix("torch."), size(decoded_bytes(self._model, self.dtype))
+        return [f"quantised weights read out of their codes once ({name}, {taken} beside the codes)"]
 
     def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
         # for one row of half-precision weights PyTorch uses one thread, so more threads gain nothing
@@ -236,7 +255,7 @@ class StepsCodes(OwnWeights):
         self.matmuls = self._steps.matmuls()
 
 
-#: Share of the free memory that dequantised weights may take.
+#: Share of the free memory that dequantised weights may take beside the codes.
 _SHARE_FOR_WEIGHTS = 0.5
 
 
@@ -293,7 +312,7 @@ def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str
     """Why FlexAttention cannot read a model's pages of a type in place; None where it can."""
     device = model.device.type
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"FlexAttention reads a KV cache in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
+        return f"FlexAttention reads a KV cache in float32, bfloat16 and float16, not in {name_of_page_type(dtype)}"
     if device == "cuda" and (config.block_size < 16 or config.block_size & (config.block_size - 1)):
         return f"on a GPU FlexAttention reads KV blocks of 16, 32, 64, … tokens, not of {config.block_size}"
     if device == "cpu" and model.config.attention_sinks:
@@ -352,16 +371,17 @@ def choose_backend(
     - the model's modules, with compiled attention and packed codes where there are kernels; where there are none, or PyTorch
       is faster, quantised weights are dequantised once.
 
-    The kernels pack the weights, which takes time and memory: they are for models that are opened to be served. Arguments and
+    The kernels pack the weights, which takes time and memory: they are for models that are opened to be served. So are copies
+    of weights that are dequantised. A line says where memory holds none and every product dequantises a matrix. Arguments and
     errors as those of `new_runner`.
     """
     if memory.by_head:
         pages = compiled_page_attention()
         static = StaticSteps(model, memory, config.max_num_seqs, pages, CudaGraphs()) if memory.has_spare else None
-        return Backend(OwnWeights(), FlexPagesAttention(memory, pages), static)
+        return Backend(_without_kernels(model, opened), FlexPagesAttention(memory, pages), static)
     wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
     decoded = _decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
-    packs = wanted and decoded is None
+    packs = wanted and decoded is None and library() is not None and _holds_decoded(model)
     if packs and not modules_only and CompiledSteps.supports(model) is None:
         steps = CompiledSteps(model, memory, config.threads, release=opened)
         return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads()), steps, generator=steps)
@@ -371,7 +391,9 @@ def choose_backend(
     linear: Linear = OwnWeights()
     if decoded is not None:
         linear = DequantisedWeights(model, decoded)
-    elif packs and model.device.type == "cpu" and is_quantised(model) and library() is not None:
+    elif not packs:
+        linear = _without_kernels(model, opened)
+    elif model.device.type == "cpu" and is_quantised(model):
         linear = PackedCodes(model, threads, release=opened)
     if wanted and CompiledAttention.supports(model):
         return Backend(linear, CompiledAttention(memory, threads))
@@ -381,8 +403,41 @@ def choose_backend(
 def _decoded_dtype(model: Decoder) -> torch.dtype | None:
     """The type to which the weights of a quantised model on a processor are dequantised once: where no kernels multiply by
     them, or would take longer, and memory holds them. None where they are not."""
-    if not is_quantised(model):
-        return None
-    dtype, free = faster_dtype(), free_memory_bytes()
-    fits = dtype is not None and (free is None or decoded_bytes(model, dtype) < _SHARE_FOR_WEIGHTS * free)
-    return dtype if fits else None
+    dtype = faster_dtype() if is_quantised(model) else None
+    return None if dtype is None or not _holds(model, decoded_bytes(model, dtype)) else dtype
+
+
+def _holds(model: Decoder, needed: int) -> bool:
+    """Whether the memory of a model's device holds as many bytes of dequantised weights."""
+    if model.device.type == "cpu" and free_memory_bytes() is None:
+        return True
+    return needed < _SHARE_FOR_WEIGHTS * free_bytes(model.device)
+
+
+def _without_kernels(model: Decoder, opened: bool) -> Linear:
+    """The weights of a model that no kernels pack: of one that is served, dequantised once where memory holds them."""
+    if not opened or not is_quantised(model):
+        return OwnWeights()
+    needed = decoded_bytes(model, None)
+    if _holds(model, needed):
+        return DequantisedWeights(model, None)
+    _say_slow(model, needed)
+    return OwnWeights()
+
+
+def _holds_decoded(model: Decoder) -> bool:
+    """Whether memory holds the weights that are decoded for the kernels, whose codes are given up for them one by one."""
+    decoded = bytes_for_kernels(model)
+    needed = sum(decoded.values())
+    codes = sum(part.scheme.nbytes(*part.shape) for part in quantised_parts(model).values() if part.scheme.name in decoded)
+    if not needed or _holds(model, needed - codes):
+        return True
+    _say_slow(model, needed)
+    return False
+
+
+def _say_slow(model: Decoder, needed: int) -> None:
+    PlainLines().say(
+        f"  slow: every product reads weights out of their codes; kept read out they would take {size(needed)}, and "
+        f"{size(free_bytes(model.device))} are free; take int8 or int4 (`bessemer quantize`), or more memory"
+    )
