@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution import build as execution_build
+from bessemer.inference.execution import linear
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.model import cpu_kernels as build
 from bessemer.model.cpu_kernels import library, unavailable
@@ -100,7 +100,7 @@ def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_the
         runner = runner_of(folder, kv_memory=0.01)
         assert runner.backend.linear.matmuls.products
         assert f"quantised weights read out of their codes once ({str(runner.backend.linear.dtype)[6:]}, " in runner.arithmetic
-        patch.setattr(execution_build, "free_memory_bytes", lambda: 1000)
+        patch.setattr(linear, "free_memory_bytes", lambda: 1000)
         assert not runner_of(folder, kv_memory=0.01).backend.linear.matmuls.products
         assert "slow: every product reads weights out of their codes" in capsys.readouterr().err
     build._outcome.cache_clear()
