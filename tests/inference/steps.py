@@ -6,10 +6,10 @@ import torch
 
 from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import DequantisedWeights, OwnWeights, PackedCodes, StepsCodes
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.flex_attention import FlexPagesAttention
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
+from bessemer.inference.execution.linear import DequantisedWeights, OwnWeights, PackedCodes, StepsCodes
 from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention
 from bessemer.inference.execution.runner import Runner
 from bessemer.model.quantisation.quantised_layers import is_quantised

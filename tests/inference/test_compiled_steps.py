@@ -42,6 +42,14 @@ VARIANTS = {
         attn_logit_softcapping=5.0,
         query_pre_attn_scalar=24.0,
     ),
+    "granite": BASE.with_changes(
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        logits_scaling=8.0,
+        query_pre_attn_scalar=64.0**2,
+        norm_position="both",
+        tie_word_embeddings=False,
+    ),
     "layer norm, biases, no gate": BASE.with_changes(
         norm_type="layer",
         gated_mlp=False,
@@ -251,6 +259,18 @@ def test_narrow_pages_are_near_wide_ones(dtype, error):
         assert 0 < (logits - decoder(rows)[0]).abs().max() < error
 
 
+def test_pages_of_4_bits_give_the_kernels_and_the_modules_the_same_numbers():
+    decoder = small_decoder("dense")
+    rows = random_tokens(decoder.config, 1, 60)
+    plan = [(0, rows[0], 0, 20), (0, rows[0], 20, 60)]
+    found, expected = (
+        torch.cat([steps(piece)[0] for piece in plan])
+        for steps in (kernel_steps(decoder, dtype=torch.uint8), Steps(decoder, dtype=torch.uint8))
+    )
+    # a number that lies between two codes may fall to either side
+    assert relative(found, expected).median() < 1e-4
+
+
 def test_logits_are_those_of_the_wanted_rows():
     decoder = small_decoder("dense")
     rows = random_tokens(decoder.config, 2, 20)
@@ -376,8 +396,6 @@ def test_every_setting_of_a_model_is_computed_or_refused():
         "layer_types",
         "num_scores",
         "attention_output_gate",
-        "residual_multiplier",
-        "logits_scaling",
         "position_type",
         "rope_scaling",
     }

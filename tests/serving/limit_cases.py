@@ -16,7 +16,7 @@ from bessemer.serving import config as limits
 from bessemer.serving.config import LIMITS
 
 #: Limits that no single request comes to: of times, and of what many requests leave behind.
-OF_MANY = {"BODY_WAIT", "HEAD_WAIT", "WRITE_WAIT", "BODIES", "STORED", "STORED_BYTES"}
+OF_MANY = {"BODY_WAIT", "HEAD_WAIT", "WRITE_WAIT", "BODIES", "QUEUED", "QUEUE_WAIT", "STORED", "STORED_BYTES"}
 #: What is sent of each limit.
 FACTORS = (1, 10)
 

@@ -127,9 +127,20 @@ def serve(
     max_model_len: Annotated[
         int | None, _memory(help="At most this many tokens of prompt and answer together; the model's context.")
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, _memory(help="Type of the KV cache: auto, float32, bfloat16, float16, int8 or int4.")
+    ] = None,
+    context_overflow: Annotated[
+        str | None, _memory(help="A text longer than the context: refuse, or shift (its middle is left out); refuse.")
+    ] = None,
+    context_keep: Annotated[int | None, _memory(help="First tokens that a shift keeps; 256.")] = None,
     max_num_seqs: Annotated[int | None, _memory(help="Sequences computed at once.")] = None,
     former_max_running: Annotated[int | None, retired_option("--max-running", "--max-num-seqs")] = None,
-    max_waiting: Annotated[int | None, _requests(help="Requests that may wait; more are refused with 503.")] = None,
+    max_waiting: Annotated[int | None, _requests(help="Completions that wait in the engine; 32.")] = None,
+    max_queued: Annotated[
+        int | None, _requests(help="Requests that wait for a place in it, or their model; more are refused with 503; 256.")
+    ] = None,
+    queue_seconds: Annotated[float | None, _requests(help="That a request waits so before it gets 503; 120.")] = None,
     threads: Annotated[int | None, _speed(help="Threads of the compiled CPU kernels; measured.")] = None,
     activation_bits: Annotated[int | None, _speed(help=ACTIVATION_BITS)] = None,
     batch_invariant: Annotated[
@@ -191,6 +202,7 @@ def serve(
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
     from bessemer.serving.config import ServingConfig, is_loopback
+    from bessemer.serving.runtime.admission import QueueLimits
     from bessemer.serving.runtime.models import ModelSetup
     from bessemer.serving.server import serve as serve_engine
     from bessemer.webapp.app import WebSettings, public_paths, web_pages
@@ -203,7 +215,8 @@ def serve(
         raise ConfigError("--accept-weights: of a server with one engine; name several such servers to the trainer instead")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
-    memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache", "prefix_store")
+    lengths = ("max_model_len", "context_overflow", "context_keep")
+    memory = ("kv_memory", "kv_cache_dtype", "max_num_seqs", *lengths, "prefix_cache", "prefix_store")
     given = given_options(context, *memory, "threads", "activation_bits", "batch_invariant")
     given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
     if watermark is not None:
@@ -215,7 +228,7 @@ def serve(
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
     settings = EngineConfig.parse(given, option_of("serve"))
-    limits = ("max_waiting", "max_body", "drain_seconds", "request_log", "other_template")
+    limits = ("max_waiting", "max_queued", "queue_seconds", "max_body", "drain_seconds", "request_log", "other_template")
     config = ServingConfig.parse(
         given_options(context, "host", "port", "api_key", "keys", "adapter_root", "accept_weights", *limits)
         | {
@@ -266,5 +279,5 @@ def serve(
         print(opened.describe())
         print(opened.arithmetic)
         loading.close()
-        pool = setup.model_pool(config.max_waiting)
+        pool = setup.model_pool(config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
         serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [])

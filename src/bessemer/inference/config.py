@@ -65,6 +65,14 @@ class EngineConfig(Config):
         unit="tokens",
         ge=2,
     )
+    context_overflow: Literal["refuse", "shift"] = setting(
+        "refuse",
+        "a prompt that is longer than the context, and an answer that reaches its end: refused and ended; or the text loses "
+        "half of what is behind its first tokens and goes on, and the model no longer sees what it lost",
+    )
+    context_keep: int = setting(
+        256, "first tokens that a shift keeps, such as the instructions; at most half of the context", unit="tokens", ge=0
+    )
     block_size: int = setting(16, "positions of a KV block", unit="tokens", ge=1, le=1024)
     kv_memory: float | None = setting(
         None,
@@ -78,8 +86,10 @@ class EngineConfig(Config):
         unit="GiB",
         ge=0,
     )
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = setting(
-        "auto", "type of the KV cache; auto: the model's own, float16 for quantised models"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = setting(
+        "auto",
+        "type of the KV cache; auto: the model's own, float16 for quantised models; int8 and int4: with a scale for each token "
+        "and head",
     )
     max_num_seqs: int = setting(64, "sequences computed at once", ge=1)
     max_waiting: int | None = setting(None, "requests that may wait; one more is refused; none: any number", ge=0)

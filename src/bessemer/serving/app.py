@@ -28,6 +28,7 @@ from bessemer.serving.openai.vllm_routes import AdaptersApi, DetokenizeRequest, 
 from bessemer.serving.openai.weight_routes import WeightsApi
 from bessemer.serving.responses.api import ResponsesApi
 from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
+from bessemer.serving.runtime.admission import QueueLimits
 from bessemer.serving.runtime.bodies import ApiError, read_body
 from bessemer.serving.runtime.clients import Keys, caller_of
 from bessemer.serving.runtime.gate import PUBLIC, Gate
@@ -76,7 +77,7 @@ def create_app(
     config = config or ServingConfig()
     asks_for_keys = not is_behind_gate and (config.keys is not None or config.api_key is not None)
     keys = Keys(config.keys, config.api_key) if asks_for_keys else None
-    worker = Worker(engine, config.max_waiting)
+    worker = Worker(engine, config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
     served = Served(engine, model_name, worker, config.aliases, pool, hooks)
     apis = (
         OpenAIApi(served),

@@ -72,10 +72,18 @@ METADATA_VALUE = Limit(512, "characters", "a value in `metadata` of a response",
 # -- the server
 
 WAITING = Limit(
-    32, "completions", "completions that wait beside those that are computed", "503 with `Retry-After`", "`--max-waiting`"
+    32,
+    "completions",
+    "completions that wait beside those that are computed",
+    "the request waits in the queue",
+    "`--max-waiting`",
 )
 #: A single request leaves 1 / `OTHERS_SHARE` of the waiting places to others.
 OTHERS_SHARE = 4
+QUEUED = Limit(
+    256, "requests", "requests that wait for such a place, or for their model", "503 with `Retry-After`", "`--max-queued`"
+)
+QUEUE_WAIT = Limit(120, "s", "for a request to get its place or its model", "503 with `Retry-After`", "`--queue-seconds`")
 ASIDE = Limit(2, "requests", "`/tokenize`, `/detokenize` and `count_tokens` that are computed at once", "the next one waits")
 STORED = Limit(1_000, "responses", "stored responses", "the oldest of the key with the most bytes is dropped")
 STORED_BYTES = Limit(256, "MiB", "stored responses together", "the oldest of the key with the most bytes is dropped")
@@ -123,9 +131,19 @@ class ServingConfig(Config):
     aliases: list[str] = _setting(default_factory=list, description="other names under which clients may ask for the model")
     max_waiting: int = _setting(
         WAITING.most,
-        "completions that wait, beyond those that the engine computes at once; more are refused with 503",
+        "completions that wait in the engine, beyond those that it computes at once",
         unit="completions",
         ge=0,
+    )
+    max_queued: int = _setting(
+        QUEUED.most,
+        "requests that wait for a place in the engine, and of each further model those that wait for it to be loaded; more are "
+        "refused with 503, and with 0 all that find no place",
+        unit="requests",
+        ge=0,
+    )
+    queue_seconds: float = _setting(
+        float(QUEUE_WAIT.most), "time that a request waits so, after which it is refused with 503", unit="s", gt=0
     )
 
     @model_validator(mode="after")

@@ -21,9 +21,10 @@ from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.cpu_kernels import kernels_arithmetic, library, raise_failure
 from bessemer.model.cpu_kernels.attention import pages_fields
+from bessemer.model.cpu_kernels.packed_matmuls import describe_codes
 from bessemer.model.cpu_kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantisation.quantised_layers import PackedMatmuls, QuantisedLinear, is_quantised
+from bessemer.model.quantisation.quantised_layers import PackedMatmuls, QuantisedLinear
 
 # Shapes: R wanted rows, V vocabulary, K states that are kept, D hidden.
 
@@ -155,8 +156,7 @@ class CompiledSteps:
     @property
     def arithmetic(self) -> Sequence[str]:
         """How it computes, in words."""
-        activations = [f"activations of {self._activation_bits} bits"] if is_quantised(self.model) else []
-        return [f"compiled kernels ({kernels_arithmetic()})", *activations]
+        return [f"compiled kernels ({kernels_arithmetic()})", *describe_codes(self.model, self._activation_bits)]
 
     def takes(self, batch: Batch) -> Sequence[int]:
         """The sequences without an adapter."""

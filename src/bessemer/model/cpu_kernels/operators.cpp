@@ -106,17 +106,19 @@ PageType page_type(ScalarType type) {
         case ScalarType::Half: return PAGE_F16;
         case ScalarType::BFloat16: return PAGE_BF16;
         case ScalarType::Char: return PAGE_I8;
-        default: throw std::invalid_argument("pages are in float32, float16, bfloat16 or int8");
+        case ScalarType::Byte: return PAGE_I4;
+        default: throw std::invalid_argument("pages are in float32, float16, bfloat16, int8 or, two codes to a byte, int4");
     }
 }
 
 Pages pages_of(const Tensor& keys, const Tensor& values, const MaybeTensor& key_scales, const MaybeTensor& value_scales) {
     require(keys.dim() == 4 && values.dim() == 4 && keys.is_contiguous() && values.stride(3) == 1, "pages lie in order");
     const PageType type = page_type(keys.scalar_type());
-    require(type != PAGE_I8 || (key_scales && value_scales), "pages in int8 have scales");
+    require(!has_scales(type) || (key_scales && value_scales), "pages in int8 and int4 have scales");
+    const int64_t each = type == PAGE_I4 ? 2 : 1;
     return {pages_at<void>(keys), pages_at<void>(values), key_scales ? pages_at<float>(*key_scales) : nullptr,
-            value_scales ? pages_at<float>(*value_scales) : nullptr, keys.size(1), keys.size(2), keys.size(3), values.size(3),
-            values.stride(2), keys.size(0), type};
+            value_scales ? pages_at<float>(*value_scales) : nullptr, keys.size(1), keys.size(2), keys.size(3) * each,
+            values.size(3) * each, values.stride(2) * each, keys.size(0), type};
 }
 
 Ragged ragged_of(const Tensor& starts, const Tensor& positions, const Tensor& tables, int64_t rows) {

@@ -273,7 +273,7 @@ void Step::rows_from_queries(const Layer& layer, int64_t first, int64_t last, Ro
     auto add = [&](const Norm& norm) {
         for (int64_t row = 0; row < count; ++row) {
             norm_row(norm, projected + row * width, width, projected + row * width);
-            add_row(hidden + row * width, projected + row * width, width);
+            add_row(hidden + row * width, projected + row * width, width, model_.residual_multiplier);
         }
     };
     prepare(layer.output, attended, query_width_);
@@ -310,7 +310,7 @@ void Step::enter(const Norm& after, const Norm& before, const Projection& next) 
     each_row(width, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             norm_row(after, projected + row * width, width, projected + row * width);
-            add_row(hidden + row * width, projected + row * width, width);
+            add_row(hidden + row * width, projected + row * width, width, model_.residual_multiplier);
             norm_row(before, hidden + row * width, width, normed + row * width);
         }
         room_.inputs.prepare(next, first, last);
@@ -363,7 +363,7 @@ void Step::by_outputs() {
     each_row(width, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             norm_row(after, projected + row * width, width, projected + row * width);
-            add_row(hidden + row * width, projected + row * width, width);
+            add_row(hidden + row * width, projected + row * width, width, model_.residual_multiplier);
         }
     });
     keep(model_.layers, 0, rows);

@@ -62,6 +62,7 @@ struct Model {
     Embedding embedding;
     Norm last;
     Projection head;
+    float residual_multiplier;  // on what attention and feed-forward add to the residual stream
     float logit_softcap;  // 0: none
     Activation activation;
     int32_t norm_whole_width;  // norms of queries and keys are over all heads, not over each

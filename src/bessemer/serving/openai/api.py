@@ -153,7 +153,7 @@ class OpenAIApi:
         served = await self.served.model_for(body.model, caller)
         with ExitStack() as admission:
             # 503 before any work
-            admission.enter_context(served.worker.admit(body.n))
+            admission.enter_context(await served.worker.place(body.n, caller))
             turns = await asyncio.to_thread(lambda: served.begin(_chat(body, caller)))
             reply = ChatReply(body, served.engine.tokenizer, turns)
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=body.stream)
@@ -164,7 +164,7 @@ class OpenAIApi:
         self.served.check_unguarded()
         served = await self.served.model_for(body.model, caller)
         with ExitStack() as admission:
-            admission.enter_context(served.worker.admit(len(body.prompt) * body.answers))
+            admission.enter_context(await served.worker.place(len(body.prompt) * body.answers, caller))
             work = await asyncio.to_thread(_prepare, served, body, caller)
             return await respond(request, work, work.reply, admission, caller.headers, is_streamed=body.stream)
 
@@ -173,7 +173,7 @@ class OpenAIApi:
         caller = caller_of(request)
         served = await self.served.model_for(body.model, caller)
         # no more of the texts are computed at once
-        with served.worker.admit(min(len(body.input), served.engine.max_num_seqs)):
+        with await served.worker.place(min(len(body.input), served.engine.max_num_seqs), caller):
             return await asyncio.to_thread(_embeddings, served, body, caller)
 
 

@@ -18,10 +18,12 @@ from bessemer.serving.responses.protocol import ResponsesRequest, ResponseStore,
 from bessemer.serving.runtime.bodies import ApiError, read_body, withdrawn
 from bessemer.serving.runtime.clients import Caller, caller_of
 from bessemer.serving.runtime.served import Chat, Served
-from bessemer.serving.runtime.streams import EventStream, Reply, named_events, respond
+from bessemer.serving.runtime.streams import PING, EventStream, Reply, named_events, respond
 from bessemer.serving.runtime.worker import ChoiceEvents, Turns
 from bessemer.tokenization.tokenizer import Tokenizer
 
+#: Every how many signs of life in a silence is an event: it repeats the response, with the request's tools.
+_EVENT_EVERY = 15
 #: Name and body of a server-sent event.
 _NamedEvent = tuple[str, dict[str, Any]]
 
@@ -62,6 +64,12 @@ class ResponseReply(Reply):
 
     def events(self, step: Iterable[ChoiceEvents]) -> str:
         return named_events(self._events(step))
+
+    def sign_of_life(self, quiet: int) -> str:
+        # Codex takes no comment for one, and drops a stream without events for 300 s
+        if self.is_over or quiet % _EVENT_EVERY:
+            return PING
+        return named_events([self._event("response.in_progress", response=self.body())])
 
     def complete_probe(self) -> str:
         """The last event of a request without input."""
@@ -236,7 +244,7 @@ class ResponsesApi:
                 await self._store.keep(reply.identity, _stored(reply, body, owner, previous))
 
         with ExitStack() as admission:
-            admission.enter_context(served.worker.admit(1))
+            admission.enter_context(await served.worker.place(1, caller))
             chat = _chat(body, previous, caller)
             turns = await asyncio.to_thread(served.begin, chat)
             reply = ResponseReply(body, tokenizer, turns)

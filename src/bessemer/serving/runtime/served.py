@@ -22,11 +22,14 @@ from bessemer.serving.config import ASIDE, ENCODED
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller
 from bessemer.serving.runtime.models import ModelPool, OpenModel
+from bessemer.serving.runtime.streams import unless_left
 from bessemer.serving.runtime.worker import Turns, Worker
 
 Result = TypeVar("Result")
 #: Response header: the limit on an answer's tokens, where it is below the requested one; of several prompts, the lowest.
 CLAMPED = "x-max-tokens"
+#: Response header: tokens of the prompt that a context shift left out; of several prompts, the most.
+DROPPED = "x-dropped-tokens"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Served:
         self._additional: WeakKeyDictionary[OpenModel, Served] = WeakKeyDictionary()
         # clients run their tools, so a turn ends with its first message
         config = AssistantConfig(max_rounds=1)
-        self._turns = TurnMaker(engine.tokenizer, engine.context_length, config=config)
+        context = engine.context_length if engine.context_shift is None else None
+        self._turns = TurnMaker(engine.tokenizer, context, config=config)
 
     @property
     def names_of_model(self) -> tuple[str, ...]:
@@ -114,7 +118,7 @@ class Served:
         caller.model = name
         if self.pool is not None and name in self.pool.names:
             caller.held.enter_context(self.pool.lease(name))
-            model = await self.pool.model(name)
+            model = await unless_left(caller.receive, self.pool.model(name))
             if model not in self._additional:
                 self._additional[model] = Served(model.engine, name, model.worker, hooks=self.hooks)
             return self._additional[model]
@@ -158,7 +162,11 @@ class Served:
             )
 
     def check_text(self, parameter: str, text: str) -> None:
-        """Raises ApiError where a text certainly exceeds the context, before it is encoded."""
+        """Raises ApiError where a text certainly exceeds the context, or what is encoded of a text that may, before it is
+        encoded."""
+        if self.engine.context_shift is not None:
+            check_encoded(text)
+            return
         context = self.engine.context_length
         if len(text) > context and self.engine.tokenizer.has_more_tokens(text, context):
             raise ApiError(
@@ -180,7 +188,13 @@ class Served:
 
     def most_tokens(self, parameter: str, tokens: int, wanted: int | None, caller: Caller) -> int:
         """The most tokens after a prompt: `wanted`, or what the context and the memory leave. A header tells the caller where
-        that is less. Raises as `check_length`, for one token where any is wanted."""
+        that is less, and where a context shift leaves out some of the prompt. Raises as `check_length`, for one token where any
+        is wanted."""
+        shift = self.engine.context_shift
+        if shift is not None and wanted != 0:
+            if dropped := shift.dropped(tokens):
+                caller.headers[DROPPED] = str(max(dropped, int(caller.headers.get(DROPPED, 0))))
+            return shift.capacity - tokens + dropped if wanted is None else wanted
         self.check_length(parameter, tokens, 0 if wanted == 0 else 1)
         left = max(1, self.engine.longest - tokens)
         if wanted is None:
