@@ -1,6 +1,7 @@
-"""Search of an index: by words, by meaning, and both fused by rank; copies of a passage collapse, neighbours can be added.
+"""Search of an index: by words, by meaning, and both fused; a reranker, if the index was opened with one, orders what was found;
+copies of a passage collapse, neighbours can be added.
 
-Reciprocal-rank fusion (Cormack et al. 2009): a passage scores Σ 1 / (60 + rank) over the searches that found it. Ranks alone
+Reciprocal-rank fusion (Cormack et al. 2009): a passage scores Σ weight / (60 + rank) over the searches that found it. Ranks alone
 count, since scores of BM25 and cosines have no common scale.
 """
 
@@ -11,15 +12,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from bessemer.core.errors import RequestError
 from bessemer.retrieval.index import OpenIndex
+from bessemer.retrieval.rerank import Reranker
 from bessemer.retrieval.store import EVERYTHING, Filter, Found, Passage
 
 Mode = Literal["hybrid", "words", "meaning"]
 #: The constant of reciprocal-rank fusion.
 RANK_CONSTANT = 60
+#: Weight of each search in the fusion.
+WEIGHTS: Mapping[str, float] = {"words": 1.0, "meaning": 1.0}
 #: Passages that each search returns: so many for each wanted one, and the fewest.
 _CANDIDATES, _FEWEST = 4, 40
+#: Passages that a reranker orders, at least.
+RERANKED = 30
 #: Most characters of a query.
 MOST_CHARACTERS = 20_000
 #: From this Jaccard similarity of their runs of three words, two passages are copies.
@@ -28,7 +36,8 @@ _ALIKE = 0.85
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage of the result. score: of the fusion; ranks, scores: of each search that found it."""
+    """A passage of the result. score: of the fusion, or of the reranker; ranks, scores: of each search that found it, and of the
+    reranker (`reranked`)."""
 
     passage: Passage
     score: float
@@ -38,7 +47,7 @@ class Hit:
     @property
     def explanation(self) -> str:
         """Why the passage has its rank, in a few words."""
-        kinds = {"words": "BM25", "meaning": "cosine"}
+        kinds = {"words": "BM25", "meaning": "cosine", "reranked": "score"}
         return ", ".join(f"{name} rank {self.ranks[name]} ({kinds[name]} {self.scores[name]:.3f})" for name in self.ranks)
 
 
@@ -49,7 +58,7 @@ def search(
 
     mode: `hybrid` searches by words only where the index has no vectors. neighbours: this many passages before and after each
     hit, from its document, are added to its text. Raises RequestError for a query that is empty or too long, and for `meaning`
-    where the index has no vectors.
+    where the index has no vectors; of a reranker, what it raises.
     """
     if not query.strip():
         raise RequestError("the query is empty")
@@ -57,21 +66,24 @@ def search(
         raise RequestError(f"the query has {len(query):,} characters, at most {MOST_CHARACTERS:,} are searched for")
     if mode == "meaning" and index.embedder is None:
         raise RequestError("this index has no vectors, so it is searched by words")
-    wanted = max(_FEWEST, _CANDIDATES * count)
+    pool = count if index.reranker is None else max(count, RERANKED)
+    wanted = max(_FEWEST, _CANDIDATES * pool)
     found: list[list[Found]] = []
     if mode != "meaning":
         found.append(index.store.by_words(query, wanted, where))
     if mode != "words" and index.embedder is not None:
         found.append(index.store.by_meaning(index.embedder.embed([query], "query")[0], wanted, where))
-    hits = without_copies(fused(found), count)
+    hits = without_copies(fused(found), pool)
+    if index.reranker is not None:
+        hits = reranked(index.reranker, query, hits)[:count]
     return [_widened(index, hit, neighbours) for hit in hits] if neighbours else hits
 
 
-def fused(found: Iterable[Sequence[Found]]) -> list[Hit]:
-    """The passages of several searches as one list, by reciprocal-rank fusion."""
+def fused(found: Iterable[Sequence[Found]], weights: Mapping[str, float] = WEIGHTS) -> list[Hit]:
+    """The passages of several searches as one list, by reciprocal-rank fusion. weights: of each search by its name."""
     hits: dict[str, Hit] = {}
     for one in (each for of_search in found for each in of_search):
-        score = sum(1 / (RANK_CONSTANT + rank) for rank in one.ranks.values())
+        score = sum(weights[name] / (RANK_CONSTANT + rank) for name, rank in one.ranks.items())
         if (before := hits.get(one.passage.id)) is None:
             hits[one.passage.id] = Hit(one.passage, score, dict(one.ranks), dict(one.scores))
         else:
@@ -79,6 +91,17 @@ def fused(found: Iterable[Sequence[Found]]) -> list[Hit]:
                 one.passage, before.score + score, {**before.ranks, **one.ranks}, {**before.scores, **one.scores}
             )
     return sorted(hits.values(), key=lambda hit: (-hit.score, hit.passage.id))
+
+
+def reranked(reranker: Reranker, query: str, hits: Sequence[Hit]) -> list[Hit]:
+    """Hits in the order of a reranker's scores; equal ones stay in theirs."""
+    scores_N = reranker.scores(query, [hit.passage.shown for hit in hits])
+    ordered = []
+    for rank, place in enumerate(np.argsort(-scores_N, kind="stable"), start=1):
+        hit, score = hits[place], float(scores_N[place])
+        ranks, scores = {**hit.ranks, "reranked": rank}, {**hit.scores, "reranked": score}
+        ordered.append(replace(hit, score=score, ranks=ranks, scores=scores))
+    return ordered
 
 
 def without_copies(hits: Sequence[Hit], count: int) -> list[Hit]:
