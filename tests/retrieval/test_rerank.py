@@ -48,7 +48,13 @@ def test_a_cross_encoders_scores_are_those_of_transformers_and_its_activation_th
     query = "what rusts in water"
     longest = 40 - (2 if "roberta" in kind else 0)
     pairs = tokenizer(
-        [query] * len(PASSAGES), PASSAGES, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        [query] * len(PASSAGES),
+        PASSAGES,
+        padding=True,
+        truncation=True,
+        max_length=longest,
+        return_tensors="pt",
+        return_token_type_ids=True,
     )
     assert pairs["input_ids"].shape[1] == longest, "one of the passages is cut"
     given = {name: pairs[name] for name in ("input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else []))}
@@ -79,11 +85,13 @@ def test_a_language_models_scores_are_the_mean_log_probabilities_of_the_query(tm
     engine = babbling_engine(tmp_path)
     reranker = LikelihoodReranker(engine, passage_tokens=8)
     query = "does iron rust"
-    long = "copper turns green in the air of the town"
-    scores_N = reranker.scores(query, ["iron rusts", long])
+    passages = ["iron", "copper turns green in the air of the town"]
+    scores_N = reranker.scores(query, passages)
     ids = reranker._question(query)
-    read = engine.tokenizer.decode(engine.tokenizer.encode(long, add_bos=False)[:8])
-    for score, passage in zip(scores_N, ("iron rusts", read), strict=True):
+    tokens = [engine.tokenizer.encode(passage, add_bos=False) for passage in passages]
+    assert len(tokens[0]) <= 8 < len(tokens[1])
+    for score, own in zip(scores_N, tokens, strict=True):
+        passage = engine.tokenizer.decode(own[:8])
         whole = [*reranker._prompt(passage), *ids]
         log_probs_TV = engine.model(torch.tensor([whole]))[0].float().log_softmax(-1)
         start = len(whole) - len(ids)
@@ -117,7 +125,10 @@ class LongestFirst:
 
 def test_a_search_is_ordered_by_the_reranker_also_what_was_not_among_the_first(tmp_path):
     pytest.importorskip("lancedb")
-    documents = [IndexedDocument(f"{number}.md", f"Iron. {' '.join(f'w{number}x{place}' for place in range(number))}") for number in range(12)]
+    documents = [
+        IndexedDocument(f"{number}.md", f"Iron. {' '.join(f'w{number}x{place}' for place in range(number))}")
+        for number in range(12)
+    ]
     build_index(documents, tmp_path / "i", IndexConfig(embedder="none"))
     plain = search(open_index(tmp_path / "i"), "iron", 3)
     hits = search(open_index(tmp_path / "i", reranker=LongestFirst()), "iron", 3)

@@ -105,7 +105,9 @@ class BeirFolder:
         except FileNotFoundError:
             raise ArtefactError(f"{path}: no such file; BEIR's judgements of the split {split} are expected there") from None
         except (KeyError, ValueError, TypeError) as error:
-            raise ArtefactError(f"{path}: not BEIR's query-id, corpus-id and score, or a query that is not there: {error}") from None
+            raise ArtefactError(
+                f"{path}: not BEIR's query-id, corpus-id and score, or a query that is not there: {error}"
+            ) from None
 
     def _rows(self, name: str) -> Iterator[Mapping[str, str]]:
         path = self._folder / name

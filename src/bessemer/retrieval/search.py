@@ -1,8 +1,8 @@
-"""Search of an index: by words, by meaning, and both fused; a reranker, if the index was opened with one, orders what was found;
-copies of a passage collapse, neighbours can be added.
+"""Search of an index: by words, by meaning, and both fused; a reranker, if the index has one, orders what was found; copies of
+a passage collapse, neighbours can be added.
 
-Reciprocal-rank fusion (Cormack et al. 2009): a passage scores Σ weight / (60 + rank) over the searches that found it. Ranks alone
-count, since scores of BM25 and cosines have no common scale.
+Reciprocal-rank fusion (Cormack et al. 2009): a passage scores Σ weight / (60 + rank) over the searches that found it. Ranks
+alone count, since scores of BM25 and cosines have no common scale.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _ALIKE = 0.85
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage of the result. score: of the fusion, or of the reranker; ranks, scores: of each search that found it, and of the
-    reranker (`reranked`)."""
+    """A passage of the result. score: of the fusion, or of the reranker; ranks, scores: of each search that found it, and of
+    the reranker (`reranked`)."""
 
     passage: Passage
     score: float
