@@ -166,7 +166,8 @@ def main() -> None:
         figures = {
             "documents": summary.documents,
             "passages": summary.passages,
-            "index_cpu_seconds": seconds,
+            # of an index that was there already, nothing was embedded
+            **({"index_cpu_seconds": seconds} if summary.added == summary.documents else {}),
             "questions": len(rows),
             **ways(index, rows),
             "refusals": refusals(index, parts),

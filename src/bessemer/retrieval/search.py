@@ -1,14 +1,15 @@
 """Search of an index: by words, by meaning, and both fused; a reranker, if the index has one, orders what was found; copies of
 a passage collapse, neighbours can be added.
 
-Reciprocal-rank fusion (Cormack et al. 2009): a passage scores Σ weight / (60 + rank) over the searches that found it. Ranks
-alone count, since scores of BM25 and cosines have no common scale.
+Fusion (Bruch et al. 2023): a passage's cosine, 0 for the farthest and 1 for the nearest that was found, plus its score by BM25
+as a share of the best one, times a weight. The weight is small, as the search by words is the weaker one for questions in words
+of one's own, and large for a query that holds a name or a number, which are found by words.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,12 +21,13 @@ from bessemer.retrieval.rerank import Reranker
 from bessemer.retrieval.store import EVERYTHING, Filter, Found, Passage
 
 Mode = Literal["hybrid", "words", "meaning"]
-#: The constant of reciprocal-rank fusion.
-RANK_CONSTANT = 60
-#: Weight of each search in the fusion.
-WEIGHTS: Mapping[str, float] = {"words": 1.0, "meaning": 1.0}
-#: Passages that each search returns: so many for each wanted one, and the fewest.
-_CANDIDATES, _FEWEST = 4, 40
+#: Weight of the search by words, and for a query with a name or a number in it.
+WORDS_WEIGHT, NAMES_WEIGHT = 0.3, 1.0
+#: `json.loads`, `max_tokens`, `parseInt`, `“exact words”`, numbers.
+_NAME = re.compile(r"\w[._]\w|\d|[a-z][A-Z]|[\"`“]\w")
+#: Passages that each search returns: so many for each wanted one, and the fewest. Up to a fourth of the fewest, the first hits
+#: are the same however many are wanted.
+_CANDIDATES, _FEWEST = 4, 200
 #: Passages that a reranker orders, at least.
 RERANKED = 30
 #: Most characters of a query.
@@ -68,29 +70,35 @@ def search(
         raise RequestError("this index has no vectors, so it is searched by words")
     pool = count if index.reranker is None else max(count, RERANKED)
     wanted = max(_FEWEST, _CANDIDATES * pool)
-    found: list[list[Found]] = []
-    if mode != "meaning":
-        found.append(index.store.by_words(query, wanted, where))
+    words = index.store.by_words(query, wanted, where) if mode != "meaning" else []
+    meaning: list[Found] = []
     if mode != "words" and index.embedder is not None:
-        found.append(index.store.by_meaning(index.embedder.embed([query], "query")[0], wanted, where))
-    hits = without_copies(fused(found), pool)
+        meaning = index.store.by_meaning(index.embedder.embed([query], "query")[0], wanted, where)
+    hits = without_copies(fused(words, meaning, NAMES_WEIGHT if _NAME.search(query) else WORDS_WEIGHT), pool)
     if index.reranker is not None:
         hits = reranked(index.reranker, query, hits)[:count]
     return [_widened(index, hit, neighbours) for hit in hits] if neighbours else hits
 
 
-def fused(found: Iterable[Sequence[Found]], weights: Mapping[str, float] = WEIGHTS) -> list[Hit]:
-    """The passages of several searches as one list, by reciprocal-rank fusion. weights: of each search by its name."""
-    hits: dict[str, Hit] = {}
-    for one in (each for of_search in found for each in of_search):
-        score = sum(weights[name] / (RANK_CONSTANT + rank) for name, rank in one.ranks.items())
-        if (before := hits.get(one.passage.id)) is None:
-            hits[one.passage.id] = Hit(one.passage, score, dict(one.ranks), dict(one.scores))
-        else:
-            hits[one.passage.id] = Hit(
-                one.passage, before.score + score, {**before.ranks, **one.ranks}, {**before.scores, **one.scores}
-            )
-    return sorted(hits.values(), key=lambda hit: (-hit.score, hit.passage.id))
+def fused(words: Sequence[Found], meaning: Sequence[Found], weight: float) -> list[Hit]:
+    """The passages of both searches as one list, the best first. weight: of the search by words; that by meaning has 1. A
+    passage that a search did not find has 0 from it."""
+    best = max((one.scores["words"] for one in words), default=0.0)
+    cosines = [one.scores["meaning"] for one in meaning]
+    lowest, range_ = min(cosines, default=0.0), max(cosines, default=0.0) - min(cosines, default=0.0)
+    parts: dict[str, list[Found]] = {}
+    for one in (*words, *meaning):
+        parts.setdefault(one.passage.id, []).append(one)
+    hits = []
+    for own in parts.values():
+        ranks = {name: rank for one in own for name, rank in one.ranks.items()}
+        scores = {name: score for one in own for name, score in one.scores.items()}
+        score = weight * scores.get("words", 0.0) / best if best else 0.0
+        if "meaning" in scores:
+            # where all are equally near, each is the nearest
+            score += (scores["meaning"] - lowest) / range_ if range_ else 1.0
+        hits.append(Hit(own[0].passage, score, ranks, scores))
+    return sorted(hits, key=lambda hit: (-hit.score, hit.passage.id))
 
 
 def reranked(reranker: Reranker, query: str, hits: Sequence[Hit]) -> list[Hit]:
