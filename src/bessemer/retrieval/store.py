@@ -136,7 +136,7 @@ class LanceStore:
         search = self._table.search(words, query_type="fts", fts_columns="words")
         return [
             Found(_passage(row), {"words": rank}, {"words": row["_score"]})
-            for rank, row in enumerate(self._rows(search, count, where), start=1)
+            for rank, row in enumerate(self._rows(search, count, where, "_score"), start=1)
         ]
 
     def by_meaning(self, vector_D: np.ndarray, count: int, where: Filter = EVERYTHING) -> list[Found]:
@@ -144,7 +144,7 @@ class LanceStore:
         search = self._table.search(vector_D.astype(np.float32), vector_column_name="vector").distance_type("cosine")
         return [
             Found(_passage(row), {"meaning": rank}, {"meaning": 1 - row["_distance"]})
-            for rank, row in enumerate(self._rows(search, count, where), start=1)
+            for rank, row in enumerate(self._rows(search, count, where, "_distance"), start=1)
         ]
 
     def of_document(self, document: str, numbers: Sequence[int]) -> list[Passage]:
@@ -165,11 +165,11 @@ class LanceStore:
         for batch in self.batches(_COLUMNS):
             yield from map(_passage, batch.to_pylist())
 
-    def _rows(self, search: Any, count: int, where: Filter) -> list[dict[str, Any]]:
+    def _rows(self, search: Any, count: int, where: Filter, score: str) -> list[dict[str, Any]]:
         condition = _condition(where)
         if condition:
             search = search.where(condition, prefilter=True)
-        found: list[dict[str, Any]] = search.limit(count).to_list()
+        found: list[dict[str, Any]] = search.select([*_COLUMNS, score]).limit(count).to_list()
         return found
 
 
