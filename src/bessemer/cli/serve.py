@@ -83,6 +83,7 @@ _requests = partial(typer.Option, rich_help_panel="Requests")
 _models = partial(typer.Option, rich_help_panel="Further models and adapters")
 _memory = partial(typer.Option, rich_help_panel="Memory and batches")
 _speed = partial(typer.Option, rich_help_panel="How it is computed")
+_documents = partial(typer.Option, rich_help_panel="Documents")
 
 
 def serve(
@@ -106,6 +107,17 @@ def serve(
     ] = False,
     feedback: Annotated[
         Path | None, _requests(help="Folder for thumbs and edits of the chat, as rows that post-training reads.")
+    ] = None,
+    index: Annotated[
+        list[str] | None,
+        _documents(
+            help="Answer from this index of documents, as `bessemer index` makes it, where clients ask for it: FOLDER, or "
+            "NAME=FOLDER; may be repeated."
+        ),
+    ] = None,
+    uploads: Annotated[
+        Path | None,
+        _documents(help="Folder for clients' files and vector stores; without it they end with the server."),
     ] = None,
     also: Annotated[
         list[str] | None,
@@ -186,6 +198,7 @@ def serve(
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
     from bessemer.serving.config import ServingConfig, is_loopback
+    from bessemer.serving.retrieval.stores import index_folders
     from bessemer.serving.runtime.models import ModelSetup
     from bessemer.serving.server import serve as serve_engine
     from bessemer.webapp.app import WebSettings, public_paths, web_pages
@@ -196,6 +209,8 @@ def serve(
         raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
     if accept_weights and engine == "ray":
         raise ConfigError("--accept-weights: of a server with one engine; name several such servers to the trainer instead")
+    if engine == "ray" and (index or uploads):
+        raise ConfigError("--index, --uploads: of a server with one engine; replicas share no files")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache", "prefix_store")
@@ -210,11 +225,12 @@ def serve(
     settings = EngineConfig.parse(given, option_of("serve"))
     limits = ("max_waiting", "max_body", "drain_seconds", "request_log", "other_template")
     config = ServingConfig.parse(
-        given_options(context, "host", "port", "api_key", "keys", "adapter_root", "accept_weights", *limits)
+        given_options(context, "host", "port", "api_key", "keys", "adapter_root", "accept_weights", "uploads", *limits)
         | {
             "hosts": [name.lower() for name in allow_host or ()],
             "origins": [origin.lower().rstrip("/") for origin in allow_origin or ()],
             "aliases": alias or [],
+            "indexes": index_folders(index or []),
         },
         option_of("serve"),
     )
