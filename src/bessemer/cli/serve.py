@@ -195,8 +195,10 @@ def serve(
         option_of,
         speculation,
     )
+    from bessemer.core.store import read_json
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
+    from bessemer.retrieval.index import INDEX
     from bessemer.serving.config import ServingConfig, is_loopback
     from bessemer.serving.retrieval.stores import index_folders
     from bessemer.serving.runtime.models import ModelSetup
@@ -274,6 +276,9 @@ def serve(
     with loading, setup.open_engine() as opened:
         print(opened.describe())
         print(opened.arithmetic)
+        for its_name, place in config.indexes.items():
+            about = read_json(place / INDEX, "index")
+            print(f"documents {its_name}: {about['documents']:,}, in {about['passages']:,} passages")
         loading.close()
         pool = setup.model_pool(config.max_waiting)
         serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [])

@@ -103,14 +103,12 @@ class VectorStores:
 
     def of(self, client: Client) -> list[Store]:
         """The stores that a client may search."""
-        own = [store for store in self._clients()[1].values() if store.owner == client.id] if self.takes_files else []
+        own = [store for store in self._client_stores.values() if store.owner == client.id]
         return [*self.served.values(), *own]
 
     def find(self, id: str, client: Client) -> Store:
         """A store. Raises ApiError (404) for one that is unknown, or another client's."""
-        store: Store | None = self.served.get(id)
-        if store is None and self.takes_files:
-            store = self._clients()[1].get(id)
+        store: Store | None = self.served.get(id) or self._client_stores.get(id)
         if store is None or (isinstance(store, ClientStore) and store.owner != client.id):
             raise ApiError(f"there is no vector store '{id}'", status=404, parameter="vector_store_ids", code="store_not_found")
         return store
@@ -214,6 +212,12 @@ class VectorStores:
 
     def _indexes(self) -> list[OpenIndex]:
         return [store.index.current() for store in self.served.values()]
+
+    @property
+    def _client_stores(self) -> Mapping[str, ClientStore]:
+        """Those of clients; none before a first one, or a folder of an earlier server."""
+        is_empty = self._opened is None and self._folder is None
+        return {} if is_empty or not self.takes_files else self._clients()[1]
 
     def _clients(self) -> tuple[Uploads, dict[str, ClientStore]]:
         if not self.takes_files:

@@ -1,6 +1,6 @@
 """Clients' files: taken from a form, kept on disk, and read into documents to index.
 
-A file lies in a folder of its own, `ID/`, under a name of ours: `content` and the suffix by which a source reads it. Nobody's
+A file lies in a folder of its own, `ID/`, under a name of ours: `uploaded-file` and the suffix by which a source reads it. Nobody's
 names or paths are opened.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bessemer.retrieval.index import IndexedDocument
 
 _MIB = 2**20
-_ABOUT, _CONTENT = "file.json", "content"
+_ABOUT, _CONTENT = "file.json", "uploaded-file"
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,12}")
 #: Most characters of a file's name.
 _NAME_CHARACTERS = 255
