@@ -232,15 +232,15 @@ class FilesApi:
         }
 
     async def page(self, store_id: str, file_id: str, request: Request) -> Response:
-        """A page of an uploaded document as a picture. Query: `number`, from 1, and `box`, a passage to be marked."""
+        """A page of a document as a picture. Query: `number`, from 1, and `box`, a passage to be marked."""
         client = caller_of(request).client
-        _found(self._stores.find_own(store_id, client).files(), file_id)
-        uploads = self._stores.uploads
-        path = uploads.path(uploads.find(file_id, client.id))
+        store = self._stores.find(store_id, client)
         number, box = _page_number(request), _box(request)
+        path = await asyncio.to_thread(store.path, file_id, client.principal.groups)
         draw = await asyncio.to_thread(page_image)
-        if draw is None:
-            raise ApiError("this server draws no pages", status=404, code="not_available")
+        if path is None or draw is None:
+            reason = "this server draws no pages" if draw is None else f"the file '{file_id}' is not here"
+            raise ApiError(reason, status=404, code="not_available")
         try:
             picture = await asyncio.to_thread(draw, path, number, box)
         except BessemerError as error:

@@ -150,6 +150,9 @@ class ClientStore:
             return []
         return passages_of(index.current(), [one for place, one in index.files().items() if place.startswith(f"{file}/")])
 
+    def path(self, file: str, groups: frozenset[str]) -> Path | None:
+        return self._uploads.path(self._uploads.find(file, self.owner)) if file in self._entries else None
+
     def _served(self) -> ServedIndex | None:
         """The index; None before any file is in it."""
         with self._lock:

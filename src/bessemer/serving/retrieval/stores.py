@@ -27,7 +27,7 @@ from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.retrieval.client_store import RECORD, ClientStore, StoreEmbedder, StoreFile, read_record
 from bessemer.serving.retrieval.indexes import IndexedFile, ServedIndex, by_place, file_id, find, passages_of
 from bessemer.serving.retrieval.protocol import Wanted
-from bessemer.serving.retrieval.uploads import Upload, Uploads
+from bessemer.serving.retrieval.uploads import Upload, Uploads, file_of_document
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Client
 
@@ -54,6 +54,9 @@ class Store(Protocol):
     def passages(self, file: str, groups: frozenset[str]) -> list[Passage]:
         """All passages of a file, in order; none for one that the caller may not see."""
 
+    def path(self, file: str, groups: frozenset[str]) -> Path | None:
+        """Where a file lies that the caller may see; None where it does not lie here. Call it off the event loop."""
+
 
 class IndexStore:
     """An index of the server's own. Each of its documents is a file."""
@@ -64,6 +67,7 @@ class IndexStore:
         """Raises ArtefactError as `open_index`."""
         self.id = self.name = id
         self.index = ServedIndex(id, folder)
+        self._folder = folder
         self.created = int((folder / INDEX).stat().st_mtime)
         self.metadata: Mapping[str, str] = {}
 
@@ -77,6 +81,10 @@ class IndexStore:
 
     def passages(self, file: str, groups: frozenset[str]) -> list[Passage]:
         return passages_of(self.index.current(), [one for one in self._visible(groups) if file_id(one.place) == file])
+
+    def path(self, file: str, groups: frozenset[str]) -> Path | None:
+        place = next((one.place for one in self._visible(groups) if file_id(one.place) == file), None)
+        return None if place is None else file_of_document(self._folder, place)
 
     def _visible(self, groups: frozenset[str]) -> list[IndexedFile]:
         return [one for one in self.index.files().values() if one.is_visible(groups)]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from email.message import Message
 from email.parser import Parser
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -196,7 +197,18 @@ PageImage = Callable[[Path, int, Sequence[float] | None], bytes]
 
 
 def page_image() -> PageImage | None:
-    """`retrieval.documents.page_image`; None where this version has none."""
-    from bessemer.retrieval import documents
+    """`page_image` of `retrieval.reading`, which reads documents with their layout; None where this version does not."""
+    return _of_reading("bessemer.retrieval.reading.page_image", "page_image")
 
-    return getattr(documents, "page_image", None)
+
+def file_of_document(index: Path, document: str) -> Path | None:
+    """The file that a document of an index was read from; None where it is not known, or not there any more."""
+    find = _of_reading("bessemer.retrieval.documents", "file_of")
+    return None if find is None else find(index, document)
+
+
+def _of_reading(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(module), name, None)
+    except ModuleNotFoundError:
+        return None
