@@ -15,6 +15,7 @@ from bessemer.serving.retrieval.protocol import Comparison, Compound
 from bessemer.serving.retrieval.stores import index_folders
 from bessemer.serving.retrieval.uploads import read_form
 from bessemer.serving.runtime.bodies import ApiError
+from tests.retrieval.test_index import BagEmbedder
 from tests.serving.documents import written_index, written_keys
 from tests.serving.engine import FakeEngine, ScriptedEngine
 
@@ -120,6 +121,25 @@ def test_what_is_deleted_is_in_no_file_and_the_rest_is_there_after_a_restart(con
     again.vector_stores.delete(store.id)
     with pytest.raises(openai.NotFoundError, match="there is no vector store"):
         again.vector_stores.retrieve(store.id)
+
+
+def test_a_store_of_another_embedder_is_indexed_anew(connected, start, tokenizer, tmp_path, monkeypatch):
+    client = connected(openai.OpenAI, ScriptedEngine(tokenizer), path="/v1", uploads=tmp_path, indexes={"docs": written_index(tmp_path / "docs")})
+    store = client.vector_stores.create(name="all")
+    given = client.files.create(file=IRON, purpose="user_data")
+    client.vector_stores.files.create_and_poll(given.id, vector_store_id=store.id)
+    monkeypatch.setattr(stores, "packaged_minilm", lambda: tmp_path)
+    monkeypatch.setattr(stores, "open_embedder", lambda name: BagEmbedder())
+    again = connected(openai.OpenAI, ScriptedEngine(tokenizer), path="/v1", uploads=tmp_path)
+    until = time.monotonic() + 20
+    while True:
+        try:
+            (hit,) = again.vector_stores.search(store.id, query="iron water")
+            break
+        except openai.InternalServerError as busy:
+            assert "is being indexed anew" in str(busy) and time.monotonic() < until
+    # the score is a cosine now
+    assert 0.5 < hit.score < 1
 
 
 def holders(folder):

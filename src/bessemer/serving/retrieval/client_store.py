@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-from bessemer.core.errors import BessemerError
+from bessemer.core.errors import ArtefactError, BessemerError
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.retrieval.embed import Embedder
 from bessemer.retrieval.index import INDEX, IndexConfig, IndexedDocument, build_index
@@ -26,7 +26,7 @@ from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.retrieval.indexes import ServedIndex, find, passages_of
 from bessemer.serving.retrieval.protocol import Value, Wanted
 from bessemer.serving.retrieval.uploads import Upload, Uploads
-from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.bodies import ApiError, overloaded
 
 #: The file in a store's folder that says what it is.
 RECORD = "store.json"
@@ -74,6 +74,7 @@ class ClientStore:
         self._uploads = uploads
         self._embedder = embedder
         self._lock = Lock()
+        self._loop = asyncio.get_running_loop()
         self._index: ServedIndex | None = None
         #: Whether the index holds files that were deleted, and whether anything has changed since it was built.
         self._holds_deleted: bool = record["holds_deleted"]
@@ -154,17 +155,23 @@ class ClientStore:
         return self._uploads.path(self._uploads.find(file, self.owner)) if file in self._entries else None
 
     def _served(self) -> ServedIndex | None:
-        """The index; None before any file is in it."""
+        """The index; None before any file is in it. Where another embedder made it, it is made anew, and until then ApiError (503)
+        is raised."""
         with self._lock:
             place = self._place(self._number)
             if self._index is None and (place / INDEX).exists():
-                self._index = ServedIndex(self.id, place, self._embedder().embedder)
+                try:
+                    self._index = ServedIndex(self.id, place, self._embedder().embedder)
+                except ArtefactError:
+                    self._is_stale = True
+                    self._loop.call_soon_threadsafe(self.update_soon)
+                    raise overloaded(f"the vector store '{self.id}' is being indexed anew; try again in a moment") from None
             return self._index
 
     def update_soon(self) -> None:
         """Bring the index up to date, in a thread. Call it on the event loop."""
         if self.task is None or self.task.done():
-            self.task = asyncio.get_running_loop().create_task(self._update())
+            self.task = self._loop.create_task(self._update())
 
     async def _update(self) -> None:
         while self._is_stale:

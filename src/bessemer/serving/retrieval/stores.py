@@ -184,7 +184,7 @@ class VectorStores:
         return [hit for hit in kept if isinstance(hit, ServedHit)]
 
     def embedder(self) -> Embedder | None:
-        """What clients' stores are embedded with; None where they are searched by words only. it may load a model: call it off
+        """What clients' stores are embedded with; None where they are searched by words only. It may load a model: call it off
         the event loop."""
         return self._embedder().embedder
 
