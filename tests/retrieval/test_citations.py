@@ -1,4 +1,4 @@
-"""Citations in a text that grows, and what retrieved text cannot do: forge citations, control tokens, a system prompt, calls."""
+"""Citations as text grows, and what retrieved text cannot do: forge citations, control tokens, system prompts, calls."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def test_a_citation_names_the_sentence_of_its_source_that_is_meant():
     assert reader.feed(" Nothing [3], [0], [x], [99999].") == []
 
 
-@given(st.lists(st.sampled_from(["Iron rusts", " [1]", "[2]", "[3]", "[", "]", "1", ". ", "[[1]", "é"]), max_size=12), st.data())
+@given(
+    st.lists(st.sampled_from(["Iron rusts", " [1]", "[2]", "[3]", "[", "]", "1", ". ", "[[1]", "é"]), max_size=12), st.data()
+)
 def test_citations_are_the_same_however_the_text_comes(pieces, data):
     text = "".join(pieces)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))

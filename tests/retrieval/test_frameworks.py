@@ -1,4 +1,4 @@
-"""Retrievers of LangChain (by its standard tests), LlamaIndex and Haystack, and a question answered by each of their engines."""
+"""Retrievers of LangChain (by its standard tests), LlamaIndex and Haystack, each in an engine or pipeline of theirs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_query_engine_of_llama_index_answers_from_an_index(folder):
     retriever = BessemerRetriever(folder, similarity_top_k=2)
     engine = RetrieverQueryEngine.from_args(retriever, llm=MockLLM())
     answer = engine.query("iron in water")
-    assert [node.node.text for node in answer.source_nodes][0] == "Iron rusts in water."
+    assert answer.source_nodes[0].node.text == "Iron rusts in water."
     # the model in place of one repeats its prompt, which has the passage with its headings
     assert "headings: Iron" in str(answer) and "Iron rusts in water." in str(answer) and "ranks" not in str(answer)
     assert isinstance(answer.source_nodes[0], core.schema.NodeWithScore)

@@ -53,7 +53,7 @@ def test_a_chat_is_answered_from_the_index_with_annotations_whole_and_streamed(c
     engine = ScriptedEngine(tokenizer, SAID, SAID)
     client = connect(engine)
     whole = client.chat.completions.create(**ASKED, extra_body={"retrieval": {}})
-    (choice,) = whole.model_dump()["choices"]
+    (choice,) = whole.model_dump(exclude_none=True)["choices"]
     sources = whole.retrieval["sources"]
     assert [(source["number"], source["headings"]) for source in sources] == [(1, "Iron"), (2, "Copper")]
     check_annotations(choice["message"]["content"], choice["message"]["annotations"])
@@ -64,7 +64,9 @@ def test_a_chat_is_answered_from_the_index_with_annotations_whole_and_streamed(c
     messages, _ = prompt_of(engine, QUESTION, hits, 512)
     assert engine.prompts[0] == tokenizer.decode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
-    events = [chunk.model_dump() for chunk in client.chat.completions.create(**ASKED, stream=True, extra_body={"retrieval": {}})]
+    events = [
+        chunk.model_dump() for chunk in client.chat.completions.create(**ASKED, stream=True, extra_body={"retrieval": {}})
+    ]
     deltas = [event["choices"][0]["delta"] for event in events]
     assert "".join(delta.get("content") or "" for delta in deltas) == SAID
     streamed = [one for delta in deltas for one in delta.get("annotations") or ()]
@@ -82,7 +84,10 @@ def test_a_clients_own_system_message_stays_and_a_form_takes_the_place_of_citati
     client = connect(engine)
     messages = [{"role": "system", "content": "Be brief."}, *ASKED["messages"]]
     client.chat.completions.create(
-        model="tiny", messages=messages, response_format={"type": "json_object"}, extra_body={"retrieval": {"max_num_results": 1}}
+        model="tiny",
+        messages=messages,
+        response_format={"type": "json_object"},
+        extra_body={"retrieval": {"max_num_results": 1}},
     )
     assert "system\nBe brief.\n" in engine.prompts[0] and "[2]" not in engine.prompts[0]
     assert engine.seen[0].regex is None and engine.seen[0].json_schema is not None

@@ -76,4 +76,3 @@ def test_a_wrong_request_names_its_parameter(kind, body, parameter):
     with pytest.raises(ApiError) as refused:
         read_request(kind, body)
     assert refused.value.parameter == parameter
-

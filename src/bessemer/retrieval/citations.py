@@ -52,8 +52,8 @@ class Quote:
 
 @dataclass(frozen=True)
 class Citation:
-    """A citation in a text. number: of the source, from 1. index: of its first character in the text. quote: the sentence of the
-    source that shares most words with the sentence before the citation; start, end: its bytes in the document."""
+    """A citation in a text. number: of the source, from 1. index: of its first character in the text. quote: the sentence of
+    the source that shares most words with the sentence before the citation; start, end: its bytes in the document."""
 
     number: int
     index: int
@@ -63,7 +63,7 @@ class Citation:
 
 
 def citing(count: int) -> str:
-    """A regular expression for texts in which brackets hold only the numbers 1 to `count`; with 0, for texts without brackets."""
+    """A regular expression for texts whose brackets hold only the numbers 1 to `count`; with 0, for texts without brackets."""
     if count == 0:
         return r"[^\[\]]*"
     numbers = "|".join(str(number) for number in range(1, count + 1))

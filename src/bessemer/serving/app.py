@@ -72,8 +72,8 @@ def create_app(
 
     pages: makes routes beside the API; one at `/` replaces the API's own. pool: additional models. hooks: guardrails of every
     chat; endpoints that bypass them are then closed. store: of responses; None: in memory. is_behind_gate: another process runs
-    the gate, and leaves the callers in the scope; clients' files, which would be of one process alone, are not taken then. reranker:
-    the name by which clients ask for it, and what scores texts.
+    the gate, and leaves the callers in the scope; clients' files, which would be of one process alone, are not taken then.
+    reranker: the name by which clients ask for it, and what scores texts.
 
     An error has the form of the API that its path belongs to. `config.host` and `config.port` are not used here. The result's
     `state.served` is a `Served`. Raises ArtefactError and ConfigError for a file of keys or an index that cannot be read.

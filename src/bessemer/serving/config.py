@@ -132,7 +132,7 @@ class ServingConfig(Config):
     aliases: list[str] = _setting(default_factory=list, description="other names under which clients may ask for the model")
     indexes: dict[str, Path] = _setting(
         default_factory=dict,
-        description="indexes of documents (`bessemer index`) by the names under which clients ask for them; answers are drawn from them",
+        description="indexes of documents (`bessemer index`) that answers may be drawn from, by the names that clients use",
     )
     uploads: Path | None = _setting(
         None, "folder for clients' files and vector stores; none: a temporary one, which ends with the server"

@@ -114,7 +114,10 @@ _STORE_FILE = _object(id=_TEXT, object=_one_of("vector_store.file"), vector_stor
 _BATCH = _object(id=_TEXT, object=_one_of("vector_store.files_batch"), status=_TEXT, file_counts=_COUNTS)
 _DELETED = _object(id=_TEXT, deleted=_YES)
 _RERANKED = _object(
-    id=_TEXT, model=_TEXT, results=_list(_object(index=_COUNT, relevance_score={"type": "number"})), usage=_object(total_tokens=_COUNT)
+    id=_TEXT,
+    model=_TEXT,
+    results=_list(_object(index=_COUNT, relevance_score={"type": "number"})),
+    usage=_object(total_tokens=_COUNT),
 )
 _SCORED = _object(id=_TEXT, object=_one_of("list"), model=_TEXT, data=_list(_object(index=_COUNT, score={"type": "number"})))
 _DOCUMENTS: dict[str, Any] = {"tag": "Documents"}
@@ -243,22 +246,30 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/v1/files", "post"): Operation("Upload a file, as a form with `file` and `purpose`.", _UPLOAD, **_DOCUMENTS),
     ("/v1/files", "get"): Operation("Uploaded files.", _object(object=_one_of("list"), data=_list(_UPLOAD)), **_DOCUMENTS),
     ("/v1/files/{file_id}", "get"): Operation("An uploaded file.", _UPLOAD, path=["file_id"], **_DOCUMENTS),
-    ("/v1/files/{file_id}", "delete"): Operation("Delete a file, and take it out of vector stores.", _DELETED, path=["file_id"], **_DOCUMENTS),
+    ("/v1/files/{file_id}", "delete"): Operation(
+        "Delete a file, and take it out of vector stores.", _DELETED, path=["file_id"], **_DOCUMENTS
+    ),
     ("/v1/files/{file_id}/content", "get"): Operation("What was uploaded, as bytes.", None, path=["file_id"], **_DOCUMENTS),
     ("/v1/vector_stores", "post"): Operation("Make a vector store, and index files in it.", _STORE, CreateStore, **_DOCUMENTS),
     ("/v1/vector_stores", "get"): Operation(
-        "The server's indexes, and vector stores of this key.", _object(object=_one_of("list"), data=_list(_STORE)), **_DOCUMENTS
+        "The server's indexes, and vector stores of this key.",
+        _object(object=_one_of("list"), data=_list(_STORE)),
+        **_DOCUMENTS,
     ),
     ("/v1/vector_stores/{store_id}", "get"): Operation("A vector store.", _STORE, **_IN_STORE),
     ("/v1/vector_stores/{store_id}", "post"): Operation("Rename a vector store.", _STORE, ChangeStore, **_IN_STORE),
     ("/v1/vector_stores/{store_id}", "delete"): Operation("Delete a vector store.", _DELETED, **_IN_STORE),
     ("/v1/vector_stores/{store_id}/search", "post"): Operation(
         "Find passages.",
-        _object(object=_TEXT, data=_list(_object(file_id=_TEXT, filename=_TEXT, score={"type": "number"}, content=_list(_ANY)))),
+        _object(
+            object=_TEXT, data=_list(_object(file_id=_TEXT, filename=_TEXT, score={"type": "number"}, content=_list(_ANY)))
+        ),
         SearchRequest,
         **_IN_STORE,
     ),
-    ("/v1/vector_stores/{store_id}/files", "post"): Operation("Index a file in a vector store.", _STORE_FILE, AddFile, **_IN_STORE),
+    ("/v1/vector_stores/{store_id}/files", "post"): Operation(
+        "Index a file in a vector store.", _STORE_FILE, AddFile, **_IN_STORE
+    ),
     ("/v1/vector_stores/{store_id}/files", "get"): Operation(
         "The files of a vector store.", _object(object=_one_of("list"), data=_list(_STORE_FILE)), **_IN_STORE
     ),

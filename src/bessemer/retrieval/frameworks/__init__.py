@@ -1,4 +1,4 @@
-"""Retrievers of other frameworks on an index: `langchain`, `llama_index`, `haystack`. Each module needs its framework installed.
+"""Retrievers of other frameworks on an index: `langchain`, `llama_index`, `haystack`. Each module needs its framework.
 
 All search as `bessemer search` does, and say of each passage where it stands.
 """
@@ -21,7 +21,7 @@ def opened(index: IndexSource) -> OpenIndex:
 
 
 def metadata_of(hit: Hit) -> dict[str, Any]:
-    """What is said of a passage beside its text: its document, headings and bytes there, and its rank and score in each search."""
+    """What is said of a passage beside its text: its document, headings and bytes there, its rank and score in each search."""
     passage = hit.passage
     return {
         "document": passage.document,

@@ -24,8 +24,8 @@ class BessemerRetriever:
         where: Filter = EVERYTHING,
         neighbours: int = 0,
     ) -> None:
-        """index: an open index, or its folder. where: the documents that are searched, and on whose behalf. neighbours: passages
-        before and after each hit that are added to it. Raises ArtefactError as `open_index`."""
+        """index: an open index, or its folder. where: the documents that are searched, and on whose behalf. neighbours:
+        passages before and after each hit that are added to it. Raises ArtefactError as `open_index`."""
         self._index = opened(index)
         self._settings: dict[str, Any] = {"top_k": top_k, "mode": mode, "neighbours": neighbours}
         self._where = where
@@ -42,7 +42,7 @@ class BessemerRetriever:
         return {"documents": documents}
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings. Raises ConfigError for a component with a filter: a saved pipeline would search on behalf of anybody."""
+        """The settings. Raises ConfigError for a component with a filter: a saved pipeline would search for anybody."""
         if self._where != EVERYTHING:
             raise ConfigError("a retriever with a filter is not saved; make it where the pipeline is made")
         return default_to_dict(self, index=str(self._index.folder), **self._settings)

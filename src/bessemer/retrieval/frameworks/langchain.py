@@ -18,8 +18,8 @@ from bessemer.retrieval.store import EVERYTHING, Filter
 class BessemerRetriever(BaseRetriever):
     """Finds passages of an index.
 
-    index: an open index, or its folder. k: passages, which `invoke(query, k=3)` overrides. where: the documents that are searched,
-    and on whose behalf. neighbours: passages before and after each hit that are added to it.
+    index: an open index, or its folder. k: passages, which `invoke(query, k=3)` overrides. where: the documents that are
+    searched, and on whose behalf. neighbours: passages before and after each hit that are added to it.
     """
 
     index: Any

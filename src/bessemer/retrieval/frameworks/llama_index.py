@@ -28,8 +28,8 @@ class BessemerRetriever(BaseRetriever):
         neighbours: int = 0,
         **settings: Any,
     ) -> None:
-        """index: an open index, or its folder. where: the documents that are searched, and on whose behalf. neighbours: passages
-        before and after each hit that are added to it. settings: of LlamaIndex's base class. Raises ArtefactError as
+        """index: an open index, or its folder. where: the documents that are searched, and on whose behalf. neighbours:
+        passages before and after each hit that are added to it. settings: of LlamaIndex's base class. Raises ArtefactError as
         `open_index`."""
         super().__init__(**settings)
         self._index = opened(index)

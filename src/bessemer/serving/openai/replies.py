@@ -323,9 +323,7 @@ class ChatReply(_OpenAIReply):
         self._shows_thinking = body.include_reasoning
         self._lacks_prompt_ids = body.return_token_ids
         sources = turns.sources
-        self._choices = [
-            _Choice(citations=None if sources is None else AnswerCitations(sources)) for _ in range(body.n)
-        ]
+        self._choices = [_Choice(citations=None if sources is None else AnswerCitations(sources)) for _ in range(body.n)]
         self._lacks_sources = sources is not None
 
     def whole(self, step: Iterable[ChoiceEvents]) -> dict[str, Any]:

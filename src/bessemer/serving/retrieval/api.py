@@ -19,9 +19,9 @@ from fastapi.responses import JSONResponse
 from bessemer.core.errors import BessemerError
 from bessemer.serving.config import STORES
 from bessemer.serving.retrieval.annotations import page_of, search_result
-from bessemer.serving.retrieval.protocol import AddFile, AddFiles, ChangeFile, ChangeStore, CreateStore, SearchRequest
 from bessemer.serving.retrieval.client_store import ClientStore, StoreFile
 from bessemer.serving.retrieval.indexes import without_overlaps
+from bessemer.serving.retrieval.protocol import AddFile, AddFiles, ChangeFile, ChangeStore, CreateStore, SearchRequest
 from bessemer.serving.retrieval.stores import Store, VectorStores
 from bessemer.serving.retrieval.uploads import page_image, read_form
 from bessemer.serving.runtime.bodies import ApiError, read_body

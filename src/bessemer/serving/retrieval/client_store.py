@@ -61,7 +61,9 @@ class ClientStore:
 
     is_served = False
 
-    def __init__(self, folder: Path, uploads: Uploads, embedder: Callable[[], StoreEmbedder], record: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, uploads: Uploads, embedder: Callable[[], StoreEmbedder], record: Mapping[str, Any]
+    ) -> None:
         """record: as `store.json` has it."""
         self.id: str = record["id"]
         self.owner: str = record["owner"]
@@ -155,8 +157,8 @@ class ClientStore:
         return self._uploads.path(self._uploads.find(file, self.owner)) if file in self._entries else None
 
     def _served(self) -> ServedIndex | None:
-        """The index; None before any file is in it. Where another embedder made it, it is made anew, and until then ApiError (503)
-        is raised."""
+        """The index; None before any file is in it. Where another embedder made it, it is made anew, and until then ApiError
+        (503) is raised."""
         with self._lock:
             place = self._place(self._number)
             if self._index is None and (place / INDEX).exists():
@@ -187,7 +189,7 @@ class ClientStore:
         number = self._number + is_new
         failed: dict[str, str] = {}
         documents: list[IndexedDocument] = []
-        for id, file in entries.items():
+        for id in entries:
             try:
                 documents += self._uploads.documents(self._uploads.find(id, self.owner))
             except (BessemerError, ApiError) as error:
@@ -234,4 +236,3 @@ def read_record(path: Path) -> Mapping[str, Any]:
 
 def _by_upload(passage: Passage) -> tuple[str, str]:
     return passage.document.partition("/")[0], ""
-

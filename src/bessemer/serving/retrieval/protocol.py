@@ -30,7 +30,9 @@ class Comparison(Body):
     @model_validator(mode="after")
     def _has_its_kind_of_value(self) -> Self:
         if (self.type in ("in", "nin")) != isinstance(self.value, list):
-            raise misfit("value", f"a filter of type {self.type} {'takes' if self.type in ('in', 'nin') else 'is not of'} a list")
+            raise misfit(
+                "value", f"a filter of type {self.type} {'takes' if self.type in ('in', 'nin') else 'is not of'} a list"
+            )
         return self
 
     def holds(self, attributes: Mapping[str, Value]) -> bool:

@@ -195,7 +195,9 @@ def _vectors(served: Served, model: str, texts: Sequence[str]) -> np.ndarray:
         served.check_length(f"documents[{place}]", len(each), 0)
     adapter = served.adapter(model)
     try:
-        batches = [served.engine.embed(ids[start : start + size], adapter=adapter).numpy() for start in range(0, len(ids), size)]
+        batches = [
+            served.engine.embed(ids[start : start + size], adapter=adapter).numpy() for start in range(0, len(ids), size)
+        ]
     except RequestError as error:
         raise ApiError(str(error), parameter="documents", code="invalid_value") from None
     return np.concatenate(batches)

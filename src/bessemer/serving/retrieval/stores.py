@@ -175,7 +175,9 @@ class VectorStores:
         if not query.strip():
             raise RequestError("retrieval: the query is empty")
         if len(query) > MOST_CHARACTERS:
-            raise RequestError(f"retrieval: the query has {len(query):,} characters, at most {MOST_CHARACTERS:,} are searched for")
+            raise RequestError(
+                f"retrieval: the query has {len(query):,} characters, at most {MOST_CHARACTERS:,} are searched for"
+            )
         groups = client.principal.groups
         hits = [hit for store in stores for hit in store.search(query, wanted, groups)]
         if len(stores) > 1:
@@ -247,8 +249,8 @@ class VectorStores:
 
 
 def index_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Folders of indexes by the names that clients use: FOLDER, or NAME=FOLDER. Raises ConfigError for two of one name and for one
-    that is no name, ArtefactError where no index is."""
+    """Folders of indexes by the names that clients use: FOLDER, or NAME=FOLDER. Raises ConfigError for two of one name and for
+    one that is no name, ArtefactError where no index is."""
     folders: dict[str, Path] = {}
     for each in given:
         name, is_named, folder = each.partition("=")
@@ -264,9 +266,7 @@ def index_folders(given: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-async def sources_for(
-    question: str, wanted: Wanted, stores: VectorStores, client: Client, parameter: str
-) -> list[ServedHit]:
+async def sources_for(question: str, wanted: Wanted, stores: VectorStores, client: Client, parameter: str) -> list[ServedHit]:
     """Passages for a chat, found before its turn begins.
 
     The server searches itself, for the user's last message: whether a small model would call a search, and for what, is not

@@ -1,7 +1,7 @@
 """Clients' files: taken from a form, kept on disk, and read into documents to index.
 
-A file lies in a folder of its own, `ID/`, under a name of ours: `uploaded-file` and the suffix by which a source reads it. Nobody's
-names or paths are opened.
+A file lies in a folder of its own, `ID/`, under a name of ours: `uploaded-file` and the suffix by which a source reads it.
+Nobody's names or paths are opened.
 """
 
 from __future__ import annotations

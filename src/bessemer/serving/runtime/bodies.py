@@ -247,7 +247,10 @@ def _check_texts(values: Any) -> None:
 
 
 #: Steps of pydantic's error locations that name a union's branch instead of a field.
-_UNION_BRANCH = re.compile(r"str|NamedTool|FlatTool|FileSearchTool|Comparison|Compound|InnerCompound|(list|dict|literal|function-[a-z]+|tagged-union)\[.*", re.DOTALL)
+_UNION_BRANCH = re.compile(
+    r"str|NamedTool|FlatTool|FileSearchTool|Comparison|Compound|InnerCompound|(list|dict|literal|function-[a-z]+|tagged-union)\[.*",
+    re.DOTALL,
+)
 
 
 def _refusal(error: ValidationError) -> ApiError:

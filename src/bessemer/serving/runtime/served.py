@@ -39,8 +39,8 @@ class Chat:
 
     messages: in the form of chat completions. params_of: gives the sampling settings for a number of tokens of the answer.
     parameter_of: gives the request's parameter that an error's text is about. token_limit: the client's most tokens of an
-    answer. priority: lower is more urgent. sources: passages that the answer is drawn from, the best first; None: of a chat without
-    retrieval.
+    answer. priority: lower is more urgent. sources: passages that the answer is drawn from, the best first; None: of a chat
+    without retrieval.
     """
 
     caller: Caller
@@ -210,7 +210,6 @@ class Served:
 
         Raises ApiError for what is wrong with the request.
         """
-
         sources: Sequence[ServedHit] | None = None
 
         def params_of(prompt_tokens: int) -> SamplingParams:

@@ -157,8 +157,8 @@ class Turns:
         worker: Worker,
         sources: Sequence[ServedHit] | None = None,
     ) -> None:
-        """turns: begun, with the same prompt. caller: whose tokens they use. sources: those in the prompt; None: of a chat without
-        retrieval. Raises RequestError where the engine refuses the prompt."""
+        """turns: begun, with the same prompt. caller: whose tokens they use. sources: those in the prompt; None: of a chat
+        without retrieval. Raises RequestError where the engine refuses the prompt."""
         self.sources = sources
         self._turns = turns
         self._prepare = prepare
