@@ -87,6 +87,7 @@ def test_answers_come_from_the_servers_index_until_another_choice_is_made(page, 
     engine = ScriptedEngine(tokenizer, "Iron rusts [1].", "No.")
     opened(page, start(served=engine, indexes={"docs": written_index(tmp_path / "index")}))
     page.wait_for_selector("#answer-from option[value=docs]", state="attached")
+    page.evaluate("document.querySelector('[name=max_tokens]').value = ''")
     ask(page, "iron in water")
     page.wait_for_selector("article.assistant .sources >> text=metal.md")
     page.click("#show-settings")

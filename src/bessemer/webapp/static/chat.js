@@ -476,7 +476,14 @@ function described(usage, streaming, wait, reason, content, note) {
 function closeSides() { closeToken(); documents.closeSource(); }
 function drawDocuments(conversation = current) { if (conversation === current) documents.drawAttached(current, documentsChanged(current)); }
 /** What is done when files of a conversation are others: it is kept, and drawn where it is shown. */
-function documentsChanged(conversation) { return () => { store.touch(conversation); save(conversation); drawDocuments(conversation); }; }
+function documentsChanged(conversation) {
+  return () => {
+    store.touch(conversation);
+    save(conversation);
+    drawDocuments(conversation);
+    if (!byId("conversations").querySelector("input")) drawConversations();
+  };
+}
 function attachFiles(files) { if (files.length) documents.attach(current, [...files], documentsChanged(current)); }
 
 function atBottom() { return scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80; }
