@@ -322,7 +322,7 @@ class ChatReply(_OpenAIReply):
         self._turns = turns
         self._shows_thinking = body.include_reasoning
         self._lacks_prompt_ids = body.return_token_ids
-        sources = turns.sources
+        self._sources = sources = None if body.retrieval is None else turns.sources
         self._choices = [_Choice(citations=None if sources is None else AnswerCitations(sources)) for _ in range(body.n)]
         self._lacks_sources = sources is not None
 
@@ -351,11 +351,11 @@ class ChatReply(_OpenAIReply):
             choices.append(shown | _statements(choice))
         prompt = {"prompt_token_ids": self._turns.prompt_ids} if self._body.return_token_ids else {}
         body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage(), **prompt}
-        return body if self._turns.sources is None else {**body, "retrieval": self._retrieval()}
+        return body if self._sources is None else {**body, "retrieval": self._retrieval()}
 
     def _retrieval(self) -> dict[str, Any]:
         """The sources of the answers."""
-        return {"sources": [source_body(number, hit) for number, hit in enumerate(self._turns.sources or (), start=1)]}
+        return {"sources": [source_body(number, hit) for number, hit in enumerate(self._sources or (), start=1)]}
 
     def _bodies(self, step: Iterable[ChoiceEvents]) -> Iterator[dict[str, Any]]:
         """A choice's role comes with its first token, as in vLLM: clients take the first event for it."""

@@ -158,13 +158,13 @@ class RerankApi:
         check_encoded([text for pair in pairs for text in pair])
         if model in self._own or model == await asyncio.to_thread(self._stores.embedder_name):
             caller.model = model
-            reranker = self._own.get(model) or await self._served.run_in_thread(self._embedders_cosines)
+            reranker: Reranker = self._own[model] if model in self._own else await asyncio.to_thread(self._embedders_cosines)
             return await self._served.run_in_thread(lambda: _scored(reranker, pairs, self._served, caller))
         served = await self._served.model_for(model, caller)
         # no more of the texts are computed at once
         with served.worker.admit(min(len(pairs) + 1, served.engine.max_num_seqs)):
-            reranker = CosineReranker(lambda texts, _: _vectors(served, model, texts))
-            return await asyncio.to_thread(_scored, reranker, pairs, served, caller)
+            cosines = CosineReranker(lambda texts, _: _vectors(served, model, texts))
+            return await asyncio.to_thread(_scored, cosines, pairs, served, caller)
 
     def _embedders_cosines(self) -> CosineReranker:
         embedder = self._stores.embedder()

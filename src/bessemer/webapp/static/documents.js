@@ -118,7 +118,7 @@ export function citedSources(node, closeOther) {
 export function support(node) {
   const said = (node.statements ?? []).filter((one) => one.support !== null);
   const borne = said.filter((one) => one.is_supported).length;
-  return said.length && borne < said.length ? `${said.length - borne} of ${said.length} sentences are not in their sources` : "";
+  return said.length && borne < said.length ? `${said.length - borne} of ${said.length} sentences not in the sources` : "";
 }
 
 // --- a document at a passage ----------------------------------------------------------------------------------------
