@@ -52,7 +52,7 @@ def test_a_dropped_file_is_answered_from_and_a_citation_opens_it_at_its_sentence
     assert text.locator(".cite").all_inner_texts() == ["1", "1", "2"] and "[9]" in text.inner_text()
     assert text.locator("a").count() == 0 and text.locator("strong").inner_text() == "rusts"
     assert page.locator("article.assistant .sources button").all_inner_texts() == ["metals.md › Iron", "metals.md › Copper"]
-    assert "2 of 4 sentences not in the sources" in page.inner_text(".facts-of-answer")
+    assert "1 of 2 sentences not in the sources" in page.inner_text(".facts-of-answer")
 
     text.locator(".cite").first.click()
     page.wait_for_selector("#side mark")
