@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from bessemer.assistant.messages import Message
 from bessemer.core.errors import SourceError
-from bessemer.retrieval.answer import NOT_HELD, checked, conversation
+from bessemer.retrieval.answer import NOT_HELD, checked, grounded
 from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
 from bessemer.retrieval.questions import cited_conversations, make_questions, question_of
 from bessemer.retrieval.search import Hit
@@ -89,7 +90,8 @@ def test_conversations_have_the_form_in_which_ask_shows_sources(index):
     question = row["messages"][1]["content"].rpartition("Question: ")[2]
     (own,) = [one for one in index.store.passages() if one.document == row["document"]]
     # a number in brackets of the text itself is no citation
-    assert conversation(question, [own])[1]["content"].count("[1]") == 1 and "slowly (1)" in row["messages"][1]["content"]
+    _, asked = grounded([Message.user(question)], [Hit(own, 1.0, {}, {})])
+    assert asked.text.count("[1]") == 1 and "slowly (1)" in row["messages"][1]["content"]
 
 
 def test_the_command_writes_rows_and_keeps_what_is_there(index, tmp_path, capsys):

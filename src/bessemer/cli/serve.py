@@ -83,6 +83,7 @@ _requests = partial(typer.Option, rich_help_panel="Requests")
 _models = partial(typer.Option, rich_help_panel="Further models and adapters")
 _memory = partial(typer.Option, rich_help_panel="Memory and batches")
 _speed = partial(typer.Option, rich_help_panel="How it is computed")
+_documents = partial(typer.Option, rich_help_panel="Documents")
 
 
 def serve(
@@ -106,6 +107,17 @@ def serve(
     ] = False,
     feedback: Annotated[
         Path | None, _requests(help="Folder for thumbs and edits of the chat, as rows that post-training reads.")
+    ] = None,
+    index: Annotated[
+        list[str] | None,
+        _documents(
+            help="Answer from this index of documents, as `bessemer index` makes it, where clients ask for it: FOLDER, or "
+            "NAME=FOLDER; may be repeated."
+        ),
+    ] = None,
+    uploads: Annotated[
+        Path | None,
+        _documents(help="Folder for clients' files and vector stores; without it they end with the server."),
     ] = None,
     also: Annotated[
         list[str] | None,
@@ -199,9 +211,12 @@ def serve(
         speculation,
     )
     from bessemer.cli.watermark import watermark_of
+    from bessemer.core.store import read_json
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
+    from bessemer.retrieval.index import INDEX
     from bessemer.serving.config import ServingConfig, is_loopback
+    from bessemer.serving.retrieval.stores import index_folders
     from bessemer.serving.runtime.admission import QueueLimits
     from bessemer.serving.runtime.models import ModelSetup
     from bessemer.serving.server import serve as serve_engine
@@ -213,6 +228,8 @@ def serve(
         raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
     if accept_weights and engine == "ray":
         raise ConfigError("--accept-weights: of a server with one engine; name several such servers to the trainer instead")
+    if engine == "ray" and (index or uploads):
+        raise ConfigError("--index, --uploads: of a server with one engine; replicas share no files")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     lengths = ("max_model_len", "context_overflow", "context_keep")
@@ -230,11 +247,12 @@ def serve(
     settings = EngineConfig.parse(given, option_of("serve"))
     limits = ("max_waiting", "max_queued", "queue_seconds", "max_body", "drain_seconds", "request_log", "other_template")
     config = ServingConfig.parse(
-        given_options(context, "host", "port", "api_key", "keys", "adapter_root", "accept_weights", *limits)
+        given_options(context, "host", "port", "api_key", "keys", "adapter_root", "accept_weights", "uploads", *limits)
         | {
             "hosts": [name.lower() for name in allow_host or ()],
             "origins": [origin.lower().rstrip("/") for origin in allow_origin or ()],
             "aliases": alias or [],
+            "indexes": index_folders(index or []),
         },
         option_of("serve"),
     )
@@ -278,6 +296,9 @@ def serve(
     with loading, setup.open_engine() as opened:
         print(opened.describe())
         print(opened.arithmetic)
+        for its_name, place in config.indexes.items():
+            about = read_json(place / INDEX, "index")
+            print(f"documents {its_name}: {about['documents']:,}, in {about['passages']:,} passages")
         loading.close()
         pool = setup.model_pool(config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
         serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [])

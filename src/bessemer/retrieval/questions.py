@@ -18,12 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bessemer.assistant.messages import Message
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_value
-from bessemer.retrieval.answer import NOT_HELD, conversation
+from bessemer.retrieval.answer import NOT_HELD, grounded
 from bessemer.retrieval.chunks import sentences
 from bessemer.retrieval.index import OpenIndex
-from bessemer.retrieval.search import search
+from bessemer.retrieval.search import Hit, search
 from bessemer.retrieval.store import Passage
 
 #: Fewest and most characters of an answer's sentence.
@@ -107,15 +108,18 @@ def cited_conversations(
         is_held = draw.random() >= unanswered
         number = draw.randint(*_SOURCES)
         hits = search(index, question.text, _SEARCHED)
-        others = [hit.passage for hit in hits if len(hit.passage.text) <= longest and _is_other(hit.passage, question)]
+        others = [hit for hit in hits if len(hit.passage.text) <= longest and _is_other(hit.passage, question)]
         sources = others[:number]
+        answer = NOT_HELD
         if is_held:
             sources = sources[: number - 1]
-            sources.insert(draw.randint(0, len(sources)), question.passage)
+            place = draw.randint(0, len(sources))
+            sources.insert(place, Hit(question.passage, 0.0, {}, {}))
+            answer = _answer(question, place + 1)
         if not sources:
             continue
-        answer = _answer(question, sources.index(question.passage) + 1) if is_held else NOT_HELD
-        messages = [*conversation(question.text, sources), {"role": "assistant", "content": answer}]
+        shown = [*grounded([Message.user(question.text)], sources), Message.assistant(answer)]
+        messages = [{"role": message.role, "content": message.text} for message in shown]
         yield {"messages": messages, "held": is_held, "document": question.passage.document}
 
 

@@ -23,6 +23,7 @@ from bessemer.inference.request import Completion, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import Sampled
 from bessemer.serving.config import OTHERS_SHARE
+from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.runtime.admission import NO_QUEUE, Admission, QueueLimits
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller
@@ -118,9 +119,17 @@ class Turns:
     another completion, after a thinking budget or the results of tools, share the next round.
     """
 
-    def __init__(self, turns: Sequence[Turn], prepare: Prepare, caller: Caller, worker: Worker) -> None:
-        """turns: begun, with the same prompt. caller: whose tokens they use. Raises RequestError where the engine refuses the
-        prompt."""
+    def __init__(
+        self,
+        turns: Sequence[Turn],
+        prepare: Prepare,
+        caller: Caller,
+        worker: Worker,
+        sources: Sequence[ServedHit] | None = None,
+    ) -> None:
+        """turns: begun, with the same prompt. caller: whose tokens they use. sources: those in the prompt; None: of a chat
+        without retrieval. Raises RequestError where the engine refuses the prompt."""
+        self.sources = sources
         self._turns = turns
         self._prepare = prepare
         self._caller = caller
