@@ -11,11 +11,14 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_value
 from bessemer.retrieval.embed import Embedder
 from bessemer.retrieval.index import INDEX, OpenIndex, open_index
-from bessemer.retrieval.search import RANK_CONSTANT, Hit, search
+from bessemer.retrieval.search import Hit, search
 from bessemer.retrieval.store import Filter, LanceStore, Passage
 from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.retrieval.protocol import Wanted
 from bessemer.serving.runtime.bodies import ApiError
+
+#: Of the relevance of a hit that has a rank alone.
+_RANK_CONSTANT = 60
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _served(hit: Hit, store: str, naming: Naming, *, has_vectors: bool) -> Serve
     if has_vectors:
         relevance = min(1.0, max(0.0, hit.scores.get("meaning", 0.0)))
     else:
-        relevance = (RANK_CONSTANT + 1) / (RANK_CONSTANT + hit.ranks["words"])
+        relevance = (_RANK_CONSTANT + 1) / (_RANK_CONSTANT + hit.ranks["words"])
     file, filename = naming(hit.passage)
     return ServedHit(hit.passage, hit.score, hit.ranks, hit.scores, store, file, filename, relevance)
 
