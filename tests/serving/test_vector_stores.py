@@ -232,13 +232,13 @@ def test_a_page_is_drawn_by_what_reads_the_document(start, tmp_path, monkeypatch
     monkeypatch.setattr(stores, "packaged_minilm", lambda: None)
     monkeypatch.setattr("bessemer.serving.retrieval.api.page_image", lambda: lambda *given: drawn.append(given) or b"\x89PNG")
     url = start(FakeEngine(), uploads=tmp_path)
-    upload = httpx.post(url + "/v1/files", files={"file": ("a.pdf", b"%PDF")}).json()["id"]
+    upload = httpx.post(url + "/v1/files", files={"file": ("a.txt", b"Iron.")}).json()["id"]
     store = httpx.post(url + "/v1/vector_stores", json={"file_ids": [upload]}).json()["id"]
     place = f"{url}/v1/vector_stores/{store}/files/{upload}/page"
     answer = httpx.get(place, params={"number": 2, "box": "1,2,3.5,4"})
     assert (answer.headers["content-type"], answer.content) == ("image/png", b"\x89PNG")
     ((path, number, box),) = drawn
-    assert path.read_bytes() == b"%PDF" and path.suffix == ".pdf" and (number, box) == (2, (1, 2, 3.5, 4))
+    assert path.read_bytes() == b"Iron." and path.suffix == ".txt" and (number, box) == (2, (1, 2, 3.5, 4))
     for wrong in ({"number": "x"}, {"box": "1,2,3"}, {"box": "nan,1,2,3"}):
         assert httpx.get(place, params=wrong).status_code == 400
 
