@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def test_bad_files_are_one_line_each_and_the_others_are_indexed_with_their_pages
     }
     for name, (data, _) in bad.items():
         (docs / name).write_bytes(data)
+    for name in ("program.txt#0", "noise.md#0"):
+        bad[name] = (b"", "it is binary, whatever its name says")
+    (docs / "noise.md").write_bytes(bytes(one * 7 % 256 for one in range(999)))
+    (docs / "program.txt").write_bytes(Path(sys.executable).read_bytes()[:9000])
+    bad["huge.pdf"] = (b"", "over 134,217,728 bytes")
+    with (docs / "huge.pdf").open("wb") as huge:
+        huge.truncate((128 << 20) + 1)
     (docs / "~$notes.docx").write_bytes(b"x")
     (docs / "photo.png").write_bytes(b"\x89PNG")
     (docs / "letter.odt").write_bytes(b"PK")

@@ -11,7 +11,7 @@ import pytest
 from bessemer.core.errors import RequestError
 from bessemer.retrieval.index import IndexConfig, IndexedDocument, passages_of
 from bessemer.retrieval.reading.page_image import page_image
-from bessemer.retrieval.reading.pdf import read_pdf
+from bessemer.retrieval.reading.pdf import _ended, read_pdf
 from tests.retrieval.pdfs import pdf, rule, text
 
 pypdfium2 = pytest.importorskip("pypdfium2")
@@ -39,7 +39,8 @@ def page_of_two_columns(number):
     parts += [text(72, 700, "Of Iron and Steel", 18, "bold")] if number == 1 else []
     parts += [text(72, 670, "This line goes over both of the columns, as an abstract of a paper does, from left to right.")]
     for row, (left, right) in enumerate(zip([*LEFT, ""], RIGHT, strict=True)):
-        parts += [text(72, 640 - 12 * row, left), text(320, 640 - 12 * row, right)]
+        # no column's edge is quite straight
+        parts += [text(72, 640 - 12 * row, left), text(320 - 0.7 * (row == 2), 640 - 12 * row, right)]
     return parts
 
 
@@ -122,6 +123,34 @@ def test_a_ruled_table_is_what_pdfplumber_reads_between_the_lines_around_it():
     (own,) = pdfplumber.open(io.BytesIO(data)).pages[0].extract_tables()
     cells = [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.split("\n")]
     assert cells[:1] + cells[2:] == own == rows
+
+
+def test_rows_without_a_rule_between_them_are_rows_and_a_title_in_the_frame_is_a_paragraph():
+    pytest.importorskip("pdfplumber")
+    frame = [rule(72, y, 372, y) for y in (700, 680, 660, 620)]
+    frame += [rule(x, 700 - 20 * ((x - 72) % 300 > 0), x, 620) for x in (72, 172, 272, 372)]
+    words = [text(76, 686, "Traffic"), *(text(x, 666, word) for x, word in ((76, "Month"), (176, "Seats"), (276, "Share")))]
+    words += [text(x, y, word) for y, row in ((646, ("May 26", "70", "9.5")), (630, ("June 26", "80", "11.5")))
+              for x, word in zip((76, 176, 276), row, strict=True)]  # fmt: skip
+    assert read_pdf(pdf([*frame, *words]), 10**6).text == (
+        "Traffic\n\n| Month | Seats | Share |\n|---|---|---|\n| May 26 | 70 | 9.5 |\n| June 26 | 80 | 11.5 |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "following", "joined"),
+    [
+        ("a divi-", "ded word", "a divided word"),
+        ("a well-", "known word", "a well-known word"),
+        ("Jean-", "Paul", "Jean-Paul"),
+        ("from 1990-", "95", "from 1990-95"),
+        ("see https://example.org/", "page", "see https://example.org/page"),
+        ("两个", "部分", "两个部分"),
+        ("two", "words", "two words"),
+    ],
+)
+def test_what_stands_between_two_lines_is_what_was_there_before_they_were_divided(line, following, joined):
+    assert "".join(_ended(line, following, {"well-known"})) + following == joined
 
 
 def test_columns_of_cells_without_rules_are_a_table_and_not_columns_of_text():

@@ -53,11 +53,11 @@ def index(
     changed = {name: value for name, value in given.items() if value is not None}
     before = read_json(out / INDEX, "index").get("config", {}) if (out / INDEX).exists() else {}
     config = IndexConfig.parse(before | changed, option_of("index"))
-    given = [documents, *(also or [])]
+    places = [documents, *(also or [])]
     if watch is None:
-        _update(given, out, config)
+        _update(places, out, config)
     else:
-        _watch(given, out, config, watch)
+        _watch(places, out, config, watch)
 
 
 def _update(given: list[str], out: Path, config: IndexConfig) -> None:

@@ -113,13 +113,20 @@ class MarkdownWriter:
         self._write(ticks)
 
     def table(self, rows: Sequence[Sequence[str]], areas: Sequence[Area | None] = ()) -> None:
-        """A table, its header first. Columns and rows without text are left out. areas: of the rows."""
+        """A table, its header first. Columns and rows without text are left out; what stands alone in the first column above
+        the header is its title, a paragraph. areas: of the rows."""
         cells = [[one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
         width = max(map(len, cells), default=0)
         used = [column for column in range(width) if any(column < len(row) and row[column] for row in cells)]
         kept = [number for number, row in enumerate(cells) if any(row)]
-        if not used or not kept:
+        if not used:
             return
+        filled = {
+            number: [column for column in used if column < len(cells[number]) and cells[number][column]] for number in kept
+        }
+        while filled[kept[0]] == used[:1] and any(len(filled[number]) > 1 for number in kept):
+            title = kept.pop(0)
+            self.paragraph([Piece(cells[title][used[0]], areas[title] if areas else None)])
         self._begin_block()
         for number in kept:
             row = cells[number]

@@ -28,12 +28,15 @@ _BULLET = re.compile(r"(?:[•‣◦▪▫●○■□–—∙·\uf0b7\uf0a7\uf
 _SIGN = re.compile(r"[•‣◦▪▫●○■□–—∙·\uf0b7\uf0a7\uf0d8-][ \t]+")
 _WORD_CUT = re.compile(r"([^\W\d_]+)[-‐\xad]$")
 _RANGE_CUT = re.compile(r"\d[-–]$")
+_ADDRESS_CUT = re.compile(r"(?:https?://|www\.)\S*[/._-]$|\S+@$")
+#: Chinese and Japanese, which have no blanks.
+_WIDE = re.compile("[\u3000-\u30ff\u3400-\u9fff\uff00-\uff60]")
 #: A heading's letters are so much larger than those of the text; it has at most so many characters and lines.
 _LARGER, _LONGEST_HEADING, _HEADING_LINES = 1.1, 200, 3
 #: A step from line to line that is so much longer than the usual one, and than the letters are high, begins a paragraph.
 _LONGER_STEP, _LONGEST_STEP = 1.25, 1.4
 #: The end of a line in a table of contents.
-_LEADER = re.compile(r"(?:\.\s?){4,}\s*\w+$")
+_LEADER = re.compile(r"(?:\.\s?|…\s?){4,}\s*\w+$")
 _ENDS = (".", "!", "?", ":", ";", "…", "。", "！", "？", "”", '"', ")")
 
 
@@ -104,7 +107,8 @@ def _pages(document: Any, data: bytes, notes: list[str]) -> list[_Page]:
                 lines, frame = lines_of_page(page, display)
                 if not lines and _has_picture(page):
                     scanned.append(index + 1)
-                wants_tables = len(lines) > 3 and has_rules(page)
+                # pdfplumber does not read text that stands askew
+                wants_tables = len(lines) > 3 and frame == display and has_rules(page)
             finally:
                 page.close()
         except Exception:  # pdfium's own, for a damaged page: the others may be whole
@@ -176,7 +180,7 @@ def _is_large(paragraph: _Paragraph, usual: float) -> bool:
         paragraph.size >= _LARGER * usual
         and paragraph.length <= _LONGEST_HEADING
         and len(paragraph.lines) <= _HEADING_LINES
-        and not any(line.is_fixed or line.cells for line in paragraph.lines)
+        and not any(line.is_fixed or line.cells or _LEADER.search(line.text) for line in paragraph.lines)
         and sum(map(str.isalpha, "".join(line.text for line in paragraph.lines))) >= 3
     )
 
@@ -185,6 +189,7 @@ def _is_bold_heading(paragraph: _Paragraph, usual: float) -> bool:
     text = paragraph.lines[-1].text
     return (
         all(line.is_bold and not line.is_fixed and not line.cells for line in paragraph.lines)
+        and _LEADER.search(text) is None
         and len(paragraph.lines) <= 2
         and paragraph.length <= _LONGEST_HEADING / 2
         and paragraph.size >= 0.9 * usual
@@ -327,7 +332,11 @@ def _following(before: _Paragraph, after: _Paragraph, compounds: set[str], piece
 
 def _ended(text: str, following: str | None, compounds: set[str]) -> tuple[str, str]:
     """A line's text, without the hyphen of a divided word, and what stands between it and the next line."""
-    if following is not None and _RANGE_CUT.search(text) and following[:1].isdigit():
+    if following is not None and (
+        (_RANGE_CUT.search(text) and following[:1].isdigit())
+        or _ADDRESS_CUT.search(text)
+        or (_WIDE.match(text[-1:]) and _WIDE.match(following[:1]))
+    ):
         return text, ""
     cut = _WORD_CUT.search(text)
     if following is None or cut is None:

@@ -22,6 +22,8 @@ _FEWEST_LINES, _FEWEST_CHARACTERS, _FILLED = 3, 12, 0.3
 #: Rows of cells with fewer characters in the middle are a table where nearly all of them stand side by side.
 _CELL_CHARACTERS, _SIDE_BY_SIDE = 28, 0.8
 _MOST_DEPTH = 6
+#: How far lines may reach over the edge of their column, in points.
+_ROUGH_EDGE = 3.0
 #: Parts of a page's height at its top and bottom where running lines and page numbers stand, and rows that are looked at there.
 _MARGIN, _NUMBER_MARGIN, _MARGIN_ROWS = 0.12, 0.2, 3
 _PAGE_NUMBER = re.compile(
@@ -67,8 +69,8 @@ def _ordered(items: list[Item], depth: int) -> list[list[Item]]:
 def _bands(items: Sequence[Item], gutter: float) -> list[tuple[list[Item], tuple[list[Item], list[Item]] | None]]:
     """Items from top to bottom in bands: those that cross the gutter, and those between two of them; of a band with a column
     on each side both sides."""
-    crossing = sorted((item for item in items if item.box[0] < gutter < item.box[2]), key=lambda item: _middle(item.box))
-    others = sorted((item for item in items if not item.box[0] < gutter < item.box[2]), key=lambda item: _middle(item.box))
+    crossing = sorted((item for item in items if _crosses(item.box, gutter)), key=lambda item: _middle(item.box))
+    others = sorted((item for item in items if not _crosses(item.box, gutter)), key=lambda item: _middle(item.box))
     bands: list[tuple[list[Item], tuple[list[Item], list[Item]] | None]] = []
     number = 0
     for border in [*crossing, None]:
@@ -77,12 +79,16 @@ def _bands(items: Sequence[Item], gutter: float) -> list[tuple[list[Item], tuple
             band.append(others[number])
             number += 1
         if band:
-            left = [item for item in band if item.box[2] <= gutter]
-            right = [item for item in band if item.box[2] > gutter]
+            left = [item for item in band if item.box[0] + item.box[2] <= 2 * gutter]
+            right = [item for item in band if item.box[0] + item.box[2] > 2 * gutter]
             bands.append((band, (left, right) if _are_columns(left, right) else None))
         if border is not None:
             bands.append(([border], None))
     return bands
+
+
+def _crosses(box: Box, gutter: float) -> bool:
+    return box[0] < gutter - _ROUGH_EDGE and box[2] > gutter + _ROUGH_EDGE
 
 
 def _gutter(items: Sequence[Item]) -> float | None:
@@ -95,7 +101,7 @@ def _gutter(items: Sequence[Item]) -> float | None:
                      for place, count in begins.items() if count >= 2})  # fmt: skip
     best, most = None, 0
     for place in places:
-        if sum(line.box[2] <= place for line in lines) < _FEWEST_LINES:
+        if sum(line.box[2] <= place + _ROUGH_EDGE for line in lines) < _FEWEST_LINES:
             continue
         count = sum(len(band) for band, sides in _bands(items, place) if sides is not None)
         if count > most:

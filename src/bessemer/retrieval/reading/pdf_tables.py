@@ -89,6 +89,17 @@ def _offset(page: Any, display: Geometry) -> tuple[float, float]:
     return shown_u - u - page.bbox[0], shown_v - v - page.bbox[1]
 
 
+def _rows_in(texts: Sequence[str | None]) -> list[tuple[str, ...]]:
+    """The rows that a row between two rules holds: several where all cells have equally many lines, of numbers for the most
+    part."""
+    cells = [text.split("\n") if text else [] for text in texts]
+    lines = [cell for cell in cells if cell]
+    numbers = sum(all(any(map(str.isdigit, line)) for line in cell) for cell in lines)
+    if len(lines) >= 3 and len(set(map(len, lines))) == 1 and 2 * numbers >= len(lines):
+        return [tuple(cell[place] if cell else "" for cell in cells) for place in range(len(lines[0]))]
+    return [tuple(_CUT.sub("", text or "") for text in texts)]
+
+
 def _moved(box: Box, offset: tuple[float, float]) -> Box:
     return box[0] + offset[0], box[1] + offset[1], box[2] + offset[0], box[3] + offset[1]
 
@@ -109,10 +120,11 @@ def _table(cells: Sequence[Sequence[Box | None]], texts: Sequence[Sequence[str |
         for cell in row:
             box = united(box, cell)
         if box is not None:
-            boxes.append(box)
-            rows.append(tuple(_CUT.sub("", text or "") for text in own))
             count += sum(cell is not None for cell in row)
-            filled += sum(map(bool, rows[-1]))
+            filled += sum(map(bool, own))
+            for part in _rows_in(own):
+                boxes.append(box)
+                rows.append(part)
     if len(rows) < 2 or max(map(len, rows)) < 2 or count < 4 or filled < _FILLED * count:
         return None
     around = (min(box[0] for box in boxes), boxes[0][1], max(box[2] for box in boxes), max(box[3] for box in boxes))

@@ -1,7 +1,6 @@
 """XLSX as Markdown: a section for each sheet, its tables one after the other, each with its header.
 
-Rows without content divide a sheet into tables. Lines of one cell above a table are text; its first other row is the header.
-Hidden sheets are left out.
+Rows without content divide a sheet into tables, whose first rows are their headers. Hidden sheets are left out.
 """
 
 from __future__ import annotations
@@ -73,11 +72,10 @@ def _write_sheet(name: str, rows: Iterable[list[str]], writer: MarkdownWriter) -
 
 
 def _write_table(rows: list[list[str]], writer: MarkdownWriter) -> None:
-    filled = [sum(map(bool, row)) for row in rows]
-    first = next((number for number, count in enumerate(filled) if count > 1), len(rows))
-    if first == len(rows) > 1 and all(len(cell) <= _LONGEST_VALUE for row in rows for cell in row):
-        # one column of values, below its name
-        first = 0
-    for row in rows[:first]:
-        writer.paragraph([next(cell for cell in row if cell)])
-    writer.table(rows[first:])
+    texts = [cell for row in rows for cell in row if cell]
+    if len(texts) == len(rows) and (len(rows) == 1 or max(map(len, texts)) > _LONGEST_VALUE):
+        # a column of text; of values, the first is their name
+        for text in texts:
+            writer.paragraph([text])
+    else:
+        writer.table(rows)
