@@ -40,7 +40,7 @@ def page_of_two_columns(number):
     parts += [text(72, 670, "This line goes over both of the columns, as an abstract of a paper does, from left to right.")]
     for row, (left, right) in enumerate(zip([*LEFT, ""], RIGHT, strict=True)):
         # no column's edge is quite straight
-        parts += [text(72, 640 - 12 * row, left), text(320 - 0.7 * (row == 2), 640 - 12 * row, right)]
+        parts += [text(72, 640 - 12 * row, left), text(320 - 1.4 * (row == 2), 640 - 12 * row, right)]
     return parts
 
 
