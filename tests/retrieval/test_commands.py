@@ -58,7 +58,7 @@ def test_a_question_is_answered_by_a_models_folder_with_sources_and_marks(tmp_pa
     ("arguments", "reason"),
     [
         (["index", "nowhere", "OUT", "--embedder", "none"], "nowhere: no such file or folder, and no source of this name"),
-        (["index", "FOLDER", "OUT", "--embedder", "none"], "no file here can be read (1 .docx; to convert .docx: pandoc"),
+        (["index", "FOLDER", "OUT", "--embedder", "none"], "no file here can be read (1 .odt; to convert .odt: pandoc"),
         (["index", "FOLDER", "OUT", "--embedder", "elsewhere"], "no file here can be read"),
         (["search", "FOLDER", "iron"], "no index of documents is here; bessemer index DOCS"),
         (["search", "FOLDER", "iron", "--mode", "wrods"], "--mode wrods: it is hybrid, words, meaning"),
@@ -68,7 +68,7 @@ def test_a_question_is_answered_by_a_models_folder_with_sources_and_marks(tmp_pa
 def test_a_mistake_is_one_line(tmp_path, capsys, arguments, reason):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "report.docx").write_bytes(b"PK")
+    (folder / "report.odt").write_bytes(b"PK")
     places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out")}
     code, _, error = run(capsys, *(places.get(argument, argument) for argument in arguments))
     assert code == 2 and reason in error and error.count("\n") == 1

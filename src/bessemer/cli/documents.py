@@ -12,8 +12,12 @@ from bessemer.cli.options import Device, Model, Runs
 
 if TYPE_CHECKING:
     from bessemer.retrieval.answer import Answer
+    from bessemer.retrieval.index import IndexConfig
     from bessemer.retrieval.rerank import Reranker
     from bessemer.retrieval.search import Hit
+
+#: Files named by the end of `bessemer index` that could not be read.
+_MOST_LOSSES = 20
 
 Index = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder of the index, as `bessemer index` made it.")]
 Only = Annotated[
@@ -33,6 +37,10 @@ def index(
     documents: Annotated[str, typer.Argument(metavar="DOCS", help="A file, a folder, or a source such as python_docs.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the index; an existing index is updated.")],
     also: Annotated[list[str] | None, typer.Option(help="More documents; may be repeated.")] = None,
+    watch: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Look for changed files so often, and update the index, until Ctrl-C.", min=0.1),
+    ] = None,
     embedder: Annotated[
         str | None,
         typer.Option(
@@ -46,22 +54,57 @@ def index(
 ) -> None:
     """Index documents, or bring an index up to date: what is unchanged is kept, what is gone leaves it."""
     from bessemer.cli.named import option_of
-    from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import read_json
-    from bessemer.data.sources.source import Tally
-    from bessemer.retrieval.documents import documents_of, sources_of
-    from bessemer.retrieval.index import CACHE, INDEX, IndexConfig, build_index
+    from bessemer.retrieval.index import INDEX, IndexConfig
 
     given = {"embedder": embedder, "passage_characters": passage, "overlap_characters": overlap}
     changed = {name: value for name, value in given.items() if value is not None}
     before = read_json(out / INDEX, "index").get("config", {}) if (out / INDEX).exists() else {}
     config = IndexConfig.parse(before | changed, option_of("index"))
-    sources = [source for name in [documents, *(also or [])] for source in sources_of(name)]
-    tally, progress = Tally(), progress_for_terminal()
+    places = [documents, *(also or [])]
+    if watch is None:
+        _update(places, out, config)
+    else:
+        _watch(places, out, config, watch)
+
+
+def _update(given: list[str], out: Path, config: IndexConfig) -> None:
+    """Bring an index up to date, and print what happened."""
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.data.sources.source import Tally
+    from bessemer.retrieval.documents import documents_of, other_kinds, remember_roots, sources_of
+    from bessemer.retrieval.index import CACHE, build_index
+
+    sources = [source for name in given for source in sources_of(name)]
+    tally, progress = Tally(most_losses=_MOST_LOSSES), progress_for_terminal()
     summary = build_index(documents_of(sources, out / CACHE, tally, progress), out, config, progress=progress)
+    remember_roots(out, given)
     for loss in tally.losses:
         print(f"  left out: {loss}")
-    print(f"{out}: {summary}")
+    if len(tally.losses) == _MOST_LOSSES:
+        print("  … and perhaps more")
+    for kinds in filter(None, map(other_kinds, given)):
+        print(f"  not read: {kinds}")
+    print(f"{out}: {summary}", flush=True)
+
+
+def _watch(given: list[str], out: Path, config: IndexConfig, seconds: float) -> None:
+    """Update an index whenever files change. A failed update is one line, and the watch goes on."""
+    from bessemer.core.errors import BessemerError, ConfigError
+    from bessemer.retrieval.documents import snapshot_of, wait_for_change
+
+    if absent := [name for name in given if not Path(name).exists()]:
+        raise ConfigError(f"--watch: {absent[0]} is no file or folder, and only those can be watched")
+    try:
+        before = snapshot_of(given)
+        while True:
+            try:
+                _update(given, out, config)
+            except BessemerError as error:
+                print(f"{error}; waiting for a change", flush=True)
+            before = wait_for_change(lambda: snapshot_of(given), before, seconds)
+    except KeyboardInterrupt:
+        print(f"\nno longer watched; {out} stays as it is")
 
 
 def search(
@@ -90,7 +133,7 @@ def search(
         print(json.dumps([_figures(hit) for hit in hits], ensure_ascii=False, indent=2))
         return
     for number, hit in enumerate(hits, start=1):
-        print(f"[{number}] {_place(hit)}  {hit.explanation}\n{_indented(hit.passage.text)}\n")
+        print(f"[{number}] {_place(hit)}  {hit.explanation}\n{_indented(_with_header(hit))}\n")
     if not hits:
         print("nothing was found")
 
@@ -185,7 +228,12 @@ def _reranker(name: str | None, runs: Path) -> Reranker | None:
 def _place(hit: Hit) -> str:
     passage = hit.passage
     above = " › ".join(part for part in (passage.title, passage.headings) if part)
-    return f"{passage.document}, bytes {passage.start:,} to {passage.end:,}" + (f": {above}" if above else "")
+    page = "" if passage.page is None else f", page {passage.page}"
+    return f"{passage.document}{page}, bytes {passage.start:,} to {passage.end:,}" + (f": {above}" if above else "")
+
+
+def _with_header(hit: Hit) -> str:
+    return "\n".join(part for part in (hit.passage.table_header, hit.passage.text) if part)
 
 
 def _indented(text: str) -> str:
@@ -200,6 +248,9 @@ def _figures(hit: Hit) -> dict[str, object]:
         "headings": passage.headings,
         "start": passage.start,
         "end": passage.end,
+        "page": passage.page,
+        "box": passage.box,
+        "table_header": passage.table_header,
         "url": passage.url,
         "text": passage.text,
         "score": hit.score,

@@ -22,6 +22,8 @@ Cell = str | int | float | bool | None
 _RELATION = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
 #: Numbers of the built-in formats that are dates or times (ECMA-376 part 1, 18.8.30).
 _DATE_FORMATS = frozenset({*range(14, 23), *range(27, 37), *range(45, 48), *range(50, 59)})
+#: Those of shares: 0% and 0.00%.
+_SHARE_FORMATS = frozenset({9, 10})
 #: Parts of a number format that are no placeholders: texts, escaped characters, colours and conditions.
 _LITERALS = re.compile(r'"[^"]*"|\\.|_.|\*.|\[(?!h+\]|m+\]|s+\])[^\]]*\]')
 #: Characters by their number, as `_x000D_` for a carriage return (ECMA-376 part 1, 22.9.2.19).
@@ -49,9 +51,9 @@ class Workbook:
             self._zip = zipfile.ZipFile(file)
             self._parts = {name.lower(): name for name in self._zip.namelist()}
             book = self._tree("xl/workbook.xml")
+            targets = {one.get("Id"): one.get("Target", "") for one in self._tree("xl/_rels/workbook.xml.rels")}
         except (zipfile.BadZipFile, KeyError) as error:
             raise WorkbookError(f"is not an Excel workbook, or damaged ({error})") from None
-        targets = {one.get("Id"): one.get("Target", "") for one in self._tree("xl/_rels/workbook.xml.rels")}
         self.sheets = [
             Sheet(
                 one.get("name", ""),
@@ -66,10 +68,15 @@ class Workbook:
         # day 60 of the other system is 29 February 1900, which never was
         self._epoch = datetime.datetime(1904, 1, 1) if is_1904 else datetime.datetime(1899, 12, 30)
         self._texts = self._shared_texts()
-        self._is_date = self._date_styles()
+        formats = self._number_formats().items()
+        self._is_date = {style: _is_date_format(number, code) for style, (number, code) in formats}
+        self._is_share = {style: _is_share_format(number, code) for style, (number, code) in formats}
 
-    def rows(self, sheet: Sheet) -> Iterator[tuple[int, list[Cell]]]:
-        """The rows of a sheet that have cells: the number that Excel shows, and the values from column A on."""
+    def rows(self, sheet: Sheet, *, as_shown: bool = False) -> Iterator[tuple[int, list[Cell]]]:
+        """The rows of a sheet that have cells: the number that Excel shows, and the values from column A on.
+
+        as_shown: shares are texts such as `25%`, errors are their names, and a formula without a saved value is its text.
+        """
         number = 0
         try:
             with self._zip.open(self._named(sheet.part)) as stream:
@@ -82,7 +89,7 @@ class Workbook:
                         column = _column(cell.get("r") or "")
                         place = len(cells) if column is None else column
                         cells += [None] * (place - len(cells))
-                        cells.append(self._value(cell))
+                        cells.append(self._value(cell, as_shown))
                     yield number, cells
                     # a row that was read holds memory otherwise
                     element.clear()
@@ -91,13 +98,16 @@ class Workbook:
         except (ElementTree.ParseError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, IndexError) as error:
             raise WorkbookError(f"is damaged in its sheet {sheet.name!r} behind row {number:,} ({error})") from None
 
-    def _value(self, cell: ElementTree.Element) -> Cell:
+    def _value(self, cell: ElementTree.Element, as_shown: bool) -> Cell:
         kind = cell.get("t", "n")
         if kind == "inlineStr":
             return "".join(map(_text_of, (one for one in cell if _tag(one) == "is")))
         value = next((one.text for one in cell if _tag(one) == "v"), None)
-        if value is None or kind == "e":
-            return None
+        if value is None:
+            formula = next((one.text for one in cell if _tag(one) == "f"), None) if as_shown else None
+            return f"={formula}" if formula else None
+        if kind == "e":
+            return value if as_shown else None
         if kind == "s":
             return self._texts[int(value)]
         if kind == "b":
@@ -105,8 +115,11 @@ class Workbook:
         if kind in ("str", "d"):
             return _unescaped(value)
         number = float(value)
-        if self._is_date.get(int(cell.get("s") or 0)):
+        style = int(cell.get("s") or 0)
+        if self._is_date.get(style):
             return self._date(number)
+        if as_shown and self._is_share.get(style):
+            return f"{100 * number:.12g}%"
         return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
     def _date(self, days: float) -> str:
@@ -121,18 +134,15 @@ class Workbook:
             return []
         return [_text_of(one) for one in self._tree("xl/sharedStrings.xml") if _tag(one) == "si"]
 
-    def _date_styles(self) -> dict[int, bool]:
-        """Number of a cell's style → whether its numbers are dates."""
+    def _number_formats(self) -> dict[int, tuple[int, str | None]]:
+        """Number of a cell's style → the number of its format, and the code of one that is not built in."""
         if "xl/styles.xml" not in self._parts:
             return {}
         styles = self._tree("xl/styles.xml")
         own = {int(one.get("numFmtId", 0)): one.get("formatCode", "") for one in styles.iter() if _tag(one) == "numFmt"}
         formats = next((one for one in styles if _tag(one) == "cellXfs"), ())
         numbers = [int(one.get("numFmtId", 0)) for one in formats]
-        return {
-            style: _is_date_format(own[number]) if number in own else number in _DATE_FORMATS
-            for style, number in enumerate(numbers)
-        }
+        return {style: (number, own.get(number)) for style, number in enumerate(numbers)}
 
     def _named(self, part: str) -> str:
         return self._parts[part.lower()]
@@ -192,5 +202,11 @@ def _column(reference: str) -> int | None:
     return number - 1
 
 
-def _is_date_format(code: str) -> bool:
+def _is_date_format(number: int, code: str | None) -> bool:
+    if code is None:
+        return number in _DATE_FORMATS
     return bool(re.search("[ymdhs]", _LITERALS.sub("", code).split(";")[0], re.IGNORECASE)) and code.lower() != "general"
+
+
+def _is_share_format(number: int, code: str | None) -> bool:
+    return number in _SHARE_FORMATS if code is None else _LITERALS.sub("", code).split(";")[0].endswith("%")

@@ -24,7 +24,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import check_format, locked_folder, read_json, write_json
-from bessemer.retrieval.chunks import cut_document
+from bessemer.retrieval.chunks import Region, cut_document, place_of
 from bessemer.retrieval.embed import Embedder, open_embedder
 from bessemer.retrieval.rerank import Reranker
 from bessemer.retrieval.store import LanceStore, Passage, StoreWriter
@@ -52,7 +52,8 @@ class IndexConfig(Config):
 
 @dataclass(frozen=True)
 class IndexedDocument:
-    """A document to index. place: names it, and stays. groups: who may see it, by their names; empty: everybody."""
+    """A document to index. place: names it, and stays. groups: who may see it, by their names; empty: everybody. regions: on
+    which pages of its file the text stands, where that is known."""
 
     place: str
     text: str
@@ -60,11 +61,13 @@ class IndexedDocument:
     source: str = ""
     url: str = ""
     groups: tuple[str, ...] = ()
+    regions: tuple[Region, ...] = ()
 
     @cached_property
     def content(self) -> str:
         """Hash of everything that the index stores of the document."""
-        return hash_value([self.text, self.title, self.source, self.url, list(self.groups)])
+        places = [self.regions] if self.regions else []
+        return hash_value([self.text, self.title, self.source, self.url, list(self.groups), *places])
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,10 @@ def build_index(
 class _Build:
     def __init__(self, out: Path, config: IndexConfig | None, embedder: Embedder | None, progress: Progress) -> None:
         self._out = out
+        for place in (out, out / _VERSIONS):
+            # left by a process that was killed while it wrote a file
+            for path in place.glob(".*.tmp"):
+                path.unlink()
         self._before = _read(out) if (out / INDEX).exists() else None
         if self._before is None and any(path.name not in (_VERSIONS, CACHE) for path in out.iterdir()):
             raise ArtefactError(f"{out}: there are files here that are no index; name another folder")
@@ -264,6 +271,7 @@ _CHARACTERS_AT_ONCE = 1_000_000
 def passages_of(document: IndexedDocument, config: IndexConfig) -> list[Passage]:
     """A document's passages, in order."""
     chunks = cut_document(document.text, longest=config.passage_characters, overlap=config.overlap_characters)
+    places = [place_of(document.regions, chunk.start, chunk.end) for chunk in chunks]
     return [
         Passage(
             id=hash_value([document.place, document.content, number])[:24],
@@ -277,8 +285,11 @@ def passages_of(document: IndexedDocument, config: IndexConfig) -> list[Passage]
             source=document.source,
             url=document.url,
             groups=document.groups,
+            table_header=chunk.table_header,
+            page=page,
+            box=box,
         )
-        for number, chunk in enumerate(chunks)
+        for number, (chunk, (page, box)) in enumerate(zip(chunks, places, strict=True))
     ]
 
 

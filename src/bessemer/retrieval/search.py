@@ -143,5 +143,5 @@ def _widened(index: OpenIndex, hit: Hit, neighbours: int) -> Hit:
         gap = "\n\n" if text and one.start > end else ""
         text += gap + raw[max(0, end - one.start) :].decode(errors="ignore") if text else one.text
         end = max(end, one.end)
-    wide = replace(passage, text=text, start=around[0].start, end=end)
+    wide = replace(passage, text=text, start=around[0].start, end=end, table_header=around[0].table_header)
     return replace(hit, passage=wide)

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.retrieval.chunks import Box
 
 _TABLE = "passages"
 #: Rows above which vectors are searched through an approximate index; below, all are compared.
@@ -42,7 +43,9 @@ class Passage:
     """A passage of a document, as it is stored.
 
     id: unique in the index. document: its place, as its source names it. number: of the passage in the document. start, end:
-    bytes in the document's UTF-8. groups: who may see it, by their names; empty: everybody.
+    bytes in the document's UTF-8. groups: who may see it, by their names; empty: everybody. table_header: of the table inside
+    which the text begins. page: of the document's file, from 1, and box: on this page (`chunks.Box`); None where they are not
+    known.
     """
 
     id: str
@@ -56,12 +59,15 @@ class Passage:
     source: str
     url: str = ""
     groups: tuple[str, ...] = ()
+    table_header: str = ""
+    page: int | None = None
+    box: Box | None = None
 
     @property
     def shown(self) -> str:
         """Title, headings and text, as a model reads them and a vector is made of."""
         above = " › ".join(part for part in (self.title, self.headings) if part)
-        return f"{above}\n{self.text}" if above else self.text
+        return "\n".join(part for part in (above, self.table_header, self.text) if part)
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,10 @@ class LanceStore:
         except (ValueError, OSError, RuntimeError) as error:
             reason = str(error).split("\n")[0]
             raise ArtefactError(f"{folder}: the passages of this index cannot be opened: {reason}") from None
+        names = self._table.schema.names
+        if missing := [name for name in _COLUMNS if name not in names and name not in _LATER_COLUMNS]:
+            raise ArtefactError(f"{folder}: the passages of this index have no {missing[0]}; index the documents again")
+        self._columns = [name for name in _COLUMNS if name in names]
 
     def __len__(self) -> int:
         return int(self._table.count_rows())
@@ -153,12 +163,13 @@ class LanceStore:
         if not wanted:
             return []
         condition = f"document = {_quoted(document)} AND number IN ({wanted})"
-        rows = self._table.search().where(condition).limit(len(numbers)).select(_COLUMNS).to_list()
+        rows = self._table.search().where(condition).limit(len(numbers)).select(self._columns).to_list()
         return sorted(map(_passage, rows), key=lambda passage: passage.number)
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """All rows, some at a time."""
-        yield from self._table.search().select(list(columns)).to_batches(ROWS_AT_ONCE)
+        """All rows, some at a time; of an index of an earlier version without its later columns."""
+        names = self._table.schema.names
+        yield from self._table.search().select([name for name in columns if name in names]).to_batches(ROWS_AT_ONCE)
 
     def passages(self) -> Iterator[Passage]:
         """All passages, in the order of their rows."""
@@ -174,10 +185,15 @@ class LanceStore:
 
 
 _COLUMNS = ["id", "document", "number", "title", "headings", "text", "start", "end", "source", "url", "groups"]
+#: What indexes of earlier versions have not: optional parts of a passage.
+_LATER_COLUMNS = ["table_header", "page", "box"]
+_COLUMNS += _LATER_COLUMNS
 
 
 def _passage(row: Mapping[str, Any]) -> Passage:
-    values = {name: row[name] for name in _COLUMNS}
+    values = {name: row[name] for name in _COLUMNS if name in row}
+    values["table_header"] = values.get("table_header") or ""
+    values["box"] = tuple(round(side, 1) for side in values.get("box") or ()) or None
     return Passage(**{**values, "groups": tuple(values["groups"] or ())})
 
 
@@ -212,6 +228,9 @@ def schema(width: int | None) -> pa.Schema:
         *((name, pa.int64()) for name in ("start", "end")),
         *((name, pa.string()) for name in ("source", "url")),
         ("groups", pa.list_(pa.string())),
+        ("table_header", pa.string()),
+        ("page", pa.int32()),
+        ("box", pa.list_(pa.float32())),
         ("words", pa.string()),
         ("content", pa.string()),
     ]
@@ -256,10 +275,14 @@ class StoreWriter:
         self._table.add(pa.table(columns, schema=self._schema))
 
     def copy(self, batches: Iterable[pa.RecordBatch]) -> None:
-        """Rows of another store of the same columns."""
+        """Rows of another store; columns that it has not are empty."""
         for batch in batches:
             if batch.num_rows:
-                self._table.add(pa.Table.from_batches([batch.select(self._schema.names)]).cast(self._schema))
+                columns = [
+                    batch[one.name].cast(one.type) if one.name in batch.schema.names else pa.nulls(batch.num_rows, one.type)
+                    for one in self._schema
+                ]
+                self._table.add(pa.Table.from_arrays(columns, schema=self._schema))
 
     def finish(self, expected: Mapping[str, int]) -> None:
         """Build the indexes. expected: the passages of each document. Raises ArtefactError where the stored rows

@@ -41,7 +41,7 @@ NO_LOSS = frozenset(
     }
 )
 
-#: Losses of a source that the end of a run names.
+#: Losses of a source that the end of a run names, unless it asks for more.
 FIRST_LOSSES = 3
 #: Most notes that are kept; beyond it cases are counted and not named, so that memory stays bounded.
 _MOST_NOTES = 1000
@@ -82,8 +82,9 @@ class Tally:
     bytes: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-    #: The first notes of what could not be read.
+    #: The first notes of what could not be read, and how many are kept.
     losses: list[str] = field(default_factory=list)
+    most_losses: int = FIRST_LOSSES
 
     def set_aside(self, kind: str, place: str, why: str) -> None:
         """Count something that was left out under `kind`, and name its place with the reason in one line."""
@@ -91,7 +92,7 @@ class Tally:
         note = " ".join(f"{place}: {why}".split())
         if len(self.notes) < _MOST_NOTES:
             self.notes.append(note)
-        if kind not in NO_LOSS and len(self.losses) < FIRST_LOSSES:
+        if kind not in NO_LOSS and len(self.losses) < self.most_losses:
             self.losses.append(note)
 
     def take(self, other: Tally) -> None:
@@ -100,7 +101,7 @@ class Tally:
         self.bytes += other.bytes
         self.counts.update(other.counts)
         self.notes += other.notes[: max(_MOST_NOTES - len(self.notes), 0)]
-        self.losses += other.losses[: max(FIRST_LOSSES - len(self.losses), 0)]
+        self.losses += other.losses[: max(self.most_losses - len(self.losses), 0)]
         other.clear()
 
     def clear(self) -> None:
