@@ -230,7 +230,7 @@ def test_what_a_key_keeps_is_limited_and_a_wrong_upload_is_one_line(start, tmp_p
 def test_a_page_is_drawn_by_what_reads_the_document(start, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(stores, "packaged_minilm", lambda: None)
-    monkeypatch.setattr("bessemer.serving.retrieval.api.page_image", lambda: lambda *given: drawn.append(given) or b"\x89PNG")
+    monkeypatch.setattr("bessemer.serving.retrieval.api.page_image", lambda *given: drawn.append(given) or b"\x89PNG")
     url = start(FakeEngine(), uploads=tmp_path)
     upload = httpx.post(url + "/v1/files", files={"file": ("a.txt", b"Iron.")}).json()["id"]
     store = httpx.post(url + "/v1/vector_stores", json={"file_ids": [upload]}).json()["id"]

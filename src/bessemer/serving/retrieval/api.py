@@ -237,12 +237,10 @@ class FilesApi:
         store = self._stores.find(store_id, client)
         number, box = _page_number(request), _box(request)
         path = await asyncio.to_thread(store.path, file_id, client.principal.groups)
-        draw = await asyncio.to_thread(page_image)
-        if path is None or draw is None:
-            reason = "this server draws no pages" if draw is None else f"the file '{file_id}' is not here"
-            raise ApiError(reason, status=404, code="not_available")
+        if path is None:
+            raise ApiError(f"the file '{file_id}' is not here", status=404, code="not_available")
         try:
-            picture = await asyncio.to_thread(draw, path, number, box)
+            picture = await asyncio.to_thread(page_image, path, number, box)
         except BessemerError as error:
             reason = str(error).replace(str(path), "the file")
             raise ApiError(reason, status=404, parameter="number", code="not_available") from None

@@ -10,11 +10,10 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from email.message import Message
 from email.parser import Parser
-from importlib import import_module
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from bessemer.serving.config import UPLOADED_BYTES, UPLOADS
 from bessemer.serving.runtime.bodies import ApiError
 
 if TYPE_CHECKING:
+    from bessemer.retrieval.chunks import Box
     from bessemer.retrieval.index import IndexedDocument
 
 _MIB = 2**20
@@ -192,23 +192,15 @@ def _documents_of(path: Path) -> Sequence[IndexedDocument]:
     return documents
 
 
-#: Draws a page of a document, as PNG. box: left, top, right, bottom of a passage on it, to be marked.
-PageImage = Callable[[Path, int, Sequence[float] | None], bytes]
+def page_image(path: Path, number: int, box: Box | None) -> bytes:
+    """A page of a document as PNG. box: of a passage on it, to be marked. Raises RequestError where there is none to show."""
+    from bessemer.retrieval.reading.page_image import page_image as draw
 
-
-def page_image() -> PageImage | None:
-    """`page_image` of `retrieval.reading`, which reads documents with their layout; None where this version does not."""
-    return _of_reading("bessemer.retrieval.reading.page_image", "page_image")
+    return draw(path, number, box)
 
 
 def file_of_document(index: Path, document: str) -> Path | None:
     """The file that a document of an index was read from; None where it is not known, or not there any more."""
-    find = _of_reading("bessemer.retrieval.documents", "file_of")
-    return None if find is None else find(index, document)
+    from bessemer.retrieval.documents import file_of
 
-
-def _of_reading(module: str, name: str) -> Any:
-    try:
-        return getattr(import_module(module), name, None)
-    except ModuleNotFoundError:
-        return None
+    return file_of(index, document)
