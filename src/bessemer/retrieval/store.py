@@ -180,7 +180,7 @@ class LanceStore:
         condition = _condition(where)
         if condition:
             search = search.where(condition, prefilter=True)
-        found: list[dict[str, Any]] = search.select([*_COLUMNS, score]).limit(count).to_list()
+        found: list[dict[str, Any]] = search.select([*self._columns, score]).limit(count).to_list()
         return found
 
 
