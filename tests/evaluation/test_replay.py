@@ -10,11 +10,22 @@ import torch
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Silent
 from bessemer.evaluation import replay as module
-from bessemer.evaluation.replay import REFERENCE_PROMPTS, Comparison, Difference, Thing, read_prompts, replay, replay_lines
+from bessemer.evaluation.replay import (
+    REFERENCE_PROMPTS,
+    Comparison,
+    Difference,
+    Thing,
+    find_thing,
+    read_prompts,
+    replay,
+    replay_lines,
+)
+from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.storage.folder import load_model, save_model
 from tests.cli.test_main import bessemer
 from tests.model.randomised import SHAPES, random_decoder
+from tests.model.test_gguf_codes import LLAMA
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("the thin man", "with the other", "a b")]
@@ -44,7 +55,7 @@ class Pretended:
 
 def compared(monkeypatch, first, second, **options):
     """What a replay of one form in two pretended engines finds."""
-    monkeypatch.setattr(module, "engines_of", lambda thing, notes: [lambda: first, lambda: second])
+    monkeypatch.setattr(module, "engines_of", lambda thing, notes, bits: [lambda: first, lambda: second])
     (comparison,) = replay([Thing("model", Path("model"))], PROMPTS[:1], max_tokens=8, progress=Silent(), **options)
     return comparison
 
@@ -134,6 +145,17 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    """A file of codes, in three types."""
+    folder = tmp_path_factory.mktemp("coded")
+    tokenizer = write_small_tokenizer(folder / "tokenizer")
+    model = random_decoder(LLAMA.with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=256))
+    save_model(model, folder / "model", tokenizer=tokenizer)
+    export_gguf(folder / "model", folder / "coded.gguf", "q4_k_m")
+    return folder / "coded.gguf"
+
+
 def test_an_export_answers_as_its_model_and_that_of_another_does_not(place, capsys):
     pytest.importorskip("transformers")
     code, out, err = bessemer(capsys, "compare", place / "model", place / "model.gguf", "--replay", "--max-tokens", "6")
@@ -150,3 +172,21 @@ def test_our_engine_scores_tokens_by_logits_but_for_a_constant(place):
         logits = load_model(place / "model")(torch.tensor([[3, 4, 5]]))[0, -1]
     assert first - second == pytest.approx(float(logits[7] - logits[8]), abs=1e-4)
     assert third - second == pytest.approx(float(logits[9] - logits[8]), abs=1e-4)
+
+
+def test_by_activations_of_16_bits_a_file_of_codes_answers_as_its_decoded_weights_and_by_8_it_does_not(coded):
+    pytest.importorskip("transformers")
+    if library() is None:
+        pytest.skip(unavailable())
+    thing, prompts = find_thing(str(coded), Path), read_prompts(None)[3:7]
+    exact, rounded = (replay([thing], prompts, max_tokens=24, progress=Silent(), activation_bits=bits)[0] for bits in (16, 8))
+    assert (exact.engine, exact.reference) == ("bessemer", f"transformers on {thing.name}")
+    assert not exact.rounds and exact.differences == ()
+    assert rounded.rounds and rounded.differences
+
+
+def test_bits_of_activations_are_8_or_16_and_of_a_replay(place, capsys):
+    code, _, err = bessemer(capsys, "compare", place / "model", "--replay", "--activation-bits", "12")
+    assert code == 2 and "--activation-bits 12: 8 or 16" in err
+    code, _, err = bessemer(capsys, "compare", "one", "other", "--activation-bits", "16")
+    assert code == 2 and "--activation-bits: of --replay" in err

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution.build import free_bytes
+from bessemer.inference.execution.linear import free_bytes
 from bessemer.model.adapters.folder import write_adapter
 from bessemer.model.storage.folder import save_model
 from tests.gpu.comparison import KINDS, assert_same_but_for_ties

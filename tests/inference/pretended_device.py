@@ -23,10 +23,11 @@ from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution import batch as step_inputs
 from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import OwnWeights, new_runner
+from bessemer.inference.execution.build import new_runner
 from bessemer.inference.execution.cuda_graphs import StaticSteps
 from bessemer.inference.execution.flex_attention import FlexPagesAttention
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
+from bessemer.inference.execution.linear import OwnWeights
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.inference.sampling.sampler import SamplingParams, SamplingState

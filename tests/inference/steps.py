@@ -6,10 +6,10 @@ import torch
 
 from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import DequantisedWeights, OwnWeights, PackedCodes, StepsCodes
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.flex_attention import FlexPagesAttention
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
+from bessemer.inference.execution.linear import DequantisedWeights, OwnWeights, PackedCodes, StepsCodes
 from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention
 from bessemer.inference.execution.runner import Runner
 from bessemer.model.quantisation.quantised_layers import is_quantised
@@ -17,12 +17,14 @@ from bessemer.model.quantisation.quantised_layers import is_quantised
 BLOCK = 8
 
 
-def by_modules(decoder, memory, *, packed=None, decoded=None, release=False, compiled=False, flex=None, static=None, **how):
-    """A runner through the model's modules. packed: threads that multiply packed codes; decoded: the type of weights that are
-    dequantised once. compiled, flex: the attention. static: steps on static tensors."""
+def by_modules(
+    decoder, memory, *, packed=None, bits=8, decoded=None, release=False, compiled=False, flex=None, static=None, **how
+):
+    """A runner through the model's modules. packed: threads that multiply packed codes, with activations of so many bits;
+    decoded: the type of weights that are dequantised once. compiled, flex: the attention. static: steps on static tensors."""
     linear = OwnWeights()
     if packed and is_quantised(decoder):
-        linear = PackedCodes(decoder, packed, release=release)
+        linear = PackedCodes(decoder, packed, activation_bits=bits, release=release)
     elif decoded:
         linear = DequantisedWeights(decoder, decoded)
     if flex is not None:
@@ -34,9 +36,9 @@ def by_modules(decoder, memory, *, packed=None, decoded=None, release=False, com
     return Runner(decoder, memory, Backend(linear, attention, static), **how)
 
 
-def by_kernels(decoder, memory, *, threads=1, release=False):
-    """A runner whose steps are single calls of the compiled kernels."""
-    steps = CompiledSteps(decoder, memory, threads, release=release)
+def by_kernels(decoder, memory, *, threads=1, bits=8, release=False):
+    """A runner whose steps are single calls of the compiled kernels, with activations of so many bits where they meet codes."""
+    steps = CompiledSteps(decoder, memory, threads, activation_bits=bits, release=release)
     attention = CompiledAttention(memory, torch.get_num_threads())
     return Runner(decoder, memory, Backend(StepsCodes(steps), attention, steps))
 

@@ -42,6 +42,14 @@ VARIANTS = {
         attn_logit_softcapping=5.0,
         query_pre_attn_scalar=24.0,
     ),
+    "granite": BASE.with_changes(
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        logits_scaling=8.0,
+        query_pre_attn_scalar=64.0**2,
+        norm_position="both",
+        tie_word_embeddings=False,
+    ),
     "layer norm, biases, no gate": BASE.with_changes(
         norm_type="layer",
         gated_mlp=False,
@@ -172,6 +180,19 @@ def test_quantised_weights_meet_activations_of_8_bits(scheme, tied):
     assert (errors_RT < 2 * moved_RT).all()
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4 with zeros"])
+def test_with_activations_of_16_bits_logits_are_those_of_the_decoded_weights(scheme):
+    decoder = quantised_decoder(scheme)
+    rows_RT = random_tokens(WIDE, 24, 8)
+    with torch.no_grad():
+        expected_RTV = decoder(rows_RT)
+    for make_runner in (partial(by_kernels, threads=2), partial(by_modules, packed=2)):
+        narrow_RT, wide_RT = (
+            relative(short_texts(Steps(decoder, partial(make_runner, bits=bits)), rows_RT), expected_RTV) for bits in (8, 16)
+        )
+        assert wide_RT.max() < 1e-3 and wide_RT.median() < narrow_RT.median() / 50
+
+
 def test_groups_with_an_offset_as_llama_cpps_q4_1_has_are_computed_by_the_step():
     decoder = quantised_decoder("int4 with zeros")
     for part in quantised_parts(decoder).values():
@@ -238,6 +259,18 @@ def test_narrow_pages_are_near_wide_ones(dtype, error):
         assert 0 < (logits - decoder(rows)[0]).abs().max() < error
 
 
+def test_pages_of_4_bits_give_the_kernels_and_the_modules_the_same_numbers():
+    decoder = small_decoder("dense")
+    rows = random_tokens(decoder.config, 1, 60)
+    plan = [(0, rows[0], 0, 20), (0, rows[0], 20, 60)]
+    found, expected = (
+        torch.cat([steps(piece)[0] for piece in plan])
+        for steps in (kernel_steps(decoder, dtype=torch.uint8), Steps(decoder, dtype=torch.uint8))
+    )
+    # a number that lies between two codes may fall to either side
+    assert relative(found, expected).median() < 1e-4
+
+
 def test_logits_are_those_of_the_wanted_rows():
     decoder = small_decoder("dense")
     rows = random_tokens(decoder.config, 2, 20)
@@ -254,6 +287,8 @@ def test_the_runner_says_how_it_computes():
     assert kernel_steps(decoder).runner.arithmetic == f"compiled kernels ({by}), keys and values in float32"
     coded = kernel_steps(quantised, dtype=torch.float16).runner
     assert coded.arithmetic == f"compiled kernels ({by}), activations of 8 bits, keys and values in float16"
+    exact = Steps(quantised, partial(by_kernels, bits=16)).runner
+    assert exact.arithmetic == f"compiled kernels ({by}), activations of 16 bits, keys and values in float32"
     modules = Steps(quantised, partial(by_modules, packed=2)).runner
     assert modules.arithmetic == (
         f"the model's modules in PyTorch (float32), products by compiled kernels ({by}), activations of 8 bits, "
@@ -361,8 +396,6 @@ def test_every_setting_of_a_model_is_computed_or_refused():
         "layer_types",
         "num_scores",
         "attention_output_gate",
-        "residual_multiplier",
-        "logits_scaling",
         "position_type",
         "rope_scaling",
     }

@@ -8,14 +8,23 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution import build as execution_build
+from bessemer.inference.execution import linear
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.model import cpu_kernels as build
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels import packed_matmuls as choice
+from bessemer.model.quantisation import schemes
 from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.fp8 import Fp8
+from bessemer.model.quantisation.nf4 import NF4
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.quantised_decoder import product
+from bessemer.model.quantisation.quantised_decoder import (
+    decoded_products,
+    dequantised,
+    product,
+    quantisable,
+    replace_with_quantised_modules,
+)
 from bessemer.model.quantisation.quantised_layers import quantised_parts
 from bessemer.model.storage.folder import save_model
 from tests.inference.models import ARCHITECTURES, BASE, small_tokenizer
@@ -84,15 +93,16 @@ def measured():
     choice.faster_dtype.cache_clear()
 
 
-def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_them(folder, measured, monkeypatch):
+def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_them(folder, measured, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")
         build._outcome.cache_clear()
         runner = runner_of(folder, kv_memory=0.01)
         assert runner.backend.linear.matmuls.products
-        assert f"quantised weights read out of their codes once ({str(runner.backend.linear.dtype)[6:]})" in runner.arithmetic
-        patch.setattr(execution_build, "free_memory_bytes", lambda: 1000)
+        assert f"quantised weights read out of their codes once ({str(runner.backend.linear.dtype)[6:]}, " in runner.arithmetic
+        patch.setattr(linear, "free_memory_bytes", lambda: 1000)
         assert not runner_of(folder, kv_memory=0.01).backend.linear.matmuls.products
+        assert "slow: every product reads weights out of their codes" in capsys.readouterr().err
     build._outcome.cache_clear()
 
 
@@ -109,7 +119,60 @@ def test_kernels_of_plain_cpp_are_left_where_pytorch_is_faster(folder, measured,
         assert isinstance(runner.backend.whole, kind)
     monkeypatch.undo()
     choice.faster_dtype.cache_clear()
-    assert "codes" not in runner_of(folder, cpu_kernels="off").arithmetic
+    assert "read out of their codes once (float32, " in runner_of(folder, cpu_kernels="off").arithmetic
+
+
+def coded_model(scheme):
+    """A model in bfloat16 whose blocks are of one scheme."""
+    decoder = random_decoder(WIDE, 0).to(torch.bfloat16)
+    weights = {name: decoder.get_submodule(name).weight.detach() for name, _ in quantisable(decoder)}
+    replace_with_quantised_modules(decoder, dict.fromkeys(weights, scheme))
+    for name, weight in weights.items():
+        decoder.get_submodule(name).take(scheme.quantise(weight))
+    return decoder
+
+
+def decodings(model, monkeypatch):
+    """Counts how often weights of a model's schemes are decoded from now on."""
+    count = []
+    for kind in {type(part.scheme) for part in quantised_parts(model).values()}:
+        decode = kind.dequantise
+        monkeypatch.setattr(kind, "dequantise", lambda self, tensors, of=decode: count.append(1) or of(self, tensors))
+    return count
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+@pytest.mark.parametrize("scheme", ["fp8", "nf4"])
+def test_codes_that_no_kernel_knows_are_decoded_once_and_come_back_bit_for_bit(scheme, kernels, tmp_path, monkeypatch):
+    if library() is None:
+        pytest.skip(unavailable())
+    model = coded_model({"fp8": Fp8(16), "nf4": NF4()}[scheme])
+    tokenizer = small_tokenizer(tmp_path)
+    save_model(model, tmp_path / "model", tokenizer=tmp_path / "tokenizer")
+    prompt, params = random_tokens(WIDE, 1, 40)[0].tolist(), SamplingParams(max_tokens=2, prompt_logprobs=0)
+    config = EngineConfig(threads=1, kv_cache_dtype="float32")
+    exact = Engine(dequantised(model).float(), tokenizer, config=config).generate([prompt], params)[0].prompt_log_probs
+    engine = Engine(tmp_path / "model", device="cpu", config=config.with_changes(cpu_kernels=kernels))
+    count = decodings(engine.model, monkeypatch)
+    found = engine.generate([prompt], params)[0].prompt_log_probs
+    assert not count
+    assert max(abs(one.log_probs.token - other.log_probs.token) for one, other in zip(found, exact, strict=True)) < 0.1
+    told = f"codes of {scheme} read out once (bfloat16, " if kernels == "auto" else "read out of their codes once (bfloat16, "
+    assert told in engine.arithmetic and "activations of 8 bits" not in engine.arithmetic
+    for name, part in quantised_parts(model).items():
+        own = quantised_parts(engine.model)[name]
+        assert own.is_released is (kernels == "auto")
+        assert all(torch.equal(own.stored.tensors[key].float(), tensor.float()) for key, tensor in part.stored.tensors.items())
+
+
+def test_codes_for_activations_of_8_bits_are_widened_once_where_pytorch_has_no_exact_product(folder, monkeypatch):
+    model = quantised_model(scheme="w8a8")
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    layer = model.blocks[0].mlp.up_proj
+    expected = layer(hidden)
+    assert layer not in decoded_products(model, None).products
+    monkeypatch.setattr(schemes, "_int_mm_is_exact", lambda: False)
+    assert torch.equal(decoded_products(model, None).products[layer](hidden), expected)
 
 
 def test_codes_that_an_opened_model_gave_up_are_packed_once(folder, monkeypatch):

@@ -699,6 +699,19 @@ def test_a_retired_setting_is_refused_with_its_new_name(old, new):
         EngineConfig.parse({old: 1}, "engine")
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"activation_bits": 12}, "activation_bits: "),
+        ({"activation_bits": 16, "cpu_kernels": "off"}, "not with cpu_kernels: off; leave it out"),
+        ({"activation_bits": 16, "parallel": {"tensor": 2}}, "not with parallel; leave it out"),
+    ],
+)
+def test_bits_of_activations_are_refused_where_nothing_rounds_them_so(settings, line):
+    with pytest.raises(ConfigError, match=line):
+        EngineConfig.parse(settings, "engine")
+
+
 def test_answers_to_one_prompt_share_the_arrays_of_their_tokens(engine):
     params = SamplingParams(n=64, allowed_tokens=[9, 10, 9], logit_bias={9: 1.0}, max_tokens=2)
     request = engine.prepare([9, 10], params)

@@ -77,6 +77,18 @@ def test_quantised_weights_meet_activations_of_8_bits_in_every_architecture(name
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_with_activations_of_16_bits_logits_are_those_of_the_decoded_weights(name):
+    decoder = quantised_model(name)
+    rows_RT = random_tokens(WIDE, 4, 8)
+    exact_RTV, *found = (
+        short_texts(Steps(decoder, partial(by_modules, **how)), rows_RT)
+        for how in ({}, {"packed": 2, "bits": 8}, {"packed": 2, "bits": 16})
+    )
+    narrow_RT, wide_RT = (relative(found_RTV, exact_RTV) for found_RTV in found)
+    assert wide_RT.max() < 2e-3 and wide_RT.median() < narrow_RT.median() / 50
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_every_quantised_matrix_of_a_model_is_packed(name):
     decoder = quantised_model(name)
     packed_matmuls = packed_products(decoder, 1)

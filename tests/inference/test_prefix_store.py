@@ -58,12 +58,13 @@ def files(store):
     [
         ("dense", {}),
         ("dense", {"kv_cache_dtype": "int8"}),
+        ("dense", {"kv_cache_dtype": "int4"}),
         ("dense", {"batch_invariant": True}),
         ("windows", {}),
         ("windows only", {"cpu_kernels": "off"}),
         ("latent", {}),
     ],
-    ids=["dense", "int8", "batch-invariant", "windows", "windows only", "latent"],
+    ids=["dense", "int8", "int4", "batch-invariant", "windows", "windows only", "latent"],
 )
 def test_the_next_process_finds_what_two_requests_had_in_common(name, settings, folder_of, tmp_path):
     model, store = folder_of(name), tmp_path / "store"

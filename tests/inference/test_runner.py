@@ -54,7 +54,9 @@ def test_states_go_back_to_the_last_token_that_stays(invariant):
 
 
 @pytest.mark.parametrize("name", ["dense", "latent"])
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 0.02), (torch.bfloat16, 0.15), (torch.int8, 0.15)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float16, 0.02), (torch.bfloat16, 0.15), (torch.int8, 0.15), (torch.uint8, 2.0)]
+)
 def test_narrow_pages_are_near_wide_ones(name, dtype, error):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 1, 40)
@@ -64,7 +66,7 @@ def test_narrow_pages_are_near_wide_ones(name, dtype, error):
         assert 0 < (logits - decoder(rows)[0]).abs().max() < error
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8])
 @pytest.mark.parametrize("name", ["dense", "windows", "latent"])
 def test_a_block_takes_the_memory_that_is_counted(name, dtype):
     config = small_decoder(name).config

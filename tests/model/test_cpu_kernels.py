@@ -83,6 +83,8 @@ LAYERS = {
     "F32": lambda outputs=80, inputs=256, **how: random_linear(torch.float32, outputs, inputs, **how),
 }
 each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+#: Of activations that meet codes.
+BITS = (8, 16)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,6 +134,26 @@ def test_packed_blocks_are_read_back_byte_by_byte(kind):
         matrix.unpacked_blocks(torch.tensor([84]), kind)
 
 
+CODED = [name for name in LAYERS if name not in ("BF16", "F32")]
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_with_activations_of_16_bits_a_product_is_that_of_the_decoded_weights(name):
+    layer, x_MK = LAYERS[name](bias=True), rows(7, 256)
+    expected = x_MK.double() @ layer.dequantised().T + layer.bias.double()
+    matrix = PackedMatrix.of(layer)
+    errors = [(matrix.multiply(x_MK, activation_bits=bits).double() - expected).abs().max() for bits in BITS]
+    assert errors[1] < 1e-4 * expected.abs().max() and errors[1] < errors[0] / 20
+
+
+@pytest.mark.parametrize("name", [name for name in CODED if name != "Q8"])
+def test_the_second_codes_are_of_what_the_first_leave_and_add_their_product(name):
+    matrix, x_MK = PackedMatrix.of(LAYERS[name]()), rows(5, 256)
+    rest_MK = (x_MK.double() - quantised_activations(x_MK)).float()
+    assert 0 < rest_MK.abs().max() < 0.01 * x_MK.abs().max()
+    assert torch.equal(matrix.multiply(x_MK, activation_bits=16), matrix.multiply(x_MK) + matrix.multiply(rest_MK))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_float_product_keeps_the_activations_as_they_are(dtype):
     layer, x_MK = random_linear(dtype, 48, 576, bias=True), rows(9, 576)
@@ -147,16 +169,18 @@ def close(found, expected, share):
 @each_layer
 def test_a_row_does_not_depend_on_the_rows_beside_it(layer):
     matrix, x_MK = PackedMatrix.of(layer(bias=True)), rows(70, 256)
-    together = matrix.multiply(x_MK)
-    for first, last in [(0, 1), (1, 3), (3, 10), (10, 26), (5, 70)]:
-        assert torch.equal(matrix.multiply(x_MK[first:last]), together[first:last])
+    for bits in BITS:
+        together = matrix.multiply(x_MK, activation_bits=bits)
+        for first, last in [(0, 1), (1, 3), (3, 10), (10, 26), (5, 70)]:
+            assert torch.equal(matrix.multiply(x_MK[first:last], activation_bits=bits), together[first:last])
 
 
 @each_layer
 def test_a_product_does_not_depend_on_the_number_of_threads(layer):
     matrix = PackedMatrix.of(layer())
-    for count in (1, 33):
-        alone, *others = (matrix.multiply(rows(count, 256), threads=threads) for threads in (1, 2, 3))
+    for count, bits in ((1, 8), (33, 8), (1, 16), (33, 16)):
+        x_MK = rows(count, 256)
+        alone, *others = (matrix.multiply(x_MK, threads, bits) for threads in (1, 2, 3))
         assert all(torch.equal(alone, other) for other in others)
 
 
@@ -164,9 +188,9 @@ def test_a_product_does_not_depend_on_the_number_of_threads(layer):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 40])
 def test_another_arithmetic_gives_the_same_bits(name, count, compute_elsewhere):
     matrix, x_MK = PackedMatrix.of(LAYERS[name](bias=True)), rows(count, 256)
-    here = matrix.multiply(x_MK)
+    here = [matrix.multiply(x_MK, activation_bits=bits) for bits in BITS]
     compute_elsewhere()
-    assert torch.equal(matrix.multiply(x_MK), here)
+    assert all(torch.equal(matrix.multiply(x_MK, activation_bits=bits), found) for bits, found in zip(BITS, here, strict=True))
 
 
 @pytest.mark.parametrize("bits, low, high, offsets", [(8, -128, 127, False), (4, 0, 255, False), (4, 0, 255, True)])
@@ -245,18 +269,21 @@ def test_inputs_may_be_bfloat16_of_any_leading_shape():
 @each_layer
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_shows_and_spoils_no_other(layer, wrong):
-    matrix, x_MK = PackedMatrix.of(layer()), rows(3, 256)
-    expected = matrix.multiply(x_MK)
-    x_MK[1, 40] = wrong
-    found = matrix.multiply(x_MK)
-    assert not found[1].isfinite().any()
-    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+    matrix = PackedMatrix.of(layer())
+    for bits in BITS:
+        x_MK = rows(3, 256)
+        expected = matrix.multiply(x_MK, activation_bits=bits)
+        x_MK[1, 40] = wrong
+        found = matrix.multiply(x_MK, activation_bits=bits)
+        assert not found[1].isfinite().any()
+        assert torch.equal(found[[0, 2]], expected[[0, 2]])
 
 
 def test_activations_of_zero_and_of_almost_zero_give_zero():
     matrix = PackedMatrix.of(LAYERS["Q4"]())
     assert torch.equal(matrix.multiply(torch.zeros(2, 256)), torch.zeros(2, 80))
-    assert torch.equal(matrix.multiply(torch.full((2, 256), 1e-38)), torch.zeros(2, 80))
+    for bits in BITS:
+        assert torch.equal(matrix.multiply(torch.full((2, 256), 1e-38), activation_bits=bits), torch.zeros(2, 80))
 
 
 def test_rows_and_outputs_that_are_not_there_are_errors():
@@ -265,6 +292,9 @@ def test_rows_and_outputs_that_are_not_there_are_errors():
         matrix.multiply(torch.zeros(2, 100))
     with pytest.raises(IndexError, match="output 80 of 80"):
         matrix.row(80)
+    # which of them depends on the build of PyTorch
+    with pytest.raises((ValueError, RuntimeError), match="have 8 or 16 bits"):
+        matrix.multiply(torch.zeros(2, 256), activation_bits=12)
 
 
 def test_layers_that_do_not_fit_together_are_refused():

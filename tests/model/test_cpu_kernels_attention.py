@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import padded_tables
+from bessemer.inference.execution.kv_cache import mixing_matrix
 from bessemer.model import cpu_kernels as builds
 from bessemer.model.cpu_kernels.attention import PAGE_TYPES, PagedSequences, PageTensors, paged_attention, write_pages
 from bessemer.model.layers.attention_backends import Scores, explicit
 from bessemer.model.layers.attention_mask import attention_mask
+from bessemer.model.quantisation.integers import unpack
 
 # Shapes: N new tokens, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key, V of a value.
 
@@ -48,13 +50,14 @@ class Case:
         blocks = [-(-length // self.block_size) for length in self.lengths]
         order = torch.randperm(sum(blocks) + 3, generator=torch.Generator().manual_seed(1)).tolist()
         shape = (len(order), self.kv_heads, self.block_size)
+        each = 2 if self.dtype == torch.uint8 else 1
         self.tables = [[order.pop() for _ in range(count)] for count in blocks]
-        self.keys = torch.zeros(*shape, self.key_width, dtype=self.dtype)
-        self.values = torch.zeros(*shape, self.value_width, dtype=self.dtype)
+        self.keys = torch.zeros(*shape, self.key_width // each, dtype=self.dtype)
+        self.values = torch.zeros(*shape, self.value_width // each, dtype=self.dtype)
         if self.shared:
-            self.values = self.keys[..., : self.value_width]
+            self.values = self.keys[..., : self.value_width // each]
         self.key_scales = self.value_scales = None
-        if self.dtype == torch.int8:
+        if self.dtype in (torch.int8, torch.uint8):
             self.key_scales = torch.zeros(shape)
             self.value_scales = self.key_scales if self.shared else torch.zeros(shape)
         self.pages = PageTensors(self.keys, self.values, self.key_scales, self.value_scales)
@@ -132,7 +135,9 @@ def test_attention_over_pages_is_the_definition(variant):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2), (torch.int8, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2), (torch.int8, 2e-2), (torch.uint8, 0.4)]
+)
 def test_narrow_pages_are_read_as_what_they_hold(dtype, tolerance, shared):
     assert_near(Case(dtype=dtype, kv_heads=1, key_width=72, shared=shared), tolerance)
 
@@ -155,6 +160,35 @@ def test_int8_pages_hold_each_head_within_half_a_step():
     assert torch.allclose(scales_TK, case.all_keys[2].abs().amax(-1) / 127)
     error_TKC = (case.keys[where] * scales_TK[..., None] - case.all_keys[2]).abs()
     assert (error_TKC <= scales_TK[..., None] * 0.501).all()
+
+
+@pytest.mark.parametrize("name", ["groups", "odd widths", "latent", "narrow heads", "window", "sinks"])
+def test_int4_pages_hold_mixed_channels_in_16_steps_and_attention_reads_what_they_hold(name):
+    case = Case(dtype=torch.uint8, **VARIANTS[name])
+    both = case.key_width | case.value_width
+    matrix = mixing_matrix(both & -both)
+    torch.testing.assert_close(matrix @ matrix, torch.eye(len(matrix)))
+
+    def mixed(heads):
+        return (heads.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+
+    for sequence, length in enumerate(case.lengths):
+        blocks, places = torch.tensor(case.tables[sequence]), torch.arange(length)
+        where = blocks[places // case.block_size], slice(None), places % case.block_size
+        for pages, scales, given in (
+            (case.keys, case.key_scales, case.all_keys),
+            (case.values, case.value_scales, case.all_values),
+        ):
+            scale = scales[where][..., None]
+            held = (unpack(pages[where].contiguous()).float() - 8) * scale
+            if not (case.shared and given is case.all_values):
+                wide = mixed(given[sequence])
+                torch.testing.assert_close(scale.abs()[..., 0], wide.abs().amax(-1) / 8)
+                # the step beyond 7 is the one that is not there
+                assert ((held - wide).abs() <= scale.abs() * 1.001).all()
+                assert ((held - wide).abs() <= scale.abs() * 0.501).float().mean() > 0.9
+            given[sequence] = mixed(held)
+    assert_near(case, 1e-5)
 
 
 @pytest.mark.parametrize("variant", ["groups", "window", "sinks", "latent", "softcap", "odd widths"])

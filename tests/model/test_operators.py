@@ -37,6 +37,7 @@ def test_a_packed_product_is_an_operator(name, shape):
     matrix = PackedMatrix.of(LAYERS[name](bias=True))
     for dtype in (torch.float32, torch.bfloat16):
         opcheck(operators.packed_linear, (torch.randn(shape).to(dtype), *arguments(matrix)))
+    opcheck(operators.packed_linear, (torch.randn(shape), *arguments(matrix), 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])

@@ -62,6 +62,7 @@ def test_a_question_is_answered_by_a_models_folder_with_sources_and_marks(tmp_pa
         (["index", "FOLDER", "OUT", "--embedder", "elsewhere"], "no file here can be read"),
         (["search", "FOLDER", "iron"], "no index of documents is here; bessemer index DOCS"),
         (["search", "FOLDER", "iron", "--mode", "wrods"], "--mode wrods: it is hybrid, words, meaning"),
+        (["search", "FOLDER", "iron", "--rerank", "wrods"], "there is no model 'wrods': not a folder"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, arguments, reason):

@@ -11,8 +11,8 @@ import pytest
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
 from bessemer.retrieval import index as indexes
 from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
-from bessemer.retrieval.search import search
-from bessemer.retrieval.store import Filter, searched_words
+from bessemer.retrieval.search import NAMES_WEIGHT, WORDS_WEIGHT, fused, search
+from bessemer.retrieval.store import Filter, Found, Passage, searched_words
 
 pytest.importorskip("lancedb")
 
@@ -60,7 +60,29 @@ def test_a_passage_is_found_by_its_words_by_its_meaning_and_by_both(made):
     assert places(search(made, "automobile", 1, mode="meaning")) == ["car.md"]
     (hit,) = search(made, "what does loads do in json", 1)
     assert hit.passage.document == "json.py#json.loads" and hit.ranks == {"words": 1, "meaning": 1}
-    assert hit.score == pytest.approx(2 / 61) and "words rank 1 (BM25" in hit.explanation
+    assert hit.score == pytest.approx(1 + WORDS_WEIGHT) and "words rank 1 (BM25" in hit.explanation
+
+
+def test_a_fused_score_is_that_worked_by_hand():
+    def found(name, kind, rank, score):
+        return Found(Passage(name, name, 0, "", "", name, 0, 1, "notes"), {kind: rank}, {kind: score})
+
+    words = [found("a", "words", 1, 8.0), found("b", "words", 2, 2.0)]
+    meaning = [found("b", "meaning", 1, 0.7), found("c", "meaning", 2, 0.6), found("d", "meaning", 3, 0.2)]
+    scores = {hit.passage.id: hit.score for hit in fused(words, meaning, 0.5)}
+    assert scores == pytest.approx({"b": 1 + 0.5 * 0.25, "c": 0.8, "a": 0.5, "d": 0.0})
+    assert [hit.passage.id for hit in fused(words, [], 0.5)] == ["a", "b"] and fused([], meaning[:1], 0.5)[0].score == 1
+
+
+def test_a_query_with_a_name_in_it_goes_by_words(made):
+    by_words, by_meaning = ("car", "engine"), "automobile"
+    (hit,) = search(made, f"{by_meaning} json.loads", 1)
+    assert hit.passage.document == "json.py#json.loads" and hit.score >= NAMES_WEIGHT
+    assert places(search(made, " ".join(by_words), 1)) == ["car.md"]
+
+
+def test_the_first_hits_are_the_same_however_many_are_wanted(made):
+    assert places(search(made, "iron car json", 1)) == places(search(made, "iron car json", 4))[:1]
 
 
 def test_a_hit_has_its_headings_and_its_bytes(made):

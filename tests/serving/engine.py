@@ -113,6 +113,7 @@ class FakeEngine:
         self.priorities: list[int] = []
         self.stopped = threading.Event()
         self.failure: BessemerError | None = None
+        self.context_shift = None
         self.steps = 0
         self._under_way: list[FakeAnswer] = []
 

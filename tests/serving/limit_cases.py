@@ -16,7 +16,10 @@ from bessemer.serving import config as limits
 from bessemer.serving.config import LIMITS
 
 #: Limits that no single request comes to: of times, and of what many requests leave behind.
-OF_MANY = {"BODY_WAIT", "HEAD_WAIT", "WRITE_WAIT", "BODIES", "STORED", "STORED_BYTES"}
+OF_MANY = {
+    *("BODY_WAIT", "HEAD_WAIT", "WRITE_WAIT", "BODIES", "QUEUED", "QUEUE_WAIT", "STORED", "STORED_BYTES"),
+    *("UPLOADS", "UPLOADED_BYTES", "STORES"),
+}
 #: What is sent of each limit.
 FACTORS = (1, 10)
 
@@ -81,6 +84,13 @@ def _response(model: str, metadata: dict[str, str]) -> Sent:
     return _sent("/v1/responses", {"model": model, "input": "a", "max_output_tokens": 1, "metadata": metadata})
 
 
+_CONDITION = {"type": "eq", "key": "a", "value": 1}
+
+
+def _retrieval(model: str, **more: Any) -> Sent:
+    return _sent("/v1/chat/completions", _chat(model, retrieval=more))
+
+
 #: Of each limit, the request that comes to a count.
 CASES: dict[str, Callable[[str, int], Sent]] = {
     "BODY": _body,
@@ -104,6 +114,12 @@ CASES: dict[str, Callable[[str, int], Sent]] = {
     "METADATA": lambda model, count: _response(model, {f"x{place}": "x" for place in range(count)}),
     "METADATA_KEY": lambda model, count: _response(model, {"x" * count: "x"}),
     "METADATA_VALUE": lambda model, count: _response(model, {"x": "x" * count}),
+    "SEARCHED_STORES": lambda model, count: _retrieval(model, vector_store_ids=["docs"] * count),
+    "RESULTS": lambda model, count: _retrieval(model, max_num_results=count),
+    "QUERIES": lambda model, count: _sent("/v1/vector_stores/docs/search", {"query": ["a"] * count}),
+    "FILTERS": lambda model, count: _retrieval(model, filters={"type": "or", "filters": [_CONDITION] * count}),
+    "BATCHED": lambda model, count: _sent("/v1/vector_stores", {"file_ids": [f"file-{place}" for place in range(count)]}),
+    "RERANKED": lambda model, count: _sent("/v1/rerank", {"model": model, "query": "a", "documents": ["b"] * count}),
     "WAITING": lambda model, count: _completion(model, prompt=["a"] * count, max_tokens=8),
     "ASIDE": lambda model, count: _sent("/tokenize", {"model": model, "prompt": _words(100_000)}, count),
 }

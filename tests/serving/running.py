@@ -51,10 +51,16 @@ def servers() -> Iterator[Callable[..., str]]:
     running: list[tuple[Server, threading.Thread]] = []
 
     def start(
-        engine, pages: Callable[[Served], Pages] = no_pages, made: list | None = None, pool=None, hooks=(), **settings
+        engine,
+        pages: Callable[[Served], Pages] = no_pages,
+        made: list | None = None,
+        pool=None,
+        hooks=(),
+        reranker=None,
+        **settings,
     ) -> str:
         listener = listen("127.0.0.1", 0)
-        server = create_server(engine, "tiny", ServingConfig(**settings), pages, pool, hooks)
+        server = create_server(engine, "tiny", ServingConfig(**settings), pages, pool, hooks, reranker)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         running.append((server, thread))

@@ -7,6 +7,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -192,6 +193,27 @@ def test_a_stream_begins_and_says_that_it_is_still_there_while_the_prompt_is_rea
     assert told and not any("error" in str(one.get("type")) or "error" in one for one in told)
 
 
+def test_in_a_long_silence_there_are_events_that_the_official_clients_do_not_drop(connected, monkeypatch):
+    monkeypatch.setattr(streams, "QUIET_SECONDS", 0.001)
+    engine, seen, numbers = Reading(), 0, []
+    with connected(openai.OpenAI, engine, "/v1").responses.stream(model="tiny", input="abc") as stream:
+        for event in stream:
+            numbers.append(event.sequence_number)
+            seen += event.type == "response.in_progress"
+            if seen == 3:
+                engine.may_answer.set()
+        assert stream.get_final_response().status == "completed" and numbers == sorted(set(numbers))
+    engine, seen = Reading(), 0
+    asked = {"model": "tiny", "max_tokens": 50, "messages": [{"role": "user", "content": "abc"}]}
+    with connected(anthropic.Anthropic, engine).messages.stream(**asked) as stream:
+        for event in stream:
+            seen += event.type == "message_delta" and event.delta.stop_reason is None
+            if seen == 2:
+                engine.may_answer.set()
+        final = stream.get_final_message()
+    assert final.stop_reason == "end_turn" and [block.type for block in final.content] == ["text"]
+
+
 @pytest.mark.parametrize("more", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
 def test_a_chat_that_ends_with_the_assistant_is_gone_on_with(start, tokenizer, more):
     engine = ScriptedEngine(tokenizer, " warm.", " cold.")
@@ -268,7 +290,7 @@ def test_client_that_leaves_while_it_waits_frees_its_place(start):
         yield "first"
         release.wait(timeout=30)
 
-    url = start(FakeEngine(held, max_num_seqs=1), max_waiting=1)
+    url = start(FakeEngine(held, max_num_seqs=1), max_waiting=1, max_queued=0)
     with httpx.Client() as client:
         first = client.send(client.build_request("POST", url + "/v1/chat/completions", json=body(stream=True)), stream=True)
         second = client.send(client.build_request("POST", url + "/v1/chat/completions", json=body(stream=True)), stream=True)
@@ -289,7 +311,7 @@ def test_full_line_is_503_with_retry_after_and_health_still_answers(start):
         yield "first"
         release.wait(timeout=30)  # the engine's thread is stuck, the event loop must not be
 
-    url = start(FakeEngine(held, max_num_seqs=1), max_waiting=0)
+    url = start(FakeEngine(held, max_num_seqs=1), max_waiting=0, max_queued=0)
     with httpx.stream("POST", url + "/v1/chat/completions", json=body(stream=True)) as first:
         refused = httpx.post(url + "/v1/chat/completions", json=body())
         assert refused.status_code == 503

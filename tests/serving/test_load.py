@@ -28,7 +28,7 @@ def engine(tmp_path_factory):
 def server(engine):
     made = []
     with servers() as start:
-        url = start(engine, made=made, max_waiting=64)
+        url = start(engine, made=made, max_waiting=64, max_queued=4)
         yield url, made[0]
 
 

@@ -13,6 +13,7 @@ from bessemer.core.errors import ArtefactError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.storage.folder import save_model
+from bessemer.serving.runtime.admission import QueueLimits
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller, Client
 from bessemer.serving.runtime.models import ModelPool
@@ -121,6 +122,53 @@ def test_a_model_is_not_closed_between_its_opening_and_the_admission_of_its_requ
         return [*both, await answered(served, "middle")]
 
     assert asyncio.run(asked()) == [True, None, True]
+    assert opened.closed == ["small"]
+
+
+def test_a_request_waits_for_a_model_to_be_idle_and_later_ones_wait_behind_it(places, opened):
+    async def asked():
+        found = pool(places, opened, most=1, queue=QueueLimits(4, 10))
+        order = []
+
+        async def ask(name, seconds):
+            with found.lease(name):
+                model = await found.model(name)
+                order.append(name)
+                with model.worker.admit(1):
+                    await asyncio.sleep(seconds)
+
+        asking = [asyncio.create_task(ask("small", 0.05))]
+        await asyncio.sleep(0.02)
+        for name in ("middle", "small", "small"):
+            asking.append(asyncio.create_task(ask(name, 0)))
+            await asyncio.sleep(0)
+        assert found.requests == 4
+        await asyncio.gather(*asking)
+        return order
+
+    assert asyncio.run(asked()) == ["small", "middle", "small", "small"]
+    assert opened.opened == ["small", "middle", "small"]
+
+
+def test_a_request_that_has_no_turn_in_time_or_finds_the_queue_full_is_told_when_to_ask_again(places, opened):
+    async def asked():
+        found = pool(places, opened, most=1, queue=QueueLimits(1, 0.05))
+        with found.lease("small"):
+            await found.model("small")
+            late, behind = (asyncio.create_task(found.model(name)) for name in ("middle", "large"))
+            await asyncio.sleep(0)
+            with pytest.raises(ApiError, match="2 requests wait for their model; try again later") as full:
+                await found.model("middle")
+            for waited in (late, behind):
+                with pytest.raises(ApiError, match=r"had no turn within 0\.05 s, while other models") as refused:
+                    await waited
+                assert {one.value.status for one in (full, refused)} == {503}
+                assert {one.value.headers["Retry-After"] for one in (full, refused)} == {"10"}
+            # small answers all the while
+            assert not (await found.model("small")).worker.is_draining
+        return (await found.model("large")).name
+
+    assert asyncio.run(asked()) == "large"
     assert opened.closed == ["small"]
 
 

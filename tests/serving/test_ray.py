@@ -296,9 +296,8 @@ def refused_or_not(url):
 def test_two_replicas_on_a_local_ray(tmp_path):
     with babbling_engine(tmp_path, context=512):
         pass
-    with ray_server(
-        tmp_path / "model", "--replicas", "2", "--kv-memory", "0.05", "--max-num-seqs", "8", "--max-waiting", "8"
-    ) as (url, process):
+    limits = ("--kv-memory", "0.05", "--max-num-seqs", "8", "--max-waiting", "8", "--max-queued", "0")
+    with ray_server(tmp_path / "model", "--replicas", "2", *limits) as (url, process):
         ready = httpx.get(f"{url}/ready", timeout=30).json()
         assert ready["replicas"] == 2
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", timeout=60, max_retries=0)

@@ -23,6 +23,7 @@ from bessemer.tokenization.prompts import infill_prompt
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
+from tests.serving.running import babbling_engine
 
 #: PyTorch's products round a row otherwise beside other rows; the kernels do not.
 BY_KERNELS = pytest.mark.skipif(library() is None, reason=unavailable() or "")
@@ -74,6 +75,21 @@ def test_32_streams_at_once_give_what_the_engine_gives_alone(engine, start):
     for conversation, found in zip(conversations, streamed, strict=True):
         alone = engine.chat(conversation, SamplingParams(max_tokens=20, temperature=0))
         assert found == (alone.text, alone.completion_tokens, alone.finish_reason)
+
+
+def test_a_conversation_that_outgrows_the_context_loses_its_middle_and_a_header_says_how_much(start, tmp_path):
+    shifting = babbling_engine(tmp_path, context=64, context_overflow="shift", context_keep=8)
+    asked = {**MODEL, "messages": [{"role": "user", "content": "the end " * 40}], "max_tokens": 90, "ignore_eos": True}
+    url = start(shifting)
+    answer = httpx.post(url + "/v1/chat/completions", json=asked, timeout=60)
+    usage = answer.json()["usage"]
+    # whole halves of the places behind the first eight
+    dropped = int(answer.headers["x-dropped-tokens"])
+    assert dropped % 28 == 0 and 8 + 28 <= usage["prompt_tokens"] - dropped < 64
+    assert usage["completion_tokens"] == 90 and answer.json()["choices"][0]["finish_reason"] == "length"
+    asked["messages"] = [{"role": "user", "content": "the"}]
+    short = httpx.post(url + "/v1/chat/completions", json=asked, timeout=60)
+    assert "x-dropped-tokens" not in short.headers and short.json()["usage"]["completion_tokens"] == 90
 
 
 def test_a_suffix_asks_for_what_stands_before_it(start, tmp_path):

@@ -13,6 +13,7 @@ from bessemer.core.errors import LostProcessError, RequestError
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
+from bessemer.serving.runtime.admission import QueueLimits
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller, Client
 from bessemer.serving.runtime.worker import Worker
@@ -223,6 +224,58 @@ def test_a_request_for_more_completions_than_are_ever_admitted_is_wrong_and_not_
     assert refused.value.status == 400 and worker.completions == 0
     with worker.admit(88), worker.admit(8):
         pass
+
+
+def test_requests_that_find_no_place_get_one_in_the_order_of_arrival_and_none_overtakes_the_first():
+    worker, order = Worker(FakeEngine(max_num_seqs=2), max_waiting=0, queue=QueueLimits(3, 10)), []
+
+    async def ask(name, completions, seconds=0.0):
+        with await worker.place(completions, Caller(Client(LOCAL))):
+            order.append(name)
+            await asyncio.sleep(seconds)
+
+    async def asked():
+        asking = [asyncio.create_task(ask("first", 1, 0.05))]
+        await asyncio.sleep(0)
+        # one place is left, which the second does not fit in and the third may not take before it
+        for name, completions in (("second", 2), ("third", 1), ("fourth", 1)):
+            asking.append(asyncio.create_task(ask(name, completions)))
+            await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="busy with 4 requests") as full:
+            await ask("fifth", 1)
+        assert full.value.status == 503 and full.value.headers["Retry-After"]
+        await asyncio.gather(*asking)
+
+    asyncio.run(asked())
+    assert order == ["first", "second", "third", "fourth"] and (worker.requests, worker.completions) == (0, 0)
+
+
+def test_a_wait_ends_with_its_time_with_its_client_and_with_the_server():
+    worker = Worker(FakeEngine(max_num_seqs=1), max_waiting=0, queue=QueueLimits(3, 0.05))
+
+    async def leave():
+        return {"type": "http.disconnect"}
+
+    async def refusal(caller):
+        with pytest.raises(ApiError) as refused:
+            with await worker.place(1, caller):
+                pass
+        return refused.value
+
+    async def asked():
+        gone, stays = Caller(Client(LOCAL), receive=leave), Caller(Client(LOCAL))
+        with worker.admit(1):
+            assert (await refusal(gone)).status == 499
+            late = await refusal(stays)
+            assert "no place was free within 0.05 s" in str(late) and late.headers["Retry-After"] == "10"
+            stopped = asyncio.create_task(refusal(stays))
+            await asyncio.sleep(0)
+            worker.is_draining = True
+            assert "the server is stopping" in str(await stopped)
+            assert (worker.requests, worker.completions) == (1, 1)
+
+    asyncio.run(asked())
+    assert (worker.requests, worker.completions) == (0, 0)
 
 
 def test_what_waits_for_a_slow_reader_comes_in_parts_between_which_others_have_their_turn():

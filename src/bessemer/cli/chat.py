@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bessemer.cli.options import (
+    ActivationBits,
     Adapter,
     Device,
     MaxModelLen,
@@ -68,16 +69,18 @@ def chat(
     speculate: Speculate = None,
     adapter: Adapter = None,
     max_model_len: MaxModelLen = None,
+    activation_bits: ActivationBits = None,
     device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
     """Talk with a model in the terminal."""
     from bessemer.assistant.conversation import AssistantConfig
-    from bessemer.cli.named import example_questions, find_served, option_of, sampling_options, speculation
+    from bessemer.cli.named import example_questions, find_served, given_options, option_of, sampling_options, speculation
     from bessemer.inference.engine import Engine, EngineConfig
 
     folder = find_served(model, runs)
-    config = EngineConfig.parse(speculation(speculate, runs) | {"max_model_len": max_model_len}, option_of("chat"))
+    given = speculation(speculate, runs) | given_options(context, "max_model_len", "activation_bits")
+    config = EngineConfig.parse(given, option_of("chat"))
     params_for = sampling_options(context)
     engine = Engine(folder, device=device, config=config)
     if engine.tokenizer.chat_template is None:

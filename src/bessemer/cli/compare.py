@@ -40,6 +40,10 @@ def compare(
     tolerance: Annotated[
         float, typer.Option(help="--replay: the gap of two tokens' logits above which a difference is a defect.", min=0.0)
     ] = 0.1,
+    activation_bits: Annotated[
+        int | None,
+        typer.Option(help="--replay: bits of activations that meet quantised weights in our engine: 8 as served, or 16; 16."),
+    ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Compare two runs or two evaluations, rank several evaluations, or a fine-tuning with what was before or with another.
@@ -53,10 +57,11 @@ def compare(
     if replay:
         if items:
             raise ConfigError("--items: of two evaluations; --replay compares models")
-        _replay(things, prompts, max_tokens, tolerance, runs)
+        _replay(things, prompts, max_tokens, tolerance, activation_bits, runs)
         return
-    if prompts is not None:
-        raise ConfigError("--prompts: of --replay")
+    for option, value in (("--prompts", prompts), ("--activation-bits", activation_bits)):
+        if value is not None:
+            raise ConfigError(f"{option}: of --replay")
     from bessemer.evaluation.evaluation_folder import is_evaluation
     from bessemer.model.storage.tuned_folder import is_tuned
 
@@ -79,16 +84,28 @@ def compare(
         _compare_evaluations(things, items=items)
 
 
-def _replay(names: list[str], prompts: Path | None, max_tokens: int, tolerance: float, runs: Path) -> None:
+def _replay(
+    names: list[str], prompts: Path | None, max_tokens: int, tolerance: float, activation_bits: int | None, runs: Path
+) -> None:
     """The same prompts answered by forms of one model; exit code 1 for a defect."""
     from bessemer.cli.named import find_served
+    from bessemer.core.errors import ConfigError
     from bessemer.core.progress import progress_for_terminal
     from bessemer.evaluation.replay import find_thing, read_prompts, replay, replay_lines
 
+    if activation_bits not in (None, 8, 16):
+        raise ConfigError(f"--activation-bits {activation_bits}: 8 or 16")
     things = [find_thing(name, lambda name: find_served(name, runs)) for name in names]
     conversations = read_prompts(prompts)
     notes: list[str] = []
-    comparisons = replay(things, conversations, max_tokens=max_tokens, progress=progress_for_terminal(), notes=notes)
+    comparisons = replay(
+        things,
+        conversations,
+        max_tokens=max_tokens,
+        progress=progress_for_terminal(),
+        notes=notes,
+        activation_bits=8 if activation_bits == 8 else 16,
+    )
     for line in replay_lines(comparisons, tolerance, notes):
         print(line)
     if any(one.defects(tolerance) for one in comparisons):

@@ -13,6 +13,7 @@ from bessemer.cli.options import Device, Model, Runs
 if TYPE_CHECKING:
     from bessemer.retrieval.answer import Answer
     from bessemer.retrieval.index import IndexConfig
+    from bessemer.retrieval.rerank import Reranker
     from bessemer.retrieval.search import Hit
 
 #: Files named by the end of `bessemer index` that could not be read.
@@ -22,6 +23,13 @@ Index = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder of the 
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", help="Only this document, or those that a pattern such as guide/* matches; may be repeated."),
+]
+Rerank = Annotated[
+    str | None,
+    typer.Option(
+        "--rerank",
+        help="Order what was found by this model: a cross-encoder's folder, a language model (as MODEL), or URL#MODEL.",
+    ),
 ]
 
 
@@ -106,7 +114,9 @@ def search(
     mode: Annotated[str, typer.Option(help="hybrid, words or meaning.")] = "hybrid",
     only: Only = None,
     neighbours: Annotated[int, typer.Option(help="Passages before and after each hit, shown with it.", min=0, max=20)] = 0,
+    rerank: Rerank = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    runs: Runs = Path("runs"),
 ) -> None:
     """Find passages, by words and by meaning, with why each is where it is."""
     from bessemer.core.config import nearest
@@ -117,7 +127,8 @@ def search(
 
     if mode not in (modes := ["hybrid", "words", "meaning"]):
         raise ConfigError(f"--mode {mode}: it is {', '.join(modes)}{nearest(mode, modes)}")
-    hits = find(open_index(place), query, count, mode=mode, where=Filter(only or ()), neighbours=neighbours)  # type: ignore[arg-type]
+    opened = open_index(place, reranker=_reranker(rerank, runs))
+    hits = find(opened, query, count, mode=mode, where=Filter(only or ()), neighbours=neighbours)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps([_figures(hit) for hit in hits], ensure_ascii=False, indent=2))
         return
@@ -138,6 +149,7 @@ def ask(
         float | None,
         typer.Option(help="Refuse the question if no passage's cosine reaches this.", min=-1, max=1),
     ] = None,
+    rerank: Rerank = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     device: Device = "auto",
     runs: Runs = Path("runs"),
@@ -151,7 +163,7 @@ def ask(
     from bessemer.retrieval.index import open_index
     from bessemer.retrieval.store import Filter
 
-    opened = open_index(place)
+    opened = open_index(place, reranker=_reranker(rerank, runs))
     judge = None if least is None else NearestJudge(least)
     with Engine(find_served(model, runs), device=device) as engine:
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
@@ -169,6 +181,48 @@ def ask(
         print(f"[{number}] {_place(answer.sources[number - 1])}")
     if not answer.cited:
         print("(the answer cites none of these)")
+
+
+def questions(
+    place: Index,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File of JSON lines to write.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Most questions, each on another document.", min=1)] = 500,
+    cited: Annotated[
+        bool, typer.Option("--cited", help="Conversations with sources and a citing answer, to tune a model on (finetune).")
+    ] = False,
+    unanswered: Annotated[
+        float, typer.Option(help="--cited: share of the questions whose passage is not among the sources.", min=0, max=1)
+    ] = 0.25,
+    longest: Annotated[int, typer.Option(help="--cited: most characters of a source; short ones save time.", min=100)] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> None:
+    """Make questions from an index, with the passage that answers each: to measure a search, or to tune a model."""
+    from bessemer.core.errors import ArtefactError
+    from bessemer.core.store import write_text
+    from bessemer.retrieval.index import open_index
+    from bessemer.retrieval.questions import as_questions, cited_conversations, make_questions
+
+    if out.exists():
+        raise ArtefactError(f"{out}: is there already; name another file")
+    opened = open_index(place)
+    rows = (
+        cited_conversations(opened, count, unanswered=unanswered, longest=longest, seed=seed)
+        if cited
+        else as_questions(make_questions(opened, count, seed))
+    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(out, "".join(lines))
+    print(f"{out}: {len(lines):,} {'conversations' if cited else 'questions'}")
+
+
+def _reranker(name: str | None, runs: Path) -> Reranker | None:
+    from bessemer.cli.named import find_served
+    from bessemer.retrieval.rerank import open_reranker
+
+    if name is None:
+        return None
+    is_known = name.startswith(("http://", "https://")) or (Path(name) / "config.json").exists()
+    return open_reranker(name if is_known else str(find_served(name, runs)))
 
 
 def _place(hit: Hit) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bessemer.cli.options import (
+    ActivationBits,
     Adapter,
     Device,
     MaxModelLen,
@@ -44,16 +45,22 @@ def generate(
     parallel: Annotated[
         list[str] | None, typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated.")
     ] = None,
+    watermark: Annotated[Path | None, typer.Option(help="Key file of `bessemer watermark`: mark the text with it.")] = None,
     max_model_len: MaxModelLen = None,
+    activation_bits: ActivationBits = None,
     device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
     """Continue a prompt, or fill in what stands between it and a suffix, printing as it comes."""
-    from bessemer.cli.named import find_served, named_numbers, option_of, sampling_options, speculation
+    from bessemer.cli.named import find_served, given_options, named_numbers, option_of, sampling_options, speculation
+    from bessemer.cli.watermark import watermark_of
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.tokenization.prompts import infill_prompt
 
-    given = speculation(speculate, runs) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
+    given = speculation(speculate, runs) | named_numbers("parallel", parallel)
+    given |= given_options(context, "max_model_len", "activation_bits")
+    if watermark is not None:
+        given["watermark"] = watermark_of(watermark)
     config = EngineConfig.parse(given, option_of("generate"))
     params_for = sampling_options(context)
     with Engine(find_served(model, runs), device=device, config=config) as engine:

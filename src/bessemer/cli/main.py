@@ -16,7 +16,7 @@ from bessemer.cli.compare import compare
 from bessemer.cli.convert import export, import_
 from bessemer.cli.data import data
 from bessemer.cli.doctor import doctor
-from bessemer.cli.documents import ask, index, search
+from bessemer.cli.documents import ask, index, questions, search
 from bessemer.cli.evaluate import evaluate
 from bessemer.cli.explain import explain, train_classifier, train_words
 from bessemer.cli.finetune import finetune, label
@@ -32,6 +32,7 @@ from bessemer.cli.scaling import scaling
 from bessemer.cli.serve import keys, serve
 from bessemer.cli.show import show
 from bessemer.cli.tinker import tinker
+from bessemer.cli.watermark import watermark
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,11 +100,13 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         evaluate: ("bessemer evaluate out", "bessemer evaluate smollm2 --tasks arithmetic,code --limit 50"),
         compare: ("bessemer compare mine mine-2", "bessemer compare out"),
         show: ("bessemer show mine", "bessemer show runs/mine/tokenizer --text book.txt"),
+        watermark: ("bessemer watermark mark.yaml --new", "bessemer watermark mark.yaml answer.txt --model smollm2"),
         inspect: ("bessemer inspect smollm2 'The furnace is hot.' --out page.html",),
     },
     "Answer from documents": {
         index: ("bessemer index handbook handbook.index", "bessemer index python_docs python.index"),
         search: ("bessemer search python.index 'parse a date'",),
+        questions: ("bessemer questions python.index cited.jsonl --cited --count 800",),
         ask: ("bessemer ask smollm2 python.index 'How do I parse JSON?'",),
     },
     "Data": {

@@ -34,6 +34,8 @@ RepetitionPenalty = Annotated[
 
 Adapter = Annotated[str | None, typer.Option(help="Folder of a low-rank adapter of the model.")]
 Speculate = Annotated[str | None, typer.Option(help="Speculative decoding: ngram, mtp, or a draft model.")]
+ACTIVATION_BITS = "Bits of activations that meet quantised weights on a processor: 8, or 16, as exact as floats and slower; 8."
+ActivationBits = Annotated[int | None, typer.Option(help=ACTIVATION_BITS)]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and answer together (default: the model's context).")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model, Runs, retired_option
+from bessemer.cli.options import ACTIVATION_BITS, Model, Runs, retired_option
 
 keys = typer.Typer(
     no_args_is_help=True,
@@ -83,6 +83,7 @@ _requests = partial(typer.Option, rich_help_panel="Requests")
 _models = partial(typer.Option, rich_help_panel="Further models and adapters")
 _memory = partial(typer.Option, rich_help_panel="Memory and batches")
 _speed = partial(typer.Option, rich_help_panel="How it is computed")
+_documents = partial(typer.Option, rich_help_panel="Documents")
 
 
 def serve(
@@ -107,6 +108,17 @@ def serve(
     feedback: Annotated[
         Path | None, _requests(help="Folder for thumbs and edits of the chat, as rows that post-training reads.")
     ] = None,
+    index: Annotated[
+        list[str] | None,
+        _documents(
+            help="Answer from this index of documents, as `bessemer index` makes it, where clients ask for it: FOLDER, or "
+            "NAME=FOLDER; may be repeated."
+        ),
+    ] = None,
+    uploads: Annotated[
+        Path | None,
+        _documents(help="Folder for clients' files and vector stores; without it they end with the server."),
+    ] = None,
     also: Annotated[
         list[str] | None,
         _models(help="NAME=MODEL: another model, opened when clients ask for it by its name; may be repeated."),
@@ -127,16 +139,31 @@ def serve(
     max_model_len: Annotated[
         int | None, _memory(help="At most this many tokens of prompt and answer together; the model's context.")
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, _memory(help="Type of the KV cache: auto, float32, bfloat16, float16, int8 or int4.")
+    ] = None,
+    context_overflow: Annotated[
+        str | None, _memory(help="A text longer than the context: refuse, or shift (its middle is left out); refuse.")
+    ] = None,
+    context_keep: Annotated[int | None, _memory(help="First tokens that a shift keeps; 256.")] = None,
     max_num_seqs: Annotated[int | None, _memory(help="Sequences computed at once.")] = None,
     former_max_running: Annotated[int | None, retired_option("--max-running", "--max-num-seqs")] = None,
-    max_waiting: Annotated[int | None, _requests(help="Requests that may wait; more are refused with 503.")] = None,
+    max_waiting: Annotated[int | None, _requests(help="Completions that wait in the engine; 32.")] = None,
+    max_queued: Annotated[
+        int | None, _requests(help="Requests that wait for a place in it, or their model; more are refused with 503; 256.")
+    ] = None,
+    queue_seconds: Annotated[float | None, _requests(help="That a request waits so before it gets 503; 120.")] = None,
     threads: Annotated[int | None, _speed(help="Threads of the compiled CPU kernels; measured.")] = None,
+    activation_bits: Annotated[int | None, _speed(help=ACTIVATION_BITS)] = None,
     batch_invariant: Annotated[
         bool, _speed("--batch-invariant", help="A request never depends on what else is running, to the last bit.")
     ] = False,
     prefix_cache: Annotated[bool, _memory(help="Reuse cached KV blocks for prompts that share a prefix.")] = True,
     prefix_store: Annotated[
         str | None, _memory(help="Folder that keeps prefixes which several requests had in common over restarts.")
+    ] = None,
+    watermark: Annotated[
+        Path | None, _requests(help="Key file of `bessemer watermark`: mark every answer, so that the key finds it again.")
     ] = None,
     adapter: Annotated[
         list[str] | None, _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated.")
@@ -183,9 +210,14 @@ def serve(
         option_of,
         speculation,
     )
+    from bessemer.cli.watermark import watermark_of
+    from bessemer.core.store import read_json
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
+    from bessemer.retrieval.index import INDEX
     from bessemer.serving.config import ServingConfig, is_loopback
+    from bessemer.serving.retrieval.stores import index_folders
+    from bessemer.serving.runtime.admission import QueueLimits
     from bessemer.serving.runtime.models import ModelSetup
     from bessemer.serving.server import serve as serve_engine
     from bessemer.webapp.app import WebSettings, public_paths, web_pages
@@ -196,11 +228,16 @@ def serve(
         raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
     if accept_weights and engine == "ray":
         raise ConfigError("--accept-weights: of a server with one engine; name several such servers to the trainer instead")
+    if engine == "ray" and (index or uploads):
+        raise ConfigError("--index, --uploads: of a server with one engine; replicas share no files")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
-    memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache", "prefix_store")
-    given = given_options(context, *memory, "threads", "batch_invariant")
+    lengths = ("max_model_len", "context_overflow", "context_keep")
+    memory = ("kv_memory", "kv_cache_dtype", "max_num_seqs", *lengths, "prefix_cache", "prefix_store")
+    given = given_options(context, *memory, "threads", "activation_bits", "batch_invariant")
     given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
+    if watermark is not None:
+        given["watermark"] = watermark_of(watermark)
     if both := next((taken for taken in alias or [] if taken == name or taken in adapters), None):
         raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
     additional = {
@@ -208,13 +245,14 @@ def serve(
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
     settings = EngineConfig.parse(given, option_of("serve"))
-    limits = ("max_waiting", "max_body", "drain_seconds", "request_log", "other_template")
+    limits = ("max_waiting", "max_queued", "queue_seconds", "max_body", "drain_seconds", "request_log", "other_template")
     config = ServingConfig.parse(
-        given_options(context, "host", "port", "api_key", "keys", "adapter_root", "accept_weights", *limits)
+        given_options(context, "host", "port", "api_key", "keys", "adapter_root", "accept_weights", "uploads", *limits)
         | {
             "hosts": [name.lower() for name in allow_host or ()],
             "origins": [origin.lower().rstrip("/") for origin in allow_origin or ()],
             "aliases": alias or [],
+            "indexes": index_folders(index or []),
         },
         option_of("serve"),
     )
@@ -258,6 +296,9 @@ def serve(
     with loading, setup.open_engine() as opened:
         print(opened.describe())
         print(opened.arithmetic)
+        for its_name, place in config.indexes.items():
+            about = read_json(place / INDEX, "index")
+            print(f"documents {its_name}: {about['documents']:,}, in {about['passages']:,} passages")
         loading.close()
-        pool = setup.model_pool(config.max_waiting)
+        pool = setup.model_pool(config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
         serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [])

@@ -8,9 +8,10 @@ rounding parts them; their gap in logits says so. A larger gap is a defect: of a
 A reference and another engine agree up to the first token that differs; each then scores both tokens after the same prefix. The
 gap is the larger of the two engines' differences of logits.
 
-Where weights are codes, the compiled kernels and llama.cpp round activations to 8 bits, and `transformers` does not: it decodes
-the file into floats. So it is the reference there, and the report says of each other engine whether it left that product, and
-by how much. No error of an export is needed for such a gap, and yet it is one: the limit is the same.
+Where weights are codes, `transformers` decodes the file into floats, and is the reference. Our engine multiplies the codes by
+activations of 16 bits, which gives that product but for rounding, or of 8, as a served model has them where nothing is said;
+llama.cpp has 8 alone. The report says of each engine whether it left the float product, and by how much. With 8 bits no error
+of an export is needed for such a gap, and yet it is one: the limit is the same.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bessemer.core.errors import ArtefactError, BessemerError, ConfigError
 from bessemer.core.progress import Progress
 from bessemer.core.records import read_records
 from bessemer.evaluation.replay_engines import LlamaCppEngine, Message, OurEngine, Runtime, TransformersEngine
+from bessemer.model.cpu_kernels import library
 from bessemer.model.storage.tuned_folder import tuned_model
 
 #: Gap in logits from which a difference is a defect.
@@ -121,12 +123,16 @@ def _is_coded(place: Path) -> bool:
     return holds_codes(place if tuned is None else tuned.folder)
 
 
-def engines_of(thing: Thing, notes: list[str]) -> list[Callable[[], Runtime]]:
-    """What opens the engines that take a form: ours first, or of codes `transformers`, which does not round activations. notes:
-    gets a line for each that is not installed."""
+def engines_of(thing: Thing, notes: list[str], activation_bits: Literal[8, 16] = 16) -> list[Callable[[], Runtime]]:
+    """What opens the engines that take a form: ours first, or of codes `transformers`, which does not round activations.
+
+    notes: gets a line for each that is not installed. activation_bits: those of our engine, where weights are codes.
+    """
     openers: list[Callable[[], Runtime]] = []
     if thing.adapter is None:
-        openers.append(lambda: OurEngine(thing.place, is_coded=thing.is_coded))
+        if thing.is_coded and activation_bits == 16 and library() is not None:
+            notes.append("bessemer multiplies codes by activations of 16 bits here; a served one has 8 where nothing is said")
+        openers.append(lambda: OurEngine(thing.place, is_coded=thing.is_coded, activation_bits=activation_bits))
         if find_spec("transformers") is not None:
             openers.insert(0 if thing.is_coded else 1, lambda: TransformersEngine(thing.place))
         else:
@@ -155,17 +161,18 @@ def replay(
     max_tokens: int,
     progress: Progress,
     notes: list[str] | None = None,
+    activation_bits: Literal[8, 16] = 16,
 ) -> list[Comparison]:
     """Compare forms of one model: each engine with the first that opens the form, and forms of plain numbers with the first.
 
     Codes are compared with the first form too, without a verdict: rounding to codes changes a model. notes: gets lines on what
-    is not compared. One model is in memory at a time, two where their answers differ.
+    is not compared. activation_bits: as in `engines_of`. One model is in memory at a time, two where their answers differ.
     """
     notes = [] if notes is None else notes
     comparisons: list[Comparison] = []
     first: tuple[Thing, Callable[[], Runtime], _Answered] | None = None
     for thing in things:
-        openers = engines_of(thing, notes)
+        openers = engines_of(thing, notes, activation_bits)
         if not openers:
             raise ConfigError(f"{thing.name}: no engine that opens it is installed: pip install llama-cpp-python")
         own: tuple[Callable[[], Runtime], _Answered] | None = None

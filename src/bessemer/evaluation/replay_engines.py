@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -45,13 +45,21 @@ class Runtime(Protocol):
 
 
 class OurEngine:
-    """Our engine, in the type in which the model is stored; of codes with a KV cache in float32, as the others have it."""
+    """Our engine, in the type in which the model is stored; of codes with a KV cache in float32, as the others have it, and
+    activations of `activation_bits` where kernels multiply them."""
 
-    def __init__(self, place: Path, device: str = "cpu", *, is_coded: bool = False) -> None:
+    def __init__(
+        self, place: Path, device: str = "cpu", *, is_coded: bool = False, activation_bits: Literal[8, 16] = 8
+    ) -> None:
         self.name = "bessemer"
-        self.rounds = is_coded and device == "cpu" and library() is not None
+        self.rounds = is_coded and activation_bits == 8 and device == "cpu" and library() is not None
         # one request at a time, as in the other engines
-        config = EngineConfig(max_num_seqs=1, prefix_cache=False, kv_cache_dtype="float32" if is_coded else "auto")
+        config = EngineConfig(
+            max_num_seqs=1,
+            prefix_cache=False,
+            kv_cache_dtype="float32" if is_coded else "auto",
+            activation_bits=activation_bits,
+        )
         self._engine = Engine(place, device=device, config=config)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:

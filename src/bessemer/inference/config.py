@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
+from bessemer.inference.sampling.params import WatermarkConfig
 
 
 class SpeculationConfig(Config):
@@ -47,7 +48,7 @@ class ParallelInferenceConfig(Config):
 
 
 class EngineConfig(Config):
-    """Memory, scheduling and speed of an engine. The output depends on none of it beyond rounding."""
+    """Memory, scheduling and speed of an engine. The output depends on none of it beyond rounding, but for a watermark."""
 
     retired: ClassVar[Mapping[str, str]] = {
         "max_running": "max_num_seqs",
@@ -64,6 +65,14 @@ class EngineConfig(Config):
         unit="tokens",
         ge=2,
     )
+    context_overflow: Literal["refuse", "shift"] = setting(
+        "refuse",
+        "a prompt that is longer than the context, and an answer that reaches its end: refused and ended; or the text loses "
+        "half of what is behind its first tokens and goes on, and the model no longer sees what it lost",
+    )
+    context_keep: int = setting(
+        256, "first tokens that a shift keeps, such as the instructions; at most half of the context", unit="tokens", ge=0
+    )
     block_size: int = setting(16, "positions of a KV block", unit="tokens", ge=1, le=1024)
     kv_memory: float | None = setting(
         None,
@@ -77,8 +86,10 @@ class EngineConfig(Config):
         unit="GiB",
         ge=0,
     )
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = setting(
-        "auto", "type of the KV cache; auto: the model's own, float16 for quantised models"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = setting(
+        "auto",
+        "type of the KV cache; auto: the model's own, float16 for quantised models; int8 and int4: with a scale for each token "
+        "and head",
     )
     max_num_seqs: int = setting(64, "sequences computed at once", ge=1)
     max_waiting: int | None = setting(None, "requests that may wait; one more is refused; none: any number", ge=0)
@@ -101,6 +112,11 @@ class EngineConfig(Config):
     cpu_kernels: Literal["auto", "on", "off"] = setting(
         "auto", "compiled CPU kernels: where they can be built, always, or never (then the modules run in PyTorch)"
     )
+    activation_bits: Literal[8, 16] = setting(
+        8,
+        "bits to which the compiled CPU kernels round activations that meet quantised weights; 16: answers as of a product in "
+        "floating point, for twice the arithmetic",
+    )
     paged_attention: Literal["auto", "gather", "flex"] = setting(
         "auto",
         "how PyTorch reads KV blocks: gathered into one tensor, or in place by FlexAttention; auto: gathered, until flex has "
@@ -117,6 +133,9 @@ class EngineConfig(Config):
         "threads of the compiled CPU kernels, none: measured at the start; with `parallel` of each process, none: its share",
         ge=1,
     )
+    watermark: WatermarkConfig | None = setting(
+        None, "mark the answers of all requests that can carry it: beams cannot, nor gumbel's at temperature 0; none: no mark"
+    )
     speculation: SpeculationConfig | None = setting(None, "speculative decoding; none: one token a step")
     parallel: ParallelInferenceConfig | None = setting(None, "share a model's folder between processes; none: one process")
 
@@ -124,6 +143,11 @@ class EngineConfig(Config):
     def _fit_together(self) -> Self:
         if self.processes > 1 and self.cpu_kernels == "on":
             raise ValueError("cpu_kernels: on and parallel do not go together: the compiled CPU kernels compute whole models")
+        if self.activation_bits != 8 and (self.cpu_kernels == "off" or self.processes > 1):
+            without = "cpu_kernels: off" if self.cpu_kernels == "off" else "parallel"
+            raise ValueError(
+                f"activation_bits: only the compiled CPU kernels round activations, not with {without}; leave it out"
+            )
         if self.processes > 1 and self.paged_attention == "flex":
             raise ValueError(
                 "paged_attention: flex and parallel do not go together: processes that share a model gather its KV blocks"

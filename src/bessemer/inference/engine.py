@@ -42,7 +42,7 @@ from bessemer.inference.request import (
     completion_of,
     prompt_calls,
 )
-from bessemer.inference.request_builder import RequestBuilder
+from bessemer.inference.request_builder import ContextShift, RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.statistics import EngineStatistics
@@ -104,6 +104,7 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
             self.context_length,
             context_name,
             shared=self._sharded is not None,
+            watermark=self.config.watermark,
         )
         self.core, self._cache_size = assemble(
             self.model,
@@ -113,6 +114,9 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
             sharded=self._sharded,
             identity=opened.identity,
         )
+        if self.config.context_overflow == "shift":
+            capacity = self.longest
+            self._builder.shift = ContextShift(capacity, min(self.config.context_keep, capacity // 2))
         # last: packing takes the codes out of the model
         self._stamp = WeightsStamp(self.model)
         adapter = adapter or opened.adapter
@@ -150,6 +154,11 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
     def longest(self) -> int:
         """The most tokens of prompt and completion together that the KV cache holds, at most the context."""
         return self.core.scheduler.longest(self.context_length)
+
+    @property
+    def context_shift(self) -> ContextShift | None:
+        """How a text that outgrows the context goes on; None where it ends there."""
+        return self._builder.shift
 
     @property
     def default_params(self) -> SamplingParams:
@@ -222,6 +231,10 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
 
         logprobs_mode and n: override the parameters'. Raises RequestError as `generate`, and for best_of and beam_width.
         """
+        if self.context_shift is not None:
+            raise RequestError(
+                "rollouts are trained on, so their texts are whole: take an engine with context_overflow: refuse"
+            )
         prompts = as_prompts(prompts)
         each = params_of_prompts(params, len(prompts), n, logprobs_mode)
         requests = [
@@ -302,7 +315,8 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
         Raises RequestError for whatever is known to be wrong before anything is computed.
         """
         loaded = self._adapters.of(adapter)
-        ids = self._builder.prompt_ids(prompt, least=min(1, params.max_tokens))
+        shifts = self._builder.may_shift(params, capture)
+        ids = self._builder.prompt_ids(prompt, least=min(1, params.max_tokens), shifts=shifts)
         request = self._builder.request(ids, params, priority, loaded, cache_salt, capture, streams=streams)
         self.core.scheduler.check(request.sequence.limit)
         return request

@@ -157,6 +157,10 @@ class EngineCore:
                 self._commit(step, chunk, request, tokens)
         computed = step.tokens.computed
         self.strategy.committed(step.chunks, step.requests, computed)
+        for request in step.requests:
+            if request.sequence.overflow and request.sequence.must_shift:
+                self.scheduler.shift(request.sequence)
+                self.strategy.forget(request)
         now = time.perf_counter()
         self._recorder.computed_tokens += computed
         # steps may overlap: the time of one is that since the one before
@@ -171,7 +175,7 @@ class EngineCore:
             if not step.is_committed:
                 self.scheduler.commit(chunk, [])
             return
-        begins = len(chunk.sequence.tokens) == chunk.sequence.prompt_length
+        begins = len(chunk.sequence.tokens) == chunk.sequence.prompt_length and not chunk.sequence.shifts
         try:
             made = request.take(tokens, self.weight_version)
         except RequestError as error:

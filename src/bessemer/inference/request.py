@@ -258,6 +258,10 @@ class Request(ScheduledRequest):
         super().__init__(sequence, adapter, recorder)
         self.sampling = sampling
         self.samples = self.params.max_tokens > 0
+        #: Tokens of the prompt.
+        self.prompt_tokens = sequence.prompt_length
+        #: Tokens made so far.
+        self.token_ids: list[int] = []
         self.chunks: deque[Chunk] = deque()
         self.finish_reason: str | None = None
         self.prompt_log_probs: list[Sampled] = []
@@ -286,16 +290,6 @@ class Request(ScheduledRequest):
         return self.finish_reason is not None or self.error is not None
 
     @property
-    def token_ids(self) -> list[int]:
-        """Tokens made so far."""
-        return self.sequence.tokens[self.sequence.prompt_length :] if self.samples else []
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return self.sequence.prompt_length
-
-    @property
     def captured(self) -> Captured | None:
         """What was captured so far; of the last token, which is not computed, nothing."""
         return None if self.recorder is None else self.recorder.captured(len(self.sequence.tokens) - 1)
@@ -307,14 +301,14 @@ class Request(ScheduledRequest):
 
     def wanted_rows(self, chunk: ScheduledChunk) -> range:
         # log-probabilities of the prompt need the logits of all its tokens
-        if self.reads_prompt and max(chunk.start, len(self.prompt_log_probs)) < self.sequence.prompt_length - 1:
+        if self.reads_prompt and max(chunk.start, len(self.prompt_log_probs)) < self.prompt_tokens - 1:
             return range(chunk.count)
         return super().wanted_rows(chunk) if self.samples else range(0)
 
     def take_logits(self, chunk: ScheduledChunk, logits_RV: Tensor) -> None:
         """Add log-probabilities of the prompt's tokens; those computed again after a preemption only once."""
         first = max(chunk.start, len(self.prompt_log_probs))
-        end = min(chunk.start + chunk.count, self.sequence.prompt_length - 1)
+        end = min(chunk.start + chunk.count, self.prompt_tokens - 1)
         following = self.sequence.tokens[first + 1 : end + 1]
         counts = [self.params.prompt_logprobs or 0] * len(following)
         of_tokens = log_probs(logits_RV[first - chunk.start : end - chunk.start], following, counts)
@@ -331,20 +325,20 @@ class Request(ScheduledRequest):
             self.finish_reason = "length"
             return super().take(sampled)
         finish_reason = None
-        made = len(self.sequence.tokens) - self.sequence.prompt_length
+        places = self.sequence.limit - len(self.sequence.tokens)
         text, taken = "", []
         for one in sampled:
             taken.append(one)
-            made += 1
             ended = one.token in self._end_tokens
             text += "" if ended else self._text.feed(one.token)
             stopped = ended or self._text.stopped or (one is sampled[-1] and self.sampling.finished)
-            if stopped or self.sequence.prompt_length + made == self.sequence.limit:
+            if stopped or (len(taken) == places and not self.sequence.overflow):
                 text += self._text.flush()
                 # the flush may complete a stop string
                 finish_reason = "stop" if stopped or self._text.stopped else "length"
                 break
         ids = [one.token for one in taken]
+        self.token_ids += ids
         self.weight_versions += [weight_version] * len(ids)
         self._next_text += text
         self._next_tokens += taken
@@ -387,7 +381,7 @@ def _whole(request: Request) -> Completion:
     log_probs = None if request.params.logprobs is None else [one for chunk in chunks for one in chunk.log_probs or []]
     text = "".join(chunk.text for chunk in chunks)
     token_ids = [token for chunk in chunks for token in chunk.token_ids]
-    return Completion(text, token_ids, request.finish_reason, request.sequence.prompt_length, log_probs)
+    return Completion(text, token_ids, request.finish_reason, request.prompt_tokens, log_probs)
 
 
 def _mean_log_prob(completion: Completion) -> float:

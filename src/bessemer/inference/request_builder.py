@@ -19,9 +19,9 @@ from bessemer.inference.capture import Capture, Recorder
 from bessemer.inference.execution.weights import LoadedAdapter
 from bessemer.inference.request import Completion, CompletionText, LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.grammar import GrammarCompiler
-from bessemer.inference.sampling.params import SamplingParams
+from bessemer.inference.sampling.params import SamplingParams, WatermarkConfig
 from bessemer.inference.sampling.sampler import SamplingState, no_token
-from bessemer.inference.scheduling.sequence import TokenSequence
+from bessemer.inference.scheduling.sequence import TokenSequence, tokens_to_drop
 from bessemer.inference.scores import CaptureRequest, ScoreItem, ScoreRequest
 from bessemer.model.config import ModelConfig
 from bessemer.tokenization.prompts import encode_continuations
@@ -126,6 +126,18 @@ def _log_probs(logits_BV: Tensor, running: Sequence[list[int]], state: SamplingS
     return log_probs_BV
 
 
+@dataclass(frozen=True)
+class ContextShift:
+    """How texts that outgrow the context go on: with `capacity` tokens at most, the first `keep` always among them."""
+
+    capacity: int
+    keep: int
+
+    def dropped(self, length: int) -> int:
+        """How many tokens of a prompt are left out."""
+        return tokens_to_drop(length, self.capacity, self.keep)
+
+
 class RequestBuilder:
     """Makes requests of one model. Any thread may use it."""
 
@@ -138,22 +150,26 @@ class RequestBuilder:
         context_name: str,
         *,
         shared: bool,
+        watermark: WatermarkConfig | None = None,
     ) -> None:
         """context_name: what limits the length, in the words of an error: the model's context, or a setting. shared: whether
-        several processes share the model."""
+        several processes share the model. watermark: of requests that have none and can carry it."""
         self._tokenizer = tokenizer
         self._vocab_size = config.vocab_size
         self._config = config
         self._shared = shared
+        self._watermark = watermark
         self._end_tokens = end_tokens
         self._context_length = context_length
         self._context_name = context_name
         self._names = count()
         self._grammars = GrammarCompiler(tokenizer, config.vocab_size, end_tokens)
+        #: None where a text ends with the context.
+        self.shift: ContextShift | None = None
 
-    def prompt_ids(self, prompt: Prompt, least: int = 1) -> list[int]:
-        """The tokens of a prompt. least: tokens that must fit behind it. Raises RequestError where it has none, one that the
-        model has not, or too many."""
+    def prompt_ids(self, prompt: Prompt, least: int = 1, *, shifts: bool = False) -> list[int]:
+        """The tokens of a prompt. least: tokens that must fit behind it. shifts: whether one that is too long is shortened, as
+        `shift` says. Raises RequestError where it has none, one that the model has not, or too many."""
         if isinstance(prompt, bytes | bytearray | Mapping):
             raise RequestError(
                 f"a prompt is a text or token ids, got {type(prompt).__name__}; decode bytes, and give messages to chat"
@@ -162,12 +178,20 @@ class RequestBuilder:
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
         self._check_ids(ids, "the prompt")
+        if shifts and self.shift is not None:
+            keep = self.shift.keep
+            del ids[keep : keep + self.shift.dropped(len(ids))]
         if len(ids) + least > self._context_length:
             raise RequestError(
                 f"the prompt has {len(ids):,} tokens and {self._context_name} is {self._context_length:,}, answer included; "
                 "shorten the prompt"
             )
         return ids
+
+    def may_shift(self, params: SamplingParams, capture: Capture | None) -> bool:
+        """Whether the text of a request may lose a part: not where something is said of each of its tokens."""
+        asks_of_each = capture is not None or params.prompt_logprobs is not None or params.beam_width
+        return self.shift is not None and params.max_tokens > 0 and not asks_of_each
 
     def request(
         self,
@@ -184,6 +208,7 @@ class RequestBuilder:
 
         streams: as in `Request`. Raises RequestError for parameters that cannot be served.
         """
+        params = self._with_watermark(params)
         limit = self._limit(ids, params)
         salt = _salt(loaded, cache_salt)
         # what is found in the prefix cache has no logits, and no states
@@ -201,6 +226,10 @@ class RequestBuilder:
         requests: list[Request] = []
         for index in range(params.best_of or params.n):
             sequence = self._sequence(ids, limit, priority, salt, computed_from)
+            if self.shift is not None and self.may_shift(params, capture):
+                sequence.limit = min(len(ids) + params.max_tokens, self.shift.capacity)
+                sequence.overflow = len(ids) + params.max_tokens - sequence.limit
+                sequence.keep = min(self.shift.keep, len(ids))
             sampling = self._sampling(ids, params, index, first=requests[0].sampling if requests else None)
             recorder = None if capture is None else Recorder(capture, len(ids))
             adapter = loaded and loaded.adapter
@@ -208,6 +237,13 @@ class RequestBuilder:
         first, *others = requests
         first.siblings = others
         return first
+
+    def _with_watermark(self, params: SamplingParams) -> SamplingParams:
+        """The engine's watermark where the request has none and can carry it."""
+        mark = self._watermark
+        if mark is None or params.watermark is not None or params.beam_width or (params.greedy and mark.method == "gumbel"):
+            return params
+        return params.with_changes(watermark=mark)
 
     def beam_search(self, ids: list[int], params: SamplingParams) -> BeamSearch:
         """A beam search from `prompt_ids`. Raises RequestError for parameters that cannot be served."""

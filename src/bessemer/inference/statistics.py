@@ -189,7 +189,7 @@ class StatisticsRecorder:
         if not isinstance(request, Request):
             return
         self.finished["error" if request.error is not None else request.finish_reason or "abort"] += 1
-        made = len(request.sequence.tokens) - request.sequence.prompt_length
+        made = len(request.token_ids)
         # a prompt that is only read makes none
         if request.finish_reason is None or not request.first_token_at:
             return
@@ -200,7 +200,7 @@ class StatisticsRecorder:
         self._histograms["queue_seconds"].observe(request.scheduled_at - request.began_at)
         self._histograms["prefill_seconds"].observe(request.first_token_at - request.scheduled_at)
         self._histograms["decode_seconds"].observe(now - request.first_token_at)
-        self._histograms["request_prompt_tokens"].observe(request.sequence.prompt_length)
+        self._histograms["request_prompt_tokens"].observe(request.prompt_tokens)
         self._histograms["request_generated_tokens"].observe(made)
 
     def read(self, scheduler: Scheduler, drafts: DraftCounts) -> EngineStatistics:

@@ -23,6 +23,8 @@ from torch.nn import functional
 
 from bessemer.core.errors import ArtefactError
 
+#: The kinds of `config.json` that are read.
+ENCODER_KINDS = ("bert", "roberta", "xlm-roberta", "modernbert")
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_new": lambda hidden: functional.gelu(hidden, approximate="tanh"),

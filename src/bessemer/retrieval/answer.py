@@ -3,60 +3,33 @@
 While the model writes, a regular expression over the answer lets only the number of a source follow `[`, so that a citation
 always names a source that was given. Afterwards every sentence is compared with the sources that it cites: the share
 of its content words that they have. Sentences below a limit are marked. Text between quotation marks is looked for in the
-sources, and comes back with its place in the document.
+sources, and comes back with its place in the document (`citations.py`).
 
-What was retrieved is data: it stands in the user's message, numbers in brackets in it are no citations, and control tokens in
-it are text to the tokenizer.
+What was retrieved is data: it stands in the user's message as parts of origin `document`, numbers in brackets in it are no
+citations, and control tokens in it are text to the tokenizer.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+from bessemer.assistant.messages import Message, MessagePart
+from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.retrieval.chunks import sentences
+from bessemer.retrieval.citations import Quote, Statement, checked_statements, citing, quotes_in, without_citations
 from bessemer.retrieval.index import OpenIndex
 from bessemer.retrieval.search import Hit, search
-from bessemer.retrieval.store import EVERYTHING, PLAIN_WORDS, Filter
+from bessemer.retrieval.store import EVERYTHING, Filter
 
 SYSTEM = (
     "Answer the question from the numbered sources alone. Behind each statement cite its source as [1]. "
     "If the sources do not hold the answer, say that they do not."
 )
 NOT_HELD = "The documents do not answer this."
-#: Share of a sentence's content words that its sources must have.
-SUPPORT = 0.5
-_CITATION = re.compile(r"\[(\d+)\]")
-_QUOTED = re.compile(r"“([^“”]{8,})”|\"([^\"]{8,})\"")
-_WORD = re.compile(r"\w+")
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A sentence of an answer. cited: numbers of its sources, from 1. support: share of its content words in them, or, where it
-    cites none, in any; None for a sentence without content words."""
-
-    text: str
-    cited: tuple[int, ...]
-    support: float | None
-
-    @property
-    def is_supported(self) -> bool:
-        return self.support is None or self.support >= SUPPORT
-
-
-@dataclass(frozen=True)
-class Quote:
-    """A quoted text that a source has. start, end: bytes in the document."""
-
-    text: str
-    source: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -126,65 +99,65 @@ def ask(
         return Answer(NOT_HELD, hits, is_held=False)
     params = params or SamplingParams(max_tokens=256, temperature=0)
     messages, used = prompt_of(engine, question, hits, params.max_tokens)
-    held = params.with_changes(regex=citing(len(used)))
-    completion = engine.chat(messages, held)
+    completion = engine.chat(messages, params.with_changes(**citation_form(used)))
     return checked(completion.text.strip(), used)
 
 
-def citing(count: int) -> str:
-    """A regular expression for texts in which brackets hold only the numbers 1 to `count`."""
-    numbers = "|".join(str(number) for number in range(1, count + 1))
-    return rf"([^\[\]]|\[({numbers})\])*"
+def citation_form(sources: Sequence[Hit]) -> dict[str, Any]:
+    """Settings of sampling that hold an answer to citations of the sources; without sources, to saying that there are none."""
+    return {"regex": citing(len(sources))} if sources else {"choice": [NOT_HELD]}
 
 
-def prompt_of(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> tuple[list[dict[str, str]], list[Hit]]:
+def prompt_of(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> tuple[list[dict[str, Any]], list[Hit]]:
     """The conversation, and the sources that it holds: the first ones that leave room for the answer, at least one."""
-    for number in range(len(hits), 0, -1):
-        used = list(hits[:number])
-        sources = "\n\n".join(f"[{place}] {_harmless(hit.passage.shown)}" for place, hit in enumerate(used, start=1))
-        messages = [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": f"Sources:\n\n{sources}\n\nQuestion: {question}"},
-        ]
-        tokens = len(engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-        if number == 1 or tokens + answer_tokens <= engine.longest:
-            return messages, used
-    raise AssertionError("there is at least one hit")
+
+    def messages_of(count: int) -> list[dict[str, Any]]:
+        return [message.as_template_input() for message in grounded([Message.user(question)], hits[:count])]
+
+    def fits(count: int) -> bool:
+        tokens = len(engine.tokenizer.apply_chat_template(messages_of(count), add_generation_prompt=True))
+        return tokens + answer_tokens <= engine.longest
+
+    count = most_sources(len(hits), fits)
+    return messages_of(count), list(hits[:count])
 
 
-def _harmless(text: str) -> str:
-    """A source's text with its numbers in brackets changed, so that none looks like a citation."""
-    return _CITATION.sub(r"(\1)", text)
+def most_sources(count: int, fits: Callable[[int], bool]) -> int:
+    """The most sources of `count` that fit, at least one. fits: whether so many do; fewer fit where more do."""
+    return 1 + bisect_left(range(2, count + 1), True, key=lambda number: not fits(number)) if count else 0
+
+
+def question_of(messages: Sequence[Message]) -> str:
+    """What a conversation asks: the user's last message. Raises RequestError where there is none."""
+    return messages[_last_question(messages)].text
+
+
+def grounded(messages: Sequence[Message], sources: Sequence[Hit]) -> list[Message]:
+    """A conversation whose last question has numbered sources above it, each a part of origin `document`.
+
+    A conversation's own system messages stay as they are; the instruction to cite is then a part of the question's message, and
+    a system message elsewhere. Raises RequestError for a conversation without a user's message.
+    """
+    place = _last_question(messages)
+    question = messages[place]
+    instructed = any(message.role == "system" for message in messages)
+    parts = [MessagePart(f"{SYSTEM}\n\nSources:" if instructed else "Sources:", "system")]
+    for number, hit in enumerate(sources, start=1):
+        shown = without_citations(hit.passage.shown)
+        parts += [MessagePart(f"\n\n[{number}] ", "system"), MessagePart(shown, "document", hit.passage.document)]
+    parts.append(MessagePart("\n\nQuestion: ", "system"))
+    with_sources = replace(question, parts=(*parts, *question.parts)) if sources else question
+    conversation = [*messages[:place], with_sources, *messages[place + 1 :]]
+    return conversation if instructed or not sources else [Message.system(SYSTEM), *conversation]
+
+
+def _last_question(messages: Sequence[Message]) -> int:
+    places = [place for place, message in enumerate(messages) if message.role == "user"]
+    if not places:
+        raise RequestError("retrieval: the conversation has no message of the user's to search for")
+    return places[-1]
 
 
 def checked(text: str, sources: Sequence[Hit]) -> Answer:
     """An answer with the support of each sentence by the sources, and its quotes."""
-    words = [set(_content_words(hit.passage.shown)) for hit in sources]
-    everything = set().union(*words)
-    statements = []
-    for span in sentences(text):
-        sentence = text[span.start : span.end].strip()
-        if not sentence:
-            continue
-        cited = tuple(dict.fromkeys(int(number) for number in _CITATION.findall(sentence) if 0 < int(number) <= len(sources)))
-        own = _content_words(_CITATION.sub("", sentence))
-        known = set().union(*(words[number - 1] for number in cited)) if cited else everything
-        support = sum(word in known for word in own) / len(own) if own else None
-        statements.append(Statement(sentence, cited, support))
-    return Answer(text, sources, statements, list(_quotes(text, sources)))
-
-
-def _content_words(text: str) -> list[str]:
-    return [word for word in _WORD.findall(text.lower()) if word not in PLAIN_WORDS]
-
-
-def _quotes(text: str, sources: Sequence[Hit]) -> Iterator[Quote]:
-    """The quotes in an answer that a source holds word for word."""
-    for match in _QUOTED.finditer(text):
-        quoted = match[1] or match[2]
-        for number, hit in enumerate(sources, start=1):
-            place = hit.passage.text.find(quoted)
-            if place >= 0:
-                start = hit.passage.start + len(hit.passage.text[:place].encode())
-                yield Quote(quoted, number, start, start + len(quoted.encode()))
-                break
+    return Answer(text, sources, checked_statements(text, sources), list(quotes_in(text, sources)))

@@ -7,7 +7,6 @@ length 1, so that the product of two is their cosine. An embedder has an identit
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -17,7 +16,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,11 +23,11 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.http_client import ApiError, HttpClient, repeated
 from bessemer.inference.engine import Engine
-from bessemer.model.encoder import load_encoder
+from bessemer.retrieval.encoder_texts import EncoderTexts, holds_encoder, read_values
 
 Side = Literal["query", "document"]
-#: Tokens of a batch of texts, its padding included.
-_TOKENS_AT_ONCE = 8192
+#: Names of the prompts for each side in a folder's files, the first that is there.
+_PROMPTS: Mapping[Side, Sequence[str]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 #: Texts of a request to a server.
 _TEXTS_AT_ONCE = 64
 #: Attempts of a request, and seconds before the second.
@@ -79,8 +77,7 @@ def open_embedder(name: str) -> Embedder:
     folder = Path(name)
     if not folder.is_dir():
         raise ConfigError(f"--embedder {name}: no such folder; known by name are minilm and none")
-    kind = _read_json(folder / "config.json").get("model_type")
-    return EncoderEmbedder(folder) if kind in ("bert", "roberta", "xlm-roberta", "modernbert") else EngineEmbedder(folder)
+    return EncoderEmbedder(folder) if holds_encoder(folder) else EngineEmbedder(folder)
 
 
 class EncoderEmbedder:
@@ -91,69 +88,43 @@ class EncoderEmbedder:
         """Raises ArtefactError for a folder without an encoder or a tokenizer, and for an unknown module in its
         `modules.json`."""
         self._folder = folder
-        self._encoder = load_encoder(folder, device)
-        self._device = torch.device(device)
-        try:
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing more specific
-            raise ArtefactError(f"{folder / 'tokenizer.json'}: {error}") from None
-        limits = _read_json(folder / "sentence_bert_config.json")
-        self._longest = min(limits.get("max_seq_length") or self._encoder.config.longest, self._encoder.config.longest)
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(self._longest)
-        self._prompts: Mapping[str, str] = _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+        self._texts = EncoderTexts(folder, device)
+        self._prompts: Mapping[str, str] = read_values(folder / "config_sentence_transformers.json").get("prompts") or {}
         self._pooling, self._dense = self._steps()
 
     @cached_property
     def identity(self) -> str:
         weights = hash_file(self._folder / "model.safetensors")
-        used = [self._pooling, self._prompts, self._longest]
+        used = [self._pooling, self._prompts, self._texts.longest]
         return f"encoder {hash_value([weights, hash_file(self._folder / 'tokenizer.json'), used])[:16]}"
 
     @property
     def width(self) -> int:
-        return int(self._dense[-1][0].shape[0]) if self._dense else self._encoder.config.hidden_size
+        return int(self._dense[-1][0].shape[0]) if self._dense else self._texts.encoder.config.hidden_size
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], side: Side) -> np.ndarray:
-        prompt = self._prompts.get(side, "")
-        encodings = self._tokenizer.encode_batch([prompt + text for text in texts])
-        lengths = np.array([len(encoding.ids) for encoding in encodings], np.int64)
+        prompt = next((self._prompts[name] for name in _PROMPTS[side] if name in self._prompts), "")
         vectors_ND = np.empty((len(texts), self.width), np.float32)
-        # texts of a length together, so that little is padded
-        order = np.argsort(-lengths, kind="stable")
-        first = 0
-        while first < len(order):
-            count = max(1, _TOKENS_AT_ONCE // max(1, int(lengths[order[first]])))
-            places = order[first : first + count]
-            vectors_ND[places] = self._batch([encodings[place].ids for place in places]).cpu().numpy()
-            first += count
+        for batch in self._texts.batches([prompt + text for text in texts]):
+            hidden_BTD = self._texts.encoder(batch.ids_BT, batch.mask_BT)
+            pooled_BD = _pooled(hidden_BTD, batch.mask_BT, self._pooling)
+            for weight_ED, bias_E, activate in self._dense:
+                pooled_BD = functional.linear(pooled_BD, weight_ED, bias_E)
+                pooled_BD = torch.tanh(pooled_BD) if activate else pooled_BD
+            vectors_ND[batch.places_B] = functional.normalize(pooled_BD, dim=-1).cpu().numpy()
         return vectors_ND
-
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        longest = max(map(len, rows))
-        ids_BT = torch.full((len(rows), longest), self._encoder.config.pad_token)
-        mask_BT = torch.zeros((len(rows), longest), dtype=torch.bool)
-        for number, row in enumerate(rows):
-            ids_BT[number, : len(row)] = torch.tensor(row)
-            mask_BT[number, : len(row)] = True
-        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
-        pooled_BD = _pooled(self._encoder(ids_BT, mask_BT), mask_BT, self._pooling)
-        for weight_ED, bias_E, activate in self._dense:
-            pooled_BD = functional.linear(pooled_BD, weight_ED, bias_E)
-            pooled_BD = torch.tanh(pooled_BD) if activate else pooled_BD
-        return functional.normalize(pooled_BD, dim=-1)
 
     def _steps(self) -> tuple[str, list[tuple[Tensor, Tensor | None, bool]]]:
         """The pooling, and the dense layers after it, each with whether tanh follows."""
         pooling, dense = "mean", []
-        modules = _read_json(self._folder / "modules.json")
+        modules = read_values(self._folder / "modules.json")
         for module in modules if isinstance(modules, list) else []:
             kind, path = module["type"].rpartition(".")[2], self._folder / module["path"]
             if kind == "Pooling":
-                pooling = _pooling_of(_read_json(path / "config.json"), path)
+                pooling = _pooling_of(read_values(path / "config.json"), path)
             elif kind == "Dense":
-                dense.append(_dense(path, self._device))
+                dense.append(_dense(path, self._texts.device))
             elif kind not in ("Transformer", "Normalize"):
                 raise ArtefactError(f"{self._folder / 'modules.json'}: the step {kind} is not known")
         return pooling, dense
@@ -172,7 +143,7 @@ def _pooling_of(values: Mapping[str, Any], path: Path) -> str:
 
 
 def _dense(path: Path, device: torch.device) -> tuple[Tensor, Tensor | None, bool]:
-    values = _read_json(path / "config.json")
+    values = read_values(path / "config.json")
     activation = str(values.get("activation_function", "")).rpartition(".")[2]
     if activation not in ("Tanh", "Identity"):
         raise ArtefactError(f"{path / 'config.json'}: the activation {activation!r} is not known")
@@ -244,13 +215,3 @@ class ServerEmbedder:
         if len(rows) != count or len({len(row) for row in rows}) != 1:
             raise ApiError(f"{self._client.url}: {len(rows)} vectors came for {count} texts, or of several lengths")
         return rows
-
-
-def _read_json(path: Path) -> Any:
-    """The values of a file; {} where it is missing. Raises ArtefactError for one that is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ArtefactError(f"{path}: {error}") from None

@@ -26,6 +26,7 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import check_format, locked_folder, read_json, write_json
 from bessemer.retrieval.chunks import Region, cut_document, place_of
 from bessemer.retrieval.embed import Embedder, open_embedder
+from bessemer.retrieval.rerank import Reranker
 from bessemer.retrieval.store import LanceStore, Passage, StoreWriter
 
 INDEX = "index.json"
@@ -88,16 +89,18 @@ class IndexSummary:
 
 @dataclass(frozen=True)
 class OpenIndex:
-    """An index that is read."""
+    """An index that is read. reranker: orders what its searches find; None: they are ordered by the searches alone."""
 
     folder: Path
     config: IndexConfig
     store: LanceStore
     embedder: Embedder | None
+    reranker: Reranker | None = None
 
 
-def open_index(folder: Path, embedder: Embedder | None = None) -> OpenIndex:
-    """Open the complete version of an index. embedder: used in place of the one that the index names.
+def open_index(folder: Path, embedder: Embedder | None = None, reranker: Reranker | None = None) -> OpenIndex:
+    """Open the complete version of an index. embedder: used in place of the one that the index names. reranker: orders what
+    searches of this index find.
 
     Raises ArtefactError where there is no index, or its vectors were made by another embedder.
     """
@@ -111,7 +114,7 @@ def open_index(folder: Path, embedder: Embedder | None = None) -> OpenIndex:
                 f"{folder}: its vectors were made by {values['embedder']}, and {config.embedder} is {embedder.identity} now; "
                 "vectors of two models do not compare: index the documents again, into this folder"
             )
-    return OpenIndex(folder, config, store, embedder if config.embedder != "none" else None)
+    return OpenIndex(folder, config, store, embedder if config.embedder != "none" else None, reranker)
 
 
 def build_index(

@@ -1,25 +1,35 @@
-"""Search of an index: by words, by meaning, and both fused by rank; copies of a passage collapse, neighbours can be added.
+"""Search of an index: by words, by meaning, and both fused; a reranker, if the index has one, orders what was found; copies of
+a passage collapse, neighbours can be added.
 
-Reciprocal-rank fusion (Cormack et al. 2009): a passage scores Σ 1 / (60 + rank) over the searches that found it. Ranks alone
-count, since scores of BM25 and cosines have no common scale.
+Fusion (Bruch et al. 2023): a passage's cosine, 0 for the farthest and 1 for the nearest that was found, plus its score by BM25
+as a share of the best one, times a weight. The weight is small, as the search by words is the weaker one for questions in words
+of one's own, and large for a query that holds a name or a number, which are found by words.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from bessemer.core.errors import RequestError
 from bessemer.retrieval.index import OpenIndex
+from bessemer.retrieval.rerank import Reranker
 from bessemer.retrieval.store import EVERYTHING, Filter, Found, Passage
 
 Mode = Literal["hybrid", "words", "meaning"]
-#: The constant of reciprocal-rank fusion.
-RANK_CONSTANT = 60
-#: Passages that each search returns: so many for each wanted one, and the fewest.
-_CANDIDATES, _FEWEST = 4, 40
+#: Weight of the search by words, and for a query with a name or a number in it.
+WORDS_WEIGHT, NAMES_WEIGHT = 0.3, 1.0
+#: `json.loads`, `max_tokens`, `parseInt`, `“exact words”`, numbers.
+_NAME = re.compile(r"\w[._]\w|\d|[a-z][A-Z]|[\"`“]\w")
+#: Passages that each search returns: so many for each wanted one, and the fewest. Up to a fourth of the fewest, the first hits
+#: are the same however many are wanted.
+_CANDIDATES, _FEWEST = 4, 200
+#: Passages that a reranker orders, at least.
+RERANKED = 30
 #: Most characters of a query.
 MOST_CHARACTERS = 20_000
 #: From this Jaccard similarity of their runs of three words, two passages are copies.
@@ -28,7 +38,8 @@ _ALIKE = 0.85
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage of the result. score: of the fusion; ranks, scores: of each search that found it."""
+    """A passage of the result. score: of the fusion, or of the reranker; ranks, scores: of each search that found it, and of
+    the reranker (`reranked`)."""
 
     passage: Passage
     score: float
@@ -38,7 +49,7 @@ class Hit:
     @property
     def explanation(self) -> str:
         """Why the passage has its rank, in a few words."""
-        kinds = {"words": "BM25", "meaning": "cosine"}
+        kinds = {"words": "BM25", "meaning": "cosine", "reranked": "score"}
         return ", ".join(f"{name} rank {self.ranks[name]} ({kinds[name]} {self.scores[name]:.3f})" for name in self.ranks)
 
 
@@ -49,7 +60,7 @@ def search(
 
     mode: `hybrid` searches by words only where the index has no vectors. neighbours: this many passages before and after each
     hit, from its document, are added to its text. Raises RequestError for a query that is empty or too long, and for `meaning`
-    where the index has no vectors.
+    where the index has no vectors; of a reranker, what it raises.
     """
     if not query.strip():
         raise RequestError("the query is empty")
@@ -57,28 +68,48 @@ def search(
         raise RequestError(f"the query has {len(query):,} characters, at most {MOST_CHARACTERS:,} are searched for")
     if mode == "meaning" and index.embedder is None:
         raise RequestError("this index has no vectors, so it is searched by words")
-    wanted = max(_FEWEST, _CANDIDATES * count)
-    found: list[list[Found]] = []
-    if mode != "meaning":
-        found.append(index.store.by_words(query, wanted, where))
+    pool = count if index.reranker is None else max(count, RERANKED)
+    wanted = max(_FEWEST, _CANDIDATES * pool)
+    words = index.store.by_words(query, wanted, where) if mode != "meaning" else []
+    meaning: list[Found] = []
     if mode != "words" and index.embedder is not None:
-        found.append(index.store.by_meaning(index.embedder.embed([query], "query")[0], wanted, where))
-    hits = without_copies(fused(found), count)
+        meaning = index.store.by_meaning(index.embedder.embed([query], "query")[0], wanted, where)
+    hits = without_copies(fused(words, meaning, NAMES_WEIGHT if _NAME.search(query) else WORDS_WEIGHT), pool)
+    if index.reranker is not None:
+        hits = reranked(index.reranker, query, hits)[:count]
     return [_widened(index, hit, neighbours) for hit in hits] if neighbours else hits
 
 
-def fused(found: Iterable[Sequence[Found]]) -> list[Hit]:
-    """The passages of several searches as one list, by reciprocal-rank fusion."""
-    hits: dict[str, Hit] = {}
-    for one in (each for of_search in found for each in of_search):
-        score = sum(1 / (RANK_CONSTANT + rank) for rank in one.ranks.values())
-        if (before := hits.get(one.passage.id)) is None:
-            hits[one.passage.id] = Hit(one.passage, score, dict(one.ranks), dict(one.scores))
-        else:
-            hits[one.passage.id] = Hit(
-                one.passage, before.score + score, {**before.ranks, **one.ranks}, {**before.scores, **one.scores}
-            )
-    return sorted(hits.values(), key=lambda hit: (-hit.score, hit.passage.id))
+def fused(words: Sequence[Found], meaning: Sequence[Found], weight: float) -> list[Hit]:
+    """The passages of both searches as one list, the best first. weight: of the search by words; that by meaning has 1. A
+    passage that a search did not find has 0 from it."""
+    best = max((one.scores["words"] for one in words), default=0.0)
+    cosines = [one.scores["meaning"] for one in meaning]
+    lowest, range_ = min(cosines, default=0.0), max(cosines, default=0.0) - min(cosines, default=0.0)
+    parts: dict[str, list[Found]] = {}
+    for one in (*words, *meaning):
+        parts.setdefault(one.passage.id, []).append(one)
+    hits = []
+    for own in parts.values():
+        ranks = {name: rank for one in own for name, rank in one.ranks.items()}
+        scores = {name: score for one in own for name, score in one.scores.items()}
+        score = weight * scores.get("words", 0.0) / best if best else 0.0
+        if "meaning" in scores:
+            # where all are equally near, each is the nearest
+            score += (scores["meaning"] - lowest) / range_ if range_ else 1.0
+        hits.append(Hit(own[0].passage, score, ranks, scores))
+    return sorted(hits, key=lambda hit: (-hit.score, hit.passage.id))
+
+
+def reranked(reranker: Reranker, query: str, hits: Sequence[Hit]) -> list[Hit]:
+    """Hits in the order of a reranker's scores; equal ones stay in theirs."""
+    scores_N = reranker.scores(query, [hit.passage.shown for hit in hits])
+    ordered = []
+    for rank, place in enumerate(np.argsort(-scores_N, kind="stable"), start=1):
+        hit, score = hits[place], float(scores_N[place])
+        ranks, scores = {**hit.ranks, "reranked": rank}, {**hit.scores, "reranked": score}
+        ordered.append(replace(hit, score=score, ranks=ranks, scores=scores))
+    return ordered
 
 
 def without_copies(hits: Sequence[Hit], count: int) -> list[Hit]:

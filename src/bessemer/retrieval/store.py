@@ -146,7 +146,7 @@ class LanceStore:
         search = self._table.search(words, query_type="fts", fts_columns="words")
         return [
             Found(_passage(row), {"words": rank}, {"words": row["_score"]})
-            for rank, row in enumerate(self._rows(search, count, where), start=1)
+            for rank, row in enumerate(self._rows(search, count, where, "_score"), start=1)
         ]
 
     def by_meaning(self, vector_D: np.ndarray, count: int, where: Filter = EVERYTHING) -> list[Found]:
@@ -154,7 +154,7 @@ class LanceStore:
         search = self._table.search(vector_D.astype(np.float32), vector_column_name="vector").distance_type("cosine")
         return [
             Found(_passage(row), {"meaning": rank}, {"meaning": 1 - row["_distance"]})
-            for rank, row in enumerate(self._rows(search, count, where), start=1)
+            for rank, row in enumerate(self._rows(search, count, where, "_distance"), start=1)
         ]
 
     def of_document(self, document: str, numbers: Sequence[int]) -> list[Passage]:
@@ -171,11 +171,16 @@ class LanceStore:
         names = self._table.schema.names
         yield from self._table.search().select([name for name in columns if name in names]).to_batches(ROWS_AT_ONCE)
 
-    def _rows(self, search: Any, count: int, where: Filter) -> list[dict[str, Any]]:
+    def passages(self) -> Iterator[Passage]:
+        """All passages, in the order of their rows."""
+        for batch in self.batches(_COLUMNS):
+            yield from map(_passage, batch.to_pylist())
+
+    def _rows(self, search: Any, count: int, where: Filter, score: str) -> list[dict[str, Any]]:
         condition = _condition(where)
         if condition:
             search = search.where(condition, prefilter=True)
-        found: list[dict[str, Any]] = search.limit(count).to_list()
+        found: list[dict[str, Any]] = search.select([*self._columns, score]).limit(count).to_list()
         return found
 
 

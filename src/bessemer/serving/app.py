@@ -28,6 +28,10 @@ from bessemer.serving.openai.vllm_routes import AdaptersApi, DetokenizeRequest, 
 from bessemer.serving.openai.weight_routes import WeightsApi
 from bessemer.serving.responses.api import ResponsesApi
 from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
+from bessemer.serving.retrieval.api import FilesApi
+from bessemer.serving.retrieval.rerank import RerankApi, Reranker
+from bessemer.serving.retrieval.stores import VectorStores
+from bessemer.serving.runtime.admission import QueueLimits
 from bessemer.serving.runtime.bodies import ApiError, read_body
 from bessemer.serving.runtime.clients import Keys, caller_of
 from bessemer.serving.runtime.gate import PUBLIC, Gate
@@ -63,24 +67,29 @@ def create_app(
     hooks: Sequence[Hook] = (),
     store: ResponseStore | None = None,
     is_behind_gate: bool = False,
+    reranker: tuple[str, Reranker] | None = None,
 ) -> FastAPI:
     """An application that serves a model under `model_name`, and its adapters each under its own name.
 
     pages: makes routes beside the API; one at `/` replaces the API's own. pool: additional models. hooks: guardrails of every
     chat; endpoints that bypass them are then closed. store: of responses; None: in memory. is_behind_gate: another process runs
-    the gate, and leaves the callers in the scope.
+    the gate, and leaves the callers in the scope; clients' files, which would be of one process alone, are not taken then.
+    reranker: the name by which clients ask for it, and what scores texts.
 
     An error has the form of the API that its path belongs to. `config.host` and `config.port` are not used here. The result's
-    `state.served` is a `Served`. Raises ArtefactError and ConfigError for a file of keys that cannot be read.
+    `state.served` is a `Served`. Raises ArtefactError and ConfigError for a file of keys or an index that cannot be read.
     """
     config = config or ServingConfig()
     asks_for_keys = not is_behind_gate and (config.keys is not None or config.api_key is not None)
     keys = Keys(config.keys, config.api_key) if asks_for_keys else None
-    worker = Worker(engine, config.max_waiting)
+    documents = VectorStores(config.indexes, config.uploads, takes_files=not is_behind_gate)
+    worker = Worker(engine, config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
     served = Served(engine, model_name, worker, config.aliases, pool, hooks)
     apis = (
-        OpenAIApi(served),
-        ResponsesApi(served, store or MemoryStore()),
+        OpenAIApi(served, documents),
+        ResponsesApi(served, store or MemoryStore(), documents),
+        FilesApi(documents),
+        RerankApi(served, documents, reranker),
         AnthropicApi(served),
         ollama.OllamaApi(served),
         InfillApi(served),
@@ -99,6 +108,7 @@ def create_app(
             if served.pool is not None:
                 await served.pool.close()
             worker.close()
+            await documents.close()
 
     app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     app.state.served = served

@@ -68,17 +68,34 @@ ENCODED = Limit(1_000_000, "characters", "texts of `/tokenize` and `/v1/messages
 METADATA = Limit(16, "pairs", "`metadata` of a response", "400")
 METADATA_KEY = Limit(64, "characters", "a name in `metadata` of a response", "400")
 METADATA_VALUE = Limit(512, "characters", "a value in `metadata` of a response", "400")
+SEARCHED_STORES = Limit(16, "vector stores", "vector stores that one search looks in", "400")
+RESULTS = Limit(50, "passages", "`max_num_results` of a search", "400")
+QUERIES = Limit(16, "texts", "queries of a search of a vector store", "400")
+FILTERS = Limit(64, "conditions", "conditions of a filter, and values of one", "400")
+BATCHED = Limit(500, "files", "files that one request adds to a vector store", "400")
+RERANKED = Limit(1_024, "texts", "texts to rerank or to score", "400")
 
 # -- the server
 
 WAITING = Limit(
-    32, "completions", "completions that wait beside those that are computed", "503 with `Retry-After`", "`--max-waiting`"
+    32,
+    "completions",
+    "completions that wait beside those that are computed",
+    "the request waits in the queue",
+    "`--max-waiting`",
 )
 #: A single request leaves 1 / `OTHERS_SHARE` of the waiting places to others.
 OTHERS_SHARE = 4
+QUEUED = Limit(
+    256, "requests", "requests that wait for such a place, or for their model", "503 with `Retry-After`", "`--max-queued`"
+)
+QUEUE_WAIT = Limit(120, "s", "for a request to get its place or its model", "503 with `Retry-After`", "`--queue-seconds`")
 ASIDE = Limit(2, "requests", "`/tokenize`, `/detokenize` and `count_tokens` that are computed at once", "the next one waits")
 STORED = Limit(1_000, "responses", "stored responses", "the oldest of the key with the most bytes is dropped")
 STORED_BYTES = Limit(256, "MiB", "stored responses together", "the oldest of the key with the most bytes is dropped")
+UPLOADS = Limit(1_000, "files", "uploaded files of a key", "400")
+UPLOADED_BYTES = Limit(1_024, "MiB", "uploaded files of a key together", "400")
+STORES = Limit(1_000, "vector stores", "vector stores of a key", "400")
 
 LIMITS: dict[str, Limit] = {name: value for name, value in list(globals().items()) if isinstance(value, Limit)}
 
@@ -121,11 +138,28 @@ class ServingConfig(Config):
         "program of this machine",
     )
     aliases: list[str] = _setting(default_factory=list, description="other names under which clients may ask for the model")
+    indexes: dict[str, Path] = _setting(
+        default_factory=dict,
+        description="indexes of documents (`bessemer index`) that answers may be drawn from, by the names that clients use",
+    )
+    uploads: Path | None = _setting(
+        None, "folder for clients' files and vector stores; none: a temporary one, which ends with the server"
+    )
     max_waiting: int = _setting(
         WAITING.most,
-        "completions that wait, beyond those that the engine computes at once; more are refused with 503",
+        "completions that wait in the engine, beyond those that it computes at once",
         unit="completions",
         ge=0,
+    )
+    max_queued: int = _setting(
+        QUEUED.most,
+        "requests that wait for a place in the engine, and of each further model those that wait for it to be loaded; more are "
+        "refused with 503, and with 0 all that find no place",
+        unit="requests",
+        ge=0,
+    )
+    queue_seconds: float = _setting(
+        float(QUEUE_WAIT.most), "time that a request waits so, after which it is refused with 503", unit="s", gt=0
     )
 
     @model_validator(mode="after")

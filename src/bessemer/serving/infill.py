@@ -193,7 +193,7 @@ class InfillApi:
         name = body.model or self.served.names[0]
         served = await self.served.model_for(name, caller)
         with ExitStack() as admission:
-            admission.enter_context(served.worker.admit(1))
+            admission.enter_context(await served.worker.place(1, caller))
             work = await asyncio.to_thread(_prepared, served, body, name, caller)
             reply = InfillReply(body, name, work.request)
             return await respond(request, work, reply, admission, caller.headers, is_streamed=body.stream)

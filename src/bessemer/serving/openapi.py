@@ -19,6 +19,8 @@ from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
 from bessemer.serving.openai.vllm_routes import DetokenizeRequest, LoadAdapter, TokenizeRequest, UnloadAdapter
 from bessemer.serving.openai.weight_routes import BeginUpdate, CommitUpdate
 from bessemer.serving.responses.protocol import ResponsesRequest
+from bessemer.serving.retrieval.protocol import AddFile, AddFiles, ChangeFile, ChangeStore, CreateStore, SearchRequest
+from bessemer.serving.retrieval.rerank import RerankRequest, ScoreRequest
 from bessemer.serving.runtime.bodies import Body
 from bessemer.serving.runtime.streams import Reply
 
@@ -105,6 +107,22 @@ class Operation:
 
 _YES: dict[str, Any] = {"type": "boolean"}
 _OLLAMA: dict[str, Any] = {"tag": "Ollama", "error": OLLAMA_ERROR}
+_COUNTS = _object(in_progress=_COUNT, completed=_COUNT, failed=_COUNT, cancelled=_COUNT, total=_COUNT)
+_UPLOAD = _object(id=_TEXT, object=_one_of("file"), bytes=_COUNT, created_at=_COUNT, filename=_TEXT, purpose=_TEXT)
+_STORE = _object(id=_TEXT, object=_one_of("vector_store"), name=_TEXT, status=_TEXT, file_counts=_COUNTS, usage_bytes=_COUNT)
+_STORE_FILE = _object(id=_TEXT, object=_one_of("vector_store.file"), vector_store_id=_TEXT, status=_TEXT, usage_bytes=_COUNT)
+_BATCH = _object(id=_TEXT, object=_one_of("vector_store.files_batch"), status=_TEXT, file_counts=_COUNTS)
+_DELETED = _object(id=_TEXT, deleted=_YES)
+_RERANKED = _object(
+    id=_TEXT,
+    model=_TEXT,
+    results=_list(_object(index=_COUNT, relevance_score={"type": "number"})),
+    usage=_object(total_tokens=_COUNT),
+)
+_SCORED = _object(id=_TEXT, object=_one_of("list"), model=_TEXT, data=_list(_object(index=_COUNT, score={"type": "number"})))
+_DOCUMENTS: dict[str, Any] = {"tag": "Documents"}
+_IN_STORE: dict[str, Any] = {"path": ["store_id"], "tag": "Documents"}
+_OF_STORE: dict[str, Any] = {"path": ["store_id", "file_id"], "tag": "Documents"}
 #: (path, method) → route.
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/v1/chat/completions", "post"): Operation(
@@ -225,6 +243,71 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         tag="Tokens",
     ),
     ("/detokenize", "post"): Operation("The text of tokens.", _object(prompt=_TEXT), DetokenizeRequest, tag="Tokens"),
+    ("/v1/files", "post"): Operation("Upload a file, as a form with `file` and `purpose`.", _UPLOAD, **_DOCUMENTS),
+    ("/v1/files", "get"): Operation("Uploaded files.", _object(object=_one_of("list"), data=_list(_UPLOAD)), **_DOCUMENTS),
+    ("/v1/files/{file_id}", "get"): Operation("An uploaded file.", _UPLOAD, path=["file_id"], **_DOCUMENTS),
+    ("/v1/files/{file_id}", "delete"): Operation(
+        "Delete a file, and take it out of vector stores.", _DELETED, path=["file_id"], **_DOCUMENTS
+    ),
+    ("/v1/files/{file_id}/content", "get"): Operation("What was uploaded, as bytes.", None, path=["file_id"], **_DOCUMENTS),
+    ("/v1/vector_stores", "post"): Operation("Make a vector store, and index files in it.", _STORE, CreateStore, **_DOCUMENTS),
+    ("/v1/vector_stores", "get"): Operation(
+        "The server's indexes, and vector stores of this key.",
+        _object(object=_one_of("list"), data=_list(_STORE)),
+        **_DOCUMENTS,
+    ),
+    ("/v1/vector_stores/{store_id}", "get"): Operation("A vector store.", _STORE, **_IN_STORE),
+    ("/v1/vector_stores/{store_id}", "post"): Operation("Rename a vector store.", _STORE, ChangeStore, **_IN_STORE),
+    ("/v1/vector_stores/{store_id}", "delete"): Operation("Delete a vector store.", _DELETED, **_IN_STORE),
+    ("/v1/vector_stores/{store_id}/search", "post"): Operation(
+        "Find passages.",
+        _object(
+            object=_TEXT, data=_list(_object(file_id=_TEXT, filename=_TEXT, score={"type": "number"}, content=_list(_ANY)))
+        ),
+        SearchRequest,
+        **_IN_STORE,
+    ),
+    ("/v1/vector_stores/{store_id}/files", "post"): Operation(
+        "Index a file in a vector store.", _STORE_FILE, AddFile, **_IN_STORE
+    ),
+    ("/v1/vector_stores/{store_id}/files", "get"): Operation(
+        "The files of a vector store.", _object(object=_one_of("list"), data=_list(_STORE_FILE)), **_IN_STORE
+    ),
+    ("/v1/vector_stores/{store_id}/files/{file_id}", "get"): Operation("A file of a vector store.", _STORE_FILE, **_OF_STORE),
+    ("/v1/vector_stores/{store_id}/files/{file_id}", "post"): Operation(
+        "Change a file's attributes.", _STORE_FILE, ChangeFile, **_OF_STORE
+    ),
+    ("/v1/vector_stores/{store_id}/files/{file_id}", "delete"): Operation(
+        "Take a file out of a vector store.", _DELETED, **_OF_STORE
+    ),
+    ("/v1/vector_stores/{store_id}/files/{file_id}/content", "get"): Operation(
+        "The passages of a file, with their places.",
+        _object(file_id=_TEXT, filename=_TEXT, data=_list(_object(type=_one_of("text"), text=_TEXT, start=_COUNT, end=_COUNT))),
+        **_OF_STORE,
+    ),
+    ("/v1/vector_stores/{store_id}/files/{file_id}/page", "get"): Operation(
+        "A page of a document as a picture.", None, **_OF_STORE
+    ),
+    ("/v1/vector_stores/{store_id}/file_batches", "post"): Operation(
+        "Index several files in a vector store.", _BATCH, AddFiles, **_IN_STORE
+    ),
+    ("/v1/vector_stores/{store_id}/file_batches/{batch_id}", "get"): Operation(
+        "How far a batch is.", _BATCH, path=["store_id", "batch_id"], **_DOCUMENTS
+    ),
+    ("/v1/vector_stores/{store_id}/file_batches/{batch_id}/files", "get"): Operation(
+        "The files of a batch.",
+        _object(object=_one_of("list"), data=_list(_STORE_FILE)),
+        path=["store_id", "batch_id"],
+        **_DOCUMENTS,
+    ),
+    **{
+        (path, "post"): Operation("How well texts answer a query, the best first.", _RERANKED, RerankRequest, **_DOCUMENTS)
+        for path in ("/v1/rerank", "/v2/rerank", "/rerank")
+    },
+    **{
+        (path, "post"): Operation("How well texts fit each other.", _SCORED, ScoreRequest, **_DOCUMENTS)
+        for path in ("/v1/score", "/score")
+    },
     ("/v1/load_lora_adapter", "post"): Operation("Load an adapter, by an admin.", None, LoadAdapter, tag="Server"),
     ("/v1/unload_lora_adapter", "post"): Operation("Unload an adapter, by an admin.", None, UnloadAdapter, tag="Server"),
     ("/v1/weights", "get"): Operation(

@@ -12,23 +12,39 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from bessemer.core.environment import free_memory_bytes, memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.backend import Backend, Linear
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.cuda_graphs import CudaGraphs, StaticSteps, cannot_be_static
 from bessemer.inference.execution.flex_attention import FlexPagesAttention, compiled_page_attention
-from bessemer.inference.execution.kv_cache import PAGE_TYPES, LayerGroup, PagedMemory, block_bytes, layer_groups, state_bytes
+from bessemer.inference.execution.kv_cache import (
+    PAGE_TYPES,
+    LayerGroup,
+    PagedMemory,
+    block_bytes,
+    layer_groups,
+    name_of_page_type,
+    page_shape,
+    state_bytes,
+)
+from bessemer.inference.execution.linear import (
+    DequantisedWeights,
+    OwnWeights,
+    PackedCodes,
+    StepsCodes,
+    decoded_dtype,
+    free_bytes,
+    holds_decoded,
+    without_kernels,
+)
 from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.execution.tensor_parallel.sharded_model import Workers
 from bessemer.model.config import ModelConfig
-from bessemer.model.cpu_kernels import kernels_arithmetic, library, unavailable
-from bessemer.model.cpu_kernels.packed_matmuls import faster_dtype, packed_products
+from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantisation.quantised_decoder import decoded_bytes, decoded_products
-from bessemer.model.quantisation.quantised_layers import PackedMatmuls, QuantisedLinear, is_quantised
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised
 
 #: Of the memory that is free, the share that pages get where nothing is said.
 _SHARE = 0.25
@@ -40,8 +56,13 @@ _GIB = 1 << 30
 
 
 def page_type(model: Decoder, engine: EngineConfig) -> torch.dtype:
-    """The type of a model's KV cache."""
+    """The type of a model's KV cache. Raises ConfigError for heads that a type does not fit."""
     if engine.kv_cache_dtype != "auto":
+        shape = page_shape(model.config)
+        if engine.kv_cache_dtype == "int4" and (shape.key_width | shape.value_width) % 2:
+            raise ConfigError(
+                "kv_cache_dtype: int4: this model's heads have an odd number of channels, of which two share a byte"
+            )
         return PAGE_TYPES[engine.kv_cache_dtype]
     return torch.float16 if any(isinstance(module, QuantisedLinear) for module in model.modules()) else model.dtype
 
@@ -125,14 +146,6 @@ def _most(group: LayerGroup, whole: int, engine: EngineConfig) -> int:
     return min(engine.max_num_seqs * whole, engine.max_num_seqs * own + 2 * kept)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Free memory, as far as the system reports it; else half of what there is."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = free_memory_bytes()
-    return (memory_bytes() or 4 * _GIB) // 2 if free is None else free
-
-
 def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, ranks: int = 1) -> str:
     """The end of the line of `describe_pages`: snapshots of linear attention's states. dtype: the model's."""
     each = state_bytes(config, dtype, ranks)
@@ -157,87 +170,9 @@ def describe_pages(
     for count, group in zip(blocks, groups, strict=True):
         what = "" if group.window is None else f" in layers that see {group.window:,} tokens"
         parts.append(f"{count:,} KV blocks of {engine.block_size} tokens{what}")
-    name = str(dtype).removeprefix("torch.")
+    name = name_of_page_type(dtype)
     each = f" on each of {engine.processes} processes" if engine.processes > 1 else ""
     return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_num_seqs} sequences at once"
-
-
-#: Most rows for which PyTorch is fastest with one thread, where the kernels' own threads compute the matmuls.
-_FEW_ROWS = 64
-
-
-class OwnWeights:
-    """A `Linear`: the weights are the model's own, so changes by a trainer take effect at once."""
-
-    matmuls = PackedMatmuls({})
-    own_threads = False
-
-    @property
-    def arithmetic(self) -> Sequence[str]:
-        return ()
-
-    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        return False
-
-    def weights_changed(self) -> None:
-        pass
-
-
-class PackedCodes(OwnWeights):
-    """Codes of quantised layers, packed for the compiled CPU kernels: products with activations of 8 bits."""
-
-    own_threads = True
-
-    def __init__(self, model: Decoder, threads: int, *, release: bool = False) -> None:
-        """release: the model gives up its own codes."""
-        self._model, self._threads, self._releases = model, threads, release
-        self.weights_changed()
-
-    @property
-    def arithmetic(self) -> Sequence[str]:
-        return [f"products by compiled kernels ({kernels_arithmetic()}), activations of 8 bits"]
-
-    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        # chunks are few rows, and the number of threads may not depend on the batch
-        return invariant or rows <= _FEW_ROWS
-
-    def weights_changed(self) -> None:
-        self.matmuls = packed_products(self._model, self._threads, release=self._releases)
-
-
-class DequantisedWeights(OwnWeights):
-    """Weights of quantised layers, read out of their codes once."""
-
-    def __init__(self, model: Decoder, dtype: torch.dtype) -> None:
-        self._model, self.dtype = model, dtype
-        self.weights_changed()
-
-    @property
-    def arithmetic(self) -> Sequence[str]:
-        return [f"quantised weights read out of their codes once ({str(self.dtype).removeprefix('torch.')})"]
-
-    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        # for one row of half-precision weights PyTorch uses one thread, so more threads gain nothing
-        return self.dtype == torch.float16 and not invariant and rows == 1
-
-    def weights_changed(self) -> None:
-        self.matmuls = decoded_products(self._model, self.dtype)
-
-
-class StepsCodes(OwnWeights):
-    """The codes that whole steps have packed, for sequences that go through the modules: much faster than to dequantise in
-    every step."""
-
-    def __init__(self, steps: CompiledSteps) -> None:
-        self._steps = steps
-        self.weights_changed()
-
-    def weights_changed(self) -> None:
-        self.matmuls = self._steps.matmuls()
-
-
-#: Share of the free memory that dequantised weights may take.
-_SHARE_FOR_WEIGHTS = 0.5
 
 
 class PageLayout(NamedTuple):
@@ -293,7 +228,7 @@ def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str
     """Why FlexAttention cannot read a model's pages of a type in place; None where it can."""
     device = model.device.type
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"FlexAttention reads a KV cache in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
+        return f"FlexAttention reads a KV cache in float32, bfloat16 and float16, not in {name_of_page_type(dtype)}"
     if device == "cuda" and (config.block_size < 16 or config.block_size & (config.block_size - 1)):
         return f"on a GPU FlexAttention reads KV blocks of 16, 32, 64, … tokens, not of {config.block_size}"
     if device == "cpu" and model.config.attention_sinks:
@@ -352,18 +287,19 @@ def choose_backend(
     - the model's modules, with compiled attention and packed codes where there are kernels; where there are none, or PyTorch
       is faster, quantised weights are dequantised once.
 
-    The kernels pack the weights, which takes time and memory: they are for models that are opened to be served. Arguments and
+    The kernels pack the weights, which takes time and memory: they are for models that are opened to be served. So are copies
+    of weights that are dequantised. A line says where memory holds none and every product dequantises a matrix. Arguments and
     errors as those of `new_runner`.
     """
     if memory.by_head:
         pages = compiled_page_attention()
         static = StaticSteps(model, memory, config.max_num_seqs, pages, CudaGraphs()) if memory.has_spare else None
-        return Backend(OwnWeights(), FlexPagesAttention(memory, pages), static)
+        return Backend(without_kernels(model, opened), FlexPagesAttention(memory, pages), static)
     wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
-    decoded = _decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
-    packs = wanted and decoded is None
+    decoded = decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
+    packs = wanted and decoded is None and library() is not None and holds_decoded(model)
     if packs and not modules_only and CompiledSteps.supports(model) is None:
-        steps = CompiledSteps(model, memory, config.threads, release=opened)
+        steps = CompiledSteps(model, memory, config.threads, activation_bits=config.activation_bits, release=opened)
         return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads()), steps, generator=steps)
     if config.cpu_kernels == "on" and library() is None:
         raise ConfigError(f"cpu_kernels: on: {unavailable()}")
@@ -371,18 +307,10 @@ def choose_backend(
     linear: Linear = OwnWeights()
     if decoded is not None:
         linear = DequantisedWeights(model, decoded)
-    elif packs and model.device.type == "cpu" and is_quantised(model) and library() is not None:
-        linear = PackedCodes(model, threads, release=opened)
+    elif not packs:
+        linear = without_kernels(model, opened)
+    elif model.device.type == "cpu" and is_quantised(model):
+        linear = PackedCodes(model, threads, activation_bits=config.activation_bits, release=opened)
     if wanted and CompiledAttention.supports(model):
         return Backend(linear, CompiledAttention(memory, threads))
     return Backend(linear, GatheredAttention(memory, model.dtype))
-
-
-def _decoded_dtype(model: Decoder) -> torch.dtype | None:
-    """The type to which the weights of a quantised model on a processor are dequantised once: where no kernels multiply by
-    them, or would take longer, and memory holds them. None where they are not."""
-    if not is_quantised(model):
-        return None
-    dtype, free = faster_dtype(), free_memory_bytes()
-    fits = dtype is not None and (free is None or decoded_bytes(model, dtype) < _SHARE_FOR_WEIGHTS * free)
-    return dtype if fits else None

@@ -21,9 +21,10 @@ from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.cpu_kernels import kernels_arithmetic, library, raise_failure
 from bessemer.model.cpu_kernels.attention import pages_fields
+from bessemer.model.cpu_kernels.packed_matmuls import describe_codes
 from bessemer.model.cpu_kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantisation.quantised_layers import PackedMatmuls, QuantisedLinear, is_quantised
+from bessemer.model.quantisation.quantised_layers import PackedMatmuls, QuantisedLinear
 
 # Shapes: R wanted rows, V vocabulary, K states that are kept, D hidden.
 
@@ -111,8 +112,8 @@ class _Kept(NamedTuple):
 
 class CompiledSteps:
     """A decoder whose weights are packed once. Hidden states, norms and sums are float32; quantised weights are multiplied
-    with activations of 8 bits. A row has the same bits whatever else is in the batch, however its prompt is cut, and with any
-    number of threads.
+    with activations of 8 or 16 bits. A row has the same bits whatever else is in the batch, however its prompt is cut, and with
+    any number of threads.
 
     Not for several threads at once: a step has memory of its own.
     """
@@ -120,8 +121,17 @@ class CompiledSteps:
     invariant = True
     own_threads = True
 
-    def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None, *, release: bool = False) -> None:
-        """threads: None: measured now. release: the model gives up its own codes for the packed ones."""
+    def __init__(
+        self,
+        model: Decoder,
+        memory: PagedMemory,
+        threads: int | None = None,
+        *,
+        activation_bits: int = 8,
+        release: bool = False,
+    ) -> None:
+        """threads: None: measured now. activation_bits: 8 or 16, of those that meet codes. release: the model gives up its own
+        codes for the packed ones."""
         assert self.supports(model) is None, self.supports(model)
         self.model = model
         self.memory = memory
@@ -129,6 +139,7 @@ class CompiledSteps:
         self._check_mirrors()
         model.reserve_positions(memory.longest)
         self._releases = release
+        self._activation_bits = activation_bits
         #: As of `WholeSteps`.
         self.states: dict[int, Tensor] = {}
         self._decoder = self._packed()
@@ -145,8 +156,7 @@ class CompiledSteps:
     @property
     def arithmetic(self) -> Sequence[str]:
         """How it computes, in words."""
-        activations = ["activations of 8 bits"] if is_quantised(self.model) else []
-        return [f"compiled kernels ({kernels_arithmetic()})", *activations]
+        return [f"compiled kernels ({kernels_arithmetic()})", *describe_codes(self.model, self._activation_bits)]
 
     def takes(self, batch: Batch) -> Sequence[int]:
         """The sequences without an adapter."""
@@ -197,7 +207,7 @@ class CompiledSteps:
         """The packed matmul of every quantised layer, for the same model's own modules."""
         return PackedMatmuls(
             {
-                layer: partial(matrix.multiply, threads=self.threads)
+                layer: partial(matrix.multiply, threads=self.threads, activation_bits=self._activation_bits)
                 for layer, matrix in self._decoder.packed.items()
                 if isinstance(layer, QuantisedLinear)
             }
@@ -208,7 +218,13 @@ class CompiledSteps:
         self._begin(self.threads)
 
     def _packed(self) -> PlainDecoder:
-        return PlainDecoder(self.model, self._pages, self.memory.group_of, release=self._releases)
+        return PlainDecoder(
+            self.model,
+            self._pages,
+            self.memory.group_of,
+            activation_bits=self._activation_bits,
+            release=self._releases,
+        )
 
     def _begin(self, threads: int) -> None:
         """Compute with this number of threads from now on."""

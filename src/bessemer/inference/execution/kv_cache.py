@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -21,14 +22,35 @@ from bessemer.inference.execution.batch import Batch
 from bessemer.model.attention.base import KeyValueShape, variant_of_type, variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_mask import alibi_slopes
+from bessemer.model.quantisation.integers import pack, unpack
 
 # Shapes: P pages, K key-value heads, M positions of a page, C channels of a key, V of a value, S slots, E kept steps.
 
 #: Bytes of a cache line of the processor, to which memory is aligned.
 _LINE = 64
 
-#: Types that pages may have, by the name of the setting.
-PAGE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+#: Types that pages may have, by the name of the setting. Of int4, a byte holds two codes.
+PAGE_TYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+}
+
+
+def name_of_page_type(dtype: torch.dtype) -> str:
+    """The setting's name for a type of pages."""
+    return next(name for name, known in PAGE_TYPES.items() if known == dtype)
+
+
+def _has_scales(dtype: torch.dtype) -> bool:
+    return dtype in (torch.int8, torch.uint8)
+
+
+def _numbers_each(dtype: torch.dtype) -> int:
+    """Numbers that an element of a page holds."""
+    return 2 if dtype == torch.uint8 else 1
 
 
 class LayerGroup(NamedTuple):
@@ -71,12 +93,26 @@ def state_bytes(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> int:
 def block_bytes(config: ModelConfig, group: LayerGroup, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:
     """Memory of one block in all layers of a group, in each of the processes that share the heads."""
     shape = page_shape(config, ranks)
-    scales = (1 if shape.shared else 2) * shape.heads * 4 if dtype == torch.int8 else 0
-    return len(group.layers) * block_size * (shape.numbers * dtype.itemsize + scales)
+    scales = (1 if shape.shared else 2) * shape.heads * 4 if _has_scales(dtype) else 0
+    return len(group.layers) * block_size * (shape.numbers * dtype.itemsize // _numbers_each(dtype) + scales)
+
+
+@cache
+def mixing_matrix(size: int) -> Tensor:
+    """Sylvester's Hadamard matrix of a power of two over its root, (size, size): symmetric, and its own inverse.
+
+    Keys and values in int4 have their channels mixed by it, so that none is much larger than the others and 16 numbers are
+    enough for a head (Ashkboos et al. 2024, QuaRot, arXiv 2404.00456).
+    """
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / size**0.5
 
 
 class Pages(NamedTuple):
-    """One layer's pages: keys (P, K, M, C), values (P, K, M, V), and of int8 ones a scale per token and head, (P, K, M)."""
+    """One layer's pages: keys (P, K, M, C), values (P, K, M, V), in int4 half as wide; in int8 and int4 with a scale per token
+    and head, (P, K, M)."""
 
     keys: Tensor
     values: Tensor
@@ -176,9 +212,10 @@ class PagedMemory:
 
     def _pages(self, count: int) -> Pages:
         shape, tokens = self.shape, (count, self.shape.heads, self.block_size)
-        keys = self._zeros((*tokens, shape.key_width))
-        values = keys[..., : shape.value_width] if shape.shared else self._zeros((*tokens, shape.value_width))
-        if self.dtype != torch.int8:
+        key_width, value_width = (width // _numbers_each(self.dtype) for width in (shape.key_width, shape.value_width))
+        keys = self._zeros((*tokens, key_width))
+        values = keys[..., :value_width] if shape.shared else self._zeros((*tokens, value_width))
+        if not _has_scales(self.dtype):
             return Pages(keys, values, None, None)
         key_scales = torch.zeros(tokens, device=self.device)
         return Pages(keys, values, key_scales, key_scales if shape.shared else torch.zeros(tokens, device=self.device))
@@ -192,7 +229,7 @@ class PagedMemory:
     @property
     def type_name(self) -> str:
         """The type of the pages, in a word."""
-        return str(self.dtype).removeprefix("torch.")
+        return name_of_page_type(self.dtype)
 
     def window_of(self, layer: int) -> int | None:
         """How many positions a layer with pages attends to; None: all."""
@@ -260,13 +297,27 @@ class PagedMemory:
 
     def _write(self, pages: Tensor, scales: Tensor | None, blocks_N: Tensor, places_N: Tensor, new_NKC: Tensor) -> None:
         if scales is not None:
-            scale_NK = new_NKC.abs().amax(-1).float() / 127
+            is_int4 = pages.dtype == torch.uint8
+            wide_NKC = self._mixed(new_NKC.float()) if is_int4 else new_NKC.float()
+            above_NK, below_NK = wide_NKC.amax(-1), -wide_NKC.amin(-1)
+            # the code -8 has no opposite: it is the number of the largest magnitude, whose sign the scale has then
+            steps_NK = torch.where(above_NK > below_NK, -8.0, 8.0) if is_int4 else 127
+            scale_NK = torch.maximum(above_NK, below_NK) / steps_NK
             scales[blocks_N, :, places_N] = scale_NK
-            new_NKC = (new_NKC.float() / scale_NK.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+            least = torch.finfo(torch.float32).tiny
+            new_NKC = (wide_NKC / scale_NK.where(scale_NK.abs() >= least, least)[..., None]).round()
+            if is_int4:
+                new_NKC = pack(new_NKC.clamp(-8, 7).add_(8).to(torch.uint8))
         pages[blocks_N, :, places_N] = new_NKC.to(pages.dtype)
 
+    def _mixed(self, heads: Tensor) -> Tensor:
+        """The channels of heads (…, C), mixed in groups that divide keys and values; mixed twice they are as before."""
+        both = self.shape.key_width | self.shape.value_width
+        matrix = mixing_matrix(both & -both).to(heads.device)
+        return (heads.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+
     def clear(self, layer: int, blocks: Tensor) -> None:
-        """Make some pages zero; not of int8 ones, whose numbers are always finite."""
+        """Make some pages zero; not of coded ones, whose numbers are always finite."""
         pages = self.layers[layer]
         pages.keys.index_fill_(0, blocks, 0)
         if not self.shape.shared:
@@ -287,7 +338,10 @@ class PagedMemory:
     def _read(self, pages: Tensor, scales: Tensor | None, blocks_BP: Tensor, dtype: torch.dtype) -> Tensor:
         # (B, P, K, M, C)
         taken = pages[blocks_BP]
-        if scales is not None:
+        if pages.dtype == torch.uint8:
+            assert scales is not None, "codes have scales"
+            taken = self._mixed((unpack(taken).float() - 8) * scales[blocks_BP][..., None])
+        elif scales is not None:
             taken = taken.float() * scales[blocks_BP][..., None]
         return taken.to(dtype).transpose(1, 2).flatten(2, 3)
 

@@ -35,6 +35,22 @@ class Mark(Enum):
     SERVED = auto()
 
 
+class WatermarkConfig(Config):
+    """A mark that sampling leaves in a text, found with the key (`watermark.py`)."""
+
+    method: Literal["gumbel", "green"] = setting(
+        "gumbel",
+        "gumbel: the key takes the place of chance, and the distribution stays; green: tokens of a keyed list are favoured, "
+        "also at temperature 0",
+    )
+    key: str = setting(description="secret that marks a text and finds the mark", min_length=16, repr=False)
+    context_width: int = setting(
+        4, "tokens before a token that its numbers depend on: more are harder to guess, and an edit breaks more", ge=1, le=32
+    )
+    greenlist_ratio: float = setting(0.25, "green: share γ of the vocabulary that is favoured", gt=0, lt=1)
+    bias: float = setting(2.0, "green: what is added to the favoured logits, δ", gt=0, le=20)
+
+
 class SamplingParams(Config):
     """How one request's tokens are chosen and when they end."""
 
@@ -81,6 +97,9 @@ class SamplingParams(Config):
         None,
         "your own change of the logits: a function of (prompt tokens, answer tokens, logits) that returns logits, "
         "or `file.py:function`",
+    )
+    watermark: Annotated[WatermarkConfig | None, Mark.DRAWS] = setting(
+        None, "leave a mark that is found with its key; none: none"
     )
     seed: Annotated[int | None, Mark.DEVICE] = setting(None, "the same seed gives the same text; none: another text every time")
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Mark.UNREAD] = setting(
@@ -136,6 +155,8 @@ class SamplingParams(Config):
             raise ValueError("best_of ranks answers, and max_tokens is 0; leave out best_of, or ask for a token")
         if self.allowed_tokens is not None and set(self.allowed_tokens) <= set(self.banned_tokens):
             raise ValueError("banned_tokens holds every one of allowed_tokens, so no token is left; allow another")
+        if self.greedy and self.watermark is not None and self.watermark.method == "gumbel":
+            raise ValueError("watermark: gumbel marks what is drawn, and temperature 0 draws nothing; take method green")
         grammars = [name for name in GRAMMARS if getattr(self, name) is not None]
         if len(grammars) > 1:
             raise ValueError(f"{' and '.join(grammars)} cannot be asked together; send one of them")

@@ -113,6 +113,7 @@ def changes_logits(params: SamplingParams) -> bool:
         or bool(params.logit_bias or params.banned_tokens)
         or params.allowed_tokens is not None
         or params.logits_processor is not None
+        or params.watermark is not None
     )
 
 

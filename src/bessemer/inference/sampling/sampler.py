@@ -16,6 +16,7 @@ from bessemer.core.hashing import derive_seed
 from bessemer.core.usercode import load_user_function
 from bessemer.inference.sampling.distribution import (
     NO_TRUNCATION,
+    Candidates,
     LogProbs,
     Truncation,
     candidates,
@@ -27,6 +28,7 @@ from bessemer.inference.sampling.distribution import (
 )
 from bessemer.inference.sampling.params import Mark, SamplingParams, marked
 from bessemer.inference.sampling.penalties import TokenCounts, TokenRules, change_logits, changes_logits, process
+from bessemer.inference.sampling.watermark import Watermark
 from bessemer.model.cpu_kernels import library
 from bessemer.model.cpu_kernels.logits import draw_tokens
 
@@ -121,6 +123,8 @@ class SamplingState:
         self.penalises = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
         self._changes = changes_logits(params) or grammar is not None
         self.truncation = Truncation.of(params)
+        #: The mark that this completion gets.
+        self.watermark = None if params.watermark is None else Watermark(params.watermark)
         #: Whether `SampledRows` can choose the next tokens: it computes all settings that bear on them.
         self.on_device = grammar is None and params.changed_settings <= _ON_DEVICE
 
@@ -154,6 +158,7 @@ class SamplingState:
             self.penalises
             or self._processor is not None
             or self.grammar is not None
+            or self.watermark is not None
             or len(self.answer) < self.params.min_tokens
         )
 
@@ -172,7 +177,8 @@ class SamplingState:
         return self.grammar is not None and self.grammar.finished
 
     def adjust(self, logits_V: np.ndarray) -> None:
-        """Change the next token's logits in place: bias, penalties, the user's processor, and -inf for what may not come.
+        """Change the next token's logits in place: bias, penalties, the user's processor, a watermark's favoured tokens, and
+        -inf for what may not come.
 
         Raises RequestError when the user's processor fails or the grammar cannot go on.
         """
@@ -180,6 +186,8 @@ class SamplingState:
         change_logits(logits_V, self.params, self.counts)
         if self._processor is not None:
             process(self._processor, self._prompt, self.answer, logits_V)
+        if self.watermark is not None:
+            self.watermark.raise_green(logits_V, self.answer)
         self._forbid(logits_V, len(self.answer))
 
     def adjust_beam(self, logits_V: np.ndarray, length: int) -> None:
@@ -201,6 +209,8 @@ class SamplingState:
 
     def advance(self, token: int) -> None:
         """Add a token to the answer."""
+        if self.watermark is not None:
+            self.watermark.advance(self.answer)
         self.answer.append(token)
         if self.penalises:
             self.counts.add(token)
@@ -252,10 +262,10 @@ def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[f
     tokens: list[int] = [0] * len(rows)
     problems: dict[int, RequestError] = {}
     log_probs_of: dict[int, LogProbs] = {}
-    groups: dict[Truncation | None, list[int]] = defaultdict(list)
+    groups: dict[tuple[Truncation | None, bool], list[int]] = defaultdict(list)
     for row, state in enumerate(rows):
-        groups[None if state.greedy else state.truncation].append(row)
-    for truncation, members in groups.items():
+        groups[None if state.greedy else state.truncation, state.watermark is not None].append(row)
+    for (truncation, is_marked), members in groups.items():
         states = [rows[row] for row in members]
         part_BV = adjusted(logits_RV if len(members) == len(rows) else logits_RV[members], states, problems, members)
         if truncation is None:
@@ -266,7 +276,7 @@ def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[f
                 if state.wants_sampler_log_probs
             }
         else:
-            chosen, of_members = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
+            chosen, of_members = _drawn(part_BV, states, [numbers[row] for row in members], truncation, is_marked)
         log_probs_of |= {members[place]: one for place, one in of_members.items()}
         for place, (row, token) in enumerate(zip(members, chosen, strict=True)):
             tokens[row] = token
@@ -302,10 +312,14 @@ def likeliest(logits_BV: Tensor) -> list[int]:
 
 
 def _drawn(
-    logits_BV: Tensor, states: Sequence[SamplingState], numbers: Sequence[float], truncation: Truncation
+    logits_BV: Tensor,
+    states: Sequence[SamplingState],
+    numbers: Sequence[float],
+    truncation: Truncation,
+    is_marked: bool = False,
 ) -> tuple[list[int], dict[int, LogProbs]]:
     """A token of each row, and by row the log-probabilities by the sampler's distribution, where wanted."""
-    if truncation == NO_TRUNCATION and library() is not None:
+    if truncation == NO_TRUNCATION and not is_marked and library() is not None:
         return _drawn_by_kernels(logits_BV, states, numbers)
     temperatures_B = torch.tensor([state.params.temperature for state in states])
     uniforms_B = torch.tensor(numbers, dtype=torch.float64)
@@ -319,6 +333,11 @@ def _drawn(
         for places, distribution in candidates(some_BV, temperatures_B[some], truncation):
             drawn = distribution.draw(uniforms_B[some][places])
             rows = [start + place for place in places]
+            if is_marked:
+                drawn = [
+                    _marked(token, distribution.part([place]), states[row])
+                    for place, (token, row) in enumerate(zip(drawn, rows, strict=True))
+                ]
             for row, token in zip(rows, drawn, strict=True):
                 tokens[row] = token
             if any(states[row].wants_sampler_log_probs for row in rows):
@@ -326,6 +345,17 @@ def _drawn(
                 of_part = sampler_log_probs(part_BV, temperatures_B[rows], distribution, drawn, [params[row] for row in rows])
                 log_probs_of |= {rows[place]: one for place, one in of_part.items()}
     return tokens, log_probs_of
+
+
+def _marked(token: int, distribution: Candidates, state: SamplingState) -> int:
+    """The token that a row's watermark chooses from the row's distribution; the drawn one where it chooses none."""
+    if token < 0 or state.watermark is None:
+        return token
+    tokens_N = None if distribution.tokens_BN is None else distribution.tokens_BN[0].numpy()
+    place = state.watermark.chosen(distribution.weights_BN[0].numpy(), tokens_N, state.answer)
+    if place is None:
+        return token
+    return place if tokens_N is None else int(tokens_N[place])
 
 
 def _drawn_by_kernels(

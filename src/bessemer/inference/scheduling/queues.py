@@ -176,6 +176,13 @@ class SequenceQueues:
         """Preempt a running sequence: its keys are computed again."""
         self._preempt(bisect_left(self._running, sequence.order, key=_urgency))
 
+    def shift(self, sequence: TokenSequence) -> None:
+        """Drop a part of a sequence's text (`TokenSequence.drop_middle`). It waits again, at the place of its arrival, and the
+        keys of what is left are computed again: they depend on all tokens before them, and on their positions."""
+        if sequence.status == "running":
+            self._suspend(bisect_left(self._running, sequence.order, key=_urgency))
+        sequence.drop_middle()
+
     def forget(self) -> None:
         """Empty the prefix cache: the weights have changed."""
         self._tables.forget()
@@ -208,13 +215,17 @@ class SequenceQueues:
 
     def _preempt(self, place: int = -1) -> TokenSequence:
         """Preempt a running sequence, by default the least urgent."""
-        victim = self._running.pop(place)
-        self._release(victim)
-        victim.status = "waiting"
-        victim.draft = []
-        insort(self._waiting, victim, key=_urgency)
         self.preemptions += 1
-        return victim
+        return self._suspend(place)
+
+    def _suspend(self, place: int) -> TokenSequence:
+        """Let a running sequence give up its blocks and wait again."""
+        suspended = self._running.pop(place)
+        self._release(suspended)
+        suspended.status = "waiting"
+        suspended.draft = []
+        insort(self._waiting, suspended, key=_urgency)
+        return suspended
 
     def _has_place(self) -> bool:
         return self.empty_places > 0 and (not self._has_states or self.states.has_slot)

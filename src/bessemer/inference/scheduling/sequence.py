@@ -16,7 +16,8 @@ class TokenSequence:
     priority: lower is more urgent; among equals, the first to arrive is. salt: what else the keys depend on (the adapter),
     and which requests may share them. logits_from: the position from which on the logits of every token are wanted; None:
     those of the last known token alone. computed_from: the position from which on tokens are computed, and not found in the
-    prefix cache; those whose logits are wanted are in any case.
+    prefix cache; those whose logits are wanted are in any case. overflow: tokens that come yet when the limit is reached, after
+    a context shift that keeps the first `keep`; 0: it ends there.
     """
 
     identity: int
@@ -27,6 +28,8 @@ class TokenSequence:
     salt: str | None = None
     logits_from: int | None = None
     computed_from: int | None = None
+    overflow: int = 0
+    keep: int = 0
     #: draft tokens: verified at the next step as many as the step has tokens for, cleared by its commit
     draft: list[int] = field(default_factory=list)
     #: tokens whose keys are in the KV cache
@@ -58,12 +61,29 @@ class TokenSequence:
     following: bytes | None = field(default=None, init=False)
     #: known positions at which another sequence's text begins to differ from this one
     partings: set[int] = field(default_factory=set, init=False)
+    #: context shifts so far
+    shifts: int = field(default=0, init=False)
 
     def change_salt(self, salt: str) -> None:
         """Let the keys depend on something else. Not while the sequence runs: it has keys then."""
         assert self.status != "running", "preempt the sequence first"
         self.salt = salt
         self.chain = []
+
+    @property
+    def must_shift(self) -> bool:
+        """Whether it has reached its limit, and goes on after a context shift."""
+        return self.overflow > 0 and len(self.tokens) == self.limit and self.status != "finished"
+
+    def drop_middle(self) -> None:
+        """Drop tokens behind the first `keep`, so that others have room. What is left is as a prompt of as many tokens."""
+        dropped = tokens_to_drop(len(self.tokens), self.limit, self.keep)
+        del self.tokens[self.keep : self.keep + dropped]
+        self.prompt_length = len(self.tokens)
+        room = min(self.limit - len(self.tokens), self.overflow)
+        self.limit, self.overflow = len(self.tokens) + room, self.overflow - room
+        self.chain, self.partings = [], set()
+        self.shifts += 1
 
     @property
     def is_decoding(self) -> bool:
@@ -74,6 +94,17 @@ class TokenSequence:
     def usable_drafts(self) -> int:
         """Drafts that may be verified: after them comes one more token within the limit."""
         return min(len(self.draft), self.limit - len(self.tokens) - 1)
+
+
+def tokens_to_drop(length: int, capacity: int, keep: int) -> int:
+    """How many tokens behind the first `keep` must go from a text of `length`, so that it has room for one more within
+    `capacity`; 0 where it has.
+
+    Whole halves of the places behind the kept ones (as llama.cpp's context shift): a conversation that grows is cut at the same
+    place for many turns, whose common beginning is then found in the prefix cache.
+    """
+    half = max(1, (capacity - keep) // 2)
+    return half * max(0, -(-(length + 1 - capacity) // half))
 
 
 #: (group, from block, to block), copied before anything is computed.

@@ -53,7 +53,7 @@ def verify_rows(
     of_requests: list[list[Sampled] | RequestError] = [[] for _ in states]
     at_once, in_turn = [], []
     for index, (state, draft) in enumerate(zip(states, drafts, strict=True)):
-        if draft.tokens and draft.probabilities_dV is not None and not state.greedy:
+        if draft.tokens and draft.probabilities_dV is not None and not state.greedy and state.watermark is None:
             rows = slice(firsts[index], firsts[index] + 1 + len(draft.tokens))
             of_requests[index] = _replacing(logits_RV[rows], state, draft.tokens, draft.probabilities_dV)
         elif draft.tokens and state.depends_on_answer:

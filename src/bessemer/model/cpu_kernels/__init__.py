@@ -37,7 +37,7 @@ _BATCH = "Tensor starts, Tensor positions, Tensor tables"
 
 for _schema in (
     "packed_linear(Tensor x, Tensor codes, Tensor? scales, Tensor? zeros, Tensor? offsets, Tensor? parts, Tensor? bias, "
-    "int kind, int outputs, int inputs, int group, int threads) -> Tensor",
+    "int kind, int outputs, int inputs, int group, int threads, int activation_bits=8) -> Tensor",
     f"paged_attention(Tensor query, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, {_BATCH}, "
     "Tensor? sinks, float scale, float softcap, int window, int threads) -> Tensor",
     "write_pages(Tensor(a!) keys, Tensor(b!)? values, Tensor(c!)? key_scales, Tensor(d!)? value_scales, "

@@ -26,29 +26,31 @@ struct Sums {
 template <PageType type>
 inline void narrow(const float* from, int64_t width, float factor, void* pages, int64_t offset) {
     using N = Numbers<type>;
-    typename N::T* to = static_cast<typename N::T*>(pages) + offset;
+    typename N::T* to = static_cast<typename N::T*>(pages) + offset / N::EACH;
     const Floats factors = broadcast(factor);
     int64_t channel = 0;
-    for (; channel + LANES <= width; channel += LANES) N::store(to + channel, load_floats(from + channel) * factors);
+    for (; channel + LANES <= width; channel += LANES) N::store(to + channel / N::EACH, load_floats(from + channel) * factors);
     if (channel < width) {
         typename N::T rest[LANES];
         N::store(rest, load_floats(from + channel, width - channel) * factors);
-        std::copy(rest, rest + width - channel, to + channel);
+        std::copy(rest, rest + (width - channel) / N::EACH, to + channel / N::EACH);
     }
 }
 
 // Asks for rows of pages that will be read soon.
 template <PageType type>
 inline void fetch(const void* pages, int64_t stride, int64_t width, const int64_t* rows, int64_t count) {
-    constexpr int64_t size = sizeof(typename Numbers<type>::T), line = 64;
+    using N = Numbers<type>;
+    constexpr int64_t size = sizeof(typename N::T), line = 64;
     const char* bytes = static_cast<const char*>(pages);
     if (count > 0 && stride == width && rows[count - 1] - rows[0] == count - 1) {  // of one block: without a gap
-        const char* place = bytes + rows[0] * stride * size;
-        for (const char* end = place + count * width * size; place < end; place += line) __builtin_prefetch(place);
+        const char* place = bytes + rows[0] * stride * size / N::EACH;
+        for (const char* end = place + count * width * size / N::EACH; place < end; place += line) __builtin_prefetch(place);
         return;
     }
     for (int64_t row = 0; row < count; ++row)
-        for (int64_t byte = 0; byte < width * size; byte += line) __builtin_prefetch(bytes + rows[row] * stride * size + byte);
+        for (int64_t byte = 0; byte < width * size / N::EACH; byte += line)
+            __builtin_prefetch(bytes + rows[row] * stride * size / N::EACH + byte);
 }
 
 // Calls work(lines, line) for groups of at most `most` lines, the first argument a constant.
@@ -115,7 +117,7 @@ private:
 
     void scores(int64_t tile, int64_t from, int64_t to) {
         const Pages& pages = task_.pages;
-        if (type == PAGE_I8)
+        if (has_scales(type))
             for (int64_t key = from; key < to; ++key) scales_[key - tile] = pages.key_scales[slots_.rows[key]];
         if (few_) {
             int64_t rows[LANES];
@@ -138,7 +140,7 @@ private:
 
     // Scores of a line as its softmax takes them: -inf where it sees nothing.
     void keep(int64_t line, int64_t tile, Floats found) {
-        if (type == PAGE_I8) found = found * load_floats(scales_);
+        if (has_scales(type)) found = found * load_floats(scales_);
         if (task_.scores.softcap != 0) {
             const Floats cap = broadcast(task_.scores.softcap);
             found = cap * hyperbolic_tangent(found / cap);
@@ -168,7 +170,7 @@ private:
 
     void add(int64_t tile, int64_t from, int64_t to, const Sums& sums) {
         const Pages& pages = task_.pages;
-        if (type == PAGE_I8) {
+        if (has_scales(type)) {
             for (int64_t key = from; key < to; ++key) scales_[key - tile] = pages.value_scales[slots_.rows[key]];
             for (int64_t line = 0; line < task_.lines; ++line) {
                 float* weights = task_.weights + line * SEGMENT + tile;
@@ -201,6 +203,7 @@ void segment_sums(const Task& task, int64_t segment, const Sums& sums) {
         case PAGE_F16: Segment<PAGE_F16>(task, segment).sums(sums); break;
         case PAGE_BF16: Segment<PAGE_BF16>(task, segment).sums(sums); break;
         case PAGE_I8: Segment<PAGE_I8>(task, segment).sums(sums); break;
+        case PAGE_I4: Segment<PAGE_I4>(task, segment).sums(sums); break;
     }
 }
 
@@ -237,6 +240,7 @@ void write_out(const Sums& all, const Pages& pages, const Tile& tile, float* out
         const Floats total = broadcast(all.total[line]);
         for (int64_t channel = 0; channel < pages.value_width; channel += LANES)
             store_floats(place + channel, load_floats(all.line(line) + channel) / total, std::min(LANES, pages.value_width - channel));
+        if (pages.type == PAGE_I4) mix_channels(place, pages.value_width, mixed_channels(pages));
     }
 }
 
@@ -255,6 +259,7 @@ Task prepare(const Pages& pages, const Scores& scores, const Ragged& batch, cons
             for (int64_t channel = 0; channel < pages.key_width; channel += LANES)
                 store_floats(scaled + line * key_lanes + channel,
                              load_floats(query + channel, std::min(LANES, pages.key_width - channel)) * scale);
+            if (pages.type == PAGE_I4) mix_channels(scaled + line * key_lanes, pages.key_width, mixed_channels(pages));
         }
     }
     float *keys = memory.keys.room<float>(LANES * key_lanes), *values = memory.values.room<float>(LANES * value_lanes);
@@ -268,19 +273,32 @@ void write_head(const Pages& pages, const int32_t* table, int64_t position, int6
     const int64_t slot = (table[position / pages.block_size] * pages.kv_heads + head) * pages.block_size + position % pages.block_size;
     auto write = [&](const float* from, int64_t width, void* to, int64_t stride, float* scales) {
         float factor = 1.0f;
-        if (pages.type == PAGE_I8) {
-            Floats most = zero_floats();
-            for (int64_t channel = 0; channel < width; channel += LANES)
-                most = larger(absolute(load_floats(from + channel, std::min(LANES, width - channel))), most);
-            const float largest = largest_of(most);
-            scales[slot] = largest / 127.0f;
-            factor = largest > 0x1p-100f ? 127.0f / largest : 0.0f;
+        if (pages.type == PAGE_I4) {
+            thread_local Scratch scratch;
+            float* mixed = scratch.room<float>(width);
+            std::copy(from, from + width, mixed);
+            mix_channels(mixed, width, mixed_channels(pages));
+            from = mixed;
+        }
+        if (has_scales(pages.type)) {
+            Floats most = zero_floats(), least = zero_floats();
+            for (int64_t channel = 0; channel < width; channel += LANES) {
+                const Floats some = load_floats(from + channel, std::min(LANES, width - channel));
+                most = larger(some, most);
+                least = larger(zero_floats() - some, least);
+            }
+            const float above = largest_of(most), below = largest_of(least), largest = std::max(above, below);
+            // the code -8 has no opposite: it is the number of the largest magnitude, whose sign the scale has then
+            const float steps = pages.type == PAGE_I8 ? 127.0f : above > below ? -8.0f : 8.0f;
+            scales[slot] = largest / steps;
+            factor = largest > 0x1p-100f ? steps / largest : 0.0f;
         }
         switch (pages.type) {
             case PAGE_F32: narrow<PAGE_F32>(from, width, factor, to, slot * stride); break;
             case PAGE_F16: narrow<PAGE_F16>(from, width, factor, to, slot * stride); break;
             case PAGE_BF16: narrow<PAGE_BF16>(from, width, factor, to, slot * stride); break;
             case PAGE_I8: narrow<PAGE_I8>(from, width, factor, to, slot * stride); break;
+            case PAGE_I4: narrow<PAGE_I4>(from, width, factor, to, slot * stride); break;
         }
     };
     write(key, pages.key_width, pages.keys, pages.key_width, pages.key_scales);

@@ -11,16 +11,19 @@
 
 namespace bessemer {
 
-enum PageType : int32_t { PAGE_F32 = 0, PAGE_F16 = 1, PAGE_BF16 = 2, PAGE_I8 = 3 };
+// I4: two codes to a byte, the even channel low, of heads whose channels are mixed (mix_channels), so that no channel is much
+// larger than the others.
+enum PageType : int32_t { PAGE_F32 = 0, PAGE_F16 = 1, PAGE_BF16 = 2, PAGE_I8 = 3, PAGE_I4 = 4 };
+constexpr bool has_scales(PageType type) { return type == PAGE_I8 || type == PAGE_I4; }
 
 // One layer's keys and values, each [blocks][kv_heads][block_size][width]; mirrored by PagesFields in attention.py.
 struct Pages {
     void* keys;
     void* values;  // latent attention: the keys again, whose first value_width channels are the value
-    float* key_scales;  // I8: [blocks][kv_heads][block_size], as the values'
+    float* key_scales;  // I8 and I4: [blocks][kv_heads][block_size], as the values'
     float* value_scales;
     int64_t kv_heads, block_size, key_width, value_width;
-    int64_t value_stride;  // from one token's value to the next one's
+    int64_t value_stride;  // from one token's value to the next one's, in numbers
     int64_t blocks;
     PageType type;
 };

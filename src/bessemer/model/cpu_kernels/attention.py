@@ -17,8 +17,8 @@ from bessemer.model.layers.attention_backends import Scores
 # Shapes: N new tokens, S sequences, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key,
 # V of a value.
 
-#: Types of pages, as in attention.h.
-PAGE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+#: Types of pages, as in attention.h. Bytes hold two codes of 4 bits each.
+PAGE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 
 
 class PagesFields(ctypes.Structure):
@@ -56,6 +56,7 @@ def pages_fields(
     """A layer's pages as a C struct, valid while the tensors live. values_PKMV may be a slice of keys_PKMC's channels."""
     assert keys_PKMC.is_contiguous() and values_PKMV.stride(-1) == 1, "pages lie in order"
     blocks, heads, block_size, key_width = keys_PKMC.shape
+    each = 2 if keys_PKMC.dtype == torch.uint8 else 1
     scales = [None if part is None else part.data_ptr() for part in (key_scales_PKM, value_scales_PKM)]
     return PagesFields(
         keys_PKMC.data_ptr(),
@@ -63,9 +64,9 @@ def pages_fields(
         *scales,
         heads,
         block_size,
-        key_width,
-        values_PKMV.shape[-1],
-        values_PKMV.stride(-2),
+        key_width * each,
+        values_PKMV.shape[-1] * each,
+        values_PKMV.stride(-2) * each,
         blocks,
         PAGE_TYPES[keys_PKMC.dtype],
     )
@@ -79,7 +80,8 @@ def scores_fields(scores: Scores, window: int | None) -> ScoresFields:
 
 
 class PageTensors(NamedTuple):
-    """A layer's pages. values may be a slice of the keys' channels; scales are there for pages in int8."""
+    """A layer's pages. values may be a slice of the keys' channels; scales are there for pages in int8, and in uint8 (two codes
+    of 4 bits to a byte)."""
 
     keys_PKMC: Tensor
     values_PKMV: Tensor

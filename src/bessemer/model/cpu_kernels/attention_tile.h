@@ -1,6 +1,7 @@
 // The inside of attention.cpp: products of some queries with 16 keys, and of their weights with 16 values.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "attention.h"
@@ -37,43 +38,80 @@ struct Slots {
     }
 };
 
+// How numbers lie in pages: EACH of them in a T.
 template <PageType type>
 struct Numbers;
 template <>
 struct Numbers<PAGE_F32> {
     using T = float;
+    static constexpr int64_t EACH = 1;
     static Floats load(const T* p) { return load_floats(p); }
     static void store(T* p, Floats a) { store_floats(p, a); }
 };
 template <>
 struct Numbers<PAGE_F16> {
     using T = uint16_t;
+    static constexpr int64_t EACH = 1;
     static Floats load(const T* p) { return load_halves(p); }
     static void store(T* p, Floats a) { store_halves(p, a); }
 };
 template <>
 struct Numbers<PAGE_BF16> {
     using T = uint16_t;
+    static constexpr int64_t EACH = 1;
     static Floats load(const T* p) { return load_bfloats(p); }
     static void store(T* p, Floats a) { store_bfloats(p, a); }
 };
 template <>
 struct Numbers<PAGE_I8> {
     using T = int8_t;
+    static constexpr int64_t EACH = 1;
     static Floats load(const T* p) { return load_signed_bytes(p); }
     static void store(T* p, Floats a) { store_signed_bytes(p, a); }
 };
+template <>
+struct Numbers<PAGE_I4> {
+    using T = uint8_t;
+    static constexpr int64_t EACH = 2;
+    static Floats load(const T* p) { return load_nibbles(p); }
+    // Of codes beyond 7 the nearest there is.
+    static void store(T* p, Floats a) {
+        int8_t codes[LANES];
+        store_signed_bytes(codes, smaller(a, broadcast(7.0f)));
+        for (int i = 0; i < LANES / 2; ++i) p[i] = uint8_t((codes[2 * i] + 8) | (codes[2 * i + 1] + 8) << 4);
+    }
+};
+
+// Neighbours of a head that are mixed with each other: as many as divide the channels of keys and of values, a power of two.
+inline int64_t mixed_channels(const Pages& pages) {
+    const int64_t both = pages.key_width | pages.value_width;
+    return both & -both;
+}
+
+// Multiplies each `size` neighbours of a row by Sylvester's Hadamard matrix over the root of `size`, which is its own inverse and
+// changes no product of two rows (Ashkboos et al. 2024, QuaRot).
+inline void mix_channels(float* row, int64_t width, int64_t size) {
+    const float factor = 1.0f / std::sqrt(float(size));
+    for (int64_t half = 1; half < size; half *= 2)
+        for (int64_t begin = 0; begin < width; begin += 2 * half)
+            for (int64_t i = begin; i < begin + half; ++i) {
+                const float first = row[i], second = row[i + half];
+                row[i] = first + second;
+                row[i + half] = first - second;
+            }
+    for (int64_t i = 0; i < width; ++i) row[i] *= factor;
+}
 
 // One row of a page as float32, one key of a tile; filled up with zeros.
 template <PageType type>
 inline void widen(const void* pages, int64_t offset, int64_t width, float* out) {
     using N = Numbers<type>;
-    const typename N::T* from = static_cast<const typename N::T*>(pages) + offset;
+    const typename N::T* from = static_cast<const typename N::T*>(pages) + offset / N::EACH;
     int64_t channel = 0;
-    for (; channel + LANES <= width; channel += LANES) store_floats(out + channel * LANES, N::load(from + channel));
+    for (; channel + LANES <= width; channel += LANES) store_floats(out + channel * LANES, N::load(from + channel / N::EACH));
     if (channel < width) {
         typename N::T rest[LANES] = {};
-        std::copy(from + channel, from + width, rest);
+        std::copy(from + channel / N::EACH, from + width / N::EACH, rest);
         store_floats(out + channel * LANES, N::load(rest));
     }
 }
@@ -128,12 +166,13 @@ inline void add_values(const Task& task, const float* weights, int64_t first, in
 template <PageType type, int lines>
 inline void few_products(const Task& task, const int64_t* rows, int64_t line, Floats* found) {
     using T = typename Numbers<type>::T;
+    constexpr int64_t EACH = Numbers<type>::EACH;
     const T* keys = static_cast<const T*>(task.pages.keys);
     const float* queries = task.queries + line * task.key_lanes;
     Floats halves[lines][2];
     for (int half = 0; half < 2; ++half) {
         const T* key[8];
-        for (int i = 0; i < 8; ++i) key[i] = keys + rows[8 * half + i] * task.pages.key_width;
+        for (int i = 0; i < 8; ++i) key[i] = keys + rows[8 * half + i] * task.pages.key_width / EACH;
         Floats sums[lines][8], query[lines];
         for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes);
         for (int i = 0; i < 8; ++i) {
@@ -143,7 +182,7 @@ inline void few_products(const Task& task, const int64_t* rows, int64_t line, Fl
         for (int64_t channel = LANES; channel < task.key_lanes; channel += LANES) {
             for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes + channel);
             for (int i = 0; i < 8; ++i) {
-                const Floats wide = Numbers<type>::load(key[i] + channel);
+                const Floats wide = Numbers<type>::load(key[i] + channel / EACH);
                 for (int l = 0; l < lines; ++l) sums[l][i] = fma(query[l], wide, sums[l][i]);
             }
         }
@@ -156,15 +195,16 @@ template <PageType type, int lines, int size>
 inline void add_few_values(const Task& task, const int64_t* rows, const float* weights, int64_t first, int64_t last, int64_t begin,
                            float* weighted) {
     using T = typename Numbers<type>::T;
-    const T* values = static_cast<const T*>(task.pages.values) + begin;
+    constexpr int64_t EACH = Numbers<type>::EACH;
+    const T* values = static_cast<const T*>(task.pages.values) + begin / EACH;
     const int64_t width = task.value_lanes;
     Floats sums[lines][size];
     for (int l = 0; l < lines; ++l)
         for (int i = 0; i < size; ++i) sums[l][i] = load_floats(weighted + l * width + begin + i * LANES);
     for (int64_t key = first; key < last; ++key) {
-        const T* place = values + rows[key] * task.pages.value_stride;
+        const T* place = values + rows[key] * task.pages.value_stride / EACH;
         Floats value[size];
-        for (int i = 0; i < size; ++i) value[i] = Numbers<type>::load(place + i * LANES);
+        for (int i = 0; i < size; ++i) value[i] = Numbers<type>::load(place + i * LANES / EACH);
         for (int l = 0; l < lines; ++l) {
             const Floats weight = broadcast(weights[l * SEGMENT + key]);
             for (int i = 0; i < size; ++i) sums[l][i] = fma(weight, value[i], sums[l][i]);

@@ -10,6 +10,15 @@ namespace bessemer::registers {
 
 constexpr int64_t LANES = 16;
 
+#if defined(BESSEMER_VNNI) || defined(BESSEMER_AVX2)
+/// Sixteen codes of 4 bits, two to a byte, the even one low, as bytes: they are counted from -8.
+inline __m128i sixteen_nibbles(const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)p), mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+    return _mm_sub_epi8(_mm_unpacklo_epi8(low, high), _mm_set1_epi8(8));
+}
+#endif
+
 #ifdef BESSEMER_VNNI
 
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -41,6 +50,7 @@ inline Floats load_bfloats(const uint16_t* p) {
 inline Floats load_signed_bytes(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
+inline Floats load_nibbles(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen_nibbles(p)))}; }
 inline void store_halves(uint16_t* p, Floats a) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -129,6 +139,10 @@ inline Floats load_signed_bytes(const int8_t* p) {
     const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
+inline Floats load_nibbles(const uint8_t* p) {
+    const __m128i bytes = sixteen_nibbles(p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
 inline void store_halves(uint16_t* p, Floats a) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.low, nearest));
@@ -193,6 +207,7 @@ inline float largest_of(Floats a) {
 }
 inline Floats load_bfloats(const uint16_t* p) { Floats a; EACH_LANE a.v[i] = bfloat_to_float(p[i]); return a; }
 inline Floats load_signed_bytes(const int8_t* p) { Floats a; EACH_LANE a.v[i] = p[i]; return a; }
+inline Floats load_nibbles(const uint8_t* p) { Floats a; EACH_LANE a.v[i] = float((p[i / 2] >> (i % 2 * 4) & 15) - 8); return a; }
 
 inline void store_halves(uint16_t* p, Floats a) { EACH_LANE p[i] = float_to_half(a.v[i]); }
 inline void store_signed_bytes(int8_t* p, Floats a) { EACH_LANE p[i] = int8_t(std::nearbyint(a.v[i])); }

@@ -1,6 +1,7 @@
 #include "matrices.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "guards.h"
@@ -28,20 +29,19 @@ inline int code_at(Kind kind, const uint8_t* codes, int64_t i) {
 
 }  // namespace
 
-int64_t rows_bytes(Kind kind, int64_t m, int64_t k) {
-    const int64_t K = padded(k);
+int64_t rows_bytes(Kind kind, int64_t m, int64_t k, int64_t codes_each) {
     if (!is_coded(kind)) return 0;
-    return aligned(m * K) + 5 * aligned(m * K / GROUP * 4);
+    const int64_t codes = m * codes_each * padded(k);
+    return aligned(codes) + 5 * aligned(codes / GROUP * 4);
 }
 
-Rows rows_in(Kind kind, int64_t m, int64_t k, const float* values, int64_t stride, void* memory) {
-    const int64_t K = padded(k);
-    Rows rows{m, k, values, stride, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+Rows rows_in(Kind kind, int64_t m, int64_t k, int64_t codes_each, const float* values, int64_t stride, void* memory) {
+    Rows rows{m, k, values, stride, codes_each, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     char* place = static_cast<char*>(memory);
     if (is_coded(kind)) {
-        const int64_t step = aligned(m * K / GROUP * 4);
+        const int64_t codes = m * codes_each * padded(k), step = aligned(codes / GROUP * 4);
         rows.codes = reinterpret_cast<int8_t*>(place);
-        rows.scales = reinterpret_cast<float*>(place += aligned(m * K));
+        rows.scales = reinterpret_cast<float*>(place += aligned(codes));
         rows.sums = reinterpret_cast<int32_t*>(place += step);
         rows.sums_of_8 = reinterpret_cast<int32_t*>(place += step);
         rows.sums_of_128 = reinterpret_cast<int32_t*>(place += step);
@@ -51,13 +51,12 @@ Rows rows_in(Kind kind, int64_t m, int64_t k, const float* values, int64_t strid
 }
 
 Rows some_rows(const Rows& rows, int64_t first, int64_t last) {
-    const int64_t K = padded(rows.k);
     Rows some = rows;
     some.m = last - first;
     some.values += first * rows.stride;
     if (some.codes) {
-        const int64_t parts = first * K / GROUP;
-        some.codes += first * K;
+        const int64_t codes = first * rows.codes_each * padded(rows.k), parts = codes / GROUP;
+        some.codes += codes;
         some.scales += parts;
         some.sums += parts;
         some.sums_of_8 += parts;
@@ -69,22 +68,30 @@ Rows some_rows(const Rows& rows, int64_t first, int64_t last) {
 
 void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last) {
     if (!is_coded(matrix.kind)) return;
-    const int64_t k = rows.k, K = padded(k), parts = K / GROUP;
+    const int64_t k = rows.k, parts = padded(k) / GROUP, each = rows.codes_each;
     for (int64_t r = first; r < last; ++r)
         for (int64_t part = 0; part < parts; ++part) {
-            const int64_t at = r * parts + part, begin = part * GROUP;
+            const int64_t begin = part * GROUP;
             const float* values = rows.values + r * rows.stride + begin;
-            float last[GROUP] = {};
+            float padded_values[GROUP] = {}, rest[GROUP];
             if (k - begin < GROUP) {
-                std::copy(values, values + (k - begin), last);
-                values = last;
+                std::copy(values, values + (k - begin), padded_values);
+                values = padded_values;
             }
-            const int8_t* codes = rows.codes + at * GROUP;
-            const int32_t sum = quantise_group(values, rows.codes + at * GROUP, rows.scales + at);
-            rows.sums[at] = -sum;
-            rows.sums_of_8[at] = -8 * sum;
-            rows.sums_of_128[at] = -128 * sum;
-            rows.half_sums[at] = -std::accumulate(codes, codes + GROUP / 2, 0);
+            for (int64_t c = 0; c < each; ++c) {
+                const int64_t at = (r * each + c) * parts + part;
+                int8_t* codes = rows.codes + at * GROUP;
+                const int32_t sum = quantise_group(values, codes, rows.scales + at);
+                rows.sums[at] = -sum;
+                rows.sums_of_8[at] = -8 * sum;
+                rows.sums_of_128[at] = -128 * sum;
+                rows.half_sums[at] = -std::accumulate(codes, codes + GROUP / 2, 0);
+                if (c + 1 == each) break;
+                // products take a code for this scale times it, so this is what they leave of the value, rounded once
+                const float scale = rows.scales[at];
+                for (int i = 0; i < GROUP; ++i) rest[i] = std::fma(-float(codes[i]), scale, values[i]);
+                values = rest;
+            }
         }
 }
 
@@ -140,10 +147,10 @@ const char* bessemer_arithmetic() {
 
 void bessemer_read_row(const Matrix* matrix, int64_t output, float* out) { read_row(*matrix, output, out); }
 
-const char* bessemer_multiply(const Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
-                              int64_t out_stride, void* memory, int32_t threads) {
+const char* bessemer_multiply(const Matrix* matrix, const float* values, int64_t m, int64_t values_stride, int64_t codes_each,
+                              float* out, int64_t out_stride, void* memory, int32_t threads) {
     return guarded([&]() -> const char* {
-        Rows rows = rows_in(matrix->kind, m, matrix->k, values, values_stride, memory);
+        Rows rows = rows_in(matrix->kind, m, matrix->k, codes_each, values, values_stride, memory);
         const int64_t row_parts = m < 16 ? 1 : std::min<int64_t>(m / 8, 4 * threads);
         run_parts(m < 16 ? 1 : threads, row_parts, [&](int64_t part) {
             prepare_rows(*matrix, rows, m * part / row_parts, m * (part + 1) / row_parts);

@@ -46,20 +46,25 @@ struct Matrix {
 
 // m rows of k activations, and their codes for matrices of codes (F32 and BF16 read the values). The caller owns all of it.
 // Rows prepared for a matrix of codes serve every other of the same k.
+//
+// A row is C rows of codes of 8 bits. With one, the activations are rounded to 8 bits. With two, the second is of what the first leaves,
+// x - scale * code, so that both together are x in 16 bits; a product is linear, and the two rows of codes are two rows for it, whose
+// results are added.
 struct Rows {
     int64_t m, k;
     const float* values;    // row r begins at values + r * stride
     int64_t stride;
-    int8_t* codes;          // [m][K], rounded to nearest even
-    float* scales;          // [m][K / 32], largest |x| of the group / 127
-    int32_t *sums, *sums_of_8, *sums_of_128;  // [m][K / 32], -1, -8 and -128 times the sum of the group's codes
-    int32_t* half_sums;     // [m][K / 32], -1 times the sum of the group's first 16 codes
+    int64_t codes_each;     // C, 1 or 2
+    int8_t* codes;          // [m][C][K], rounded to nearest even
+    float* scales;          // [m][C][K / 32], largest magnitude of the group / 127
+    int32_t *sums, *sums_of_8, *sums_of_128;  // [m][C][K / 32], -1, -8 and -128 times the sum of the group's codes
+    int32_t* half_sums;     // [m][C][K / 32], -1 times the sum of the group's first 16 codes
 };
 
-// Bytes that m rows of k need beside their values, for a matrix of this kind.
-int64_t rows_bytes(Kind kind, int64_t m, int64_t k);
+// Bytes that m rows of k need beside their values, for a matrix of this kind. codes_each: 1 or 2.
+int64_t rows_bytes(Kind kind, int64_t m, int64_t k, int64_t codes_each);
 // m rows whose other forms lie in `memory` (rows_bytes of it, aligned to 64 bytes); not yet prepared.
-Rows rows_in(Kind kind, int64_t m, int64_t k, const float* values, int64_t stride, void* memory);
+Rows rows_in(Kind kind, int64_t m, int64_t k, int64_t codes_each, const float* values, int64_t stride, void* memory);
 // Rows first … last - 1 of `rows`, prepared or not, as rows of their own; nothing is copied.
 Rows some_rows(const Rows& rows, int64_t first, int64_t last);
 
@@ -82,7 +87,7 @@ int64_t bessemer_matrix_size();
 const char* bessemer_arithmetic();
 // Prepares and multiplies m rows with `threads` threads. `memory`: rows_bytes of it, aligned to 64 bytes. Returns a failure as
 // guards.h says.
-const char* bessemer_multiply(const bessemer::Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
-                              int64_t out_stride, void* memory, int32_t threads);
+const char* bessemer_multiply(const bessemer::Matrix* matrix, const float* values, int64_t m, int64_t values_stride, int64_t codes_each,
+                              float* out, int64_t out_stride, void* memory, int32_t threads);
 void bessemer_read_row(const bessemer::Matrix* matrix, int64_t output, float* out);
 }

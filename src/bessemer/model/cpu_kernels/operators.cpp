@@ -81,8 +81,9 @@ Matrix matrix_of(const Tensor& codes, const MaybeTensor& scales, const MaybeTens
 
 Tensor packed_linear(const Tensor& x, const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros,
                      const MaybeTensor& offsets, const MaybeTensor& parts, const MaybeTensor& bias, int64_t kind, int64_t outputs,
-                     int64_t inputs, int64_t group, int64_t threads) {
+                     int64_t inputs, int64_t group, int64_t threads, int64_t activation_bits) {
     constexpr int64_t MOST_DIMENSIONS = 16;
+    require(activation_bits == 8 || activation_bits == 16, "activations that meet codes have 8 or 16 bits");
     const int64_t dimensions = x.dim();
     require(dimensions > 0 && dimensions <= MOST_DIMENSIONS && x.size(dimensions - 1) == inputs, "the rows do not fit the matrix");
     const Matrix matrix = matrix_of(codes, scales, zeros, offsets, parts, bias, kind, outputs, inputs, group);
@@ -92,9 +93,10 @@ Tensor packed_linear(const Tensor& x, const Tensor& codes, const MaybeTensor& sc
     shape[dimensions - 1] = outputs;
     const Tensor out = torch::stable::empty({shape, size_t(dimensions)}, ScalarType::Float);
     thread_local Scratch scratch;
-    void* memory = scratch.room<uint8_t>(rows_bytes(matrix.kind, rows, inputs));
-    raise(bessemer_multiply(&matrix, read<float>(values), rows, inputs, static_cast<float*>(out.mutable_data_ptr()), outputs, memory,
-                            int32_t(threads)));
+    const int64_t codes_each = activation_bits / 8;
+    void* memory = scratch.room<uint8_t>(rows_bytes(matrix.kind, rows, inputs, codes_each));
+    raise(bessemer_multiply(&matrix, read<float>(values), rows, inputs, codes_each, static_cast<float*>(out.mutable_data_ptr()), outputs,
+                            memory, int32_t(threads)));
     return x.scalar_type() == ScalarType::Float ? out : torch::stable::to(out, x.scalar_type());
 }
 
@@ -104,17 +106,19 @@ PageType page_type(ScalarType type) {
         case ScalarType::Half: return PAGE_F16;
         case ScalarType::BFloat16: return PAGE_BF16;
         case ScalarType::Char: return PAGE_I8;
-        default: throw std::invalid_argument("pages are in float32, float16, bfloat16 or int8");
+        case ScalarType::Byte: return PAGE_I4;
+        default: throw std::invalid_argument("pages are in float32, float16, bfloat16, int8 or, two codes to a byte, int4");
     }
 }
 
 Pages pages_of(const Tensor& keys, const Tensor& values, const MaybeTensor& key_scales, const MaybeTensor& value_scales) {
     require(keys.dim() == 4 && values.dim() == 4 && keys.is_contiguous() && values.stride(3) == 1, "pages lie in order");
     const PageType type = page_type(keys.scalar_type());
-    require(type != PAGE_I8 || (key_scales && value_scales), "pages in int8 have scales");
+    require(!has_scales(type) || (key_scales && value_scales), "pages in int8 and int4 have scales");
+    const int64_t each = type == PAGE_I4 ? 2 : 1;
     return {pages_at<void>(keys), pages_at<void>(values), key_scales ? pages_at<float>(*key_scales) : nullptr,
-            value_scales ? pages_at<float>(*value_scales) : nullptr, keys.size(1), keys.size(2), keys.size(3), values.size(3),
-            values.stride(2), keys.size(0), type};
+            value_scales ? pages_at<float>(*value_scales) : nullptr, keys.size(1), keys.size(2), keys.size(3) * each,
+            values.size(3) * each, values.stride(2) * each, keys.size(0), type};
 }
 
 Ragged ragged_of(const Tensor& starts, const Tensor& positions, const Tensor& tables, int64_t rows) {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.cpu_kernels import library, packed_linear
-from bessemer.model.quantisation.base import BlockWeight, Codes, KernelWeight
+from bessemer.model.quantisation.base import BlockWeight, Codes, FloatWeight, KernelWeight
 from bessemer.model.quantisation.blocks import BLOCK_FORMS, GgufBlocks
 from bessemer.model.quantisation.integers import MIDDLE, pack
 from bessemer.model.quantisation.quantised_layers import PACKED_TENSORS, Keeper, QuantisedLinear
@@ -35,7 +35,9 @@ class Kind(IntEnum):
 
 
 #: What can be packed.
-Layer = nn.Linear | QuantisedLinear | KernelWeight | BlockWeight
+Layer = nn.Linear | QuantisedLinear | KernelWeight | BlockWeight | FloatWeight
+#: The tensor that a decoded weight stands for: scales stay, and are small.
+_CODES = frozenset({"codes"})
 
 
 class MatrixFields(ctypes.Structure):
@@ -91,24 +93,25 @@ class PackedMatrix:
     def of(cls, *layers: Layer) -> PackedMatrix:
         """Pack a layer; several (query, key and value, say) are packed as one whose outputs follow each other.
 
-        Raises ValueError for layers that differ in kind, inputs or groups, and for a scheme or a group that the kernels do not
-        know: they know groups of 32, 64, 128 and the whole row.
+        Codes that the kernels do not know are decoded. Raises ValueError for layers that differ in kind, inputs or groups, and
+        for codes of a group that the kernels do not know: they know groups of 32, 64, 128 and the whole row.
         """
         for reason in filter(None, map(refusal, layers)):
             raise ValueError(f"a layer cannot be packed: {reason}")
-        weights = [weight for layer in layers if not isinstance(layer, nn.Linear) and (weight := kernel_weight(layer))]
+        weights = [layer if isinstance(layer, nn.Linear) else kernel_weight(layer) for layer in layers]
         blocks = [weight for weight in weights if isinstance(weight, BlockWeight)]
         if blocks and len(blocks) == len(layers) and len({weight.kind for weight in blocks}) == 1:
             return cls._of_blocks(blocks)
-        plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        kinds = {_FLOATS[layer.weight.dtype] for layer in plain} | {_kind(weight) for weight in weights}
+        kinds = {_kind(weight) for weight in weights}
         if len(kinds) != 1:
             raise ValueError(f"layers of one kind can be packed together, not {', '.join(sorted(k.name for k in kinds))}")
         kind = kinds.pop()
         if kind in (Kind.F32, Kind.BF16):
-            weight_NK = torch.cat([layer.weight.detach() for layer in plain])
+            floats = [weight for weight in weights if isinstance(weight, nn.Linear | FloatWeight)]
+            parts = [weight.weight.detach() for weight in floats]
+            weight_NK = parts[0] if len(parts) == 1 else torch.cat(parts)
             size, inputs = weight_NK.shape
-            bias = _bias([(layer.bias, layer.weight.shape[0]) for layer in plain])
+            bias = _bias([(weight.bias, weight.weight.shape[0]) for weight in floats])
             pack = _pack_float32 if kind is Kind.F32 else _pack_bfloat16
             return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, None, None, bias)
         if blocks:
@@ -182,12 +185,13 @@ class PackedMatrix:
         shape = (last - first, self.shape[1])
         return PackedMatrix(self.kind, shape, self.group, codes[blocks], scales, zeros, offsets, parts, bias)
 
-    def multiply(self, x: Tensor, threads: int | None = None) -> Tensor:
+    def multiply(self, x: Tensor, threads: int | None = None, activation_bits: int = 8) -> Tensor:
         """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
 
-        Outputs are split between `threads` (PyTorch's number of them when None). Quantised weights meet activations of 8 bits,
-        in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads. Raises ValueError
-        for rows of another width or on another device.
+        Outputs are split between `threads` (PyTorch's number of them when None). Quantised weights meet activations of
+        `activation_bits`, 8 or 16, in groups of 32. With 16 it is the float product but for rounding, and takes twice the
+        arithmetic. A row's result does not depend on the rows beside it, nor on the number of threads. Raises ValueError for
+        rows of another width or on another device, and for other bits.
         """
         outputs, inputs = self.shape
         if x.shape[-1] != inputs or x.device.type != "cpu":
@@ -200,6 +204,7 @@ class PackedMatrix:
             inputs,
             self.group,
             threads or torch.get_num_threads(),
+            activation_bits,
         )
 
     def unpacked(self, outputs_N: Tensor) -> dict[str, Tensor]:
@@ -233,14 +238,38 @@ class PackedMatrix:
         kernels.bessemer_unpack_blocks(form.number, matrix, places.data_ptr(), places.numel(), blocks.data_ptr())
         return blocks
 
+    def unpacked_floats(self, outputs_N: Tensor) -> Tensor:
+        """The weights that were packed in float32 or bfloat16, of some outputs (…,): (…, K)."""
+        # (…, K), or (…, K / 2, 2)
+        lanes = self._tensors[0][outputs_N // WIDTH, :, outputs_N % WIDTH]
+        return lanes if self.kind is Kind.F32 else lanes.flatten(-2)[..., : self.shape[1]]
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it holds codes, and not floats."""
+        return self.kind not in (Kind.F32, Kind.BF16)
+
+    def replaced_tensors(self, layer: QuantisedLinear) -> frozenset[str]:
+        """The tensors of a layer that is packed here which this can give back; none where its codes were decoded and are not
+        to be read out of the decoded weights."""
+        return PACKED_TENSORS if self.is_coded else _CODES if layer.scheme.is_recoverable else frozenset()
+
+    def take_codes(self, layer: QuantisedLinear, first: int = 0) -> None:
+        """Let a layer that is packed here, its first output at the place `first`, give up what this can give back."""
+        if names := self.replaced_tensors(layer):
+            layer.release(self.keeper(layer, first), names)
+
     def keeper(self, layer: QuantisedLinear, first: int = 0) -> Keeper:
         """Gives back the codes of a layer that was packed here, its first output at the place `first`."""
-        scheme, count = layer.scheme, layer.out_features
+        scheme, count, replaced = layer.scheme, layer.out_features, self.replaced_tensors(layer)
         names = scheme.tensors(*layer.shape).keys()
-        others = {name: tensor for name, tensor in layer.tensors.items() if name not in PACKED_TENSORS}
+        others = {name: tensor for name, tensor in layer.tensors.items() if name not in replaced}
 
         def stored(rows: Tensor | None) -> Codes:
             places = first + (torch.arange(count) if rows is None else rows)
+            if not self.is_coded:
+                kept = others if rows is None else {name: tensor[rows] for name, tensor in others.items()}
+                return Codes(scheme, {"codes": scheme.recoded(self.unpacked_floats(places), kept), **kept})
             if isinstance(scheme, GgufBlocks):
                 return Codes(scheme, {"codes": self.unpacked_blocks(places, scheme.kind)})
             packed = self.unpacked(places)
@@ -260,12 +289,23 @@ class PackedMatrix:
         return out_K
 
 
-def kernel_weight(layer: QuantisedLinear | KernelWeight | BlockWeight) -> KernelWeight | BlockWeight | None:
-    """A layer as the kernels multiply it, with its bias; None where they do not know its scheme."""
-    if isinstance(layer, (KernelWeight, BlockWeight)):
+def kernel_weight(
+    layer: QuantisedLinear | KernelWeight | BlockWeight | FloatWeight,
+) -> KernelWeight | BlockWeight | FloatWeight:
+    """A layer as the kernels multiply it, with its bias: decoded where they do not know its codes. No layer of a `refusal`."""
+    if not isinstance(layer, QuantisedLinear):
         return layer
-    weight = layer.scheme.kernel_weight(layer.stored.tensors)
-    return None if weight is None else weight._replace(bias=layer.bias)
+    stored = layer.stored
+    weight = layer.scheme.kernel_weight(stored.tensors) if layer.scheme.has_kernel(layer.in_features) else None
+    if weight is None:
+        return FloatWeight(stored.dequantised().to(decoded_type(layer.dtype)), layer.bias)
+    return weight._replace(bias=layer.bias)
+
+
+def decoded_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of codes that are decoded for the kernels, in a model of some type: float32, or bfloat16 where that has 16
+    bits."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
 def refusal(layer: Layer) -> str | None:
@@ -273,21 +313,23 @@ def refusal(layer: Layer) -> str | None:
     if isinstance(layer, nn.Linear):
         kind = layer.weight.dtype
         return None if kind in _FLOATS else f"its weights are {str(kind).removeprefix('torch.')}"
-    weight = kernel_weight(layer)
-    if weight is None:
-        return "the kernels do not know its scheme"
-    if isinstance(weight, BlockWeight):
+    if isinstance(layer, QuantisedLinear):
+        knows = layer.scheme.is_weight_only or layer.scheme.has_kernel(layer.in_features)
+        return None if knows else "the kernels do not know its scheme"
+    if not isinstance(layer, KernelWeight):
         return None
-    inputs = weight.codes.shape[-1] * (1 if weight.codes.dtype == torch.int8 else 2)
-    if weight.group_size not in (32, 64, 128, inputs):
-        return f"its groups have {weight.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
+    inputs = layer.codes.shape[-1] * (1 if layer.codes.dtype == torch.int8 else 2)
+    if layer.group_size not in (32, 64, 128, inputs):
+        return f"its groups have {layer.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
     return None
 
 
 _FLOATS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
 
 
-def _kind(weight: KernelWeight | BlockWeight) -> Kind:
+def _kind(weight: nn.Linear | KernelWeight | BlockWeight | FloatWeight) -> Kind:
+    if isinstance(weight, nn.Linear | FloatWeight):
+        return _FLOATS[weight.weight.dtype]
     if isinstance(weight, BlockWeight):
         return {4: Kind.Q4, 5: Kind.Q5, 6: Kind.Q6}[BLOCK_FORMS[weight.kind].bits]
     return Kind.Q8 if weight.codes.dtype == torch.int8 else Kind.Q4

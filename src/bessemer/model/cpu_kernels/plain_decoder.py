@@ -37,6 +37,8 @@ _COMPUTED = frozenset(
         "num_hidden_layers",
         "tie_word_embeddings",
         "embedding_multiplier",
+        "residual_multiplier",
+        "logits_scaling",
         "final_logit_softcapping",
         "vocab_size",
         # norms
@@ -175,9 +177,11 @@ class ModelFields(ctypes.Structure):
         ("embedding", EmbeddingFields),
         ("last", NormFields),
         ("head", ProjectionFields),
+        ("residual_multiplier", ctypes.c_float),
         ("logit_softcap", ctypes.c_float),
         ("activation", ctypes.c_int32),
         ("norm_whole_width", ctypes.c_int32),
+        ("codes_each", ctypes.c_int32),
     )
 
 
@@ -202,8 +206,6 @@ def _unsupported_setting(config: ModelConfig) -> str | None:
         **{variant.noun: (f"it has {variant.noun}", not variant.in_compiled_step) for variant in variants_in(config)},
         "num_scores": ("it has a scalar head in place of the language head", bool(config.num_scores)),
         "attention_output_gate": ("its attention has an output gate", config.attention_output_gate),
-        "residual_multiplier": ("what its blocks add has a factor", config.residual_multiplier != 1),
-        "logits_scaling": ("its logits are divided", config.logits_scaling != 1),
         "position_type": (
             f"its positions are {config.position_type}",
             config.position_type not in ("rotary", "none"),
@@ -261,10 +263,16 @@ class PlainDecoder:
     new one."""
 
     def __init__(
-        self, model: Decoder, pages: dict[int, PagesFields], group_of: dict[int, int], *, release: bool = False
+        self,
+        model: Decoder,
+        pages: dict[int, PagesFields],
+        group_of: dict[int, int],
+        *,
+        activation_bits: int = 8,
+        release: bool = False,
     ) -> None:
-        """pages: of each layer; group_of: the group of block tables that each layer goes by. release: packed codes are the
-        only ones from then on (`QuantisedWeight.release`)."""
+        """pages: of each layer; group_of: the group of block tables that each layer goes by. activation_bits: 8 or 16, of those
+        that meet codes. release: packed codes are the only ones from then on (`QuantisedWeight.release`)."""
         restore_codes(model)
         reason = unsupported(model)
         assert reason is None, reason
@@ -290,9 +298,11 @@ class PlainDecoder:
             self._embedding(model, head),
             self._norm(model.norm),
             self._matrices([head]),
+            config.residual_multiplier,
             config.final_logit_softcapping or 0.0,
             _ACTIVATIONS[config.hidden_act],
             config.qk_norm == "full",
+            activation_bits // 8,
         )
         self._kept.append(layers)
 
@@ -326,10 +336,10 @@ class PlainDecoder:
 
     def _norm(self, norm: nn.Module | None) -> NormFields:
         if isinstance(norm, RMSNorm):
-            weight_D = norm.weight.detach().float() + (1 if norm.offset else 0)
+            weight_D = (norm.weight.detach().float() + (1 if norm.offset else 0)) * norm.multiplier
             return NormFields(self._keep(weight_D.contiguous()).data_ptr(), None, norm.eps, 1)
         if isinstance(norm, LayerNorm):
-            weight_D, bias_D = (self._keep(part.detach().float().clone()) for part in (norm.weight, norm.bias))
+            weight_D, bias_D = (self._keep(part.detach().float() * norm.multiplier) for part in (norm.weight, norm.bias))
             return NormFields(weight_D.data_ptr(), bias_D.data_ptr(), norm.eps, 2)
         assert norm is None or isinstance(norm, nn.Identity), type(norm)
         return NormFields(None, None, 0.0, 0)
@@ -355,7 +365,7 @@ class PlainDecoder:
 
     def _release(self, layer: nn.Module, matrix: PackedMatrix, first: int = 0) -> None:
         if self._releases and isinstance(layer, QuantisedLinear):
-            layer.release(matrix.keeper(layer, first))
+            matrix.take_codes(layer, first)
 
     def _matrices(self, matrices: list[PackedMatrix]) -> ProjectionFields:
         self._kept += matrices

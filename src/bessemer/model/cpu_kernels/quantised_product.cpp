@@ -6,7 +6,8 @@
 //   output  = sum over the parts of part * weight scale + (activation scale * sum of activations) * offset
 // where scale and offset of a part may themselves be a group's number times the part's own; in codes of 6 bits each half of a part has
 // a scale, and is a part of its own in the sums above;
-// with the parts in their order, whatever the rows beside it, and every multiplication that an addition follows fused with it.
+// with the parts in their order, whatever the rows beside it, and every multiplication that an addition follows fused with it. Of
+// activations of 16 bits both rows of codes have such an output, and theirs is the sum of the two. Below, a row is a row of codes.
 #include <algorithm>
 
 #include "products.h"
@@ -186,15 +187,17 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
     }
 }
 
-// Scales what has one scale for the whole row, adds the bias, and stores the blocks before `last`.
-template <Scaling scaling, int R, int B>
+// Adds what each C rows of codes of a row gave, scales what has one scale for the whole row, adds the bias, and stores the blocks before
+// `last`.
+template <Scaling scaling, int C, int R, int B>
 inline void finish(const Blocks& blocks, float* out, int64_t stride, int64_t block, int64_t last, const Floats (&total)[R][B]) {
     const Matrix& matrix = *blocks.matrix;
     for (int b = 0; b < B && block + b < last; ++b) {
         const int64_t n = (block + b) * WIDTH, count = std::min(WIDTH, matrix.n - n);
         if (count <= 0) break;
-        for (int r = 0; r < R; ++r) {
-            Floats value = total[r][b];
+        for (int r = 0; r < R / C; ++r) {
+            Floats value = total[C * r][b];
+            if constexpr (C == 2) value = add(value, total[C * r + 1][b]);
             if constexpr (scaling == WHOLE_ROW) value = times(value, load_halves(blocks.scales + b * blocks.groups_stride));
             if (matrix.bias) value = add(value, load_floats(matrix.bias + n, count));
             store_floats(out + r * stride + n, value, count);
@@ -229,7 +232,13 @@ void few_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride
         for (int r = 0; r < R; ++r)
             for (int b = 0; b < B; ++b) total[r][b] = zero_floats();
         add_parts<form, scaling, zeros>(at, rows, 0, padded(matrix.k) / GROUP, total);
-        finish<scaling>(at, out, stride, block, last, total);
+        if constexpr (R % 2 == 0) {
+            if (rows.codes_each == 2) {
+                finish<scaling, 2>(at, out, stride, block, last, total);
+                continue;
+            }
+        }
+        finish<scaling, 1>(at, out, stride, block, last, total);
     }
 }
 
@@ -237,14 +246,14 @@ void few_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride
 template <Codes form, Scaling scaling, Zeros zeros, int R>
 void few_rows_of(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
     if constexpr (R > 1) {
-        if (rows.m < R) return few_rows_of<form, scaling, zeros, R - 1>(matrix, rows, out, stride, first, last);
+        if (rows.m * rows.codes_each < R) return few_rows_of<form, scaling, zeros, R - 1>(matrix, rows, out, stride, first, last);
     }
     few_rows<form, scaling, zeros, R>(matrix, rows, out, stride, first, last);
 }
 
 template <Codes form, Scaling scaling, Zeros zeros>
 void any_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first_block, int64_t last_block) {
-    const int64_t tiles = (rows.m + MOST_ROWS - 1) / MOST_ROWS;
+    const int64_t most_rows = MOST_ROWS / rows.codes_each, tiles = (rows.m + most_rows - 1) / most_rows;
     const int64_t bytes = padded(matrix.k) / GROUP * part_bytes(form), most = std::max<int64_t>(NEAR_BYTES / bytes / 2 * 2, 2);
     for (int64_t first = first_block; first < last_block; first += most) {
         const int64_t last = std::min(first + most, last_block);

@@ -85,9 +85,10 @@ inline void activate_row(Activation activation, float* gate, float* up, int64_t 
     });
 }
 
-inline void add_row(float* to, const float* from, int64_t width) {
+inline void add_row(float* to, const float* from, int64_t width, float multiplier) {
+    const Floats factor = broadcast(multiplier);
     each_lanes(width, [&](int64_t channel, int64_t count) {
-        store_floats(to + channel, load_floats(to + channel, count) + load_floats(from + channel, count), count);
+        store_floats(to + channel, load_floats(to + channel, count) + load_floats(from + channel, count) * factor, count);
     });
 }
 

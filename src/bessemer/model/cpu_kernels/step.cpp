@@ -47,11 +47,11 @@ void multiply_all(const Projection& projection, const Inputs& inputs, float* out
 
 }  // namespace
 
-void Inputs::begin(const Projection& projection, int64_t rows, const float* values, int64_t stride) {
+void Inputs::begin(const Projection& projection, int64_t rows, int64_t codes_each, const float* values, int64_t stride) {
     for (int64_t i = 0; i < projection.count; ++i) {
         const Matrix& matrix = *projection.matrices[i];
-        char* memory = memory_[form(matrix)].room<char>(rows_bytes(matrix.kind, rows, matrix.k));
-        rows_[form(matrix)] = rows_in(matrix.kind, rows, matrix.k, values, stride, memory);
+        char* memory = memory_[form(matrix)].room<char>(rows_bytes(matrix.kind, rows, matrix.k, codes_each));
+        rows_[form(matrix)] = rows_in(matrix.kind, rows, matrix.k, codes_each, values, stride, memory);
     }
 }
 
@@ -249,7 +249,7 @@ void Step::rows_to_queries(int64_t index, int64_t first, int64_t last, Room& roo
     const float* hidden = hidden_.held<float>() + first * width;
     float* normed = room.normed.room<float>(count * width);
     for (int64_t row = 0; row < count; ++row) norm_row(layer.before_attention, hidden + row * width, width, normed + row * width);
-    room.inputs.begin(layer.query_key_value, count, normed, width);
+    room.inputs.begin(layer.query_key_value, count, model_.codes_each, normed, width);
     room.inputs.prepare(layer.query_key_value, 0, count);
     multiply_all(layer.query_key_value, room.inputs, queries_.held<float>() + first * row_width_, row_width_);
     turn_and_store(layer, first, last);
@@ -266,14 +266,14 @@ void Step::rows_from_queries(const Layer& layer, int64_t first, int64_t last, Ro
                attended - first * query_width_, query_width_, room.tile);
 
     auto prepare = [&](const Projection& projection, const float* values, int64_t values_width) {
-        room.inputs.begin(projection, count, values, values_width);
+        room.inputs.begin(projection, count, model_.codes_each, values, values_width);
         room.inputs.prepare(projection, 0, count);
     };
     float* projected = room.projected.room<float>(count * width);
     auto add = [&](const Norm& norm) {
         for (int64_t row = 0; row < count; ++row) {
             norm_row(norm, projected + row * width, width, projected + row * width);
-            add_row(hidden + row * width, projected + row * width, width);
+            add_row(hidden + row * width, projected + row * width, width, model_.residual_multiplier);
         }
     };
     prepare(layer.output, attended, query_width_);
@@ -306,11 +306,11 @@ void Step::enter(const Norm& after, const Norm& before, const Projection& next) 
     const int64_t width = model_.hidden;
     float *hidden = hidden_.held<float>(), *projected = room_.projected.room<float>(batch_.rows * width);
     float* normed = room_.normed.room<float>(batch_.rows * width);
-    room_.inputs.begin(next, batch_.rows, normed, width);
+    room_.inputs.begin(next, batch_.rows, model_.codes_each, normed, width);
     each_row(width, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             norm_row(after, projected + row * width, width, projected + row * width);
-            add_row(hidden + row * width, projected + row * width, width);
+            add_row(hidden + row * width, projected + row * width, width, model_.residual_multiplier);
             norm_row(before, hidden + row * width, width, normed + row * width);
         }
         room_.inputs.prepare(next, first, last);
@@ -325,7 +325,7 @@ void Step::by_outputs() {
     tiles_.clear();
     const Norm none{nullptr, nullptr, 0.0f, NO_NORM};
     auto prepare = [&](const Projection& projection, const float* values, int64_t values_width) {
-        room_.inputs.begin(projection, rows, values, values_width);
+        room_.inputs.begin(projection, rows, model_.codes_each, values, values_width);
         each_row(values_width, [&](int64_t first, int64_t last) { room_.inputs.prepare(projection, first, last); });
     };
     for (int64_t index = 0; index < model_.layers; ++index) {
@@ -363,7 +363,7 @@ void Step::by_outputs() {
     each_row(width, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             norm_row(after, projected + row * width, width, projected + row * width);
-            add_row(hidden + row * width, projected + row * width, width);
+            add_row(hidden + row * width, projected + row * width, width, model_.residual_multiplier);
         }
     });
     keep(model_.layers, 0, rows);
@@ -374,7 +374,7 @@ void Step::head() {
     float* normed = room_.normed.room<float>(count * width);
     for (int64_t row = 0; row < count; ++row)
         norm_row(model_.last, hidden_.held<float>() + batch_.wanted_rows[row] * width, width, normed + row * width);
-    room_.inputs.begin(model_.head, count, normed, width);
+    room_.inputs.begin(model_.head, count, model_.codes_each, normed, width);
     room_.inputs.prepare(model_.head, 0, count);
     run_parts(threads_, int64_t(head_slices_.size()), [&](int64_t part) {
         const Slice& slice = head_slices_[part];

@@ -62,9 +62,11 @@ struct Model {
     Embedding embedding;
     Norm last;
     Projection head;
+    float residual_multiplier;  // on what attention and feed-forward add to the residual stream
     float logit_softcap;  // 0: none
     Activation activation;
     int32_t norm_whole_width;  // norms of queries and keys are over all heads, not over each
+    int32_t codes_each;        // of an activation that meets codes: 1, or 2 for 16 bits (Rows)
 };
 
 struct Batch {
@@ -94,7 +96,7 @@ struct Generation {
 // Rows of one input, in every form that the matrices which read it need.
 class Inputs {
 public:
-    void begin(const Projection& projection, int64_t rows, const float* values, int64_t stride);
+    void begin(const Projection& projection, int64_t rows, int64_t codes_each, const float* values, int64_t stride);
     void prepare(const Projection& projection, int64_t first, int64_t last);
     const Rows& of(const Matrix& matrix) const { return rows_[form(matrix)]; }
 

@@ -67,6 +67,16 @@ class BlockWeight(NamedTuple):
     bias: Tensor | None = None
 
 
+class FloatWeight(NamedTuple):
+    """A weight whose codes the compiled CPU kernels do not know, decoded: they multiply it as that of any layer.
+
+    weight: float32 or bfloat16, (N, K).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
 class FileTensor(NamedTuple):
     """A tensor of a matrix in a file of compressed-tensors: `NAME.` + suffix, made of one of the scheme's.
 
@@ -97,6 +107,8 @@ class Scheme(ABC):
     name: ClassVar[str]
     #: Whether activations stay floating point, so that the weight may be dequantised once.
     is_weight_only: ClassVar[bool] = True
+    #: Whether `recoded` reads codes back from decoded weights.
+    is_recoverable: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -134,6 +146,21 @@ class Scheme(ABC):
         Those of `codes`, `scales`, `zeros` and `offsets` that it is made of are the scheme's own tensors of that name: a model
         that is served gives them up for the packed ones.
         """
+        return None
+
+    def has_kernel(self, inputs: int) -> bool:
+        """Whether the compiled CPU kernels multiply the codes of matrices with K inputs. Those of other schemes are decoded
+        once, when they are packed."""
+        return type(self).kernel_weight is not Scheme.kernel_weight
+
+    def recoded(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The codes that weights (…, N, K) were decoded from, which may have been rounded to bfloat16 since. tensors: the
+        scheme's others, of the same rows."""
+        raise NotImplementedError(f"{self.name} does not read codes back")
+
+    def widened(self, stored: Codes) -> Codes | None:
+        """Codes that meet quantised activations, in the type in which PyTorch multiplies them on this device; None where that
+        is their own, or where activations stay floats."""
         return None
 
     def described(self) -> dict[str, Any]:

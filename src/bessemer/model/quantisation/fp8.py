@@ -38,6 +38,7 @@ class Fp8(Scheme):
     block: int = 128
 
     name = "fp8"
+    is_recoverable = True
 
     @classmethod
     def choose(cls, inputs: int, config: QuantizeConfig, *, is_end: bool = False) -> tuple[Scheme, str | None]:
@@ -62,6 +63,11 @@ class Fp8(Scheme):
     def dequantise(self, tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors["codes"]
         return codes.to(torch.float32) * self._spread(tensors["scales"], codes.shape[-1])
+
+    def recoded(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        # neighbouring codes differ by a sixteenth or more, and rounding to bfloat16 moves a weight by a 512th at most
+        scales = self._spread(tensors["scales"], weight.shape[-1])
+        return (weight.to(torch.float32) / scales.where(scales != 0, 1)).to(torch.float8_e4m3fn)
 
     def _spread(self, scales: Tensor, inputs: int) -> Tensor:
         """A scale for each weight."""

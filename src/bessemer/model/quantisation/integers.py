@@ -237,6 +237,9 @@ class IntegerScheme(Scheme):
     def quantise(self, weight: Tensor, *, search_clip: bool = False) -> Codes:
         return round_to_nearest(weight, self, search_clip=search_clip)
 
+    def has_kernel(self, inputs: int) -> bool:
+        return self.group_of(inputs) in (*GROUP_SIZES, inputs)
+
     def kernel_weight(self, tensors: Mapping[str, Tensor]) -> KernelWeight | None:
         codes = tensors["codes"]
         size = self.group_of(codes.shape[-1] * 8 // self.bits)

@@ -78,6 +78,7 @@ class NF4(Scheme):
     double: bool = True
 
     name = "nf4"
+    is_recoverable = True
 
     @classmethod
     def choose(cls, inputs: int, config: QuantizeConfig, *, is_end: bool = False) -> tuple[Scheme, str | None]:
@@ -103,18 +104,30 @@ class NF4(Scheme):
             return Codes.stack([self.quantise(matrix_NK) for matrix_NK in weight])
         blocks_NGB = weight.to(torch.float32).unflatten(-1, (-1, BLOCK))
         scales_NG = blocks_NGB.abs().amax(-1)
-        relative_NGB = blocks_NGB / scales_NG.where(scales_NG > 0, 1)[..., None]
-        wide_NK = _nearest(relative_NGB, _levels()).flatten(-2)
-        tensors = {"codes": wide_NK[..., 0::2] << 4 | wide_NK[..., 1::2], "scales": scales_NG}
+        tensors = {"codes": _nearest_codes(blocks_NGB, scales_NG), "scales": scales_NG}
         return Codes(self, tensors | (_coded(scales_NG) if self.double else {}))
 
     def dequantise(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        codes, scales = tensors["codes"], tensors["scales"]
+        codes, scales = tensors["codes"], self._scales(tensors)
         # a table of pairs: half as many look-ups, by indices of 4 bytes
         wide = functional.embedding(codes.flatten().to(torch.int32), _pairs().to(codes.device))
-        if self.double:
-            scales = _decoded(scales, tensors["scales_of_scales"], tensors["mean_scale"])
         return wide.view(*scales.shape, BLOCK).mul_(scales[..., None]).flatten(-2)
+
+    def recoded(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        # levels lie 0.08 of a block's scale apart or more, and rounding to bfloat16 moves a weight by a 512th at most
+        return _nearest_codes(weight.to(torch.float32).unflatten(-1, (-1, BLOCK)), self._scales(tensors))
+
+    def _scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The scale of every block, (…, N, G) float32."""
+        scales = tensors["scales"]
+        return _decoded(scales, tensors["scales_of_scales"], tensors["mean_scale"]) if self.double else scales
+
+
+def _nearest_codes(blocks_NGB: Tensor, scales_NG: Tensor) -> Tensor:
+    """The code of the level that is nearest to each weight, two to a byte."""
+    relative_NGB = blocks_NGB / scales_NG.where(scales_NG != 0, 1)[..., None]
+    wide_NK = _nearest(relative_NGB, _levels()).flatten(-2)
+    return wide_NK[..., 0::2] << 4 | wide_NK[..., 1::2]
 
 
 def _coded(scales_NG: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.feed_forward import Experts
-from bessemer.model.quantisation.base import Scheme
+from bessemer.model.quantisation.base import Codes, Scheme
 from bessemer.model.quantisation.quantised_layers import (
     PackedMatmuls,
     Product,
@@ -117,11 +117,12 @@ def dequantised(decoder: Decoder) -> Decoder:
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def decoded_products(model: Decoder, dtype: torch.dtype) -> PackedMatmuls:
-    """Dequantise the weights of every quantised layer, in float16 or float32.
+def decoded_products(model: Decoder, dtype: torch.dtype | None) -> PackedMatmuls:
+    """Dequantise the weights of every quantised layer, in float16 or float32 and multiplied as by `product`; dtype None: in the
+    layer's own type, and multiplied as the layer does.
 
-    Layers whose activations are quantised too, and tables of which only rows are read, stay as they are. The weights are
-    copies: a change of the codes shows in new matmuls.
+    Codes that meet quantised activations are `widened` where PyTorch would widen them at each product. Tables of which only
+    rows are read stay as they are. The weights are copies: a change of the codes shows in new matmuls.
     """
     products: dict[QuantisedLinear, Product] = {}
     stacks: dict[QuantisedStack, list[Product]] = {}
@@ -140,22 +141,45 @@ def read_weights(model: Decoder) -> dict[QuantisedLinear, Tensor]:
     return {layer: layer.weight for layer in layers if isinstance(layer, QuantisedLinear)}
 
 
-def decoded_bytes(model: Decoder, dtype: torch.dtype) -> int:
+def decoded_bytes(model: Decoder, dtype: torch.dtype | None) -> int:
     """Memory that the weights of `decoded_products` take."""
-    return sum(prod(part.shape) for part in _decoded(model)) * dtype.itemsize
+    types = [(part, torch.float32 if not part.scheme.is_weight_only else dtype or part.dtype) for part in _decoded(model)]
+    return sum(prod(part.shape) * own.itemsize for part, own in types)
 
 
 def _decoded(model: Decoder) -> list[QuantisedWeight]:
-    """The parts whose weights are read out."""
+    """The parts whose weights are read out, or widened."""
     return [
         part
         for part in quantised_parts(model).values()
-        if part.scheme.is_weight_only and (part is model.head or not isinstance(part, QuantisedEmbedding))
+        if (part.scheme.is_weight_only or _is_widened(part))
+        and (part is model.head or not isinstance(part, QuantisedEmbedding))
     ]
 
 
-def _product(layer: QuantisedLinear, dtype: torch.dtype) -> Product:
+def _is_widened(part: QuantisedWeight) -> bool:
+    # one row tells
+    one = Codes(part.scheme, {name: tensor[:1] for name, tensor in part.stored.tensors.items()})
+    return part.scheme.widened(one) is not None
+
+
+def _product(layer: QuantisedLinear, dtype: torch.dtype | None) -> Product:
+    if not layer.scheme.is_weight_only:
+        widened = layer.scheme.widened(layer.stored)
+        assert widened is not None, layer.scheme
+        return partial(_widened_product, layer.scheme, widened, layer.bias)
+    if dtype is None:
+        return partial(_own_product, layer.weight, layer.bias)
     return partial(product, layer.stored.dequantised().to(dtype), layer.bias)
+
+
+def _widened_product(scheme: Scheme, widened: Codes, bias_N: Tensor | None, hidden: Tensor) -> Tensor:
+    return scheme.product(hidden, widened, bias_N)
+
+
+def _own_product(weight_NK: Tensor, bias_N: Tensor | None, hidden: Tensor) -> Tensor:
+    bias_N = None if bias_N is None else bias_N.to(hidden.dtype)
+    return functional.linear(hidden, weight_NK.to(hidden.dtype), bias_N)
 
 
 def product(weight_NK: Tensor, bias_N: Tensor | None, hidden: Tensor) -> Tensor:

@@ -55,10 +55,10 @@ class QuantisedWeight(nn.Module):
         self._keeper = None
         return self
 
-    def release(self, keeper: Keeper) -> None:
-        """Drop the tensors that the kernels have packed; `keeper` reads them back."""
+    def release(self, keeper: Keeper, names: frozenset[str] = PACKED_TENSORS) -> None:
+        """Drop the tensors of these names, which the kernels have packed; `keeper` reads all of them back."""
         self._keeper = keeper
-        for name in self._buffers.keys() & PACKED_TENSORS:
+        for name in self._buffers.keys() & names:
             setattr(self, name, None)
 
     def restore(self) -> None:
@@ -254,16 +254,16 @@ class QuantisedStack(QuantisedWeight):
                 self._matrices.append(layer.take(self.stored[expert]))
         return self._matrices
 
-    def release_matrices(self, keepers: Sequence[Keeper]) -> None:
-        """Drop the codes; each matrix has a keeper of its own."""
+    def release_matrices(self, keepers: Sequence[Keeper], names: frozenset[str] = PACKED_TENSORS) -> None:
+        """Drop the tensors of these names; each matrix has a keeper of its own."""
 
         def stacked(experts: Tensor | None) -> Codes:
             chosen = range(len(keepers)) if experts is None else experts.tolist()
             return Codes.stack([keepers[expert](None) for expert in chosen])
 
         for layer, keeper in zip(self.matrices, keepers, strict=True):
-            layer.release(keeper)
-        self.release(stacked)
+            layer.release(keeper, names)
+        self.release(stacked, names)
 
     def take(self, stored: Codes) -> Self:
         """Store these codes; returns itself."""

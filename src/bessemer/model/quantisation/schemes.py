@@ -175,6 +175,12 @@ class W8A8(Int8):
     def product(self, hidden: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
         return int8_product(hidden, weight, bias)
 
+    def widened(self, stored: Codes) -> Codes | None:
+        codes = stored.tensors["codes"]
+        if codes.device.type != "cpu" or _int_mm_is_exact():
+            return None
+        return Codes(self, {**stored.tensors, "codes": codes.to(torch.float32)})
+
     def compressed_format(self, role: MatrixRole) -> str | None:
         return INTEGERS
 
@@ -200,10 +206,11 @@ def int8_product(hidden: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
 
 
 def integer_product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
-    """Exact sums of products of int8 matrices, (M, N): whole numbers, in int32 or float64."""
+    """Exact sums of products of int8 matrices, (M, N): whole numbers, in int32 or float64. The right one may be in float32."""
     device = left_MK.device
     if device.type == "cpu":
-        return torch._int_mm(left_MK, right_NK.T) if _int_mm_is_exact() else _sums_in_float32(left_MK, right_NK)
+        is_widened = right_NK.dtype == torch.float32 or not _int_mm_is_exact()
+        return _sums_in_float32(left_MK, right_NK) if is_widened else torch._int_mm(left_MK, right_NK.T)
     # elsewhere `_int_mm` asks for certain sizes; in float64 every sum below 2^53 is exact too
     wide = widest_float(device)
     return left_MK.to(wide) @ right_NK.T.to(wide) if wide == torch.float64 else _sums_in_float32(left_MK, right_NK)

@@ -40,6 +40,8 @@ _ERRORS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+#: Every how many signs of life in a silence is more than a ping.
+_EVENT_EVERY = 60
 #: Anthropic's name of a sampling parameter, where it differs from the engine's.
 _PARAMETERS = {"stop": "stop_sequences"}
 _NamedEvent = tuple[str, dict[str, Any]]
@@ -53,8 +55,6 @@ def error_body(error: ApiError) -> dict[str, Any]:
 
 class MessagesReply(Reply):
     """A message: blocks of thinking, text and tool calls in their order."""
-
-    ping = server_sent_event({"type": "ping"}, "ping")
 
     def __init__(self, model: str, turns: Turns) -> None:
         self._model = model
@@ -78,6 +78,15 @@ class MessagesReply(Reply):
 
     def failed(self, error: ApiError) -> str:
         return server_sent_event(error_body(error), "error")
+
+    def sign_of_life(self, quiet: int) -> str:
+        ping = server_sent_event({"type": "ping"}, "ping")
+        if quiet % _EVENT_EVERY:
+            return ping
+        # Anthropic's clients drop pings, and Claude Code, from 2.1.198 on, a stream without other events for 300 s
+        if self._has_open_block and (kind := self._blocks[-1]["type"]) in ("text", "thinking"):
+            return ping + named_events([self._block_event("delta", delta={"type": f"{kind}_delta", kind: ""})])
+        return ping + named_events([self._event("message_delta", delta=self._stop, usage={"output_tokens": 0})])
 
     def _events(self, step: Iterable[ChoiceEvents]) -> Iterator[_NamedEvent]:
         for event in (event for _, events, *_ in step for event in events):
@@ -177,7 +186,7 @@ class AnthropicApi:
         caller = caller_of(request)
         served = await self._served.model_for(body.model, caller)
         with ExitStack() as admission:
-            admission.enter_context(served.worker.admit(1))
+            admission.enter_context(await served.worker.place(1, caller))
             turns = await asyncio.to_thread(lambda: served.begin(_chat(body, caller)))
             reply = MessagesReply(body.model, turns)
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=body.stream)

@@ -117,7 +117,7 @@ class OllamaApi:
             return await self._turn(request, served, body, caller, is_chat=False)
         self.served.check_unguarded()
         with ExitStack() as admission:
-            admission.enter_context(served.worker.admit(1))
+            admission.enter_context(await served.worker.place(1, caller))
             work = await asyncio.to_thread(_text_work, served, body, caller)
             reply = TextReply(body, served.engine, work.request)
             return await respond(request, work, reply, admission, caller.headers, is_streamed=body.stream)
@@ -148,7 +148,7 @@ class OllamaApi:
             thinking_budget=body.thinking_budget,
         )
         with ExitStack() as admission:
-            admission.enter_context(served.worker.admit(1))
+            admission.enter_context(await served.worker.place(1, caller))
             turns = await asyncio.to_thread(lambda: served.begin(chat))
             reply = TurnReply(body, served.engine, turns, is_chat)
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=body.stream)
@@ -160,7 +160,7 @@ class OllamaApi:
         engine = served.engine
         if not texts:
             return [], 0
-        with served.worker.admit(min(len(texts), engine.max_num_seqs)):
+        with await served.worker.place(min(len(texts), engine.max_num_seqs), caller):
             return await asyncio.to_thread(_embedded, served, body, texts, caller)
 
     def _engine(self, name: str) -> Engine | None:

@@ -28,6 +28,8 @@ from bessemer.serving.config import EMBEDDED
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest, prompts_of
 from bessemer.serving.openai.replies import ChatReply, CompletionReply, Echo
 from bessemer.serving.openai.tools import choice_of, tools_of
+from bessemer.serving.retrieval.annotations import ServedHit
+from bessemer.serving.retrieval.stores import VectorStores, sources_for
 from bessemer.serving.runtime.bodies import ApiError, Body, Name, read_body
 from bessemer.serving.runtime.clients import Caller, caller_of
 from bessemer.serving.runtime.served import Chat, Served
@@ -106,9 +108,10 @@ class _Completions:
 
 @dataclass
 class OpenAIApi:
-    """The routes below `/v1`."""
+    """The routes below `/v1`. stores: what answers may be drawn from."""
 
     served: Served
+    stores: VectorStores
     started: int = field(default_factory=lambda: int(time.time()))
 
     def router(self) -> APIRouter:
@@ -153,8 +156,13 @@ class OpenAIApi:
         served = await self.served.model_for(body.model, caller)
         with ExitStack() as admission:
             # 503 before any work
-            admission.enter_context(served.worker.admit(body.n))
-            turns = await asyncio.to_thread(lambda: served.begin(_chat(body, caller)))
+            admission.enter_context(await served.worker.place(body.n, caller))
+            sources = None
+            if (retrieval := body.retrieval) is not None:
+                asked = ("messages", body.last_question) if retrieval.query is None else ("retrieval.query", retrieval.query)
+                parameter, question = asked
+                sources = await sources_for(question, retrieval.wanted(), self.stores, caller.client, parameter)
+            turns = await asyncio.to_thread(lambda: served.begin(_chat(body, caller, sources)))
             reply = ChatReply(body, served.engine.tokenizer, turns)
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=body.stream)
 
@@ -164,7 +172,7 @@ class OpenAIApi:
         self.served.check_unguarded()
         served = await self.served.model_for(body.model, caller)
         with ExitStack() as admission:
-            admission.enter_context(served.worker.admit(len(body.prompt) * body.answers))
+            admission.enter_context(await served.worker.place(len(body.prompt) * body.answers, caller))
             work = await asyncio.to_thread(_prepare, served, body, caller)
             return await respond(request, work, work.reply, admission, caller.headers, is_streamed=body.stream)
 
@@ -173,11 +181,11 @@ class OpenAIApi:
         caller = caller_of(request)
         served = await self.served.model_for(body.model, caller)
         # no more of the texts are computed at once
-        with served.worker.admit(min(len(body.input), served.engine.max_num_seqs)):
+        with await served.worker.place(min(len(body.input), served.engine.max_num_seqs), caller):
             return await asyncio.to_thread(_embeddings, served, body, caller)
 
 
-def _chat(body: ChatRequest, caller: Caller) -> Chat:
+def _chat(body: ChatRequest, caller: Caller, sources: Sequence[ServedHit] | None) -> Chat:
     return Chat(
         caller,
         body.model,
@@ -191,6 +199,7 @@ def _chat(body: ChatRequest, caller: Caller) -> Chat:
         answers=body.n,
         cache_salt=body.cache_salt,
         priority=caller.client.priority(body.priority),
+        sources=sources,
     )
 
 

@@ -30,6 +30,7 @@ from bessemer.serving.openai.tools import (
     StructuredOutputs,
     ToolName,
 )
+from bessemer.serving.retrieval.protocol import RetrievalRequest
 from bessemer.serving.runtime.bodies import ApiError, Body, Name, misfit
 
 #: Tokens of a plain completion when the client sets no limit, as OpenAI documents it.
@@ -119,6 +120,8 @@ class Message(Body):
     reasoning_content: str | None = None
     tool_calls: list[Call] = Field(default_factory=list, max_length=TOOLS.most)
     tool_call_id: str | None = None
+    # what an earlier answer cited: its text holds the numbers
+    annotations: list[dict[str, Any]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
@@ -304,6 +307,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int = Field(0, ge=0, le=LIKELIEST.most)
     continue_final_message: bool | None = None
     add_generation_prompt: bool = True
+    retrieval: RetrievalRequest | None = None
 
     @model_validator(mode="after")
     def _continues(self) -> Self:
@@ -330,6 +334,11 @@ class ChatRequest(GenerationRequest):
         if len(set(self._budgets())) > 1:
             raise misfit("thinking_budget", "thinking_budget is said twice, and not alike; say it once")
         return self
+
+    @property
+    def last_question(self) -> str:
+        """The user's last message; "" where there is none."""
+        return next((message.content for message in reversed(self.messages) if message.role == "user"), "")
 
     def _budgets(self) -> list[int]:
         """The thinking budgets, from all parameters that may give one."""

@@ -24,6 +24,7 @@ from bessemer.assistant.messages import (
 from bessemer.inference.request import Chunk, Completion, Request
 from bessemer.inference.sampling.sampler import Sampled
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from bessemer.serving.retrieval.annotations import AnswerCitations, source_body
 from bessemer.serving.runtime.bodies import ApiError, withdrawn
 from bessemer.serving.runtime.streams import Reply, server_sent_event
 from bessemer.serving.runtime.worker import ChoiceEvents, Turns
@@ -302,10 +303,16 @@ class _Choice:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     has_begun: bool = False
+    #: Of an answer from sources.
+    citations: AnswerCitations | None = None
 
 
 class ChatReply(_OpenAIReply):
-    """The response to `/v1/chat/completions`: one choice for each answer."""
+    """The response to `/v1/chat/completions`: one choice for each answer.
+
+    An answer from sources has `annotations`, in a stream those of each event; its choice has `statements` in the end; the
+    response, or the first event, has the sources under `retrieval`.
+    """
 
     event_kind = "chat.completion.chunk"
     _body: ChatRequest
@@ -315,7 +322,9 @@ class ChatReply(_OpenAIReply):
         self._turns = turns
         self._shows_thinking = body.include_reasoning
         self._lacks_prompt_ids = body.return_token_ids
-        self._choices = [_Choice() for _ in range(body.n)]
+        self._sources = sources = None if body.retrieval is None else turns.sources
+        self._choices = [_Choice(citations=None if sources is None else AnswerCitations(sources)) for _ in range(body.n)]
+        self._lacks_sources = sources is not None
 
     def whole(self, step: Iterable[ChoiceEvents]) -> dict[str, Any]:
         """The body. step: all events of all choices."""
@@ -334,13 +343,19 @@ class ChatReply(_OpenAIReply):
                     {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
                     for call in choice.calls
                 ]
+            if choice.citations is not None:
+                message["annotations"] = choice.citations.annotations
             log_probs = chat_log_probs(self._tokenizer, choice.sampled) if self._body.wants_log_probs else None
             ids = {"token_ids": choice.token_ids} if self._body.return_token_ids else {}
-            choices.append(
-                {"index": index, "message": message, "logprobs": log_probs, "finish_reason": choice.finish_reason, **ids}
-            )
+            shown = {"index": index, "message": message, "logprobs": log_probs, "finish_reason": choice.finish_reason, **ids}
+            choices.append(shown | _statements(choice))
         prompt = {"prompt_token_ids": self._turns.prompt_ids} if self._body.return_token_ids else {}
-        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage(), **prompt}
+        body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage(), **prompt}
+        return body if self._sources is None else {**body, "retrieval": self._retrieval()}
+
+    def _retrieval(self) -> dict[str, Any]:
+        """The sources of the answers."""
+        return {"sources": [source_body(number, hit) for number, hit in enumerate(self._sources or (), start=1)]}
 
     def _bodies(self, step: Iterable[ChoiceEvents]) -> Iterator[dict[str, Any]]:
         """A choice's role comes with its first token, as in vLLM: clients take the first event for it."""
@@ -371,6 +386,8 @@ class ChatReply(_OpenAIReply):
                 case TextDelta(text) | BadCall(text):
                     choice.text += text
                     yield {"content": text}
+                    if choice.citations is not None and (annotations := choice.citations.feed(text)):
+                        yield {"annotations": annotations}
                 case Called(call):
                     index = len(choice.calls)
                     choice.calls.append(call)
@@ -397,11 +414,16 @@ class ChatReply(_OpenAIReply):
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
         event = {**self._head(self.event_kind), "choices": [choice]}
+        if finish_reason is not None:
+            choice |= _statements(self._choices[index])
         if self._body.return_token_ids:
             choice["token_ids"], self._choices[index].token_ids = self._choices[index].token_ids, []
         if self._lacks_prompt_ids:
             self._lacks_prompt_ids = False
             event["prompt_token_ids"] = self._turns.prompt_ids
+        if self._lacks_sources:
+            self._lacks_sources = False
+            event["retrieval"] = self._retrieval()
         return event
 
 
@@ -419,6 +441,11 @@ def _by_choice(step: Iterable[ChoiceEvents]) -> Iterator[ChoiceEvents]:
             else:
                 events.append(event)
     return (ChoiceEvents(choice, *parts) for choice, parts in of_choice.items())
+
+
+def _statements(choice: _Choice) -> dict[str, Any]:
+    """The sentences of an answer from sources."""
+    return {} if choice.citations is None else {"statements": choice.citations.statements()}
 
 
 def _reasoning(text: str) -> dict[str, str]:

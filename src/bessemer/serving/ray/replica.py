@@ -17,6 +17,7 @@ from bessemer.serving.app import Pages, create_app, no_pages  # noqa: E402
 from bessemer.serving.config import ServingConfig  # noqa: E402
 from bessemer.serving.ray.forwarding import Forwarded, ResponsePart, answer  # noqa: E402
 from bessemer.serving.responses.protocol import StoredResponse  # noqa: E402
+from bessemer.serving.runtime.admission import QueueLimits  # noqa: E402
 from bessemer.serving.runtime.bodies import ApiError  # noqa: E402
 from bessemer.serving.runtime.models import ModelSetup  # noqa: E402
 from bessemer.serving.runtime.served import Served  # noqa: E402
@@ -63,7 +64,7 @@ class EngineReplica:
     ) -> None:
         """make_pages: makes the `pages` of `create_app`. keeper: as for `SharedStore`."""
         self._engine = setup.open_engine()
-        pool = setup.model_pool(config.max_waiting)
+        pool = setup.model_pool(config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
         pages = no_pages if make_pages is None else make_pages()
         self._app = create_app(self._engine, setup.name, config, pages, pool, store=SharedStore(keeper), is_behind_gate=True)
         self._name = setup.name

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,26 +16,34 @@ from fastapi.responses import JSONResponse
 
 from bessemer.assistant.messages import BadCall, Called, RolledBack, TextDelta, ThinkingDelta, TurnEnd
 from bessemer.serving.responses.protocol import ResponsesRequest, ResponseStore, StoredResponse
+from bessemer.serving.retrieval.annotations import AnswerCitations, call_result
+from bessemer.serving.retrieval.stores import VectorStores, sources_for
 from bessemer.serving.runtime.bodies import ApiError, read_body, withdrawn
 from bessemer.serving.runtime.clients import Caller, caller_of
 from bessemer.serving.runtime.served import Chat, Served
-from bessemer.serving.runtime.streams import EventStream, Reply, named_events, respond
+from bessemer.serving.runtime.streams import PING, EventStream, Reply, named_events, respond
 from bessemer.serving.runtime.worker import ChoiceEvents, Turns
 from bessemer.tokenization.tokenizer import Tokenizer
 
+#: Every how many signs of life in a silence is an event: it repeats the response, with the request's tools.
+_EVENT_EVERY = 15
 #: Name and body of a server-sent event.
 _NamedEvent = tuple[str, dict[str, Any]]
 
 
 class ResponseReply(Reply):
-    """A response: items of thinking, text and tool calls in their order."""
+    """A response: the search, where one was made, and items of thinking, text and tool calls in their order."""
 
-    def __init__(self, request: ResponsesRequest, tokenizer: Tokenizer, turns: Turns | None) -> None:
-        """turns: None for a probe, which has no input."""
+    def __init__(self, request: ResponsesRequest, tokenizer: Tokenizer, turns: Turns | None, question: str = "") -> None:
+        """turns: None for a probe, which has no input. question: what was searched for."""
         self.identity = f"resp_{uuid.uuid4().hex}"
         self._request = request
         self._tokenizer = tokenizer
         self._turns = turns
+        self._question = question
+        self._sources = None if turns is None else turns.sources
+        #: Of the message that is being written.
+        self._citations: AnswerCitations | None = None
         self._created = int(time.time())
         self._output: list[dict[str, Any]] = []
         self._has_open_item = False
@@ -53,15 +62,22 @@ class ResponseReply(Reply):
         return self._status != "in_progress"
 
     def whole(self, step: Iterable[ChoiceEvents]) -> dict[str, Any]:
-        for _ in self._events(step):
+        for _ in (*self._search(), *self._events(step)):
             pass
         return self.body()
 
     def start(self) -> str:
-        return named_events(self._event(name, response=self.body()) for name in ("response.created", "response.in_progress"))
+        begun = [self._event(name, response=self.body()) for name in ("response.created", "response.in_progress")]
+        return named_events([*begun, *self._search()])
 
     def events(self, step: Iterable[ChoiceEvents]) -> str:
         return named_events(self._events(step))
+
+    def sign_of_life(self, quiet: int) -> str:
+        # Codex takes no comment for one, and drops a stream without events for 300 s
+        if self.is_over or quiet % _EVENT_EVERY:
+            return PING
+        return named_events([self._event("response.in_progress", response=self.body())])
 
     def complete_probe(self) -> str:
         """The last event of a request without input."""
@@ -91,6 +107,18 @@ class ResponseReply(Reply):
             "usage": self._usage() if self.is_over else None,
             **echoed,
         }
+
+    def _search(self) -> Iterator[_NamedEvent]:
+        """The item of the search, which is made before the model answers."""
+        if self._sources is None:
+            return
+        item = self._open({"type": "file_search_call", "id": _new_id("fs"), "queries": [self._question], "results": None})
+        yield self._event("response.output_item.added", output_index=self._last, item=item)
+        for state in ("in_progress", "searching", "completed"):
+            yield self._item_event(f"response.file_search_call.{state}")
+        if self._request.shows_results:
+            item["results"] = [call_result(hit) for hit in self._sources]
+        yield from self._close()
 
     def _events(self, step: Iterable[ChoiceEvents]) -> Iterator[_NamedEvent]:
         for event in (event for _, events, *_ in step for event in events):
@@ -129,8 +157,15 @@ class ResponseReply(Reply):
             yield self._event("response.output_item.added", output_index=self._last, item=item)
             item["content"].append(_part(part_kind))
             yield self._item_event("response.content_part.added", content_index=0, part=_part(part_kind))
-        self._output[-1]["content"][0]["text"] += text
+            self._citations = None if kind != "message" or self._sources is None else AnswerCitations(self._sources)
+        part = self._output[-1]["content"][0]
+        part["text"] += text
         yield self._item_event(f"response.{part_kind}.delta", content_index=0, delta=text, **_log_probs(part_kind))
+        for annotation in self._citations.feed(text) if self._citations is not None else ():
+            part["annotations"].append(annotation)
+            number = len(part["annotations"]) - 1
+            named = {"content_index": 0, "annotation_index": number, "annotation": annotation}
+            yield self._item_event("response.output_text.annotation.added", **named)
 
     def _close(self) -> Iterator[_NamedEvent]:
         if not self._has_open_item:
@@ -138,7 +173,7 @@ class ResponseReply(Reply):
         self._has_open_item = False
         item = self._output[-1]
         item["status"] = "completed"
-        if item["type"] != "function_call":
+        if item["type"] in ("reasoning", "message"):
             (part,) = item["content"]
             kind = part["type"]
             yield self._item_event(f"response.{kind}.done", content_index=0, text=part["text"], **_log_probs(kind))
@@ -204,11 +239,12 @@ def _part(kind: str) -> dict[str, Any]:
 
 
 class ResponsesApi:
-    """The routes. Responses are stored for the key that asked for them."""
+    """The routes. Responses are stored for the key that asked for them. documents: what `file_search` looks in."""
 
-    def __init__(self, served: Served, store: ResponseStore) -> None:
+    def __init__(self, served: Served, store: ResponseStore, documents: VectorStores) -> None:
         self._served = served
         self._store = store
+        self._documents = documents
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1/responses")
@@ -236,10 +272,14 @@ class ResponsesApi:
                 await self._store.keep(reply.identity, _stored(reply, body, owner, previous))
 
         with ExitStack() as admission:
-            admission.enter_context(served.worker.admit(1))
+            admission.enter_context(await served.worker.place(1, caller))
             chat = _chat(body, previous, caller)
+            question = chat.last_question
+            if (tool := body.file_search) is not None:
+                sources = await sources_for(question, tool.wanted(), self._documents, caller.client, "input")
+                chat = replace(chat, sources=sources)
             turns = await asyncio.to_thread(served.begin, chat)
-            reply = ResponseReply(body, tokenizer, turns)
+            reply = ResponseReply(body, tokenizer, turns, question)
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=body.stream, after_step=store)
 
     async def retrieve(self, identity: str, request: Request) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.serving.config import MESSAGES, METADATA, METADATA_KEY, METADATA_VALUE, STORED, STORED_BYTES, TOOLS
+from bessemer.serving.config import MESSAGES, STORED, STORED_BYTES, TOOLS
 from bessemer.serving.openai.protocol import EFFORTS
 from bessemer.serving.openai.tools import GrammarSetting, JsonSchema, ResponseFormat, ToolName, checked_tools, in_json
-from bessemer.serving.runtime.bodies import Body, Name, misfit
+from bessemer.serving.retrieval.protocol import FileSearchTool
+from bessemer.serving.runtime.bodies import Body, Metadata, Name, misfit
 
 _MIB = 2**20
 #: Bytes of a Python object besides its text.
@@ -114,14 +115,14 @@ def size_of(value: Any) -> int:
 #: Ignored fields of a request: about the client, additional output, and OpenAI's own servers.
 SKIPPED = frozenset(
     {
-        *("client_metadata", "include", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier"),
+        *("client_metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier"),
         *("user", "stream_options", "context_management"),
     }
 )
 #: Types of tools that are ignored: OpenAI's servers run them, or clients offer them to other models.
 _OTHER_TOOLS = frozenset(
     {
-        *("apply_patch", "code_interpreter", "computer_use_preview", "custom", "file_search", "image_generation"),
+        *("apply_patch", "code_interpreter", "computer_use_preview", "custom", "image_generation"),
         *("local_shell", "mcp", "namespace", "shell", "tool_search", "web_search", "web_search_preview"),
     }
 )
@@ -195,7 +196,17 @@ class CallOutput(Body):
     status: str | None = None
 
 
-Item = InputMessage | ReasoningItem | CallItem | CallOutput
+class FileSearchItem(Body):
+    """A search that an earlier response made. The answer behind it holds what came of it."""
+
+    type: Literal["file_search_call"]
+    id: str | None = None
+    queries: list[str] = Field(default_factory=list)
+    results: list[Any] | None = None
+    status: str | None = None
+
+
+Item = InputMessage | ReasoningItem | CallItem | CallOutput | FileSearchItem
 
 
 class FlatTool(Body):
@@ -216,6 +227,23 @@ class NamedChoice(Body):
 
     type: Literal["function"]
     name: ToolName
+
+
+class FileSearchChoice(Body):
+    """The search that is to be made, which is made in any case."""
+
+    type: Literal["file_search"]
+
+
+def _kind_of_tool(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "FileSearchTool" if kind == "file_search" else "FlatTool"
+
+
+#: A tool of a request. Errors are those of its own kind.
+ResponseTool = Annotated[
+    Annotated[FlatTool, Tag("FlatTool")] | Annotated[FileSearchTool, Tag("FileSearchTool")], Discriminator(_kind_of_tool)
+]
 
 
 class TextFormat(Body):
@@ -250,12 +278,6 @@ class Reasoning(Body):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-def _few_pairs(metadata: Any) -> Any:
-    if isinstance(metadata, dict) and len(metadata) > METADATA.most:
-        raise ValueError(f"it has {len(metadata):,} pairs, at most {METADATA.most} are kept")
-    return metadata
-
-
 class ResponsesRequest(Body):
     """The body of `/v1/responses`."""
 
@@ -268,8 +290,8 @@ class ResponsesRequest(Body):
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    tools: list[FlatTool] = Field(default_factory=list, max_length=TOOLS.most)
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
+    tools: list[ResponseTool] = Field(default_factory=list, max_length=TOOLS.most)
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | FileSearchChoice = "auto"
     parallel_tool_calls: bool = True
     text: TextSettings = TextSettings()
     reasoning: Reasoning = Reasoning()
@@ -277,13 +299,8 @@ class ResponsesRequest(Body):
     background: Literal[False] = False
     store: bool = True
     stream: bool = False
-    metadata: Annotated[
-        dict[
-            Annotated[str, Field(max_length=METADATA_KEY.most)],
-            Annotated[str, Field(max_length=METADATA_VALUE.most)],
-        ],
-        BeforeValidator(_few_pairs),
-    ] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
+    include: list[str] = Field(default_factory=list, max_length=TOOLS.most)
 
     @model_validator(mode="before")
     @classmethod
@@ -297,12 +314,33 @@ class ResponsesRequest(Body):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        names = [tool.name for tool in self.tools]
+        names = [tool.name for tool in self.functions]
         if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.name not in names:
             raise misfit("tool_choice", f"tool_choice names '{self.tool_choice.name}', which is not among the tools")
-        if self.tool_choice == "required" and not names:
+        if self.tool_choice == "required" and not self.tools:
             raise misfit("tool_choice", "tool_choice needs tools")
+        if len(self.tools) - len(names) > 1:
+            raise misfit("tools", "tools: name all vector stores in one file_search")
+        if isinstance(self.tool_choice, FileSearchChoice) and self.file_search is None:
+            raise misfit("tool_choice", "tool_choice names file_search, which is not among the tools")
         return self
+
+    @property
+    def functions(self) -> list[FlatTool]:
+        """The tools that the client runs."""
+        return [tool for tool in self.tools if isinstance(tool, FlatTool)]
+
+    @property
+    def file_search(self) -> FileSearchTool | None:
+        """The search that this server makes; None where none is asked for."""
+        if self.tool_choice == "none" or isinstance(self.tool_choice, NamedChoice):
+            return None
+        return next((tool for tool in self.tools if isinstance(tool, FileSearchTool)), None)
+
+    @property
+    def shows_results(self) -> bool:
+        """Whether a search returns the passages that it found."""
+        return "file_search_call.results" in self.include
 
     @property
     def is_probe(self) -> bool:
@@ -323,16 +361,18 @@ class ResponsesRequest(Body):
 
     def offered(self) -> list[Tool]:
         """The tools that may be called. Raises ApiError for an invalid schema and for two tools of one name."""
-        if self.tool_choice == "none":
+        if self.tool_choice == "none" or isinstance(self.tool_choice, FileSearchChoice):
             return []
-        return checked_tools((tool.name, tool.description, tool.parameters, tool.strict) for tool in self.tools)
+        return checked_tools((tool.name, tool.description, tool.parameters, tool.strict) for tool in self.functions)
 
     @property
     def choice(self) -> ToolChoice:
         """Which of the tools may or must be called."""
         if isinstance(self.tool_choice, NamedChoice):
             return ToolChoice(True, self.tool_choice.name, self.parallel_tool_calls)
-        return ToolChoice(self.tool_choice == "required", None, self.parallel_tool_calls)
+        # a search is a call of a tool
+        must_call = self.tool_choice == "required" and self.file_search is None
+        return ToolChoice(must_call, None, self.parallel_tool_calls)
 
     @property
     def budget(self) -> int | None:
@@ -350,6 +390,8 @@ def _messages(items: Sequence[Item]) -> Iterator[dict[str, Any]]:
     """Messages of chat completions, where consecutive thinking, text and calls of the assistant are one message."""
     answer: dict[str, Any] | None = None
     for item in items:
+        if isinstance(item, FileSearchItem):
+            continue
         is_assistants = isinstance(item, ReasoningItem | CallItem) or (
             isinstance(item, InputMessage) and item.role == "assistant" and (answer is None or not answer["content"])
         )

@@ -13,10 +13,19 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from bessemer.serving.config import CONTAINERS, FIELDS, NAME, PARSED_AT_ONCE, VALUES
+from bessemer.serving.config import (
+    CONTAINERS,
+    FIELDS,
+    METADATA,
+    METADATA_KEY,
+    METADATA_VALUE,
+    NAME,
+    PARSED_AT_ONCE,
+    VALUES,
+)
 
 #: Unsupported parameters of OpenAI's API, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -48,6 +57,19 @@ _WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier"
 _REPEATED = 1_000
 #: The name of a model, or of an earlier response.
 Name = Annotated[str, Field(max_length=NAME.most)]
+
+
+def few_pairs(metadata: Any) -> Any:
+    """Raises ValueError for more pairs than are kept, before each is looked at."""
+    if isinstance(metadata, dict) and len(metadata) > METADATA.most:
+        raise ValueError(f"it has {len(metadata):,} pairs, at most {METADATA.most} are kept")
+    return metadata
+
+
+MetadataKey = Annotated[str, Field(max_length=METADATA_KEY.most)]
+MetadataText = Annotated[str, Field(max_length=METADATA_VALUE.most)]
+#: What a client says of something that is kept for it.
+Metadata = Annotated[dict[MetadataKey, MetadataText], BeforeValidator(few_pairs)]
 
 
 class ApiError(Exception):
@@ -225,7 +247,10 @@ def _check_texts(values: Any) -> None:
 
 
 #: Steps of pydantic's error locations that name a union's branch instead of a field.
-_UNION_BRANCH = re.compile(r"str|NamedTool|(list|dict|literal|function-[a-z]+|tagged-union)\[.*", re.DOTALL)
+_UNION_BRANCH = re.compile(
+    r"str|NamedTool|FlatTool|FileSearchTool|Comparison|Compound|InnerCompound|(list|dict|literal|function-[a-z]+|tagged-union)\[.*",
+    re.DOTALL,
+)
 
 
 def _refusal(error: ValidationError) -> ApiError:

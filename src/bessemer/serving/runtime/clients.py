@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fastapi import Request
+from starlette.types import Receive
 
 from bessemer.assistant.conversation import Principal
 from bessemer.core.config import Config, setting
@@ -114,7 +115,8 @@ class Caller:
     """One request's client, and the tokens that the request has used.
 
     on_spend: called when they grow. headers: of the response. held: resources of the request, closed by the gate when the
-    response is sent or the client has left.
+    response is sent or the client has left. receive: gives the request's messages, behind its body those of the connection;
+    None where another process has it.
     """
 
     client: Client
@@ -125,6 +127,7 @@ class Caller:
     on_spend: Callable[[], None] | None = None
     headers: dict[str, str] = field(default_factory=dict)
     held: ExitStack = field(default_factory=ExitStack)
+    receive: Receive | None = None
 
     def spend(self, *, prompt: int = 0, completion: int = 0) -> None:
         """Count tokens, also for the client's allowance."""

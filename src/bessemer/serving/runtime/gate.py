@@ -80,6 +80,7 @@ class Gate:
             caller.client = self._client(scope["path"], headers)
             body = _BodyReader(receive, caller.client, self._most_bytes, self._config.body_seconds, self._bodies)
             body.check_announced(headers)
+            caller.receive = body.receive
             scope[SCOPE] = caller
             try:
                 await self._app(scope, body.receive, reply.send)

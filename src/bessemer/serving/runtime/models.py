@@ -1,4 +1,8 @@
-"""What a server opens: the first model, and additional models, which are loaded on demand and unloaded when idle."""
+"""What a server opens: the first model, and additional models, which are loaded on demand and unloaded when idle.
+
+A request whose model has to be loaded waits while others are, and then until a model that it may take the place of is idle.
+While one waits so, later requests for additional models wait behind it: else those of an open model would never let it be idle.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ import torch
 from bessemer.core.errors import BessemerError
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
+from bessemer.serving.runtime.admission import NO_QUEUE, RETRY_SECONDS, QueueLimits
 from bessemer.serving.runtime.bodies import ApiError, overloaded
 from bessemer.serving.runtime.worker import Worker
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -55,16 +60,19 @@ class ModelPool:
         open_engine: Callable[[Path], Engine],
         *,
         max_waiting: int,
+        queue: QueueLimits = NO_QUEUE,
         most: int = 2,
         memory: float | None = None,
         keep_alive: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """places: folder or GGUF file of each model. most: open at once. memory: limit on the size of their files together, in
-        GiB. keep_alive: idle seconds after which a model is closed; None: never."""
+        """places: folder or GGUF file of each model. queue: of requests that wait for a model's turn, and of each model's
+        worker. most: open at once. memory: limit on the size of their files together, in GiB. keep_alive: idle seconds after
+        which a model is closed; None: never."""
         self._places = dict(places)
         self._open_engine = open_engine
         self._max_waiting = max_waiting
+        self._queue = queue
         self._most = most
         self._memory = None if memory is None else round(memory * _GIB)
         self._keep_alive = keep_alive
@@ -75,9 +83,14 @@ class ModelPool:
         self.is_closed = False
         #: Requests that wait for their model to be loaded.
         self._awaited = 0
+        #: Whether the first of them waits for a model to be idle, and what tells it that one may be.
+        self._seeks_room = False
+        self._may_be_idle = asyncio.Event()
         self._leases: Counter[str] = Counter()
-        #: Failed models, which are closed before the next one is opened.
-        self._failed: list[OpenModel] = []
+        #: Of these, those of requests that wait still.
+        self._waiting_leases: Counter[str] = Counter()
+        #: Models that serve no more, which are closed before the next one is opened.
+        self._withdrawn: list[OpenModel] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,16 +117,23 @@ class ModelPool:
             yield
         finally:
             self._leases[name] -= 1
+            self._may_be_idle.set()
 
     async def model(self, name: str) -> OpenModel:
-        """An open model, loaded if need be. It stays open while a lease is held or one of its requests runs.
+        """An open model, loaded if need be. It stays open while a lease is held or one of its requests runs. The caller holds
+        one.
 
-        Raises ApiError (503) where no place is free, or loading fails.
+        Raises ApiError (503) where no place is free for as long as the queue allows, too many wait, or loading fails.
         """
-        if (model := self._usable(name)) is not None:
+        if not self._seeks_room and (model := self._usable(name)) is not None:
             return model
+        # the one that loads is not in the queue
+        if 0 < self._queue.most < self._awaited:
+            raise overloaded(f"{self._awaited} requests wait for their model; try again later", RETRY_SECONDS)
         self._awaited += 1
         try:
+            if (found := await self._turn(name)) is not None:
+                return found
             # a model is loaded to the end even if its client leaves: the next one gets it
             return await asyncio.shield(self._opened(name))
         finally:
@@ -121,6 +141,7 @@ class ModelPool:
 
     def drain(self) -> None:
         self.is_draining = True
+        self._may_be_idle.set()
         for model in self._open.values():
             model.worker.is_draining = True
 
@@ -136,32 +157,86 @@ class ModelPool:
     async def close(self) -> None:
         """Close all models, also one that is being loaded."""
         self.is_closed = True
+        self._may_be_idle.set()
         async with self._opening:
             for model in self.open_models:
                 await self._close(model)
 
-    async def _opened(self, name: str) -> OpenModel:
-        async with self._opening:
-            if (model := self._usable(name)) is not None:
+    async def _turn(self, name: str) -> OpenModel | None:
+        """Wait until it is this request's turn: its model, where that is open by now; None where it is to load it, which others
+        cannot until `_opened` ends. Raises ApiError (503)."""
+        self._waiting_leases[name] += 1
+        self._may_be_idle.set()
+        try:
+            async with asyncio.timeout(self._queue.seconds if self._queue.most else None):
+                await self._opening.acquire()
+                try:
+                    model = await self._room_for(name)
+                except BaseException:
+                    self._opening.release()
+                    raise
+                if model is not None:
+                    self._opening.release()
                 return model
-            place = self._places[name]
-            try:
+        except TimeoutError:
+            raise overloaded(
+                f"'{name}' had no turn within {self._queue.seconds:g} s, while other models were loaded and answered; "
+                "try again later",
+                RETRY_SECONDS,
+            ) from None
+        finally:
+            self._waiting_leases[name] -= 1
+
+    async def _room_for(self, name: str) -> OpenModel | None:
+        """Wait until enough models are idle that another fits, and withdraw these; itself, where it is open. Raises ApiError
+        (503)."""
+        try:
+            while (model := self._usable(name)) is None:
+                with self._opening_errors(name):
+                    idle = self._in_the_way(name, size_of(self._places[name]))
+                if idle is not None:
+                    for each in idle:
+                        self._withdraw(each)
+                    return None
+                if not self._queue.most:
+                    raise overloaded(f"no place is free for '{name}' while the other models answer; try again in a moment")
+                self._seeks_room = True
+                self._may_be_idle.clear()
+                await self._may_be_idle.wait()
+            return model
+        finally:
+            self._seeks_room = False
+
+    async def _opened(self, name: str) -> OpenModel:
+        """Load a model whose turn it is."""
+        place = self._places[name]
+        try:
+            with self._opening_errors(name):
+                while self._withdrawn:
+                    await asyncio.to_thread(self._withdrawn.pop().close)
                 size = size_of(place)
-                await self._make_room(name, size)
                 engine = await asyncio.to_thread(self._open_engine, place)
-            except (BessemerError, OSError, RuntimeError, MemoryError) as error:
-                raise ApiError(
-                    f"the model '{name}' cannot be opened: {_without_place(error, place)}",
-                    status=503,
-                    kind="server_error",
-                    headers={"Retry-After": "30"},
-                ) from None
-            model = OpenModel(name, engine, Worker(engine, self._max_waiting), size, self._clock())
+            model = OpenModel(name, engine, Worker(engine, self._max_waiting, self._queue), size, self._clock())
             if self.is_draining or self.is_closed:
                 await asyncio.to_thread(model.close)
                 raise overloaded("the server is stopping; another one may answer")
             self._open[name] = model
             return model
+        finally:
+            self._opening.release()
+
+    @contextmanager
+    def _opening_errors(self, name: str) -> Generator[None, None, None]:
+        """Turn errors of a model that cannot be opened into the API's."""
+        try:
+            yield
+        except (BessemerError, OSError, RuntimeError, MemoryError) as error:
+            raise ApiError(
+                f"the model '{name}' cannot be opened: {_without_place(error, self._places[name])}",
+                status=503,
+                kind="server_error",
+                headers={"Retry-After": "30"},
+            ) from None
 
     def _usable(self, name: str) -> OpenModel | None:
         """An open model that works. A failed one is given up once it has no requests, and will be opened again."""
@@ -169,17 +244,23 @@ class ModelPool:
         if model is None:
             return None
         if model.worker.failure is not None and model.worker.requests == 0:
-            del self._open[name]
-            model.worker.is_draining = True
-            self._failed.append(model)
+            self._withdraw(model)
             return None
         model.used = self._clock()
         return model
 
-    async def _make_room(self, name: str, size: int) -> None:
-        """Close the least recently used idle models until another fits. Raises ApiError (503), and closes none, where it would
-        not."""
-        if self.is_draining:
+    def _withdraw(self, model: OpenModel) -> None:
+        """Let a model serve no more requests."""
+        del self._open[model.name]
+        model.worker.is_draining = True
+        self._withdrawn.append(model)
+
+    def _in_the_way(self, name: str, size: int) -> list[OpenModel] | None:
+        """The least recently used idle models without which another fits; None where too few are idle.
+
+        Raises ApiError (503).
+        """
+        if self.is_draining or self.is_closed:
             raise overloaded("the server is stopping; another one may answer")
         if self._memory is not None and size > self._memory:
             raise ApiError(
@@ -187,21 +268,17 @@ class ModelPool:
                 status=503,
                 kind="server_error",
             )
-        for failed in self._failed:
-            await asyncio.to_thread(failed.close)
-        self._failed.clear()
         staying = self.open_models
         idle = sorted(filter(self._is_idle, staying), key=lambda model: model.used)
         closing: list[OpenModel] = []
         while not self._fits(size, [model for model in staying if model not in closing]):
             if len(closing) == len(idle):
-                raise overloaded(f"no place is free for '{name}' while the other models answer; try again in a moment")
+                return None
             closing.append(idle[len(closing)])
-        for model in closing:
-            await self._close(model)
+        return closing
 
     def _is_idle(self, model: OpenModel) -> bool:
-        return model.worker.requests == 0 and self._leases[model.name] == 0
+        return model.worker.requests == 0 and self._leases[model.name] <= self._waiting_leases[model.name]
 
     def _fits(self, size: int, others: Sequence[OpenModel]) -> bool:
         total = size + sum(model.size for model in others)
@@ -261,14 +338,15 @@ class ModelSetup:
             raise
         return engine
 
-    def model_pool(self, max_waiting: int) -> ModelPool | None:
-        """The additional models, none of them loaded yet."""
+    def model_pool(self, max_waiting: int, queue: QueueLimits) -> ModelPool | None:
+        """The additional models, none of them loaded yet. Arguments as of `ModelPool`."""
         if not self.additional:
             return None
         return ModelPool(
             self.additional,
             self._open,
             max_waiting=max_waiting,
+            queue=queue,
             most=self.max_models,
             memory=self.models_memory,
             keep_alive=self.keep_alive,

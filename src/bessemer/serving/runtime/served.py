@@ -18,15 +18,22 @@ from bessemer.inference.async_generation import ChoiceChunk
 from bessemer.inference.engine import Engine
 from bessemer.inference.request import Completion, Request
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.retrieval.answer import citation_form, grounded, most_sources
 from bessemer.serving.config import ASIDE, ENCODED
+from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller
 from bessemer.serving.runtime.models import ModelPool, OpenModel
+from bessemer.serving.runtime.streams import unless_left
 from bessemer.serving.runtime.worker import Turns, Worker
 
 Result = TypeVar("Result")
 #: Response header: the limit on an answer's tokens, where it is below the requested one; of several prompts, the lowest.
 CLAMPED = "x-max-tokens"
+#: Response header: tokens of the prompt that a context shift left out; of several prompts, the most.
+DROPPED = "x-dropped-tokens"
+#: Tokens that are left to an answer from sources whose client sets no limit.
+_ANSWER_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class Chat:
 
     messages: in the form of chat completions. params_of: gives the sampling settings for a number of tokens of the answer.
     parameter_of: gives the request's parameter that an error's text is about. token_limit: the client's most tokens of an
-    answer. priority: lower is more urgent.
+    answer. priority: lower is more urgent. sources: passages that the answer is drawn from, the best first; None: of a chat
+    without retrieval.
     """
 
     caller: Caller
@@ -50,6 +58,12 @@ class Chat:
     answers: int = 1
     cache_salt: str | None = None
     priority: int = 0
+    sources: Sequence[ServedHit] | None = None
+
+    @property
+    def last_question(self) -> str:
+        """The user's last message; "" where there is none."""
+        return next((message["content"] or "" for message in reversed(self.messages) if message["role"] == "user"), "")
 
 
 class Served:
@@ -77,7 +91,8 @@ class Served:
         self._additional: WeakKeyDictionary[OpenModel, Served] = WeakKeyDictionary()
         # clients run their tools, so a turn ends with its first message
         config = AssistantConfig(max_rounds=1)
-        self._turns = TurnMaker(engine.tokenizer, engine.context_length, config=config)
+        context = engine.context_length if engine.context_shift is None else None
+        self._turns = TurnMaker(engine.tokenizer, context, config=config)
 
     @property
     def names_of_model(self) -> tuple[str, ...]:
@@ -114,7 +129,7 @@ class Served:
         caller.model = name
         if self.pool is not None and name in self.pool.names:
             caller.held.enter_context(self.pool.lease(name))
-            model = await self.pool.model(name)
+            model = await unless_left(caller.receive, self.pool.model(name))
             if model not in self._additional:
                 self._additional[model] = Served(model.engine, name, model.worker, hooks=self.hooks)
             return self._additional[model]
@@ -158,7 +173,11 @@ class Served:
             )
 
     def check_text(self, parameter: str, text: str) -> None:
-        """Raises ApiError where a text certainly exceeds the context, before it is encoded."""
+        """Raises ApiError where a text certainly exceeds the context, or what is encoded of a text that may, before it is
+        encoded."""
+        if self.engine.context_shift is not None:
+            check_encoded(text)
+            return
         context = self.engine.context_length
         if len(text) > context and self.engine.tokenizer.has_more_tokens(text, context):
             raise ApiError(
@@ -180,7 +199,13 @@ class Served:
 
     def most_tokens(self, parameter: str, tokens: int, wanted: int | None, caller: Caller) -> int:
         """The most tokens after a prompt: `wanted`, or what the context and the memory leave. A header tells the caller where
-        that is less. Raises as `check_length`, for one token where any is wanted."""
+        that is less, and where a context shift leaves out some of the prompt. Raises as `check_length`, for one token where any
+        is wanted."""
+        shift = self.engine.context_shift
+        if shift is not None and wanted != 0:
+            if dropped := shift.dropped(tokens):
+                caller.headers[DROPPED] = str(max(dropped, int(caller.headers.get(DROPPED, 0))))
+            return shift.capacity - tokens + dropped if wanted is None else wanted
         self.check_length(parameter, tokens, 0 if wanted == 0 else 1)
         left = max(1, self.engine.longest - tokens)
         if wanted is None:
@@ -199,9 +224,12 @@ class Served:
 
         Raises ApiError for what is wrong with the request.
         """
+        sources: Sequence[ServedHit] | None = None
 
         def params_of(prompt_tokens: int) -> SamplingParams:
-            return chat.params_of(self.most_tokens("messages", prompt_tokens, chat.token_limit, chat.caller))
+            params = chat.params_of(self.most_tokens("messages", prompt_tokens, chat.token_limit, chat.caller))
+            # a form that the client asks for takes the place of the citations'
+            return params if sources is None or params.grammar else params.with_changes(**citation_form(sources))
 
         salt = chat.caller.salt(chat.cache_salt)
 
@@ -213,6 +241,8 @@ class Served:
         try:
             messages, answer_prefix = self._read(chat)
             self._check_conversation(chat, messages)
+            if chat.sources is not None:
+                messages, sources = self._grounded(chat, messages, chat.sources)
             conversation = Conversation(messages)
             if chat.answers > 1 and not self.hooks:
                 # encoded once for all answers; hooks may add to each turn's conversation
@@ -230,13 +260,32 @@ class Served:
                 )
                 turn.begin(params_of)
                 turns.append(turn)
-            return Turns(turns, prepare, chat.caller, self.worker)
+            return Turns(turns, prepare, chat.caller, self.worker, sources)
         except RequestError as error:
             reason, parameter = str(error), chat.parameter_of(str(error))
             if parameter is None and chat.tools and reason.startswith("ebnf"):
                 # a message's grammar contains the tools' schemas
                 parameter, reason = "tools", f"tools: calls cannot be held to their schemas: {reason}"
             raise ApiError(reason, parameter=parameter or "messages", code="invalid_value") from None
+
+    def _grounded(
+        self, chat: Chat, messages: Sequence[Message], found: Sequence[ServedHit]
+    ) -> tuple[list[Message], Sequence[ServedHit]]:
+        """The conversation with the first of the passages that leave room for the answer, at least one, and these. Raises
+        RequestError for one without a user's message."""
+        tokenizer, tools = self.engine.tokenizer, [tool.description_in_chat for tool in chat.tools] or None
+        answer_tokens = min(chat.token_limit or _ANSWER_TOKENS, self.engine.longest // 2)
+
+        def with_sources(count: int) -> list[Message]:
+            return with_system_in_place(grounded(messages, found[:count]), tokenizer)
+
+        def fits(count: int) -> bool:
+            inputs = [message.as_template_input() for message in with_sources(count)]
+            tokens = len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools))
+            return tokens + answer_tokens <= self.engine.longest
+
+        count = most_sources(len(found), fits)
+        return with_sources(count), found[:count]
 
     def count(self, chat: Chat) -> int:
         """The tokens of a conversation with its tools, up to where the assistant speaks. Raises as `begin`."""

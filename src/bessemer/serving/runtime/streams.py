@@ -40,8 +40,6 @@ class Work(Protocol):
 class Reply(ABC):
     """The response in one API's format. Texts are parts of a stream (server-sent events, lines), several joined, or ""."""
 
-    #: Sent after `QUIET_SECONDS` of silence.
-    ping = PING
     #: Of a stream.
     media_type = "text/event-stream"
 
@@ -65,6 +63,14 @@ class Reply(ABC):
     def end(self) -> str:
         """Events after the last step."""
         return ""
+
+    def sign_of_life(self, quiet: int) -> str:
+        """What a stream sends when nothing came for so many times `QUIET_SECONDS`.
+
+        Bytes keep a connection open. Clients that parse events and have a timer of their own for these see no comment, and some
+        no ping: where such a client is known, an event of another kind is due at times.
+        """
+        return PING
 
     @abstractmethod
     def failed(self, error: ApiError) -> str:
@@ -92,7 +98,7 @@ async def respond(
     events = _events(work, reply, admission.pop_all(), after_step)
     # from here on, the generator holds the admission
     await anext(events)
-    return EventStream(events, headers, reply.ping, reply.media_type)
+    return EventStream(events, headers, reply.sign_of_life, reply.media_type)
 
 
 async def _whole(
@@ -150,18 +156,19 @@ class EventStream(StreamingResponse):
         self,
         events: AsyncIterable[str] | Iterable[str],
         headers: Mapping[str, str] | None = None,
-        ping: str = PING,
+        sign_of_life: Callable[[int], str] = lambda quiet: PING,
         media_type: str = Reply.media_type,
     ) -> None:
-        """headers: added to the response's. ping: sent after every `QUIET_SECONDS` without an event."""
+        """headers: added to the response's. sign_of_life: as of `Reply`."""
         own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type=media_type, headers={**own, **(headers or {})})
-        self._ping = ping.encode()
-        self._is_quiet = True
+        self._sign_of_life = sign_of_life
+        #: Times `QUIET_SECONDS` without an event.
+        self._quiet = 0
 
     async def stream_response(self, send: Send) -> None:
         async def send_event(message: Message) -> None:
-            self._is_quiet = False
+            self._quiet = 0
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 pinging.cancel()
             await send(message)
@@ -177,10 +184,10 @@ class EventStream(StreamingResponse):
 
     async def _send_pings(self, send: Send) -> None:
         while True:
-            self._is_quiet = True
+            self._quiet += 1
             await asyncio.sleep(QUIET_SECONDS)
-            if self._is_quiet:
-                await send({"type": "http.response.body", "body": self._ping, "more_body": True})
+            if self._quiet:
+                await send({"type": "http.response.body", "body": self._sign_of_life(self._quiet).encode(), "more_body": True})
 
 
 async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
@@ -196,6 +203,15 @@ async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result
             working.cancel()
             with suppress(asyncio.CancelledError):
                 await working
+
+
+async def unless_left(receive: Receive | None, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is not None. Raises ApiError, and cancels it, where the client disconnects first. receive:
+    None where nobody says so."""
+    result = await (work if receive is None else until_client_leaves(receive, work))
+    if result is None:
+        raise ApiError("the client has left", status=CLIENT_LEFT)
+    return result
 
 
 async def _client_left(receive: Receive) -> None:

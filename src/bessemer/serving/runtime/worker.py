@@ -23,11 +23,13 @@ from bessemer.inference.request import Completion, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import Sampled
 from bessemer.serving.config import OTHERS_SHARE
-from bessemer.serving.runtime.bodies import ApiError, overloaded
+from bessemer.serving.retrieval.annotations import ServedHit
+from bessemer.serving.runtime.admission import NO_QUEUE, Admission, QueueLimits
+from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller
 
 
-class Worker:
+class Worker(Admission):
     """Admission to one engine, and the requests that were admitted.
 
     Admits as many completions as the engine computes at once, and `max_waiting` more; a single request gets fewer, so that
@@ -35,47 +37,16 @@ class Worker:
     refused with the reason.
     """
 
-    def __init__(self, engine: Engine, max_waiting: int) -> None:
+    def __init__(self, engine: Engine, max_waiting: int, queue: QueueLimits = NO_QUEUE) -> None:
+        """queue: of requests that find none of these places."""
+        places = engine.max_num_seqs + max_waiting
+        super().__init__(places, places - max_waiting // OTHERS_SHARE, queue)
         self._engine = engine
         self._driver = StepDriver(engine)
-        self._limit = engine.max_num_seqs + max_waiting
-        #: The most completions of one request.
-        self.most_at_once = self._limit - max_waiting // OTHERS_SHARE
-        #: Admitted API requests, and the completions that they ask for.
-        self.requests = self.completions = 0
-        #: Whether nothing new is begun, because the server is about to stop.
-        self.is_draining = False
 
     @property
     def failure(self) -> Exception | None:
-        """Why no request can be served any more; None while they can."""
         return self._engine.failure or self._driver.failure
-
-    @contextlib.contextmanager
-    def admit(self, completions: int) -> Generator[None, None, None]:
-        """Admission for as long as the context lasts.
-
-        Raises ApiError: 400 for more completions than one request may have, 503 while there is no place for them, the server
-        stops, or the engine has failed.
-        """
-        if (failure := self.failure) is not None:
-            raise ApiError(str(failure), status=503, kind="server_error")
-        if self.is_draining:
-            raise overloaded("the server is stopping; another one may answer")
-        if completions > self.most_at_once:
-            raise ApiError(
-                f"the request asks for {completions:,} completions, and this server computes at most {self.most_at_once:,} of "
-                "one request; ask for fewer at once"
-            )
-        if self.completions + completions > self._limit:
-            raise overloaded(f"the server is busy with {self.requests} requests; try again in a moment")
-        self.requests += 1
-        self.completions += completions
-        try:
-            yield
-        finally:
-            self.requests -= 1
-            self.completions -= completions
 
     async def chunks(self, requests: Sequence[Request], caller: Caller) -> AsyncGenerator[list[ChoiceChunk], None]:
         """Chunks of admitted requests and their siblings as they come; those of several steps at once where the client is slow.
@@ -148,9 +119,17 @@ class Turns:
     another completion, after a thinking budget or the results of tools, share the next round.
     """
 
-    def __init__(self, turns: Sequence[Turn], prepare: Prepare, caller: Caller, worker: Worker) -> None:
-        """turns: begun, with the same prompt. caller: whose tokens they use. Raises RequestError where the engine refuses the
-        prompt."""
+    def __init__(
+        self,
+        turns: Sequence[Turn],
+        prepare: Prepare,
+        caller: Caller,
+        worker: Worker,
+        sources: Sequence[ServedHit] | None = None,
+    ) -> None:
+        """turns: begun, with the same prompt. caller: whose tokens they use. sources: those in the prompt; None: of a chat
+        without retrieval. Raises RequestError where the engine refuses the prompt."""
+        self.sources = sources
         self._turns = turns
         self._prepare = prepare
         self._caller = caller

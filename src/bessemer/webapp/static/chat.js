@@ -3,6 +3,7 @@ import { byId, download, events, given, json, make, pause, percent, Refused, req
 import { MarkdownView } from "./markdown.js";
 import * as store from "./store.js";
 import { closeToken, openTokens } from "./token.js";
+import * as documents from "./documents.js";
 
 const log = byId("log"), scroll = byId("scroll"), prompt = byId("prompt"), send = byId("send"), settings = byId("settings");
 let models = [], conversations = [], current = store.newConversation();
@@ -69,7 +70,7 @@ async function loadModels() {
 const titleOf = (conversation) => conversation.title || Object.values(conversation.nodes).find((node) => node.role === "user")?.content.slice(0, 80) || "New conversation";
 
 async function save(conversation = current) {
-  if (!Object.keys(conversation.nodes).length && !conversation.system) return;
+  if (!Object.keys(conversation.nodes).length && !conversation.system && !conversation.documents?.files.length) return;
   if (!conversations.includes(conversation)) conversations.push(conversation);
   try {
     if (await store.put(conversation)) showNews(conversation);
@@ -83,6 +84,7 @@ function showNews(conversation) {
   if (!byId("conversations").querySelector("input")) drawConversations();
   if (conversation !== current || running.size || asking || pair || !byId("side").hidden || log.querySelector(".editing")) return;
   byId("system").value = current.system;
+  drawDocuments();
   if (current.leaf) store.showBranch(current, current.leaf);
   drawLog();
 }
@@ -122,6 +124,7 @@ async function drop(conversation) {
   if (!confirm(`Delete “${titleOf(conversation)}”?`)) return;
   conversations = conversations.filter((other) => other !== conversation);
   await store.remove(conversation.id);
+  documents.forget(conversation);
   if (conversation === current) open(store.newConversation());
   else drawConversations();
 }
@@ -131,7 +134,8 @@ function open(conversation) {
   current = conversation;
   pair = null;
   byId("system").value = current.system;
-  closeToken();
+  closeSides();
+  drawDocuments();
   drawLog();
   drawConversations();
   toBottom();
@@ -175,13 +179,16 @@ function drawMessage(node) {
   if (node.role === "user") text.textContent = node.content;
   else {
     if (node.thinking) growThinking(entry, node.thinking);
-    entry.view = new MarkdownView(text, node.content);
+    entry.view = new MarkdownView(text, node.content, citer(node));
     if (running.has(node.id)) article.classList.add("working");
   }
   article.append(text, below);
   drawBelow(entry);
   return article;
 }
+
+/** What draws the citations of an answer from sources; null for another answer. */
+function citer(node) { return node.sources ? (number) => documents.citation(node, number, closeToken) : null; }
 
 function growThinking(entry, more) {
   if (!entry.thinking) {
@@ -213,10 +220,13 @@ function drawBelow(entry) {
       action("Good", "A good answer", () => judge(entry, true), { "aria-pressed": node.thumb === true ? "true" : "false" }),
       action("Bad", "A bad answer", () => judge(entry, false), { "aria-pressed": node.thumb === false ? "true" : "false" }),
     );
-    if (node.ids?.length) parts.push(action("Tokens", "The tokens of the answer, and what else could have come", () => openTokens(entry, goOn)));
+    if (node.ids?.length) parts.push(action("Tokens", "The tokens of the answer, and what else could have come", () => { documents.closeSource(); openTokens(entry, goOn); }));
     parts.push(make("span", { class: "facts-of-answer" }, node.stats ?? ""));
   }
   below.replaceChildren(...parts);
+  entry.sources?.remove();
+  entry.sources = node.role === "assistant" ? documents.citedSources(node, closeToken) : null;
+  if (entry.sources) below.before(entry.sources);
   if (node.failure) below.append(make("span", { class: "failure" }, node.failure));
 }
 
@@ -327,6 +337,7 @@ function goOn(node, place, id, beginning) {
   const branch = store.addNode(current, node.parent, "assistant");
   branch.settings = node.settings;
   branch.promptIds = node.promptIds;
+  branch.sources = node.sources;
   branch.ids = [...node.ids.slice(0, place), id];
   branch.content = beginning;
   running.set(branch.id, new AbortController());
@@ -339,7 +350,8 @@ function goOn(node, place, id, beginning) {
 async function* chatEvents(node, signal, says) {
   const path = store.pathTo(current, node.parent).map((each) => ({ role: each.role, content: each.content }));
   const system = current.system ? [{ role: "system", content: current.system }] : [];
-  const options = { ...node.settings };
+  const options = { ...node.settings }, stores = await documents.storesOf(current);
+  if (stores.length) options.retrieval = { vector_store_ids: stores };
   let left = 0, response;
   for (;;) {
     const body = { ...options, stream: true, stream_options: { include_usage: true }, return_token_ids: true, messages: [...system, ...path.slice(left)] };
@@ -360,7 +372,10 @@ async function* chatEvents(node, signal, says) {
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
     if (event.prompt_token_ids) node.promptIds = event.prompt_token_ids;
+    if (event.retrieval) { node.sources = event.retrieval.sources; node.annotations = []; }
     const choice = event.choices[0];
+    for (const one of choice?.delta?.annotations ?? []) node.annotations.push(one);
+    if (choice?.statements) node.statements = choice.statements;
     yield { text: choice?.delta?.content ?? "", thinking: choice?.delta?.reasoning ?? "", ids: choice?.token_ids ?? [], reason: choice?.finish_reason, usage: event.usage };
   }
 }
@@ -390,6 +405,8 @@ async function makeAnswer(node, source) {
     if (entry) {
       const follows = atBottom();
       if (thinking) growThinking(entry, thinking);
+      // the first event says whether it is an answer from sources
+      entry.view.cite ??= citer(node);
       entry.view.append(text);
       if (follows) toBottom();
     }
@@ -419,7 +436,7 @@ async function makeAnswer(node, source) {
   }
   flush();
   await pause();
-  node.stats = described(usage, last - first, first - started, reason, node.content, note);
+  node.stats = [described(usage, last - first, first - started, reason, node.content, note), documents.support(node)].filter(Boolean).join(" · ");
   store.touch(node);
   conversation.updated = Date.now();
   // before it is shown as done, so that a page that is loaded again then has it
@@ -456,6 +473,19 @@ function described(usage, streaming, wait, reason, content, note) {
 
 // --- the page ---------------------------------------------------------------------------------------------------------
 
+function closeSides() { closeToken(); documents.closeSource(); }
+function drawDocuments(conversation = current) { if (conversation === current) documents.drawAttached(current, documentsChanged(current)); }
+/** What is done when files of a conversation are others: it is kept, and drawn where it is shown. */
+function documentsChanged(conversation) {
+  return () => {
+    store.touch(conversation);
+    save(conversation);
+    drawDocuments(conversation);
+    if (!byId("conversations").querySelector("input")) drawConversations();
+  };
+}
+function attachFiles(files) { if (files.length) documents.attach(current, [...files], documentsChanged(current)); }
+
 function atBottom() { return scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80; }
 function toBottom() { scroll.scrollTop = scroll.scrollHeight; }
 function updateSend() {
@@ -486,7 +516,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
     if (running.size) stopAll();
     else if (!settings.hidden) toggleSettings(false);
-    else closeToken();
+    else closeSides();
   }
   if (!event.altKey) return;
   const work = { KeyN: () => open(store.newConversation()), KeyS: () => toggleSettings(), KeyL: () => toggleList(), KeyF: () => { toggleList(true); byId("search").focus(); } }[event.code];
@@ -514,7 +544,18 @@ byId("import-file").addEventListener("change", async () => {
   open(taken[0]);
 });
 
-loadModels();
+byId("attach").addEventListener("click", () => byId("attach-files").click());
+byId("attach-files").addEventListener("change", () => { attachFiles(byId("attach-files").files); byId("attach-files").value = ""; });
+for (const kind of ["dragover", "dragleave", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    if (!event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    document.body.classList.toggle("dropping", kind === "dragover");
+    if (kind === "drop") attachFiles(event.dataTransfer.files);
+  });
+}
+
+loadModels().then(documents.loadIndexes);
 store.all().catch(() => []).then((kept) => { conversations = kept; open(fromAddress()); store.onOthers(takeOthers); });
 addEventListener("hashchange", () => { const wanted = fromAddress(); if (wanted.id !== current.id && Object.keys(wanted.nodes).length) open(wanted); });
 toggleList(matchMedia("(min-width: 64rem)").matches);

@@ -61,7 +61,7 @@ export function blocksOf(text, from = 0) {
   return blocks;
 }
 
-const INLINE = new RegExp([
+const PARTS = [
   "(?<ticks>`+)(?<code>.+?)\\k<ticks>(?!`)",
   "\\*\\*(?<strong>[^\\s*](?:.*?[^\\s])?)\\*\\*",
   "\\*(?<em>[^\\s*](?:[^*]*[^\\s*])?)\\*",
@@ -70,17 +70,23 @@ const INLINE = new RegExp([
   "!?\\[(?<label>[^\\]]*)\\]\\((?<target>[^\\s()]+)(?:[ \\t]+\"[^\"]*\")?\\)",
   "(?<url>https?://[^\\s<>\"']*[^\\s<>\"'.,;:!?)\\]])",
   "\\\\(?<escaped>[\\\\`*_{}\\[\\]()#+\\-.!~|>])",
-].join("|"), "s");
+];
+const INLINE = new RegExp(PARTS.join("|"), "s");
+/** The same of an answer from sources, whose numbers in brackets are citations, whatever follows them. */
+const INLINE_CITING = new RegExp(["\\[(?<cited>[0-9]{1,4})\\]", ...PARTS].join("|"), "s");
+/** Makes the element of a citation while a view of such an answer is drawn: of its number, or null where it names no source. */
+let cite = null;
 
 function inline(node, text) {
   if (text.length > LONGEST) { node.append(text); return node; }
   let rest = text;
   for (;;) {
-    const found = INLINE.exec(rest);
+    const found = (cite ? INLINE_CITING : INLINE).exec(rest);
     if (!found) break;
     if (found.index) node.append(rest.slice(0, found.index));
-    const { code, strong, em, under, gone, label, target, url, escaped } = found.groups;
-    if (code !== undefined) node.append(make("code", {}, code.trim() ? code.replace(/^ (.*) $/s, "$1") : code));
+    const { cited, code, strong, em, under, gone, label, target, url, escaped } = found.groups;
+    if (cited !== undefined) node.append(cite(Number(cited)) ?? found[0]);
+    else if (code !== undefined) node.append(make("code", {}, code.trim() ? code.replace(/^ (.*) $/s, "$1") : code));
     else if (strong !== undefined) node.append(inline(make("strong"), strong));
     else if (em ?? under) node.append(inline(make("em"), em ?? under));
     else if (gone !== undefined) node.append(inline(make("s"), gone));
@@ -157,10 +163,16 @@ function drawBlock(block) {
 
 /** A text that grows. Only its last block is drawn again when more comes; code that only grows is added to. */
 export class MarkdownView {
-  constructor(node, text = "") { this.node = node; this.text = ""; this.start = 0; this.open = null; this.code = null; this.append(text); }
+  /** cite: of an answer from sources; see above. */
+  constructor(node, text = "", cite = null) { this.node = node; this.text = ""; this.start = 0; this.open = null; this.code = null; this.cite = cite; this.append(text); }
 
   append(more) {
     if (!more) return;
+    cite = this.cite;
+    try { this.draw(more); } finally { cite = null; }
+  }
+
+  draw(more) {
     this.text += more;
     const blocks = blocksOf(this.text, this.start);
     const last = blocks.at(-1);

@@ -40,14 +40,15 @@ export class Refused extends Error {
   constructor(message, status, code) { super(message); this.status = status; this.code = code; }
 }
 
-/** A request of the API; asks for a key once where the server wants one. Raises Refused, or an error in plain words. */
+/** A request of the API, of JSON or of a form; asks for a key once where the server wants one. Raises Refused, or an error in plain words. */
 export async function request(path, { body, method = body === undefined ? "GET" : "POST", signal } = {}) {
   for (let attempt = 0; ; attempt += 1) {
     const key = sessionStorage.getItem(KEY);
-    const headers = { ...(body === undefined ? {} : { "Content-Type": "application/json" }), ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+    const isForm = body instanceof FormData;
+    const headers = { ...(body === undefined || isForm ? {} : { "Content-Type": "application/json" }), ...(key ? { Authorization: `Bearer ${key}` } : {}) };
     let response;
     try {
-      response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), signal });
+      response = await fetch(path, { method, headers, body: body === undefined || isForm ? body : JSON.stringify(body), signal });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new Error("the server does not answer");
@@ -121,6 +122,7 @@ export async function savePage(view, title) {
   const copy = view.cloneNode(true);
   const pictures = [...view.querySelectorAll("canvas")].map((canvas) => make("img", { src: canvas.toDataURL(), alt: canvas.closest("[aria-label]")?.getAttribute("aria-label") ?? "" }));
   copy.querySelectorAll("canvas").forEach((canvas, number) => canvas.replaceWith(pictures[number]));
+  copy.querySelectorAll(".cite, .sources button").forEach((node) => node.replaceWith(node.matches(".cite") ? `[${node.textContent}]` : node.textContent));
   copy.querySelectorAll("button, form, select, textarea, [hidden]").forEach((node) => node.remove());
   download(`${title.replace(/[^\w-]+/g, "-").slice(0, 60) || "page"}.html`, "text/html", `<!doctype html>
 <html lang="en">

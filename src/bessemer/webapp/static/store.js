@@ -70,6 +70,7 @@ export function takeOver(conversation, other) {
   if (changed(other) > changed(conversation)) {
     conversation.title = other.title;
     conversation.system = other.system;
+    conversation.documents = other.documents;
     conversation.changed = other.changed;
     isNews = true;
   }

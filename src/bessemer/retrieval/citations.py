@@ -1,0 +1,160 @@
+"""Citations in a text: which it may hold, which it holds, and what in the cited sources bears a sentence out.
+
+A citation is the number of a source in brackets, `[2]`. `citing` is the regular expression that decoding is held to, so that a
+citation names a source that was given. `CitationReader` finds citations in a text that grows, each with the sentence of its
+source that shares most words with what was said; `checked_statements` compares whole sentences with the sources that they cite.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bessemer.retrieval.chunks import Span, sentences
+from bessemer.retrieval.search import Hit
+from bessemer.retrieval.store import PLAIN_WORDS, Passage
+
+#: Share of a sentence's content words that its sources must have.
+SUPPORT = 0.5
+_CITATION = re.compile(r"\[([0-9]{1,4})\]")
+#: Characters of the longest citation.
+_LONGEST_MARK = len("[1234]")
+#: Characters before a citation in which its sentence begins.
+_SENTENCE_CHARACTERS = 2_000
+_QUOTED = re.compile(r"“([^“”]{8,})”|\"([^\"]{8,})\"")
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sentence of an answer. cited: numbers of its sources, from 1. support: share of its content words in them, or, where it
+    cites none, in any; None for a sentence without content words."""
+
+    text: str
+    cited: tuple[int, ...]
+    support: float | None
+
+    @property
+    def is_supported(self) -> bool:
+        return self.support is None or self.support >= SUPPORT
+
+
+@dataclass(frozen=True)
+class Quote:
+    """A quoted text that a source has. start, end: bytes in the document."""
+
+    text: str
+    source: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A citation in a text. number: of the source, from 1. index: of its first character in the text. quote: the sentence of
+    the source that shares most words with the sentence before the citation; start, end: its bytes in the document."""
+
+    number: int
+    index: int
+    quote: str
+    start: int
+    end: int
+
+
+def citing(count: int) -> str:
+    """A regular expression for texts whose brackets hold only the numbers 1 to `count`; with 0, for texts without brackets."""
+    if count == 0:
+        return r"[^\[\]]*"
+    numbers = "|".join(str(number) for number in range(1, count + 1))
+    return rf"([^\[\]]|\[({numbers})\])*"
+
+
+def without_citations(text: str) -> str:
+    """A source's text with its numbers in brackets changed, so that none looks like a citation."""
+    return _CITATION.sub(r"(\1)", text)
+
+
+class CitationReader:
+    """Finds the citations of sources in a text that grows. Numbers of no source are none."""
+
+    def __init__(self, sources: Sequence[Hit]) -> None:
+        self._sources = sources
+        self._text = ""
+        #: Characters in which no citation begins that is yet to be found.
+        self._searched = 0
+
+    @property
+    def text(self) -> str:
+        return self._text
+
+    def feed(self, text: str) -> list[Citation]:
+        """The citations that this text completes."""
+        self._text += text
+        found = []
+        for match in _CITATION.finditer(self._text, self._searched):
+            self._searched = match.end()
+            if 0 < (number := int(match[1])) <= len(self._sources):
+                found.append(self._citation(number, match.start()))
+        opened = self._text.rfind("[", max(self._searched, len(self._text) - _LONGEST_MARK))
+        self._searched = len(self._text) if opened < 0 else opened
+        return found
+
+    def _citation(self, number: int, index: int) -> Citation:
+        passage = self._sources[number - 1].passage
+        before = _CITATION.sub("", self._text[max(0, index - _SENTENCE_CHARACTERS) : index])
+        said = [before[span.start : span.end] for span in sentences(before)]
+        span = nearest_sentence(next((one for one in reversed(said) if one.strip()), ""), passage.text)
+        return Citation(number, index, passage.text[span.start : span.end], *_bytes_of(passage, span))
+
+
+def nearest_sentence(statement: str, text: str) -> Span:
+    """The sentence of a text that has most content words of a statement; the whole text where none has any."""
+    wanted = set(content_words(statement))
+    best, most = Span(0, len(text)), 0
+    for span in sentences(text):
+        shared = len(wanted.intersection(content_words(text[span.start : span.end])))
+        if shared > most:
+            best, most = span, shared
+    sentence = text[best.start : best.end]
+    start = best.start + len(sentence) - len(sentence.lstrip())
+    return Span(start, start + len(sentence.strip()))
+
+
+def checked_statements(text: str, sources: Sequence[Hit]) -> list[Statement]:
+    """The sentences of an answer, with their citations and how far the sources support each."""
+    words = [set(content_words(hit.passage.shown)) for hit in sources]
+    everything = set().union(*words)
+    statements = []
+    for span in sentences(text):
+        sentence = text[span.start : span.end].strip()
+        if not sentence:
+            continue
+        cited = tuple(dict.fromkeys(int(number) for number in _CITATION.findall(sentence) if 0 < int(number) <= len(sources)))
+        own = content_words(_CITATION.sub("", sentence))
+        known = set().union(*(words[number - 1] for number in cited)) if cited else everything
+        support = sum(word in known for word in own) / len(own) if own else None
+        statements.append(Statement(sentence, cited, support))
+    return statements
+
+
+def content_words(text: str) -> list[str]:
+    """The words of a text in small letters, stop words left out."""
+    return [word for word in _WORD.findall(text.lower()) if word not in PLAIN_WORDS]
+
+
+def quotes_in(text: str, sources: Sequence[Hit]) -> Iterator[Quote]:
+    """The quotes in an answer that a source holds word for word."""
+    for match in _QUOTED.finditer(text):
+        quoted = match[1] or match[2]
+        for number, hit in enumerate(sources, start=1):
+            place = hit.passage.text.find(quoted)
+            if place >= 0:
+                yield Quote(quoted, number, *_bytes_of(hit.passage, Span(place, place + len(quoted))))
+                break
+
+
+def _bytes_of(passage: Passage, span: Span) -> tuple[int, int]:
+    """The place of a part of a passage, in bytes of its document."""
+    start = passage.start + len(passage.text[: span.start].encode())
+    return start, start + len(passage.text[span.start : span.end].encode())
