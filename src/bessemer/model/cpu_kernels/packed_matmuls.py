@@ -73,7 +73,7 @@ def describe_codes(model: Decoder) -> list[str]:
     """How the kernels keep and meet a quantised model's weights, in words; empty for other models."""
     kind, decoded = str(decoded_type(model.dtype)).removeprefix("torch."), bytes_for_kernels(model)
     words = [f"codes of {name} read out once ({kind}, {size(taken)})" for name, taken in decoded.items()]
-    if any(part.scheme.has_kernel(part.shape[-1]) for part in _multiplied(model)):
+    if any(part.scheme.rounds_activations and part.scheme.has_kernel(part.shape[-1]) for part in _multiplied(model)):
         words.append("activations of 8 bits")
     return words
 
