@@ -165,6 +165,26 @@ def test_codes_that_no_kernel_knows_are_decoded_once_and_come_back_bit_for_bit(s
         assert all(torch.equal(own.stored.tensors[key].float(), tensor.float()) for key, tensor in part.stored.tensors.items())
 
 
+def test_e4m3_in_blocks_of_128_is_multiplied_from_its_codes(tmp_path, monkeypatch):
+    if library() is None:
+        pytest.skip(unavailable())
+    model, tokenizer = coded_model(Fp8(128)), small_tokenizer(tmp_path)
+    save_model(model, tmp_path / "model", tokenizer=tmp_path / "tokenizer")
+    prompt, params = random_tokens(WIDE, 1, 40)[0].tolist(), SamplingParams(max_tokens=2, prompt_logprobs=0)
+    config = EngineConfig(threads=1, kv_cache_dtype="float32")
+    exact = Engine(dequantised(model.float()), tokenizer, config=config).generate([prompt], params)[0].prompt_log_probs
+    engine = Engine(tmp_path / "model", device="cpu", config=config)
+    count = decodings(engine.model, monkeypatch)
+    found = engine.generate([prompt], params)[0].prompt_log_probs
+    # no weight is rounded, as it would be to bfloat16
+    assert max(abs(one.log_probs.token - other.log_probs.token) for one, other in zip(found, exact, strict=True)) < 1e-4
+    assert not count and "read out" not in engine.arithmetic and "activations" not in engine.arithmetic
+    for name, part in quantised_parts(model).items():
+        own = quantised_parts(engine.model)[name]
+        assert own.is_released and not own.tensors
+        assert all(torch.equal(own.stored.tensors[key].float(), tensor.float()) for key, tensor in part.stored.tensors.items())
+
+
 def test_codes_for_activations_of_8_bits_are_widened_once_where_pytorch_has_no_exact_product(folder, monkeypatch):
     model = quantised_model(scheme="w8a8")
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))

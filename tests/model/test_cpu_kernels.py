@@ -7,7 +7,7 @@ from torch import nn
 
 from bessemer.model import cpu_kernels as builds
 from bessemer.model.cpu_kernels.packed import MatrixFields, PackedMatrix
-from bessemer.model.quantisation.base import BlockWeight, KernelWeight
+from bessemer.model.quantisation.base import BlockWeight, KernelWeight, NarrowFloatWeight
 from bessemer.model.quantisation.blocks import BLOCK_FORMS, GgufBlocks
 from bessemer.model.quantisation.integers import unpack
 
@@ -68,7 +68,34 @@ def quantised_activations(x_MK):
     return (codes.double() * (most / 127).double()).flatten(-2)[..., : x_MK.shape[-1]]
 
 
+class NarrowFloats(NarrowFloatWeight):
+    """Numbers of the type e4m3 for the kernels, and what they stand for."""
+
+    def dequantised(self):
+        spread = self.scales.double().repeat_interleave(self.group_size, dim=-1)[:, : self.codes.shape[1]]
+        return self.codes.double() * spread
+
+
+def random_narrow_floats(outputs, inputs, *, bias=False, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (outputs, inputs), generator=draw, dtype=torch.uint8)
+    # every number of the type, but for its NaN
+    codes = torch.where((codes & 127) == 127, 0, codes).view(torch.float8_e4m3fn)
+    scales = torch.rand(outputs, -(-inputs // 128), generator=draw) * 0.01
+    return NarrowFloats(codes, scales, 128, torch.randn(outputs, generator=draw) if bias else None)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("inputs", [128, 200, 576])
+def test_a_product_by_e4m3_is_that_of_its_numbers(count, inputs):
+    layer, x_MK = random_narrow_floats(48, inputs, bias=True), rows(count, inputs)
+    matrix = PackedMatrix.of(layer)
+    close(matrix.multiply(x_MK), x_MK.double() @ layer.dequantised().T + layer.bias.double(), 1e-6)
+    assert torch.equal(matrix.row(37), layer.dequantised()[37].float())
+
+
 LAYERS = {
+    "F8": lambda outputs=80, inputs=256, **how: random_narrow_floats(outputs, inputs, **how),
     "Q8": lambda outputs=80, inputs=256, **how: random_layer(8, outputs, inputs, inputs, **how),
     "Q8, groups of 32": lambda outputs=80, inputs=256, **how: random_layer(8, outputs, inputs, 32, **how),
     "Q4": lambda outputs=80, inputs=256, **how: random_layer(4, outputs, inputs, 32, **how),

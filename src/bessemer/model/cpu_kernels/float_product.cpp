@@ -1,5 +1,5 @@
-// Products of weights in float32 and bfloat16 with activations in float32: for every output one chain of fused multiplications and
-// additions, from the first input to the last.
+// Products of weights in float32, bfloat16 and e4m3 with activations in float32: for every output one chain of fused
+// multiplications and additions, from the first input to the last; in e4m3 one for each group, whose sums are scaled and added.
 #include <algorithm>
 
 #include "products.h"
@@ -16,6 +16,8 @@ constexpr int blocks_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; } 
 #else
 constexpr int blocks_of(int) { return SIDE_BY_SIDE; }
 #endif
+// With two chains for each, and four inputs' weights.
+constexpr int blocks_of(Kind kind, int rows) { return kind != F8 ? blocks_of(rows) : rows == 1 ? 2 : 1; }
 
 // Adds one input's products to total[r][b].
 template <int R, int B>
@@ -39,7 +41,8 @@ void block_product(const Matrix& matrix, const Rows& rows, float* out, int64_t s
             for (int b = 0; b < B; ++b) weights[b] = load_floats(codes + (b * k + i) * WIDTH);
             add_input<R, B>(weights, rows.values + i, rows.stride, total);
         }
-    } else {
+    }
+    if constexpr (kind == BF16) {
         const int64_t K = padded(k);
         const uint16_t* codes = static_cast<const uint16_t*>(matrix.codes) + block * K * WIDTH;
         for (int64_t i = 0; i < k; i += 2) {
@@ -47,6 +50,30 @@ void block_product(const Matrix& matrix, const Rows& rows, float* out, int64_t s
             for (int b = 0; b < B; ++b) load_bfloat_pairs(codes + (b * K + i) * WIDTH, even[b], odd[b]);
             add_input<R, B>(even, rows.values + i, rows.stride, total);
             if (i + 1 < k) add_input<R, B>(odd, rows.values + i + 1, rows.stride, total);
+        }
+    }
+    if constexpr (kind == F8) {
+        const int64_t K = padded(k), groups = (k + matrix.group - 1) / matrix.group;
+        const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + block * K * WIDTH;
+        const float* scales = reinterpret_cast<const float*>(matrix.scales) + block * groups * WIDTH;
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t end = std::min(k, (group + 1) * matrix.group);
+            Floats part[R][B];
+            for (int r = 0; r < R; ++r)
+                for (int b = 0; b < B; ++b) part[r][b] = zero_floats();
+            for (int64_t i = group * matrix.group; i < end; i += 4) {
+                Floats four[4][B];
+                for (int b = 0; b < B; ++b) {
+                    Floats weights[4];
+                    load_e4m3(codes + (b * K + i) * WIDTH, weights);
+                    for (int j = 0; j < 4; ++j) four[j][b] = weights[j];
+                }
+                for (int j = 0; j < 4 && i + j < end; ++j) add_input<R, B>(four[j], rows.values + i + j, rows.stride, part);
+            }
+            for (int b = 0; b < B; ++b) {
+                const Floats scale = load_floats(scales + (b * groups + group) * WIDTH);
+                for (int r = 0; r < R; ++r) total[r][b] = fma(part[r][b], scale, total[r][b]);
+            }
         }
     }
     for (int b = 0; b < B; ++b) {
@@ -60,7 +87,7 @@ void block_product(const Matrix& matrix, const Rows& rows, float* out, int64_t s
 
 template <Kind kind, int R>
 void some_blocks(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
-    constexpr int B = blocks_of(R);
+    constexpr int B = blocks_of(kind, R);
     int64_t block = first;
     for (; block + B <= last; block += B) block_product<kind, R, B>(matrix, rows, out, stride, block);
     for (; block < last; ++block) block_product<kind, R, 1>(matrix, rows, out, stride, block);
@@ -90,8 +117,11 @@ void any_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride
 }  // namespace
 
 void float_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
-    if (matrix.kind == F32) any_rows<F32>(matrix, rows, out, stride, first, last);
-    else any_rows<BF16>(matrix, rows, out, stride, first, last);
+    switch (matrix.kind) {
+        case F32: any_rows<F32>(matrix, rows, out, stride, first, last); break;
+        case BF16: any_rows<BF16>(matrix, rows, out, stride, first, last); break;
+        default: any_rows<F8>(matrix, rows, out, stride, first, last);
+    }
 }
 
 }  // namespace bessemer

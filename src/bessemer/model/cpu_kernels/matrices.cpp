@@ -112,6 +112,12 @@ void read_row(const Matrix& matrix, int64_t output, float* out) {
         return;
     }
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + block * WIDTH * K * bits_of(matrix.kind) / 8 + 4 * lane;
+    if (matrix.kind == F8) {
+        const int64_t groups = (k + matrix.group - 1) / matrix.group;
+        const float* scales = reinterpret_cast<const float*>(matrix.scales) + block * groups * WIDTH + lane;
+        for (int64_t i = 0; i < k; ++i) out[i] = e4m3_to_float(codes[i / 4 * 64 + i % 4]) * scales[i / matrix.group * WIDTH];
+        return;
+    }
     const uint8_t* parts = matrix.parts ? matrix.parts + block * K + lane : nullptr;
     const int64_t groups = K / matrix.group;
     for (int64_t i = 0; i < k; ++i) {

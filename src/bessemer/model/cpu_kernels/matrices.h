@@ -8,16 +8,17 @@
 
 namespace bessemer {
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3, Q5 = 4, Q6 = 5 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3, Q5 = 4, Q6 = 5, F8 = 6 };
 
 constexpr int64_t WIDTH = 16;  // outputs side by side: one block of outputs
 constexpr int64_t GROUP = 32;  // neighbours along k that share a scale of the activations; k is padded to a multiple of it
 
 inline int64_t padded(int64_t k) { return (k + GROUP - 1) / GROUP * GROUP; }
 inline int64_t blocks(int64_t n) { return (n + WIDTH - 1) / WIDTH; }
-inline bool is_coded(Kind kind) { return kind >= Q8; }
-// Bits of a code, of a matrix of codes.
-inline int64_t bits_of(Kind kind) { return kind == Q8 ? 8 : kind == Q4 ? 4 : kind == Q5 ? 5 : 6; }
+// Whether weights are whole numbers, which meet activations of 8 bits.
+inline bool is_coded(Kind kind) { return kind >= Q8 && kind <= Q6; }
+// Bits of a code.
+inline int64_t bits_of(Kind kind) { return kind == Q8 || kind == F8 ? 8 : kind == Q4 ? 4 : kind == Q5 ? 5 : 6; }
 
 // A linear layer's weight (n outputs, k inputs), packed by PackedMatrix in packed.py, which mirrors this struct.
 // For every block of 16 outputs, and K = padded(k):
@@ -28,6 +29,7 @@ inline int64_t bits_of(Kind kind) { return kind == Q8 ? 8 : kind == Q4 ? 4 : kin
 //   Q5    uint8    [K / 32][4 + 1][16][4]     low four bits as in Q4; bit (f + 4) % 8 of a byte behind them is the fifth bit of the
 //                                             neighbours 4 f … 4 f + 3 of the 32
 //   Q6    uint8    [K / 32][4 + 2][16][4]     the same with two bits a code, (2 f + 4) % 8 the lower one, f < 4 in the first 16 lanes
+//   F8    uint8    [K / 4][16][4]             numbers of the type e4m3, none of them NaN; scales float [groups][16]
 //   scales float16 [groups][16], zeros uint8 [groups][16] (null: 128 for Q8, 8 for Q4, 16 for Q5, 32 for Q6)
 //   offsets float16 [groups][16], Q4 and Q5 alone: a weight is scale * code + offset, and there are no zeros
 //   parts uint8    [K / 32][2][16], groups of 256: each 32 neighbours have a scale and an offset of their own, scale * the first
@@ -44,7 +46,7 @@ struct Matrix {
     const float* bias;      // n, or null
 };
 
-// m rows of k activations, and their codes for matrices of codes (F32 and BF16 read the values). The caller owns all of it.
+// m rows of k activations, and their codes for matrices of codes (F32, BF16 and F8 read the values). The caller owns all of it.
 // Rows prepared for a matrix of codes serve every other of the same k.
 //
 // A row is C rows of codes of 8 bits. With one, the activations are rounded to 8 bits. With two, the second is of what the first leaves,

@@ -56,10 +56,15 @@ T* pages_at(const Tensor& tensor) {
 
 Matrix matrix_of(const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& offsets,
                  const MaybeTensor& parts, const MaybeTensor& bias, int64_t kind, int64_t outputs, int64_t inputs, int64_t group) {
-    require(kind >= F32 && kind <= Q6 && outputs > 0 && inputs > 0, "a packed matrix has a kind, outputs and inputs");
+    require(kind >= F32 && kind <= F8 && outputs > 0 && inputs > 0, "a packed matrix has a kind, outputs and inputs");
     const int64_t lanes = blocks(outputs) * WIDTH, whole = padded(inputs);
-    const int64_t bytes[] = {4 * inputs, 2 * whole, whole, whole / 2, whole * 5 / 8, whole * 6 / 8};
+    const int64_t bytes[] = {4 * inputs, 2 * whole, whole, whole / 2, whole * 5 / 8, whole * 6 / 8, whole};
     require(codes.numel() * int64_t(codes.element_size()) == lanes * bytes[kind], "the codes are not those of the matrix");
+    if (kind == F8) {
+        require(group == 32 || group == 64 || group == 128, "e4m3 weights have groups of 32, 64 or 128");
+        require(scales && scales->scalar_type() == ScalarType::Float && scales->numel() == lanes * ((inputs + group - 1) / group),
+                "e4m3 weights have scales in float32, one for each group of a row");
+    }
     if (is_coded(Kind(kind))) {
         require(parts ? group == 256 : group == whole || group == 32 || group == 64 || group == 128,
                 "the kernels know groups of 32, 64, 128 and a row, and of 256 with parts");

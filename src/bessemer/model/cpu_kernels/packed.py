@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.cpu_kernels import library, packed_linear
-from bessemer.model.quantisation.base import BlockWeight, Codes, FloatWeight, KernelWeight
+from bessemer.model.quantisation.base import BlockWeight, CodedWeight, Codes, FloatWeight, KernelWeight, NarrowFloatWeight
 from bessemer.model.quantisation.blocks import BLOCK_FORMS, GgufBlocks
 from bessemer.model.quantisation.integers import MIDDLE, pack
 from bessemer.model.quantisation.quantised_layers import PACKED_TENSORS, Keeper, QuantisedLinear
@@ -32,10 +32,11 @@ class Kind(IntEnum):
     Q4 = 3
     Q5 = 4
     Q6 = 5
+    F8 = 6
 
 
 #: What can be packed.
-Layer = nn.Linear | QuantisedLinear | KernelWeight | BlockWeight | FloatWeight
+Layer = nn.Linear | QuantisedLinear | CodedWeight | FloatWeight
 #: The tensor that a decoded weight stands for: scales stay, and are small.
 _CODES = frozenset({"codes"})
 
@@ -116,6 +117,8 @@ class PackedMatrix:
             return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, None, None, bias)
         if blocks:
             raise ValueError("blocks of GGUF files cannot be packed together with codes")
+        if kind is Kind.F8:
+            return cls._of_narrow_floats([weight for weight in weights if isinstance(weight, NarrowFloatWeight)])
         return cls._quantised(kind, [weight for weight in weights if isinstance(weight, KernelWeight)])
 
     @classmethod
@@ -145,6 +148,17 @@ class PackedMatrix:
         done = kernels.bessemer_pack_blocks(form.number, given.data_ptr(), ctypes.byref(matrix.fields), threads)
         assert done, f"the kernels do not know {kind}"
         return matrix
+
+    @classmethod
+    def _of_narrow_floats(cls, weights: list[NarrowFloatWeight]) -> PackedMatrix:
+        groups = {weight.group_size for weight in weights}
+        if len(groups) != 1:
+            raise ValueError(f"layers with one size of groups can be packed together, not {sorted(groups)}")
+        codes_NK = torch.cat([weight.codes.view(torch.uint8) for weight in weights])
+        scales = _pack_groups(torch.cat([weight.scales for weight in weights]))
+        bias = _bias([(weight.bias, len(weight.codes)) for weight in weights])
+        shape = (codes_NK.shape[0], codes_NK.shape[1])
+        return cls(Kind.F8, shape, groups.pop(), _pack_codes(codes_NK, Kind.F8), scales, None, None, None, bias)
 
     @classmethod
     def _quantised(cls, kind: Kind, weights: list[KernelWeight]) -> PackedMatrix:
@@ -215,7 +229,9 @@ class PackedMatrix:
         inputs = self.shape[1]
         # (…, K / 4, 4), or (…, K / 8, 4) with low and high halves
         lanes = codes[block, :, lane]
-        if self.kind is Kind.Q8:
+        if self.kind is Kind.F8:
+            whole = lanes.flatten(-2)[..., :inputs].contiguous().view(torch.float8_e4m3fn)
+        elif self.kind is Kind.Q8:
             whole = (lanes ^ 128).view(torch.int8).flatten(-2)[..., :inputs].contiguous()
         else:
             whole = pack(torch.stack((lanes & 15, lanes >> 4), dim=-2).flatten(-3)[..., :inputs])
@@ -289,9 +305,7 @@ class PackedMatrix:
         return out_K
 
 
-def kernel_weight(
-    layer: QuantisedLinear | KernelWeight | BlockWeight | FloatWeight,
-) -> KernelWeight | BlockWeight | FloatWeight:
+def kernel_weight(layer: QuantisedLinear | CodedWeight | FloatWeight) -> CodedWeight | FloatWeight:
     """A layer as the kernels multiply it, with its bias: decoded where they do not know its codes. No layer of a `refusal`."""
     if not isinstance(layer, QuantisedLinear):
         return layer
@@ -327,9 +341,11 @@ def refusal(layer: Layer) -> str | None:
 _FLOATS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
 
 
-def _kind(weight: nn.Linear | KernelWeight | BlockWeight | FloatWeight) -> Kind:
+def _kind(weight: nn.Linear | CodedWeight | FloatWeight) -> Kind:
     if isinstance(weight, nn.Linear | FloatWeight):
         return _FLOATS[weight.weight.dtype]
+    if isinstance(weight, NarrowFloatWeight):
+        return Kind.F8
     if isinstance(weight, BlockWeight):
         return {4: Kind.Q4, 5: Kind.Q5, 6: Kind.Q6}[BLOCK_FORMS[weight.kind].bits]
     return Kind.Q8 if weight.codes.dtype == torch.int8 else Kind.Q4
@@ -361,7 +377,7 @@ def _pack_bfloat16(weight_NK: Tensor) -> Tensor:
 def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
     """Codes (N, K) of 8 bits, or two of 4 bits to a byte, some blocks of outputs after the other: what is made on the way stays
     small."""
-    pack = _pack_bytes if kind is Kind.Q8 else _pack_nibbles
+    pack = _pack_nibbles if kind is Kind.Q4 else _pack_bytes if kind is Kind.Q8 else _pack_lanes
     size, width = codes_NP.shape
     step = max(_VALUES_AT_ONCE // width // WIDTH, 1) * WIDTH
     if size <= step:
@@ -376,10 +392,13 @@ def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
 
 
 def _pack_bytes(codes_NK: Tensor) -> Tensor:
+    return _pack_lanes(codes_NK).bitwise_xor_(128)
+
+
+def _pack_lanes(codes_NK: Tensor) -> Tensor:
     # (N / 16, 16, K / 4): each int32 holds 4 neighbouring codes
     lanes = _blocks(codes_NK, GROUP).contiguous().view(torch.int32)
-    packed = lanes.transpose(1, 2).contiguous().view(torch.uint8).unflatten(-1, (WIDTH, 4))
-    return packed.bitwise_xor_(128)
+    return lanes.transpose(1, 2).contiguous().view(torch.uint8).unflatten(-1, (WIDTH, 4))
 
 
 def _pack_nibbles(codes_NP: Tensor) -> Tensor:

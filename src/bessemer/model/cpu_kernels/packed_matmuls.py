@@ -74,7 +74,7 @@ def describe_codes(model: Decoder, activation_bits: int = 8) -> list[str]:
     """How the kernels keep and meet a quantised model's weights, in words; empty for other models."""
     kind, decoded = str(decoded_type(model.dtype)).removeprefix("torch."), bytes_for_kernels(model)
     words = [f"codes of {name} read out once ({kind}, {size(taken)})" for name, taken in decoded.items()]
-    if any(part.scheme.has_kernel(part.shape[-1]) for part in _multiplied(model)):
+    if any(part.scheme.rounds_activations and part.scheme.has_kernel(part.shape[-1]) for part in _multiplied(model)):
         words.append(f"activations of {activation_bits} bits")
     return words
 

@@ -28,6 +28,14 @@ inline float half_to_float(uint16_t half) {
     return value;
 }
 
+// Of a number of the type e4m3 that is not NaN: its bits at the place of float32's are the number over 2^120.
+inline float e4m3_to_float(uint8_t code) {
+    const uint32_t bits = uint32_t(code & 0x80) << 24 | uint32_t(code & 0x7f) << 20;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value * 0x1p120f;
+}
+
 inline float bfloat_to_float(uint16_t half) {
     const uint32_t bits = uint32_t(half) << 16;
     float value;
@@ -73,6 +81,16 @@ inline void load_bfloat_pairs(const uint16_t* p, Floats& first, Floats& second) 
     const __m512i pairs = _mm512_loadu_si512(p);
     first = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
     second = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))))};
+}
+/// Four neighbours of each lane in e4m3, widened: their bits at the place of float32's are the number over 2^120.
+inline void load_e4m3(const uint8_t* p, Floats (&four)[4]) {
+    const __m512i codes = _mm512_loadu_si512(p), magnitude = _mm512_set1_epi32(0x07f00000), sign = _mm512_set1_epi32(int(0x80000000));
+    const __m512i places[4] = {_mm512_slli_epi32(codes, 20), _mm512_slli_epi32(codes, 12), _mm512_slli_epi32(codes, 4), _mm512_srli_epi32(codes, 4)};
+    const __m512i signs[4] = {_mm512_slli_epi32(codes, 24), _mm512_slli_epi32(codes, 16), _mm512_slli_epi32(codes, 8), codes};
+    for (int j = 0; j < 4; ++j) {
+        const __m512i bits = _mm512_or_si512(_mm512_and_si512(places[j], magnitude), _mm512_and_si512(signs[j], sign));
+        four[j] = {_mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f))};
+    }
 }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -150,6 +168,9 @@ inline void load_bfloat_pairs(const uint16_t* p, Floats& first, Floats& second) 
         first.v[i] = bfloat_to_float(p[2 * i]);
         second.v[i] = bfloat_to_float(p[2 * i + 1]);
     }
+}
+inline void load_e4m3(const uint8_t* p, Floats (&four)[4]) {
+    for (int j = 0; j < 4; ++j) EACH_LANE four[j].v[i] = e4m3_to_float(p[4 * i + j]);
 }
 inline Floats fma(Floats a, Floats b, Floats c) { Floats r; EACH_LANE r.v[i] = std::fma(a.v[i], b.v[i], c.v[i]); return r; }
 inline Floats add(Floats a, Floats b) { Floats r; EACH_LANE r.v[i] = a.v[i] + b.v[i]; return r; }

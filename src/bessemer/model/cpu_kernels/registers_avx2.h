@@ -25,6 +25,16 @@ inline void load_bfloat_pairs(const uint16_t* p, Floats& first, Floats& second) 
     first = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
     second = {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
 }
+inline void load_e4m3(const uint8_t* p, Floats (&four)[4]) {
+    auto widened = [](__m256i codes, int j) {
+        const __m256i place = j < 3 ? _mm256_slli_epi32(codes, 20 - 8 * j) : _mm256_srli_epi32(codes, 4);
+        const __m256i magnitude = _mm256_and_si256(place, _mm256_set1_epi32(0x07f00000));
+        const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 24 - 8 * j), _mm256_set1_epi32(int(0x80000000)));
+        return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(magnitude, sign)), _mm256_set1_ps(0x1p120f));
+    };
+    const __m256i low = _mm256_loadu_si256((const __m256i*)p), high = _mm256_loadu_si256((const __m256i*)(p + 32));
+    for (int j = 0; j < 4; ++j) four[j] = {widened(low, j), widened(high, j)};
+}
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)}; }
 inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 inline Floats times(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }

@@ -101,7 +101,7 @@ public:
     const Rows& of(const Matrix& matrix) const { return rows_[form(matrix)]; }
 
 private:
-    static int form(const Matrix& matrix) { return matrix.kind == F32 ? 0 : matrix.kind == BF16 ? 1 : 2; }
+    static int form(const Matrix& matrix) { return matrix.kind == F32 ? 0 : is_coded(matrix.kind) ? 2 : 1; }
     Rows rows_[3];
     Scratch memory_[3];
 };

@@ -67,6 +67,23 @@ class BlockWeight(NamedTuple):
     bias: Tensor | None = None
 
 
+class NarrowFloatWeight(NamedTuple):
+    """A weight in floating point of 8 bits in the form that the compiled CPU kernels multiply: scales · codes per group of
+    neighbours along K.
+
+    codes: float8_e4m3fn (N, K), none of them NaN. scales: float32 (N, G), of the last group too, which may be shorter.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    group_size: int
+    bias: Tensor | None = None
+
+
+#: A weight as the compiled CPU kernels multiply its codes.
+CodedWeight = KernelWeight | BlockWeight | NarrowFloatWeight
+
+
 class FloatWeight(NamedTuple):
     """A weight whose codes the compiled CPU kernels do not know, decoded: they multiply it as that of any layer.
 
@@ -107,6 +124,8 @@ class Scheme(ABC):
     name: ClassVar[str]
     #: Whether activations stay floating point, so that the weight may be dequantised once.
     is_weight_only: ClassVar[bool] = True
+    #: Whether the compiled CPU kernels multiply codes by activations of 8 bits.
+    rounds_activations: ClassVar[bool] = True
     #: Whether `recoded` reads codes back from decoded weights.
     is_recoverable: ClassVar[bool] = False
 
@@ -140,7 +159,7 @@ class Scheme(ABC):
         """hidden (…, K) by the weight's transpose, plus the bias, (…, N), in the type of `hidden`."""
         return functional.linear(hidden, weight.dequantised().to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
 
-    def kernel_weight(self, tensors: Mapping[str, Tensor]) -> KernelWeight | BlockWeight | None:
+    def kernel_weight(self, tensors: Mapping[str, Tensor]) -> CodedWeight | None:
         """A matrix as the compiled CPU kernels multiply it; None where they cannot.
 
         Those of `codes`, `scales`, `zeros` and `offsets` that it is made of are the scheme's own tensors of that name: a model

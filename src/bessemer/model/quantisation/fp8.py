@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from bessemer.core.errors import ArtefactError
 from bessemer.model.families.layout import Stored, whole
-from bessemer.model.quantisation.base import Codes, Scheme, TensorSpec
-from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.base import Codes, NarrowFloatWeight, Scheme, TensorSpec
+from bessemer.model.quantisation.config import GROUP_SIZES, QuantizeConfig
 from bessemer.model.quantisation.storage_parts import ReadForm, StoredPart
 
 # Shapes: N outputs, K inputs, G blocks of a row.
@@ -38,6 +38,7 @@ class Fp8(Scheme):
     block: int = 128
 
     name = "fp8"
+    rounds_activations = False
     is_recoverable = True
 
     @classmethod
@@ -63,6 +64,15 @@ class Fp8(Scheme):
     def dequantise(self, tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors["codes"]
         return codes.to(torch.float32) * self._spread(tensors["scales"], codes.shape[-1])
+
+    def has_kernel(self, inputs: int) -> bool:
+        return self.block in GROUP_SIZES
+
+    def kernel_weight(self, tensors: Mapping[str, Tensor]) -> NarrowFloatWeight | None:
+        codes = tensors["codes"]
+        # the kernels know no NaN, of which all bits but the sign are set
+        has_nan = bool(((codes.view(torch.uint8) & 127) == 127).any())
+        return None if has_nan else NarrowFloatWeight(codes, tensors["scales"], self.block)
 
     def recoded(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         # neighbouring codes differ by a sixteenth or more, and rounding to bfloat16 moves a weight by a 512th at most
