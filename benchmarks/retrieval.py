@@ -49,6 +49,7 @@ QUESTIONS = Path(__file__).with_name("retrieval_questions.json")
 DEVELOPMENT = Path(__file__).with_name("retrieval_development.json")
 MODES: tuple[Mode, ...] = ("words", "meaning", "hybrid")
 RANKS = (1, 5, 10, 20, 50)
+NOT_INDEXED = "not indexed"
 
 
 def names_of(passage: str) -> set[str]:
@@ -86,13 +87,20 @@ def best_cosine(index: OpenIndex, question: str) -> float:
     return hit.scores["meaning"]
 
 
+def judgements(index: OpenIndex, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The right passages of each question; of one whose objects have none in the index, a passage that nothing finds."""
+    passages = passages_by_name(index)
+    judged = []
+    for row in rows:
+        names = set().union(*map(names_of, row["passages"]))
+        right = {identity: 1.0 for name in names for identity in passages.get(name, ())}
+        judged.append(right or {NOT_INDEXED: 1.0})
+    return judged
+
+
 def found_by(index: OpenIndex, mode: Mode, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Recall, MRR and nDCG of a way of searching. rows: questions with the objects that answer them."""
-    passages = passages_by_name(index)
-    judged = [
-        {identity: 1.0 for name in set().union(*map(names_of, row["passages"])) for identity in passages.get(name, ())}
-        for row in rows
-    ]
+    judged = judgements(index, rows)
     start = time.process_time()
     rankings = [[hit.passage.id for hit in search(index, row["question"], max(RANKS), mode=mode)] for row in rows]
     milliseconds = 1000 * (time.process_time() - start) / len(rows)
@@ -169,6 +177,7 @@ def main() -> None:
             # of an index that was there already, nothing was embedded
             **({"index_cpu_seconds": seconds} if summary.added == summary.documents else {}),
             "questions": len(rows),
+            "questions_without_passage": sum(NOT_INDEXED in right for right in judgements(index, rows)),
             **ways(index, rows),
             "refusals": refusals(index, parts),
             **recording.when(),

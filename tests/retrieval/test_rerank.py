@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
 from bessemer.core.http_client import ApiError
 from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
-from bessemer.retrieval.rerank import CrossEncoder, LikelihoodReranker, ServerReranker, open_reranker
+from bessemer.retrieval.rerank import CrossEncoder, HeadingReranker, ServerReranker, open_reranker
 from bessemer.retrieval.search import search
 from tests.chat_server import serving
 from tests.model.random_encoders import KINDS, written
@@ -81,23 +81,19 @@ def test_a_model_that_gives_a_pair_no_single_score_is_refused(tmp_path):
 
 
 @torch.no_grad()
-def test_a_language_models_scores_are_the_mean_log_probabilities_of_the_query(tmp_path):
+def test_a_language_models_scores_are_the_log_probabilities_of_the_headings(tmp_path):
     engine = babbling_engine(tmp_path)
-    reranker = LikelihoodReranker(engine, passage_tokens=8)
-    query = "does iron rust"
-    passages = ["iron", "copper turns green in the air of the town"]
-    scores_N = reranker.scores(query, passages)
-    ids = reranker._question(query)
-    tokens = [engine.tokenizer.encode(passage, add_bos=False) for passage in passages]
-    assert len(tokens[0]) <= 8 < len(tokens[1])
-    for score, own in zip(scores_N, tokens, strict=True):
-        passage = engine.tokenizer.decode(own[:8])
-        whole = [*reranker._prompt(passage), *ids]
+    reranker = HeadingReranker(engine)
+    passages = ["iron.rust(water, *, air)\nText.", "Copper\nOther text."]
+    scores_N = reranker.scores("does iron rust", passages)
+    for score, heading in zip(scores_N, ("iron.rust", "Copper"), strict=True):
+        ids = [*engine.tokenizer.encode(heading, add_bos=False), *engine.tokenizer.encode("\n", add_bos=False)]
+        whole = [*reranker._prompt("does iron rust"), *ids]
         log_probs_TV = engine.model(torch.tensor([whole]))[0].float().log_softmax(-1)
         start = len(whole) - len(ids)
-        expected = [log_probs_TV[place - 1, whole[place]].item() for place in range(start, len(whole))]
-        assert score == pytest.approx(np.mean(expected), abs=1e-3)
-    with pytest.raises(RequestError, match="leave a passage no room"):
+        expected = sum(log_probs_TV[place - 1, whole[place]].item() for place in range(start, len(whole)))
+        assert score == pytest.approx(expected, abs=5e-3)
+    with pytest.raises(RequestError, match="shorten it"):
         reranker.scores("x y z " * 500, ["iron"])
 
 
@@ -119,6 +115,8 @@ def test_a_servers_scores_are_put_in_the_order_of_the_passages(monkeypatch):
 
 
 class LongestFirst:
+    weight = None
+
     def scores(self, query, passages):
         return np.array([len(passage) for passage in passages], np.float32)
 
@@ -137,3 +135,17 @@ def test_a_search_is_ordered_by_the_reranker_also_what_was_not_among_the_first(t
     assert "11.md" not in [hit.passage.document for hit in plain]
     assert hits[0].score == lengths[0] and [hit.ranks["reranked"] for hit in hits] == [1, 2, 3]
     assert "words rank" in hits[0].explanation and "reranked rank 1 (score" in hits[0].explanation
+
+
+def test_a_reranker_with_a_weight_adds_to_the_score_of_the_searches(tmp_path):
+    pytest.importorskip("lancedb")
+    documents = [IndexedDocument("a.md", "Iron iron iron."), IndexedDocument("b.md", "Iron and much else in a longer text.")]
+    build_index(documents, tmp_path / "i", IndexConfig(embedder="none"))
+    plain = {hit.passage.id: hit.score for hit in search(open_index(tmp_path / "i"), "iron", 2)}
+    for weight, first in ((0.0, "a.md"), (1.0, "b.md")):
+        reranker = LongestFirst()
+        reranker.weight = weight
+        hits = search(open_index(tmp_path / "i", reranker=reranker), "iron", 2)
+        assert hits[0].passage.document == first
+        for hit in hits:
+            assert hit.score == pytest.approx(plain[hit.passage.id] + weight * len(hit.passage.shown))

@@ -102,13 +102,16 @@ def fused(words: Sequence[Found], meaning: Sequence[Found], weight: float) -> li
 
 
 def reranked(reranker: Reranker, query: str, hits: Sequence[Hit]) -> list[Hit]:
-    """Hits in the order of a reranker's scores; equal ones stay in theirs."""
+    """Hits in the order of a reranker's scores, or of the sum of their scores and its, weighted; equal ones stay in theirs."""
     scores_N = reranker.scores(query, [hit.passage.shown for hit in hits])
+    totals_N = scores_N.astype(np.float64)
+    if reranker.weight is not None:
+        totals_N = np.array([hit.score for hit in hits]) + reranker.weight * totals_N
     ordered = []
-    for rank, place in enumerate(np.argsort(-scores_N, kind="stable"), start=1):
-        hit, score = hits[place], float(scores_N[place])
-        ranks, scores = {**hit.ranks, "reranked": rank}, {**hit.scores, "reranked": score}
-        ordered.append(replace(hit, score=score, ranks=ranks, scores=scores))
+    for rank, place in enumerate(np.argsort(-totals_N, kind="stable"), start=1):
+        hit = hits[place]
+        ranks, scores = {**hit.ranks, "reranked": rank}, {**hit.scores, "reranked": float(scores_N[place])}
+        ordered.append(replace(hit, score=float(totals_N[place]), ranks=ranks, scores=scores))
     return ordered
 
 
