@@ -170,10 +170,12 @@ def test_with_activations_of_16_bits_a_product_is_that_of_the_decoded_weights(na
     expected = x_MK.double() @ layer.dequantised().T + layer.bias.double()
     matrix = PackedMatrix.of(layer)
     errors = [(matrix.multiply(x_MK, activation_bits=bits).double() - expected).abs().max() for bits in BITS]
-    assert errors[1] < 1e-4 * expected.abs().max() and errors[1] < errors[0] / 20
+    assert errors[1] < 1e-4 * expected.abs().max()
+    # activations stay floats beside codes of F8
+    assert errors[1] == errors[0] if name == "F8" else errors[1] < errors[0] / 20
 
 
-@pytest.mark.parametrize("name", [name for name in CODED if name != "Q8"])
+@pytest.mark.parametrize("name", [name for name in CODED if name not in ("Q8", "F8")])
 def test_the_second_codes_are_of_what_the_first_leave_and_add_their_product(name):
     matrix, x_MK = PackedMatrix.of(LAYERS[name]()), rows(5, 256)
     rest_MK = (x_MK.double() - quantised_activations(x_MK)).float()
