@@ -52,7 +52,8 @@ def test_messages_begin_at_once_and_ping_until_the_prompt_is_read(served):
     asked = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": text}]}
     names, _, dropped = events_of(url + "/v1/messages", asked)
     first = names.index("content_block_start")
-    assert names[0] == "message_start" and set(names[1:first]) == {"ping"} and names[-1] == "message_stop"
+    assert names[0] == "message_start" and "ping" in names[1:first] and names[-1] == "message_stop"
+    assert set(names[1:first]) <= {"ping", "message_delta"}
     # half of the 7,936 places behind the first 256
     assert dropped == 3_968
 
