@@ -29,7 +29,7 @@ _NAME = re.compile(r"\w[._]\w|\d|[a-z][A-Z]|[\"`“]\w")
 #: are the same however many are wanted.
 _CANDIDATES, _FEWEST = 4, 200
 #: Passages that a reranker orders, at least.
-RERANKED = 30
+RERANKED = 50
 #: Most characters of a query.
 MOST_CHARACTERS = 20_000
 #: From this Jaccard similarity of their runs of three words, two passages are copies.
