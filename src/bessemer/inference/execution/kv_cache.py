@@ -40,8 +40,8 @@ PAGE_TYPES = {
 
 
 def name_of_page_type(dtype: torch.dtype) -> str:
-    """The setting's name for a type of pages."""
-    return next(name for name, known in PAGE_TYPES.items() if known == dtype)
+    """The setting's name for a type of pages; PyTorch's for one that no setting names, such as a model's own float64."""
+    return next((name for name, known in PAGE_TYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 def _has_scales(dtype: torch.dtype) -> bool:
