@@ -241,22 +241,7 @@ def _indented(text: str) -> str:
 
 
 def _figures(hit: Hit) -> dict[str, object]:
-    passage = hit.passage
-    return {
-        "document": passage.document,
-        "title": passage.title,
-        "headings": passage.headings,
-        "start": passage.start,
-        "end": passage.end,
-        "page": passage.page,
-        "box": passage.box,
-        "table_header": passage.table_header,
-        "url": passage.url,
-        "text": passage.text,
-        "score": hit.score,
-        "ranks": dict(hit.ranks),
-        "scores": dict(hit.scores),
-    }
+    return {**hit.details, "text": hit.passage.text, "score": hit.score}
 
 
 def _answer_figures(answer: Answer) -> dict[str, object]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,6 +51,25 @@ class Hit:
         """Why the passage has its rank, in a few words."""
         kinds = {"words": "BM25", "meaning": "cosine", "reranked": "score"}
         return ", ".join(f"{name} rank {self.ranks[name]} ({kinds[name]} {self.scores[name]:.3f})" for name in self.ranks)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Where the passage stands, and its rank and score in each search: what is said of it beside its text."""
+        passage = self.passage
+        return {
+            "document": passage.document,
+            "title": passage.title,
+            "headings": passage.headings,
+            "start": passage.start,
+            "end": passage.end,
+            "page": passage.page,
+            "box": passage.box,
+            "table_header": passage.table_header,
+            "url": passage.url,
+            "source": passage.source,
+            "ranks": dict(self.ranks),
+            "scores": dict(self.scores),
+        }
 
 
 def search(

@@ -7,7 +7,7 @@ from typing import Any
 from haystack import Document, component, default_from_dict, default_to_dict
 
 from bessemer.core.errors import ConfigError
-from bessemer.retrieval.frameworks import IndexSource, metadata_of, opened
+from bessemer.retrieval.frameworks import IndexSource, opened
 from bessemer.retrieval.search import Mode, search
 from bessemer.retrieval.store import EVERYTHING, Filter
 
@@ -36,9 +36,7 @@ class BessemerRetriever:
         own = self._settings
         count = own["top_k"] if top_k is None else top_k
         hits = search(self._index, query, count, mode=own["mode"], where=self._where, neighbours=own["neighbours"])
-        documents = [
-            Document(id=hit.passage.id, content=hit.passage.text, meta=metadata_of(hit), score=hit.score) for hit in hits
-        ]
+        documents = [Document(id=hit.passage.id, content=hit.passage.text, meta=hit.details, score=hit.score) for hit in hits]
         return {"documents": documents}
 
     def to_dict(self) -> dict[str, Any]:

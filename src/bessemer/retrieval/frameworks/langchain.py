@@ -9,7 +9,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from pydantic import Field, PrivateAttr
 
-from bessemer.retrieval.frameworks import IndexSource, metadata_of, opened
+from bessemer.retrieval.frameworks import IndexSource, opened
 from bessemer.retrieval.index import OpenIndex
 from bessemer.retrieval.search import Mode, search
 from bessemer.retrieval.store import EVERYTHING, Filter
@@ -39,6 +39,6 @@ class BessemerRetriever(BaseRetriever):
     ) -> list[Document]:
         hits = search(self._open, query, k or self.k, mode=self.mode, where=self.where, neighbours=self.neighbours)
         return [
-            Document(id=hit.passage.id, page_content=hit.passage.text, metadata={**metadata_of(hit), "score": hit.score})
+            Document(id=hit.passage.id, page_content=hit.passage.text, metadata={**hit.details, "score": hit.score})
             for hit in hits
         ]

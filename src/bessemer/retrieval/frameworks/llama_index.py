@@ -7,7 +7,7 @@ from typing import Any
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
-from bessemer.retrieval.frameworks import IndexSource, metadata_of, opened
+from bessemer.retrieval.frameworks import IndexSource, opened
 from bessemer.retrieval.search import Hit, Mode, search
 from bessemer.retrieval.store import EVERYTHING, Filter
 
@@ -45,7 +45,7 @@ class BessemerRetriever(BaseRetriever):
 
 
 def _node(hit: Hit) -> TextNode:
-    metadata = metadata_of(hit)
+    metadata = hit.details
     hidden = [name for name in metadata if name not in _READ_BY_MODEL]
     return TextNode(
         id_=hit.passage.id,
