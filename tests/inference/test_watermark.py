@@ -145,6 +145,9 @@ def test_a_key_is_made_and_marks_what_is_generated_and_texts_are_tested(model, t
     made = ("generate", "model", "iron", "--max-tokens", "20", "--temperature", "1", "--seed", "1")
     marked, again, plain = (bessemer(capsys, *made, *more) for more in (("--watermark", "mark.yaml"),) * 2 + ((),))
     assert marked[0] == 0 and marked == again != plain
+    assert bessemer(capsys, "watermark", "drawn.yaml", "--new")[0] == 0
+    at_zero = error_of(capsys, "generate", "model", "iron", "--temperature", "0", "--watermark", "drawn.yaml")
+    assert "gumbel marks what is drawn" in at_zero
     # a random model writes no text that is read as the same tokens: letters, each the greenest
     key = watermark_of(tmp_path / "mark.yaml").key
     letters = np.array([tokenizer.encode(letter, add_bos=False)[0] for letter in "bcdfghjkmpqvwxz"])

@@ -54,6 +54,7 @@ def generate(
     """Continue a prompt, or fill in what stands between it and a suffix, printing as it comes."""
     from bessemer.cli.named import find_served, given_options, named_numbers, option_of, sampling_options, speculation
     from bessemer.cli.watermark import watermark_of
+    from bessemer.core.errors import ConfigError
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.tokenization.prompts import infill_prompt
 
@@ -67,7 +68,10 @@ def generate(
         if adapter is not None:
             engine.load_adapter(adapter, adapter)
         input_text = prompt if suffix is None else infill_prompt(engine.tokenizer, prompt, suffix)
-        for chunk in engine.stream(input_text, params_for(engine), adapter=adapter):
+        params = params_for(engine)
+        if config.watermark is not None and not params.can_carry(config.watermark):
+            raise ConfigError("--watermark: gumbel marks what is drawn; give --temperature, or a key of --method green")
+        for chunk in engine.stream(input_text, params, adapter=adapter):
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
     print()

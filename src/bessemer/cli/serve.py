@@ -163,7 +163,7 @@ def serve(
         str | None, _memory(help="Folder that keeps prefixes which several requests had in common over restarts.")
     ] = None,
     watermark: Annotated[
-        Path | None, _requests(help="Key file of `bessemer watermark`: mark every answer, so that the key finds it again.")
+        Path | None, _requests(help="Key file of `bessemer watermark`: mark answers, so that the key finds them again.")
     ] = None,
     adapter: Annotated[
         list[str] | None, _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated.")

@@ -241,7 +241,7 @@ class RequestBuilder:
     def _with_watermark(self, params: SamplingParams) -> SamplingParams:
         """The engine's watermark where the request has none and can carry it."""
         mark = self._watermark
-        if mark is None or params.watermark is not None or params.beam_width or (params.greedy and mark.method == "gumbel"):
+        if mark is None or params.watermark is not None or not params.can_carry(mark):
             return params
         return params.with_changes(watermark=mark)
 

@@ -123,7 +123,8 @@ def prompt_of(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens:
 
 
 def most_sources(count: int, fits: Callable[[int], bool]) -> int:
-    """The most sources of `count` that fit, at least one. fits: whether so many do; fewer fit where more do."""
+    """The largest number of sources, at most `count` and at least one, that fits. fits: whether a number does; if one fits,
+    all smaller ones do."""
     return 1 + bisect_left(range(2, count + 1), True, key=lambda number: not fits(number)) if count else 0
 
 

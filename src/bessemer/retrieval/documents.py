@@ -169,8 +169,8 @@ def snapshot_of(given: Sequence[str]) -> Snapshot:
 def wait_for_change(
     look: Callable[[], Snapshot], before: Snapshot, seconds: float, sleep: Callable[[float], None] = time.sleep
 ) -> Snapshot:
-    """Look every so many seconds until the files differ from `before` and are as they were at the last look, so that none is
-    read while it is written. Returns their state."""
+    """Poll at an interval until the files differ from `before` and did not change since the last poll, so that none is read
+    while it is written. Returns their state."""
     last = before
     while True:
         sleep(seconds)

@@ -155,7 +155,7 @@ class SamplingParams(Config):
             raise ValueError("best_of ranks answers, and max_tokens is 0; leave out best_of, or ask for a token")
         if self.allowed_tokens is not None and set(self.allowed_tokens) <= set(self.banned_tokens):
             raise ValueError("banned_tokens holds every one of allowed_tokens, so no token is left; allow another")
-        if self.greedy and self.watermark is not None and self.watermark.method == "gumbel":
+        if self.watermark is not None and not self.beam_width and not self.can_carry(self.watermark):
             raise ValueError("watermark: gumbel marks what is drawn, and temperature 0 draws nothing; take method green")
         grammars = [name for name in GRAMMARS if getattr(self, name) is not None]
         if len(grammars) > 1:
@@ -180,6 +180,10 @@ class SamplingParams(Config):
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken. Logits divided by less would lose their order in float32."""
         return self.temperature < 1e-5
+
+    def can_carry(self, mark: WatermarkConfig) -> bool:
+        """Whether a mark can be left in what these settings choose: not in beams, nor gumbel's where nothing is drawn."""
+        return not self.beam_width and not (self.greedy and mark.method == "gumbel")
 
     @property
     def wants_sampler_log_probs(self) -> bool:

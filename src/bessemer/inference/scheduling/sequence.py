@@ -76,7 +76,7 @@ class TokenSequence:
         return self.overflow > 0 and len(self.tokens) == self.limit and self.status != "finished"
 
     def drop_middle(self) -> None:
-        """Drop tokens behind the first `keep`, so that others have room. What is left is as a prompt of as many tokens."""
+        """Drop tokens behind the first `keep`, so that the text can go on. What is left is treated as a prompt."""
         dropped = tokens_to_drop(len(self.tokens), self.limit, self.keep)
         del self.tokens[self.keep : self.keep + dropped]
         self.prompt_length = len(self.tokens)
