@@ -29,7 +29,7 @@ from bessemer.serving.openai.weight_routes import WeightsApi
 from bessemer.serving.responses.api import ResponsesApi
 from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
 from bessemer.serving.retrieval.api import FilesApi
-from bessemer.serving.retrieval.rerank import RerankApi, Reranker
+from bessemer.serving.retrieval.rerank import RerankApi, TextScorer
 from bessemer.serving.retrieval.stores import VectorStores
 from bessemer.serving.runtime.admission import QueueLimits
 from bessemer.serving.runtime.bodies import ApiError, read_body
@@ -67,7 +67,7 @@ def create_app(
     hooks: Sequence[Hook] = (),
     store: ResponseStore | None = None,
     is_behind_gate: bool = False,
-    reranker: tuple[str, Reranker] | None = None,
+    reranker: tuple[str, TextScorer] | None = None,
 ) -> FastAPI:
     """An application that serves a model under `model_name`, and its adapters each under its own name.
 

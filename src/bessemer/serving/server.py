@@ -28,7 +28,7 @@ from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.inference.engine import Engine
 from bessemer.serving.app import Pages, create_app, no_pages
 from bessemer.serving.config import HEAD_WAIT, LEAST_READ, WRITE_WAIT, ServingConfig
-from bessemer.serving.retrieval.rerank import Reranker
+from bessemer.serving.retrieval.rerank import TextScorer
 from bessemer.serving.runtime.gate import REQUEST_LOG
 from bessemer.serving.runtime.models import ModelPool
 from bessemer.serving.runtime.served import Served
@@ -200,7 +200,7 @@ def create_server(
     pages: Callable[[Served], Pages] = no_pages,
     pool: ModelPool | None = None,
     hooks: Sequence[Hook] = (),
-    reranker: tuple[str, Reranker] | None = None,
+    reranker: tuple[str, TextScorer] | None = None,
 ) -> Server:
     """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. The other arguments are
     those of `create_app`."""

@@ -1,6 +1,6 @@
 """`/v1/rerank` in the form of Cohere, Jina and vLLM, and `/v1/score` in vLLM's: how well texts answer a query.
 
-A `Reranker` scores them. The server has one of its own where it was given one; by the name of a served model, or of the
+A `TextScorer` scores them. The server has one of its own where it was given one; by the name of a served model, or of the
 embedder of its indexes, the scores are cosines of vectors, which is what these models can say.
 """
 
@@ -27,8 +27,8 @@ from bessemer.serving.runtime.clients import Caller, caller_of
 from bessemer.serving.runtime.served import Served, check_encoded
 
 
-class Reranker(Protocol):
-    """Says how well texts answer a query."""
+class TextScorer(Protocol):
+    """Says how well texts answer a query: rerankers of `retrieval.rerank`, and the cosines of an embedder."""
 
     def scores(self, query: str, texts: Sequence[str], /) -> Iterable[float]:
         """Of each text, higher for a better one."""
@@ -109,7 +109,7 @@ class ScoreRequest(Body):
 class RerankApi:
     """The routes. reranker: the server's own, asked for by its name; None: it has none."""
 
-    def __init__(self, served: Served, stores: VectorStores, reranker: tuple[str, Reranker] | None = None) -> None:
+    def __init__(self, served: Served, stores: VectorStores, reranker: tuple[str, TextScorer] | None = None) -> None:
         self._served = served
         self._stores = stores
         self._own = {} if reranker is None else dict([reranker])
@@ -158,7 +158,7 @@ class RerankApi:
         check_encoded([text for pair in pairs for text in pair])
         if model in self._own or model == await asyncio.to_thread(self._stores.embedder_name):
             caller.model = model
-            reranker: Reranker = self._own[model] if model in self._own else await asyncio.to_thread(self._embedders_cosines)
+            reranker: TextScorer = self._own[model] if model in self._own else await asyncio.to_thread(self._embedders_cosines)
             return await self._served.run_in_thread(lambda: _scored(reranker, pairs, self._served, caller))
         served = await self._served.model_for(model, caller)
         # no more of the texts are computed at once
@@ -172,7 +172,7 @@ class RerankApi:
         return cosines_of(embedder)
 
 
-def _scored(reranker: Reranker, pairs: Sequence[tuple[str, str]], served: Served, caller: Caller) -> list[float]:
+def _scored(reranker: TextScorer, pairs: Sequence[tuple[str, str]], served: Served, caller: Caller) -> list[float]:
     """The scores of pairs, those of a query together."""
     by_query: dict[str, list[int]] = {}
     for place, (query, _) in enumerate(pairs):
