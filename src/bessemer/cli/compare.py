@@ -42,7 +42,9 @@ def compare(
     ] = 0.1,
     activation_bits: Annotated[
         int | None,
-        typer.Option(help="--replay: bits of activations that meet quantised weights in our engine: 8 as served, or 16; 16."),
+        typer.Option(
+            help="--replay: bits of the activations beside quantised weights in our engine: 16 (default), or 8 as served."
+        ),
     ] = None,
     runs: Runs = Path("runs"),
 ) -> None:

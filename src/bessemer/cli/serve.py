@@ -143,16 +143,18 @@ def serve(
         str | None, _memory(help="Type of the KV cache: auto, float32, bfloat16, float16, int8 or int4.")
     ] = None,
     context_overflow: Annotated[
-        str | None, _memory(help="A text longer than the context: refuse, or shift (its middle is left out); refuse.")
+        str | None, _memory(help="A text longer than the context: refuse (default), or shift, which leaves out its middle.")
     ] = None,
-    context_keep: Annotated[int | None, _memory(help="First tokens that a shift keeps; 256.")] = None,
+    context_keep: Annotated[int | None, _memory(help="First tokens that a shift keeps (default 256).")] = None,
     max_num_seqs: Annotated[int | None, _memory(help="Sequences computed at once.")] = None,
     former_max_running: Annotated[int | None, retired_option("--max-running", "--max-num-seqs")] = None,
-    max_waiting: Annotated[int | None, _requests(help="Completions that wait in the engine; 32.")] = None,
+    max_waiting: Annotated[int | None, _requests(help="Completions that wait in the engine (default 32).")] = None,
     max_queued: Annotated[
-        int | None, _requests(help="Requests that wait for a place in it, or their model; more are refused with 503; 256.")
+        int | None, _requests(help="Requests in the queue for a place or a model; more are refused with 503 (default 256).")
     ] = None,
-    queue_seconds: Annotated[float | None, _requests(help="That a request waits so before it gets 503; 120.")] = None,
+    queue_seconds: Annotated[
+        float | None, _requests(help="Longest wait of a request in the queue, in seconds, before it gets 503 (default 120).")
+    ] = None,
     threads: Annotated[int | None, _speed(help="Threads of the compiled CPU kernels; measured.")] = None,
     activation_bits: Annotated[int | None, _speed(help=ACTIVATION_BITS)] = None,
     batch_invariant: Annotated[
