@@ -104,6 +104,12 @@ def test_prompts_length_and_a_matrix_behind_the_pooling_are_the_folders(folder):
         assert np.abs(embedder.embed(["iron rusts in water"], side)[0] - expected_E).max() < 1e-5
 
 
+def test_a_prompt_called_passage_is_that_of_documents(folder):
+    says(folder, prompts={"passage": "text : "})
+    expected_D = unit(states(folder, "text : iron rusts").mean(0))
+    assert np.abs(EncoderEmbedder(folder).embed(["iron rusts"], "document")[0] - expected_D).max() < 1e-5
+
+
 def test_an_identity_changes_with_how_a_model_is_used(folder):
     plain = EncoderEmbedder(folder).identity
     assert EncoderEmbedder(folder).identity == plain

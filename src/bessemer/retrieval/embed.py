@@ -95,16 +95,22 @@ class EncoderEmbedder:
     @cached_property
     def identity(self) -> str:
         weights = hash_file(self._folder / "model.safetensors")
-        used = [self._pooling, self._prompts, self._texts.longest]
+        used: list[Any] = [self._pooling, self._prompts, self._texts.longest]
+        if (prompt := self._prompt("document")) != self._prompts.get("document", ""):
+            # indexes of earlier versions were made without it
+            used.append(prompt)
         return f"encoder {hash_value([weights, hash_file(self._folder / 'tokenizer.json'), used])[:16]}"
 
     @property
     def width(self) -> int:
         return int(self._dense[-1][0].shape[0]) if self._dense else self._texts.encoder.config.hidden_size
 
+    def _prompt(self, side: Side) -> str:
+        return next((self._prompts[name] for name in _PROMPTS[side] if name in self._prompts), "")
+
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], side: Side) -> np.ndarray:
-        prompt = next((self._prompts[name] for name in _PROMPTS[side] if name in self._prompts), "")
+        prompt = self._prompt(side)
         vectors_ND = np.empty((len(texts), self.width), np.float32)
         for batch in self._texts.batches([prompt + text for text in texts]):
             hidden_BTD = self._texts.encoder(batch.ids_BT, batch.mask_BT)
