@@ -35,11 +35,12 @@ COMPARED, COMPARED_PROMPTS = 32, 4
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: `grpo`, `sft`, `lora` or `dpo`; of the latter three, rows a step and steps of a pass."""
+    """What is trained: `grpo`, `sft`, `lora` or `dpo`; of the latter three, rows a step, steps of a pass, and passes."""
 
     method: str
     rows: int = 0
     steps: int = 0
+    passes: int = 2
 
 
 class Ours:
@@ -112,7 +113,7 @@ class Ours:
         config = SFTConfig(**self._sft_settings(), **settings)
         sft(config, self._subject.model, None, out, seed=SEED, progress=clock, folder=self._subject.folder)
         losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
-        return _rates_of_passes(clock.times, {"targets": self._subject.targets}, losses)
+        return _rates_of_passes(clock.times, {"targets": self._subject.targets}, losses, self._job.passes)
 
     def _prefer(self, out: Path, settings: dict[str, Any]) -> dict[str, float]:
         from bessemer.core.metrics import read_metrics
@@ -123,14 +124,14 @@ class Ours:
         config = PreferenceConfig(**(self._sft_settings() | {"data": ["pairs.jsonl"], "beta": BETA}), **settings)
         preference(config, self._subject.model, out, seed=SEED, progress=clock, folder=self._subject.folder)
         losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
-        return _rates_of_passes(clock.times, {"pairs": len(self._subject.pairs())}, losses)
+        return _rates_of_passes(clock.times, {"pairs": len(self._subject.pairs())}, losses, self._job.passes)
 
     def _sft_settings(self) -> dict[str, Any]:
         adapter = {"adapter": {"rank": RANK, "alpha": ALPHA, "merge": False}} if self._job.method == "lora" else {}
         return adapter | {
             "data": ["examples.jsonl"],
             "validation_share": 0,
-            "epochs": 2,
+            "epochs": self._job.passes,
             "batch_size": self._job.rows,
             "context_length": CONTEXT,
             "optimizer": "adamw",
@@ -356,7 +357,7 @@ class TRL:
             **self._arguments(out, settings),
             per_device_train_batch_size=-(-each // micro_batches),
             gradient_accumulation_steps=micro_batches,
-            num_train_epochs=2,
+            num_train_epochs=self._job.passes,
             learning_rate=1e-5,
             max_length=CONTEXT,
             packing=is_packed,
@@ -377,7 +378,7 @@ class TRL:
             **adapter,
         )
         loss = trainer.train().training_loss
-        return _rates_of_passes(clock.times, {"targets": self._subject.targets}, [loss])
+        return _rates_of_passes(clock.times, {"targets": self._subject.targets}, [loss], self._job.passes)
 
     def _prefer(self, out: str, settings: dict[str, Any]) -> dict[str, float]:
         from datasets import Dataset
@@ -390,7 +391,7 @@ class TRL:
             per_device_train_batch_size=-(-each // settings["accumulated"]),
             gradient_accumulation_steps=settings["accumulated"],
             precompute_ref_log_probs=settings["precomputed"],
-            num_train_epochs=2,
+            num_train_epochs=self._job.passes,
             learning_rate=1e-5,
             beta=BETA,
             max_length=CONTEXT,
@@ -406,15 +407,15 @@ class TRL:
         read = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in trainer.train_dataset]
         assert read == self._subject.pairs(), "the sides read other pairs"
         loss = trainer.train().training_loss
-        return _rates_of_passes(clock.times, {"pairs": len(pairs)}, [loss])
+        return _rates_of_passes(clock.times, {"pairs": len(pairs)}, [loss], self._job.passes)
 
 
-def _rates_of_passes(times: list[float], counted: dict[str, int], losses: list[float]) -> dict[str, float]:
-    """Of two passes over all examples, the second one's. counted: of a pass, by name."""
-    half = len(times) // 2
-    seconds = times[-1] - times[half - 1]
+def _rates_of_passes(times: list[float], counted: dict[str, int], losses: list[float], passes: int) -> dict[str, float]:
+    """Of the last of several passes over all examples; of a single one, without its first step. counted: of a pass, by name."""
+    updates = len(times) // passes
+    seconds = times[-1] - times[max(0, updates * (passes - 1) - 1)]
     rates = {name: number / seconds for name, number in counted.items()}
-    return {**rates, "loss": sum(losses) / len(losses), "updates": half}
+    return {**rates, "loss": sum(losses) / len(losses), "updates": updates}
 
 
 def _check_lengths(lengths: Any) -> None:

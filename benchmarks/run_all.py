@@ -51,6 +51,7 @@ BENCH = [
     Benchmark("pretraining"),
     Benchmark("posttraining"),
     Benchmark("finetune"),
+    Benchmark("finetune_pass"),
     Benchmark("loader"),
     Benchmark("sandbox"),
     Benchmark("tokenization"),
