@@ -110,6 +110,16 @@ def run(name: str, folder: Path, steps: int) -> None:
     print(json.dumps(found | {"seconds": time.perf_counter() - started}), file=shown, flush=True)
 
 
+def table(seconds: dict[str, dict[str, Any]], found: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What docs show: seconds of a whole training, the mean of its losses and its updates."""
+    columns = [("one pass over 1,000 instructions", ""), ("seconds", ",.0f"), ("mean loss", ".3f"), ("updates", ",.0f")]
+    names = {"bessemer": "Bessemer", "trl": "TRL, peft", "trl compiled": "TRL, peft, `torch.compile`"}
+    return recording.table(
+        columns,
+        [[label, seconds[each]["median"], found[each]["loss"], found[each]["updates"]] for each, label in names.items()],
+    )
+
+
 def main() -> None:
     """Run the sides in turn and record them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,6 +171,7 @@ def main() -> None:
             "updates": {each: found["updates"] for each, found in first.items()},
             "ratio": ratio,
         },
+        tables={"runs": table(seconds, rounds[0])},
         peers=["trl", "peft", "transformers", "torch"],
     )
 
