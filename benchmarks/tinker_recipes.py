@@ -44,11 +44,20 @@ NAME = "Qwen/Qwen3-4B-Instruct-2507"
 STEPS = {"sl_basic": 8, "rl_basic": 9}
 CONVERSATIONS, HELD_OUT, CHARACTERS = 16, 32, 200
 QUESTIONS, GROUP, TOKENS = 2, 8, 20
+_READ = [f"model_name_for_tokenizer={NAME}", "renderer_name=qwen3_instruct"]
+_SL, _RL = "dataset_builder.common_config", "dataset_builder"
+#: Of a recipe's data set the command line says everything or nothing: but for sizes, what the recipe has itself.
 OPTIONS = {
-    "sl_basic": [f"dataset_builder.common_config.batch_size={CONVERSATIONS}"],
+    "sl_basic": [
+        "dataset_builder=tinker_cookbook.recipes.chat_sl.chat_datasets:NoRobotsBuilder",
+        *[f"{_SL}.{setting}" for setting in (*_READ, "max_length=32768", "train_on_what=all_assistant_messages")],
+        f"{_SL}.batch_size={CONVERSATIONS}",
+    ],
     "rl_basic": [
-        f"dataset_builder.batch_size={QUESTIONS}",
-        f"dataset_builder.group_size={GROUP}",
+        "dataset_builder=tinker_cookbook.recipes.math_rl.math_env:Gsm8kDatasetBuilder",
+        *[f"{_RL}.{setting}" for setting in _READ],
+        f"{_RL}.batch_size={QUESTIONS}",
+        f"{_RL}.group_size={GROUP}",
         f"max_tokens={TOKENS}",
         "learning_rate=4e-4",
     ],
