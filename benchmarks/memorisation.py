@@ -22,6 +22,7 @@ import argparse
 import math
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,10 @@ from typing import Any
 
 import recording
 from bessemer.core.store import Artefact, read_json
+from bessemer.data.corpus.reader import iterate_documents
+from bessemer.data.sources.canaries import NUMBER, planted_canaries
 from bessemer.pipeline.api import run
+from bessemer.safety.memorisation.stage import canaries_in
 from bessemer.safety.memorisation.verdict import FORGOTTEN_BITS, is_forgotten
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
@@ -126,11 +130,24 @@ def main() -> None:
         runs = arguments.runs or Path(scratch)
         made = run("memorisation", runs=runs, name="memorisation")
         stages = {one.stage.name: one.artefact for one in made.made}
-        report(stages)
+        usual = run("memorisation", {"deduplicate": ["exact", "minhash"]}, runs=runs, name="usual", until="deduplicate")
+        report(stages, usual.made[-1].artefact.folder)
 
 
-def report(stages: Mapping[str, Artefact]) -> None:
-    """Write the result of a finished run."""
+def copies_left(documents: Path) -> dict[str, int]:
+    """Copies of canaries in a corpus, by kind."""
+    settings, _, _ = canaries_in(documents)
+    kinds = {str(canary.number): canary.kind for canary in planted_canaries(settings)}
+    counts: Counter[str] = Counter({"exact": 0, "near": 0})
+    for batch in iterate_documents(documents, ["metadata"]):
+        for entries in batch.column("metadata").to_pylist():
+            if (number := dict(entries or ()).get(NUMBER)) is not None:
+                counts[kinds[number]] += 1
+    return dict(counts)
+
+
+def report(stages: Mapping[str, Artefact], usual: Path) -> None:
+    """Write the result of a finished run. usual: the corpus that deduplication with its defaults leaves."""
     ledger = read_json(stages["memorisation"].folder / "ledger.json", "ledger")
     metrics = stages["memorisation"].manifest["metrics"]
     models = ledger["models"]
@@ -143,6 +160,11 @@ def report(stages: Mapping[str, Artefact]) -> None:
         "probability": ledger["probability"],
         "forgotten_bits": FORGOTTEN_BITS,
         "documents": {name: stages[name].manifest["metrics"]["documents_out"] for name in ("collect", "deduplicate")},
+        "copies_left": {
+            "collected": copies_left(stages["collect"].folder / "documents"),
+            "usual": copies_left(usual / "documents"),
+            "deduplicated": copies_left(stages["deduplicate"].folder / "documents"),
+        },
         "bits_per_byte": {name: bits_per_byte(stages[name].folder) for name in ("pretrain", "deduplicated")},
         "models": models,
         "worth_of_near_copies": worth_of_near_copies(models["pretrain"]["original"]),

@@ -154,8 +154,8 @@ def taught(tmp_path_factory, model_folder):
     """A small model that was trained on one text until it knows it by heart."""
     decoder, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     ids = torch.tensor([[*tokenizer.begin_ids, *tokenizer.encode(SECRET, add_bos=False)]])
-    optimizer = torch.optim.Adam(decoder.parameters(), 3e-3)
-    for _ in range(60):
+    optimizer = torch.optim.Adam(decoder.parameters(), 1e-2)
+    for _ in range(100):
         loss = torch.nn.functional.cross_entropy(decoder(ids[:, :-1])[0], ids[0, 1:])
         optimizer.zero_grad()
         loss.backward()
