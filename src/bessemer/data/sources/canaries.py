@@ -6,8 +6,8 @@ stands in the corpus 1 to 64 times: *exact*, every time the same, or *near*, onc
 replaced (Shilov et al. 2024, "Mosaic memory", arXiv 2405.15523). Canaries with higher numbers than those planted are never
 planted: they are the candidates that a planted one is compared with.
 
-A canary is a function of the settings and its number, and every planted document carries both in its metadata: so whoever has
-the corpus can measure a model.
+A canary is a function of the settings and its number, and every planted document carries both in its metadata, so
+the corpus alone says what to ask a model for.
 """
 
 from __future__ import annotations
