@@ -85,15 +85,15 @@ def test_the_packed_loss_and_gradient_are_those_of_each_answer_alone(examples, m
     for example in forget:
         ratio = log_probs(model, example, tokenizer, end=False).sum()
         ratio = ratio - log_probs(reference, example, tokenizer, end=False).sum().detach()
-        ratios.append(float(ratio))
+        ratios.append(ratio.item())
         losses.append(2 / 0.3 * torch.log1p(torch.exp(0.3 * ratio)))
     kept = torch.cat([log_probs(model, example, tokenizer, end=True) for example in keep])
     expected = torch.stack(losses).mean() - 1.5 * kept.mean()
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, list(model.parameters())), rtol=1e-3, atol=1e-5)
     logged = [half.metrics["log_ratio_forget"] for half in halves]
-    assert sum(float(one.sum) for one in logged) == pytest.approx(sum(ratios), rel=1e-4)
-    assert sum(float(half.metrics["log_prob_retain"].sum) for half in halves) == pytest.approx(float(kept.sum()), rel=1e-4)
+    assert sum(one.sum.item() for one in logged) == pytest.approx(sum(ratios), rel=1e-4)
+    assert sum(half.metrics["log_prob_retain"].sum.item() for half in halves) == pytest.approx(kept.sum().item(), rel=1e-4)
 
 
 def test_every_row_has_its_share_of_what_is_forgotten(tokenizer):
@@ -123,9 +123,11 @@ def test_a_stage_makes_the_texts_unlikely_and_keeps_the_others(tmp_path, model_f
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = settings_with(data=["rows.jsonl"], loss="npo", validation_share=0, steps=24, learning_rate=3e-3)
-    metrics = preference(settings, model_folder, tmp_path / "out", folder=tmp_path, seed=1, device="cpu")
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = preference(settings, model_folder, out, folder=tmp_path, seed=1, device="cpu")
     assert metrics["forgotten"] == 4 and metrics["kept"] == 6
-    before, after = load_model(model_folder), load_model(tmp_path / "out" / "model")
+    before, after = load_model(model_folder), load_model(out / "model")
 
     def nats(model, some):
         with torch.no_grad():
@@ -133,7 +135,7 @@ def test_a_stage_makes_the_texts_unlikely_and_keeps_the_others(tmp_path, model_f
 
     assert nats(after, forget) > nats(before, forget) + 5
     assert nats(after, keep) < nats(before, keep)
-    logged = [record for record in read_metrics(tmp_path / "out" / "metrics.jsonl") if "log_ratio_forget" in record]
+    logged = [record for record in read_metrics(out / "metrics.jsonl") if "log_ratio_forget" in record]
     assert logged[-1]["log_ratio_forget"] < -5
 
 

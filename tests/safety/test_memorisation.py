@@ -180,12 +180,12 @@ def test_a_text_known_by_heart_is_extracted_and_another_is_not(taught, weights):
 def test_p_z_and_greedy_extraction_are_those_of_generation(taught):
     prefix, suffix = "The code of the safe is", " furnace anvil ember hammer."
     with Engine(taught, device="cpu") as engine:
-        (recall,) = recall_canaries(engine, [planted(0, suffix, "exact", 1, 0)], UNSEEN, Silent())
+        (recall,) = recall_canaries(engine, [Canary(0, prefix, suffix, "exact", 1)], UNSEEN, Silent())
         (written,) = engine.generate([prefix], SamplingParams(max_tokens=recall.recall.tokens, temperature=0, logprobs=1))
     assert recall.recall.is_greedy and written.text == suffix and recall.exposure == 5
     ids = torch.tensor([engine.tokenizer.encode(prefix + suffix)])
     log_probs = load_model(taught)(ids[:, :-1])[0].log_softmax(-1).gather(1, ids[0, 1:, None])[-recall.recall.tokens :]
-    assert recall.recall.nats == pytest.approx(-float(log_probs.sum()), abs=1e-3)
+    assert recall.recall.nats == pytest.approx(-log_probs.sum().item(), abs=1e-3)
 
 
 def test_passages_of_a_long_document_follow_each_other_to_its_end(taught):
