@@ -196,7 +196,7 @@ def test_passages_of_a_long_document_follow_each_other_to_its_end(taught):
         tokens = len(engine.tokenizer.encode(text, add_bos=False))
         assert len(passages) == math.ceil((tokens - 10) / 20) and {one.recall.tokens for one in passages} == {20}
         assert text.endswith(passages[-1].text) and passages[0].text in text
-        with pytest.raises(RequestError, match="too short to be tested"):
+        with pytest.raises(RequestError, match="fewer than 16 are too short to be tested"):
             recall_document(engine, "a", config, Silent())
         with pytest.raises(RequestError, match="no token of its own"):
             Recall.of(SimpleNamespace(token_ids=[], total=0.0, is_greedy=True))

@@ -32,6 +32,7 @@ from bessemer.safety.memorisation.config import ORIGINAL, DocumentConfig, Extrac
 
 #: Canaries whose candidates are scored at a time, so that few of their requests wait in memory.
 _ITEMS = 4
+_SHORTEST_DOCUMENT = 16
 
 
 def exposure(nats: float, candidates: Sequence[float]) -> float:
@@ -117,7 +118,7 @@ def recall_document(engine: Engine, text: str, config: DocumentConfig, progress:
     """How well a model knows the passages of a document, one after the other, each after as many tokens before it as the
     settings say and the context holds. A short document is one passage, its second half.
 
-    Raises RequestError for a document of fewer than four tokens.
+    Raises RequestError for a document of fewer than 16 tokens, half of which is soon guessed.
     """
     tokenizer = engine.tokenizer
     ids = tokenizer.encode(text, add_bos=False)
@@ -139,15 +140,19 @@ def recall_document(engine: Engine, text: str, config: DocumentConfig, progress:
 
 def _passages(tokens: int, config: DocumentConfig, context: int) -> list[tuple[int, int, int]]:
     """(start of the prefix, start of the passage, its end) of the passages of a document; the last one reaches its end."""
-    if tokens < 4:
-        raise RequestError(f"a document of {tokens} tokens is too short to be tested")
+    if tokens < _SHORTEST_DOCUMENT:
+        raise RequestError(
+            f"the document has {tokens} tokens, and fewer than {_SHORTEST_DOCUMENT} are too short to be tested: they are guessed"
+        )
     passage = min(config.passage_tokens, max(context // 2, 2))
     prefix = min(config.prefix_tokens, context - passage)
     if tokens < prefix + passage:
         middle = max(tokens // 2, tokens - passage)
         return [(max(0, middle - prefix), middle, tokens)]
     ends = [*range(prefix + passage, tokens, passage), tokens]
-    return [(end - passage - prefix, end - passage, end) for end in ends]
+    # what the first prefix holds, half of it after the other half
+    first = [(0, prefix // 2, prefix)] if prefix >= _SHORTEST_DOCUMENT else []
+    return [*first, *((end - passage - prefix, end - passage, end) for end in ends)]
 
 
 @contextmanager
