@@ -142,7 +142,7 @@ def _passages(tokens: int, config: DocumentConfig, context: int) -> list[tuple[i
     """(start of the prefix, start of the passage, its end) of the passages of a document; the last one reaches its end."""
     if tokens < _SHORTEST_DOCUMENT:
         raise RequestError(
-            f"the document has {tokens} tokens, and fewer than {_SHORTEST_DOCUMENT} are too short to be tested: they are guessed"
+            f"it has {tokens} tokens, and fewer than {_SHORTEST_DOCUMENT} are too short to be tested: they are guessed"
         )
     passage = min(config.passage_tokens, max(context // 2, 2))
     prefix = min(config.prefix_tokens, context - passage)
