@@ -26,11 +26,11 @@ collect:
 tokenize: {algorithm: bpe, vocab_size: 512, split: qwen2}
 model:
   {preset: null, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2, head_dim: 32,
-   intermediate_size: 128, max_position_embeddings: 64}
+   intermediate_size: 128, max_position_embeddings: 128}
 pretrain:
   {steps: 140, batch_size: 8, context_length: 64, learning_rate: 1e-2, dtype: float32, compile: false, threads: 1,
    evaluate_every: 1000, diagnostics_every: 0, sample_prompts: []}
-forgetting: {sources: [canaries], keep: 30, words: 40}
+forgetting: {sources: [canaries], keep: 30, alike: 20, words: 24}
 unlearned:
   {kind: preference, from: {model: pretrain}, loss: npo, data: [made/forgetting], steps: 30, batch_size: 4, context_length: 128,
    learning_rate: 2e-3, dtype: float32, compile: false, threads: 1, evaluate_every: 1000, diagnostics_every: 0}
@@ -79,7 +79,7 @@ def test_rows_of_what_is_forgotten_are_the_different_texts(stages):
     forget, keep = ([row for row in rows if row["label"] == wanted] for wanted in (False, True))
     canaries = {dict(row["metadata"])[NUMBER]: row["text"] for row in documents(stages) if NUMBER in dict(row["metadata"])}
     assert {row["prompt"] + row["completion"] for row in forget} == set(canaries.values()) and len(forget) == 4
-    assert len(keep) == 30 and all(len(row["prompt"].split()) == 4 for row in rows)
+    assert len(keep) == 50 and all(len(row["prompt"].split()) == 4 for row in rows)
 
 
 def test_the_report_shows_figure_and_verdict(place, stages):

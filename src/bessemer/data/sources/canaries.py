@@ -94,9 +94,21 @@ def planted_canaries(settings: CanariesSource) -> list[Canary]:
     return [_canary(settings, number, kind, repetitions, cluster) for number, (cluster, kind, repetitions) in enumerate(wanted)]
 
 
+#: Numbers from which canaries are kept while others are unlearnt: beyond those that planted ones are compared with.
+_ALIKE = 1 << 20
+
+
 def unseen_canaries(settings: CanariesSource, count: int) -> list[Canary]:
     """Canaries of the same kind that are never planted, each a cluster of its own."""
-    first = len(planted_canaries(settings))
+    return _unseen(settings, len(planted_canaries(settings)), count)
+
+
+def alike_canaries(settings: CanariesSource, count: int) -> list[Canary]:
+    """Others that are never planted either, for a model to keep while it unlearns those that were."""
+    return _unseen(settings, _ALIKE, count)
+
+
+def _unseen(settings: CanariesSource, first: int, count: int) -> list[Canary]:
     return [_canary(settings, number, "unseen", 0, number) for number in range(first, first + count)]
 
 

@@ -93,6 +93,13 @@ class ForgettingConfig(Config):
         default_factory=list, description="Sources all of whose documents are to be forgotten, such as canaries."
     )
     keep: int = setting(1000, "Other documents, drawn evenly, whose beginnings are to be kept.", unit="documents", ge=1)
+    alike: int = setting(
+        0,
+        "Canaries that were never planted, to be kept beside those that are forgotten: without any, a model "
+        "unlearns the form, and what it knows within it stays.",
+        unit="canaries",
+        ge=0,
+    )
     prompt_words: int = setting(
         4, "Words at the beginning of a text that are given; what follows them is forgotten or kept.", unit="words", ge=1
     )

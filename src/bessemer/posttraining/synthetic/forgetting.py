@@ -15,6 +15,8 @@ from typing import Any
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_value
 from bessemer.data.corpus.reader import TRAIN, iterate_documents
+from bessemer.data.sources.canaries import alike_canaries, settings_in
+from bessemer.data.sources.registry import CanariesSource
 from bessemer.posttraining.data.made import write_rows
 from bessemer.posttraining.synthetic.config import ForgettingConfig
 
@@ -32,10 +34,12 @@ def forgetting(config: ForgettingConfig, documents: Path, out: Path, *, seed: in
     met: set[str] = set()
     forget: dict[str, None] = {}
     drawn: list[tuple[str, str]] = []
-    for batch in iterate_documents(documents, ["id", "source", "text"], TRAIN):
+    planted: CanariesSource | None = None
+    for batch in iterate_documents(documents, ["id", "source", "text", "metadata"], TRAIN):
         for row in batch.to_pylist():
             if row["id"] in wanted or row["source"] in sources:
                 met |= {row["id"], row["source"]}
+                planted = planted or settings_in(dict(row["metadata"] or ()))
                 forget.setdefault(row["text"])
             else:
                 drawn.append((hash_value([seed, row["id"]]), row["text"]))
@@ -43,8 +47,12 @@ def forgetting(config: ForgettingConfig, documents: Path, out: Path, *, seed: in
     missing = sorted((wanted | sources) - met)
     if missing:
         raise SourceError(f"{documents}: no document to train on has the id or the source {missing[0]!r}")
+    if config.alike and planted is None:
+        raise SourceError(f"{documents}: alike makes texts of the form of canaries, and none is to be forgotten; leave it out")
+    alike = [] if planted is None else [canary.text for canary in alike_canaries(planted, config.alike)]
     rows = [text for whole in forget for text in _texts(whole, config)]
-    kept = [text for _, whole in drawn if whole not in forget for text in list(_texts(whole, config))[:1]]
+    others = [*(whole for _, whole in drawn if whole not in forget), *alike]
+    kept = [text for whole in others for text in list(_texts(whole, config))[:1]]
     if not rows or not kept:
         raise SourceError(f"{documents}: the documents to {'keep' if rows else 'forget'} have too few words")
     write_rows(
