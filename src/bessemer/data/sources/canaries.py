@@ -84,10 +84,11 @@ def vocabulary(settings: CanariesSource) -> Sequence[str]:
 
 def planted_canaries(settings: CanariesSource) -> list[Canary]:
     """The canaries that the source plants, in the order of their numbers: draw by draw, exact ones before near ones."""
+    kinds: tuple[Kind, ...] = ("exact", "near") if settings.replaced else ("exact",)
     wanted = [
         (cluster, kind, repetitions)
         for cluster in range(settings.draws)
-        for kind in (("exact", "near") if settings.replaced else ("exact",))
+        for kind in kinds
         for repetitions in settings.repetitions
         if kind == "exact" or repetitions > 1
     ]
@@ -197,10 +198,11 @@ def _read_line(line: str, number: int, path: Path) -> Canary:
         isinstance(row.get(name), str) and row[name].strip() for name in ("prefix", "suffix")
     ):
         raise ArtefactError(f"{place}: a canary has a prefix and a suffix, both texts")
-    repetitions, cluster = row.get("repetitions"), row.get("cluster", number)
+    repetitions: Any = row.get("repetitions")
+    cluster: Any = row.get("cluster", number)
     if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in (repetitions, cluster)):
         raise ArtefactError(f"{place}: repetitions, and cluster if there is one, are whole numbers from 0")
-    kind = row.get("kind", "exact") if repetitions else "unseen"
+    kind: Any = row.get("kind", "exact") if repetitions else "unseen"
     if kind not in ("exact", "near", "unseen"):
         raise ArtefactError(f"{place}: kind is exact or near, not {kind!r}")
     return Canary(number, row["prefix"], row["suffix"], kind, repetitions, cluster)
