@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from bessemer.cli.memorisation import Formats, formats_of
+from bessemer.cli.options import Device
+
 if TYPE_CHECKING:
     from bessemer.pipeline.forget import Traces
+
+#: Characters of a passage that are shown.
+_SHOWN = 60
 
 
 def forget(
@@ -23,7 +30,17 @@ def forget(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the artefacts that hold it and the models that saw it; change nothing.")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Try to extract it from the models that saw it, in several formats of their weights; exit code 1 where it "
+            "succeeds.",
+        ),
+    ] = False,
+    formats: Formats = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    device: Device = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
 ) -> None:
     """Take a document out of every corpus, and name the artefacts and models that saw it.
@@ -47,10 +64,13 @@ def forget(
         _tell(traces)
     if not any(traces.holdings for traces in all_traces):
         raise ArtefactError(f"{runs}: no corpus here holds {identity}, and none has forgotten it")
+    # before it is taken out, which leaves no text to test with
+    succeeds = [one for traces in all_traces for one in _extracted(traces, formats, device)] if check else []
     to_remove = (
         list(dict.fromkeys(derived.key for traces in all_traces for derived in traces.derived)) if remove_derived else []
     )
     if dry_run or not (any(traces.present for traces in all_traces) or to_remove):
+        _refuse(succeeds)
         return
     question = f"Take {'them' if len(all_traces) > 1 else 'it'} out" + (
         f" and remove {len(to_remove)} artefacts" if to_remove else ""
@@ -61,6 +81,51 @@ def forget(
         take_out(runs, traces)
     remove(runs, to_remove)
     print("Done." + (" The next `bessemer run` makes again what was removed." if to_remove else ""))
+    _refuse([one for one in succeeds if one.key not in to_remove])
+
+
+class _Extracted(NamedTuple):
+    """A model, and a format of its weights, out of which the document was got."""
+
+    key: str
+    weights: str
+
+
+def _extracted(traces: Traces, formats: str | None, device: str) -> list[_Extracted]:
+    """Ask every model that saw the document for its passages, and say what came; raises RequestError as `recall_document`."""
+    from bessemer.core.errors import ArtefactError
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.pipeline.forget import models_of, texts_of
+    from bessemer.safety.memorisation.config import ORIGINAL, DocumentConfig
+    from bessemer.safety.memorisation.measures import opened_in, recall_document
+
+    texts, models, progress = texts_of(traces), models_of(traces), progress_for_terminal()
+    if not texts:
+        raise ArtefactError(f"{traces.identity}: no corpus holds its text any more, so no model can be asked for it")
+    found = []
+    for model in models:
+        chosen = [ORIGINAL] if model.is_quantised else formats_of(formats, model.folder)
+        config = DocumentConfig.parse({"formats": chosen}, "--formats")
+        for weights in config.formats:
+            with opened_in(model.folder, weights, device) as engine:
+                passages = [one for text in texts for one in recall_document(engine, text, config, progress, model.key)]
+            extracted = [one for one in passages if one.recall.is_extracted(config)]
+            if extracted:
+                found.append(_Extracted(model.key, weights))
+            likeliest = min(passages, key=lambda one: one.recall.nats / one.recall.tokens)
+            said = f"{len(extracted)} of {len(passages)} passages are extracted" if extracted else "nothing is extracted"
+            shown = " ".join(likeliest.text.split())[:_SHOWN]
+            print(f"  {model.key}, {weights}: {said}; likeliest, {likeliest.recall.nats:.1f} nats: {shown!r}")
+    return found
+
+
+def _refuse(succeeds: Sequence[_Extracted]) -> None:
+    """Say which models and formats are not safe, and exit with code 1."""
+    if succeeds:
+        keys = list(dict.fromkeys(one.key for one in succeeds))
+        named = "; ".join(f"{key} in {', '.join(one.weights for one in succeeds if one.key == key)}" for key in keys)
+        print(f"Not safe, the document can be extracted: {named}. Make them again without it, or unlearn it and check again.")
+        raise typer.Exit(1)
 
 
 def _tell(traces: Traces) -> None:

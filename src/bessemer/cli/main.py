@@ -24,6 +24,7 @@ from bessemer.cli.forget import forget
 from bessemer.cli.generate import generate
 from bessemer.cli.inspect import inspect
 from bessemer.cli.library import clean, list_models, pull, rm
+from bessemer.cli.memorisation import memorisation
 from bessemer.cli.merge import average, extend, merge
 from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
@@ -100,6 +101,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         evaluate: ("bessemer evaluate out", "bessemer evaluate smollm2 --tasks arithmetic,code --limit 50"),
         compare: ("bessemer compare mine mine-2", "bessemer compare out"),
         show: ("bessemer show mine", "bessemer show runs/mine/tokenizer --text book.txt"),
+        memorisation: ("bessemer memorisation mine --canaries runs/mine/stages/memorisation/canaries.jsonl",),
         watermark: ("bessemer watermark mark.yaml --new", "bessemer watermark mark.yaml answer.txt --model smollm2"),
         inspect: ("bessemer inspect smollm2 'The furnace is hot.' --out page.html",),
     },
@@ -111,7 +113,10 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
     },
     "Data": {
         explain: ("bessemer explain page.html --run mine", "bessemer explain 'Click here to buy cheap watches!'"),
-        forget: ("bessemer forget 00070ad67053bce7a767f8497f9adb05 --copies --dry-run",),
+        forget: (
+            "bessemer forget 00070ad67053bce7a767f8497f9adb05 --copies --dry-run",
+            "bessemer forget 00070ad67053bce7a767f8497f9adb05 --check",
+        ),
         train_classifier: ("bessemer train-classifier good bad classifiers/quality",),
         train_words: ("bessemer train-words texts words",),
     },

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -108,6 +108,33 @@ def trace(runs: Path, identity: str, *, copies: bool = True) -> Traces:
         _copies(store, manifests, holdings, identity) if copies else (),
         tuple(sorted(store.root.glob("*.partial"))),
     )
+
+
+def texts_of(traces: Traces) -> list[str]:
+    """The different texts under which corpora still hold the document; stages that edit texts leave several."""
+    rows = (find_document(holding.folder / holding.side, traces.identity) for holding in traces.present)
+    return list(dict.fromkeys(row["text"] for row in rows if row is not None))
+
+
+class TestedModel(NamedTuple):
+    """A model that saw the document. is_quantised: its weights are rounded already, and are tested as they are."""
+
+    key: str
+    folder: Path
+    is_quantised: bool
+
+
+def models_of(traces: Traces) -> list[TestedModel]:
+    """The models that saw the document: those that were trained, merged or quantised."""
+    models = []
+    for derived in traces.derived:
+        spec = STAGES.get(derived.stage)
+        for kind in ("model", "quantised"):
+            if spec is None or kind not in spec.makes or (kind == "model" and not spec.trains and derived.stage == "model"):
+                continue
+            if (folder := derived.folder / spec.makes[kind]).is_dir():
+                models.append(TestedModel(derived.key, folder, kind == "quantised"))
+    return models
 
 
 def forget(runs: Path, traces: Traces, *, now: datetime | None = None) -> None:

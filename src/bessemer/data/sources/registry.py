@@ -7,9 +7,9 @@ opened.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
@@ -61,6 +61,39 @@ class PythonDocsSource(SourceSettings):
     """Docstrings of the running interpreter's standard library."""
 
     source: Literal["python_docs"] = setting("python_docs", "kind of source")
+
+
+class CanariesSource(SourceSettings):
+    """Canaries: random texts in a known number of copies, planted to measure what a model memorises."""
+
+    source: Literal["canaries"] = setting("canaries", "kind of source")
+    seed: int = setting(0, "another seed gives other canaries")
+    draws: int = setting(4, "canaries of each kind and number of repetitions", ge=1)
+    repetitions: list[Annotated[int, Field(ge=1)]] = setting(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32, 64], description="how often canaries stand in the corpus", min_length=1
+    )
+    replaced: float = setting(
+        0.1, "share of a near-copy's words that are others than the canary's; 0: no canaries with near-copies", ge=0, lt=1
+    )
+    words: int = setting(32, "length of a canary", unit="words", ge=2)
+    suffix_words: int = setting(8, "words at the end of a canary that a model is asked for", unit="words", ge=1)
+    vocabulary: list[str] = setting(
+        default_factory=list,
+        description="words that canaries are made of, in any language; empty: 256 short English ones. More of them, and longer "
+        "canaries, are harder to guess",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Self:
+        if self.suffix_words >= self.words:
+            raise ValueError(f"suffix_words: a canary of {self.words} words needs some before its suffix")
+        if self.vocabulary and len(set(self.vocabulary)) < 16:
+            raise ValueError("vocabulary: name at least 16 different words, or canaries are alike")
+        if any(word.split() != [word] for word in self.vocabulary):
+            raise ValueError("vocabulary: a word has no white space and is not empty")
+        if len(set(self.repetitions)) < len(self.repetitions):
+            raise ValueError("repetitions: name each number once; draws says how many canaries have it")
+        return self
 
 
 class FilesSource(SourceSettings):
@@ -278,6 +311,7 @@ OWN_SOURCES = (
         f"{_CODE}.docs:wheels_fingerprint",
     ),
     _own("python_docs", "python_docs", "docstrings of the interpreter's standard library", PythonDocsSource),
+    _own("canaries", "canaries", "random texts, planted to measure what a model memorises", CanariesSource),
     _own("files", "files", "text and JSONL files", FilesSource),
     _own("warc", "warc", "web archives", WarcSource),
     _own("html", "html", "saved web pages", HtmlSource),

@@ -27,6 +27,8 @@ DOCS_QUESTIONS = "made/docs_questions"
 MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC)
 #: Pairs that a model has judged; pairs of honest and dishonest answers; pairs made of the conversations of `sft`.
 PREFERENCES, HONESTY, MISMATCHED = "made/preferences", "made/honesty", "made/mismatched"
+#: Answers to forget and to keep, made of a corpus.
+FORGETTING = "made/forgetting"
 
 #: Prefix of the name of a task whose items are data.
 TASK = "task/"
@@ -54,6 +56,7 @@ _KINDS: Mapping[str, str] = {
     PREFERENCES: "preferences",
     HONESTY: "honesty",
     MISMATCHED: "conversations",
+    FORGETTING: "forgetting",
 }
 
 

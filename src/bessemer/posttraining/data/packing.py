@@ -360,20 +360,65 @@ def pack_answers(
         owns[row_of[item]].append(own)
         twins[row_of[item]].append(twin)
         labels[row_of[item]].append(is_desirable)
-    sequences = max(map(len, labels), default=1)
-    is_answer_BS, is_desirable_BS = torch.zeros(count, sequences), torch.zeros(count, sequences)
-    for row, values in enumerate(labels):
-        is_answer_BS[row, : len(values)] = 1
-        is_desirable_BS[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
     twin_rows = pack_rows(twins, context_length, tokenizer.bos_id)
     names = ("tokens_BT", "targets_BT", "positions_BT", "document_ids_BT")
     batch = replace(
-        pack_rows(owns, context_length, tokenizer.bos_id),
+        _labelled_batch(owns, labels, context_length, tokenizer.bos_id),
         per_token={f"{_TWIN}{name}": getattr(twin_rows, name) for name in names},
+    )
+    return PackedAnswers(batch, len(packed), fitter.counts("answers"))
+
+
+def pack_forgetting(
+    forget: Sequence[Labelled], keep: Sequence[Labelled], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+) -> PackedAnswers:
+    """Answers to forget and others to keep, in rows that hold their share of both, so that every batch does. `is_answer` and
+    `is_desirable` as in `PackedAnswers`, the latter of those to keep.
+
+    The end of an answer to forget is no target: that a text ends is not forgotten. Raises SourceError where longer ones are
+    refused.
+    """
+    fitter = RowFitter(context_length, truncate)
+    rows: list[list[Row]] = []
+    labels: list[list[bool]] = []
+    packed = 0
+    # the k-th of n stands at (k + ½) / n of the whole
+    places = [((place + 0.5) / len(some), example) for some in (forget, keep) for place, example in enumerate(some)]
+    for _, example in sorted(places, key=lambda item: item[0]):
+        answered = example.answered
+        fitted = fitter.fit(partial(encode_answer, answered.prompt, answered.answer, tokenizer, answered.tools))
+        if fitted is None:
+            continue
+        tokens, targets = fitted[0]
+        if not example.is_desirable:
+            (learnt,) = np.nonzero(targets != IGNORE_INDEX)
+            if len(learnt) < 2:
+                continue
+            targets = targets.copy()
+            targets[learnt[-1]] = IGNORE_INDEX
+        if not rows or sum(len(there) for there, _ in rows[-1]) + len(tokens) > context_length:
+            rows.append([])
+            labels.append([])
+        rows[-1].append((tokens, targets))
+        labels[-1].append(example.is_desirable)
+        packed += 1
+    return PackedAnswers(_labelled_batch(rows, labels, context_length, tokenizer.bos_id), packed, fitter.counts("answers"))
+
+
+def _labelled_batch(
+    rows: Sequence[Sequence[Row]], labels: Sequence[Sequence[bool]], context_length: int, padding_id: int
+) -> Batch:
+    """Rows of answers with `is_answer` and `is_desirable`."""
+    sequences = max(map(len, labels), default=1)
+    is_answer_BS, is_desirable_BS = torch.zeros(len(rows), sequences), torch.zeros(len(rows), sequences)
+    for row, values in enumerate(labels):
+        is_answer_BS[row, : len(values)] = 1
+        is_desirable_BS[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
+    return replace(
+        pack_rows(rows, context_length, padding_id),
         per_sequence={"is_answer": is_answer_BS, "is_desirable": is_desirable_BS},
         sequences=sequences,
     )
-    return PackedAnswers(batch, len(packed), fitter.counts("answers"))
 
 
 def has_mismatched(batch: Batch) -> bool:

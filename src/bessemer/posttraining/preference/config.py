@@ -10,15 +10,25 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Plugin, Registry
-from bessemer.posttraining.data.made import MISMATCHED, ON_BAD_ROW, PLACES, TRUNCATE, OnBadRow, Truncate, checked_pairs
+from bessemer.posttraining.data.made import (
+    FORGETTING,
+    MISMATCHED,
+    ON_BAD_ROW,
+    PLACES,
+    TRUNCATE,
+    OnBadRow,
+    Truncate,
+    checked_pairs,
+)
 from bessemer.training.adapter_config import TuningConfig
 
 if TYPE_CHECKING:
     from bessemer.posttraining.preference.losses import PairLoss
 
 
-#: The loss of single answers; all others are losses of pairs.
-KTO = "kto"
+#: The losses of single answers, one of which learns and one of which forgets; all others are losses of pairs.
+KTO, NPO = "kto", "npo"
+SINGLE_ANSWERS = (KTO, NPO)
 
 _LOSSES = "bessemer.posttraining.preference.losses"
 
@@ -63,15 +73,15 @@ class PreferenceConfig(TuningConfig):
     data: list[str] = setting(
         description="Pairs: " + PLACES + ": {prompt, chosen, rejected}, in messages or "
         "texts; made/mismatched, of the conversations of sft; made/preferences and made/honesty, of stages above. With "
-        "kto also "
-        "files of single answers, {prompt, completion, label}.",
+        "kto and npo also files of single answers, {prompt, completion, label}; npo forgets those whose label is false, and "
+        "has made/forgetting, of the stage forgetting.",
         min_length=1,
     )
     loss: str = setting(
         "sigmoid",
         "sigmoid (DPO), sigmoid_norm, hinge, ipo, robust, apo_zero, apo_down, sppo_hard; simpo and orpo, which need no "
-        "reference; kto, for single good or bad answers; or one that an installed package adds (entry points "
-        "bessemer.preference_losses).",
+        "reference; kto, for single good or bad answers; npo, which unlearns; or one that an installed package adds (entry "
+        "points bessemer.preference_losses).",
         plugins="bessemer.preference_losses",
     )
     beta: float = setting(
@@ -91,8 +101,15 @@ class PreferenceConfig(TuningConfig):
     )
     desirable_weight: float = setting(1.0, "kto: weight of good answers' losses, to balance them with the bad ones.", gt=0)
     undesirable_weight: float = setting(1.0, "kto: weight of bad answers' losses.", gt=0)
+    retain_weight: float = setting(
+        1.0, "npo: weight of the mean cross-entropy of what is to be kept, beside the loss of what is to be forgotten.", ge=0
+    )
     validation_share: float = setting(
-        0.05, "Fraction of the prompts whose pairs are held out; all pairs of a prompt are on the same side.", ge=0, lt=1
+        0.05,
+        "Fraction of the prompts whose pairs are held out; all pairs of a prompt are on the same side. npo: of what is to be "
+        "kept.",
+        ge=0,
+        lt=1,
     )
     truncate: Truncate = setting("drop", TRUNCATE)
     on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
@@ -126,22 +143,27 @@ class PreferenceConfig(TuningConfig):
     @field_validator("data")
     @classmethod
     def _known_data(cls, names: list[str]) -> list[str]:
-        return checked_pairs(names)
+        return [name if name == FORGETTING else checked_pairs([name])[0] for name in names]
 
     @model_validator(mode="after")
     def _check_made_pairs(self) -> Self:
-        if self.loss == KTO and MISMATCHED in self.data:
-            raise ValueError(f"data: kto learns from single answers, and {MISMATCHED} is of pairs; name files")
+        if self.loss in SINGLE_ANSWERS and MISMATCHED in self.data:
+            raise ValueError(f"data: {self.loss} learns from single answers, and {MISMATCHED} is of pairs; name files")
+        if self.loss != NPO and FORGETTING in self.data:
+            raise ValueError(
+                f"data: {FORGETTING} holds what is to be forgotten, and loss {self.loss} forgets nothing; take {NPO}"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_unused(self) -> Self:
         unused = {
-            "label_smoothing": self.label_smoothing > 0 and self.loss in (KTO, *_WITHOUT_SMOOTHING),
-            "margin": self.margin is not None and self.loss in (KTO, *BUILT_IN) and self.loss != "simpo",
-            "next_token_weight": self.next_token_weight > 0 and self.loss == KTO,
+            "label_smoothing": self.label_smoothing > 0 and self.loss in (*SINGLE_ANSWERS, *_WITHOUT_SMOOTHING),
+            "margin": self.margin is not None and self.loss in (*SINGLE_ANSWERS, *BUILT_IN) and self.loss != "simpo",
+            "next_token_weight": self.next_token_weight > 0 and self.loss in SINGLE_ANSWERS,
             "desirable_weight": self.desirable_weight != 1 and self.loss != KTO,
             "undesirable_weight": self.undesirable_weight != 1 and self.loss != KTO,
+            "retain_weight": self.retain_weight != 1 and self.loss != NPO,
         }
         for name, is_given in unused.items():
             if is_given:
@@ -153,7 +175,7 @@ class PreferenceConfig(TuningConfig):
     @field_validator("loss")
     @classmethod
     def _known_loss(cls, name: str) -> str:
-        if name == KTO:
+        if name in SINGLE_ANSWERS:
             return name
         try:
             PAIR_LOSSES.find(name)

@@ -137,3 +137,13 @@ def kto(log_ratios_S: Tensor, desirable_S: Tensor, kl: Tensor, beta: float) -> T
     z = kl.detach().clamp(min=0)
     better_S = torch.where(desirable_S, log_ratios_S - z, z - log_ratios_S)
     return 1 - torch.sigmoid(beta * better_S)
+
+
+def npo(log_ratios_S: Tensor, beta: float) -> Tensor:
+    """NPO (Zhang et al. 2024, arXiv 2404.05868, eq. 3) of S answers to forget: (2/β) log(1 + (π / π_ref)^β).
+
+    log_ratios_S: log π − log π_ref, summed over the answer's tokens. The gradient is that of gradient ascent times
+    2 (π / π_ref)^β / (1 + (π / π_ref)^β), which falls to 0 as the answer becomes unlikely; ascent itself, the limit of β → 0,
+    has no lower end.
+    """
+    return -2 / beta * logsigmoid(-beta * log_ratios_S)

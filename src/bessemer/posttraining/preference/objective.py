@@ -1,5 +1,5 @@
-"""Objectives of preference optimisation, of a policy beside a reference: a loss of pairs, and KTO's loss of answers that are
-good or bad by themselves (Ethayarajh et al. 2024).
+"""Objectives of preference optimisation, of a policy beside a reference: a loss of pairs, KTO's loss of answers that are good
+or bad by themselves (Ethayarajh et al. 2024), and NPO's of answers to forget beside others to keep (Zhang et al. 2024).
 
 Shapes: B rows, T tokens of a row, S sequences of a row, P = S / 2 pairs of a row.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.data.packing import mismatched
-from bessemer.posttraining.preference.losses import PairLoss, PairLossSettings, kto
+from bessemer.posttraining.preference.losses import PairLoss, PairLossSettings, kto, npo
 from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.head import target_log_probs
 from bessemer.training.model_roles import POLICY, REFERENCE, ModelRoles
@@ -190,3 +190,63 @@ class KTOObjective(Objective):
                 for name, (values_BS, of_BS) in figures.items()
             }
         return Terms({"preference": context.once(losses_BS.sum())}, metrics)
+
+
+class UnlearningObjective(Objective):
+    """NPO: the mean of `losses.npo` over the answers to forget, and the mean cross-entropy of the answers to keep (Zhang et al.
+    2024, section 4.2, "NPO+RT").
+
+    A batch without answers of one kind has the other's term alone. Logged: `log_ratio_forget`, the mean log-ratio to the
+    reference of an answer to forget, in nats; `log_prob_forget` and `log_prob_retain`, mean log-probabilities a token.
+    """
+
+    def __init__(self, beta: float = 0.1, retain_weight: float = 1.0) -> None:
+        self._beta = beta
+        self._retain_weight = retain_weight
+
+    def denominators(self, batch: Batch) -> dict[str, Count]:
+        forget_BS, kept_BT = _forgotten(batch), _kept_tokens(batch)
+        return {"forget": Count(float(forget_BS.sum()), "sequence"), "retain": Count(float(kept_BT.sum()))}
+
+    def annotate(self, models: ModelRoles, batch: Batch) -> Batch:
+        """Add the reference's log-probabilities unless the batch has them."""
+        if REFERENCE_LOG_PROBS in batch.per_token:
+            return batch
+        return batch.with_values(per_token={REFERENCE_LOG_PROBS: models.log_probs(batch, REFERENCE)})
+
+    def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
+        log_probs_BT, _ = target_log_probs(model, model.hidden(**batch.inputs), batch.targets_BT)
+        log_probs_BT = log_probs_BT * _is_target(batch.targets_BT)
+        ratios_BT = log_probs_BT - batch.per_token[REFERENCE_LOG_PROBS].to(log_probs_BT.dtype)
+        sums_BS, policy_BS, tokens_BS = context.sum_over_context(
+            torch.stack(
+                [
+                    batch.sequence_sums(values)
+                    for values in (ratios_BT, log_probs_BT, _is_target(batch.targets_BT).to(log_probs_BT))
+                ]
+            )
+        ).unbind(0)
+        forget_BS, kept_BT = _forgotten(batch).to(sums_BS.dtype), _kept_tokens(batch)
+        forgotten = context.once((npo(sums_BS, self._beta) * forget_BS).sum())
+        retained = -(log_probs_BT * kept_BT).sum()
+        with torch.no_grad():
+            of_sequences = {
+                "log_ratio_forget": (sums_BS, forget_BS),
+                "log_prob_forget": (policy_BS / tokens_BS.clamp(min=1), forget_BS),
+            }
+            metrics = {
+                name: Metric(context.once((values_BS * of_BS).sum()), context.once(of_BS.sum()))
+                for name, (values_BS, of_BS) in of_sequences.items()
+            }
+            metrics["log_prob_retain"] = Metric(-retained, kept_BT.sum())
+        return Terms({"forget": forgotten, "retain": self._retain_weight * retained}, metrics)
+
+
+def _forgotten(batch: Batch) -> Tensor:
+    """1 for sequences to forget, (B, S)."""
+    return batch.per_sequence["is_answer"] - batch.per_sequence["is_desirable"]
+
+
+def _kept_tokens(batch: Batch) -> Tensor:
+    """Whether a token's target is of an answer to keep, (B, T)."""
+    return (batch.of_tokens(batch.per_sequence["is_desirable"]) > 0) & _is_target(batch.targets_BT)

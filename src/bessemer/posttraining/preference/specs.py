@@ -8,7 +8,7 @@ from typing import Any
 
 from bessemer.core.report import Facts, Metrics, Part, Section, StageReport, Text
 from bessemer.core.stage import Outside, StageContext
-from bessemer.posttraining.data.made import PAIRS_NEEDS, files_of, made_paths, unread_pairs
+from bessemer.posttraining.data.made import FORGETTING, MADE_PAIRS, PAIRS_NEEDS, files_of, made_paths, roles, unread
 from bessemer.posttraining.preference.config import PREFERENCE_VERSION, PreferenceConfig
 from bessemer.posttraining.sft.report import metric_curves
 from bessemer.training.report import diagnostics, task_accuracies, training_curves
@@ -22,30 +22,44 @@ _CHARTS = {
         1.0,
     ),
     "How far the policy has moved, z of KTO, in nats per answer": (("kl",), 1.0),
-    "Log-probability of the answers, nats per token": (("log_prob_chosen", "log_prob_rejected"), 1.0),
+    "Log-ratio of what is to be forgotten, nats per text": (("log_ratio_forget",), 1.0),
+    "Log-probability of the answers, nats per token": (
+        ("log_prob_chosen", "log_prob_rejected", "log_prob_forget", "log_prob_retain"),
+        1.0,
+    ),
 }
+
+
+_LEARNS = (
+    "The model learns which of two answers people prefer. Its implicit reward of an answer is how much likelier it has "
+    "become than under the reference, the model as it was before. The log-probabilities of both answers may fall: "
+    "what is learnt is their difference."
+)
+_FORGETS = (
+    "The model unlearns texts: they become less likely than under the reference, the model as it was before, and less is done "
+    "about each the less likely it already is. Other texts are learnt beside them, so that they are kept. Whether what was "
+    "unlearnt can still be extracted, also from rounded weights, is for the stage memorisation to say."
+)
 
 
 def report(stage: StageReport) -> Section:
     """Accuracy and rewards of the pairs, training and held out, and the curves that all methods have."""
+    forgets = "forgotten" in stage.metrics
     parts: list[Part] = [
-        Text(
-            "The model learns which of two answers people prefer. Its implicit reward of an answer is how much likelier it has "
-            "become than under the reference, the model as it was before. The log-probabilities of both answers may fall: "
-            "what is learnt is their difference.",
-            lead=True,
-        ),
+        Text(_FORGETS if forgets else _LEARNS, lead=True),
         *metric_curves(stage.records, _CHARTS),
         *training_curves(stage.records, loss="Loss of a pair, or an answer"),
         *task_accuracies(stage.records),
         *diagnostics(stage.records),
         Facts(stage.metrics),
     ]
-    return Section(stage.titled("Preferences"), parts)
+    return Section(stage.titled("Unlearning" if forgets else "Preferences"), parts)
 
 
 def summary_line(metrics: Metrics) -> str:
     """Pairs or answers, and the share of held-out ones that the model ranks correctly."""
+    if "forgotten" in metrics:
+        return f"{metrics['forgotten']:,} texts to forget, {metrics['kept']:,} to keep"
     name = next((name for name in ("pairs", "answers") if name in metrics), None)
     if name is None:
         return ""
@@ -80,7 +94,7 @@ STAGES = (
         summary="Train the model on pairs of a preferred and a rejected answer (DPO and its kin).",
         config=PreferenceConfig,
         version=PREFERENCE_VERSION,
-        needs=dict(PAIRS_NEEDS),
+        needs={**PAIRS_NEEDS, **roles([FORGETTING])},
         links={"model": "model", "adapter": "adapter"},
         lacks=model_not_merged,
         example="preference: {data: [pairs.jsonl]}",
@@ -89,7 +103,7 @@ STAGES = (
         summary_line=summary_line,
         run=_preference,
         resolve=resolved_by(_preference),
-        unread=unread_pairs,
+        unread=unread([*MADE_PAIRS, FORGETTING]),
         fingerprint=pairs_fingerprint,
     ),
 )

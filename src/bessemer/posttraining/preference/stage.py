@@ -26,7 +26,7 @@ from bessemer.core.store import new_file
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.chat_models import place_fingerprint
 from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, gather_pairs, prompt_key, read_examples
-from bessemer.posttraining.data.formats import as_labelled_answers
+from bessemer.posttraining.data.formats import Labelled, as_labelled_answers
 from bessemer.posttraining.data.made import data_path
 from bessemer.posttraining.data.packing import (
     PackedBatches,
@@ -34,18 +34,20 @@ from bessemer.posttraining.data.packing import (
     has_mismatched,
     mismatched,
     pack_answers,
+    pack_forgetting,
     pack_pairs,
     validation_on,
 )
 from bessemer.posttraining.data.splitting import opening_of, split_examples
 from bessemer.posttraining.data.template_record import keep_template
-from bessemer.posttraining.preference.config import KTO, PAIR_LOSSES, PreferenceConfig
+from bessemer.posttraining.preference.config import KTO, NPO, PAIR_LOSSES, PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import (
     MISMATCHED_REFERENCE,
     REFERENCE_LOG_PROBS,
     KTOObjective,
     PreferenceObjective,
+    UnlearningObjective,
 )
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import RunCost
@@ -204,8 +206,7 @@ def labelled_data(
     reader: RowReader | None = None,
 ) -> PreferenceData:
     """The single answers that the settings name, those of pairs among them, packed for KTO. Raises SourceError."""
-    rows = [row for name in config.data for row in read_examples(data_path(name, folder, made), as_labelled_answers, reader)]
-    answers = [answer for row in rows for answer in row]
+    answers = _labelled_answers(config, folder, made, reader)
     training, held_out = split_examples(answers, lambda one: opening_of(one.answered), config.validation_share, seed)
     if len({prompt_key(one.answered.prompt) for one in held_out}) == 1:
         # KTO compares with answers to other prompts, and a single held-out prompt has none
@@ -226,6 +227,51 @@ def labelled_data(
     )
 
 
+def forgetting_data(
+    config: PreferenceConfig,
+    model: Path,
+    folder: Path,
+    made: Mapping[str, Path],
+    seed: int,
+    reader: RowReader | None = None,
+) -> PreferenceData:
+    """The single answers that the settings name, packed for NPO: those whose label is false are forgotten, all of them, and of
+    the others, which are kept, a share is held out. Raises SourceError where there is nothing to forget."""
+    answers = _labelled_answers(config, folder, made, reader)
+    forget = [one for one in answers if not one.is_desirable]
+    if not forget:
+        raise SourceError(f"loss {NPO} forgets answers whose label is false, and there are none")
+    keep, held_out = split_examples(
+        [one for one in answers if one.is_desirable], lambda one: opening_of(one.answered), config.validation_share, seed
+    )
+    tokenizer = load_tokenizer(model)
+    packed = pack_forgetting(forget, keep, tokenizer, config.context_length, config.truncate)
+    validation = pack_forgetting([], held_out, tokenizer, config.context_length, config.truncate)
+    return PreferenceData(
+        name="answers",
+        objective=UnlearningObjective(config.beta, config.retain_weight),
+        needs_reference=True,
+        longest=config.context_length,
+        training=packed.batch,
+        training_examples=packed.answers,
+        validation=validation.batch,
+        validation_examples=validation.answers,
+        left_out=packed.counts.sentences(f"{len(forget) + len(keep):,} answers"),
+        figures={**packed.counts.figures, "forgotten": len(forget), "kept": len(keep)},
+    )
+
+
+def _labelled_answers(
+    config: PreferenceConfig, folder: Path, made: Mapping[str, Path], reader: RowReader | None
+) -> list[Labelled]:
+    rows = [row for name in config.data for row in read_examples(data_path(name, folder, made), as_labelled_answers, reader)]
+    return [answer for row in rows for answer in row]
+
+
+#: Losses of single answers → what gathers their data; all others are losses of pairs.
+_OF_SINGLE_ANSWERS = {KTO: labelled_data, NPO: forgetting_data}
+
+
 def preference(
     config: PreferenceConfig,
     model: Path,
@@ -235,7 +281,7 @@ def preference(
     only_resolve: bool = False,
     **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
-    """Train the model of folder `model` on pairs of answers, with `kto` on single ones; resumes from `out`.
+    """Train the model of folder `model` on pairs of answers, with `kto` and `npo` on single ones; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the reference's log-probabilities. The
     reference is the model as it was: on several processes it is held beside the policy, or is the policy without its adapter.
@@ -245,7 +291,7 @@ def preference(
     for pairs that are missing or malformed, and what `TrainingJob` raises.
     """
     run = RunContext(out, **options)
-    gather = labelled_data if config.loss == KTO else paired_data
+    gather = _OF_SINGLE_ANSWERS.get(config.loss, paired_data)
     reader = RowReader(config.on_bad_row, run.progress.say)
     data = gather(config, model, run.folder, made or {}, run.seed, reader)
     for sentence in data.left_out:

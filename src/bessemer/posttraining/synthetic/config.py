@@ -1,4 +1,4 @@
-"""Settings of the stages `revise`, `ai_preferences`, `honesty` and `synthesize`. Imports no PyTorch."""
+"""Settings of the stages `revise`, `ai_preferences`, `honesty`, `forgetting` and `synthesize`. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -77,6 +77,43 @@ class HonestyConfig(Config):
         description="Answers to unknown questions, of which each pair gets one.",
         min_length=1,
     )
+
+
+#: Raised when the same settings and inputs give other rows than before.
+FORGETTING_VERSION = 1
+
+
+class ForgettingConfig(Config):
+    """The stage `forgetting`: documents that a model is to forget, and others beside which it forgets them."""
+
+    shorthand: ClassVar[str | None] = "ids"
+
+    ids: list[str] = setting(default_factory=list, description="Ids of documents to forget.")
+    sources: list[str] = setting(
+        default_factory=list, description="Sources all of whose documents are to be forgotten, such as canaries."
+    )
+    keep: int = setting(1000, "Other documents, drawn evenly, whose beginnings are to be kept.", unit="documents", ge=1)
+    alike: int = setting(
+        0,
+        "Canaries that were never planted, to be kept beside those that are forgotten: without any, a model "
+        "unlearns the form, and what it knows within it stays.",
+        unit="canaries",
+        ge=0,
+    )
+    prompt_words: int = setting(
+        4, "Words at the beginning of a text that are given; what follows them is forgotten or kept.", unit="words", ge=1
+    )
+    words: int = setting(
+        100, "A longer document to forget becomes several texts; of one to keep the first is taken.", unit="words", ge=8
+    )
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Self:
+        if not self.ids and not self.sources:
+            raise ValueError("name ids or sources of documents to forget")
+        if self.prompt_words >= self.words:
+            raise ValueError(f"prompt_words: a text of {self.words} words needs some after its beginning")
+        return self
 
 
 #: Raised when the same settings and inputs give other rows than before.

@@ -1,4 +1,5 @@
-"""The stages `revise`, `ai_preferences`, `honesty` and `synthesize` for the pipeline, with their sections of the report."""
+"""The stages `revise`, `ai_preferences`, `honesty`, `forgetting` and `synthesize` for the pipeline, with their sections of the
+report."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from bessemer.model.config import ModelStageConfig
 from bessemer.model.specs import MODEL_PACKAGES, model_packages
 from bessemer.posttraining.synthetic.config import (
     AI_PREFERENCES_VERSION,
+    FORGETTING_VERSION,
     HONESTY_VERSION,
     REVISE_VERSION,
     SYNTHESIZE_VERSION,
     AIPreferencesConfig,
+    ForgettingConfig,
     HonestyConfig,
     PrincipledConfig,
     ReviseConfig,
@@ -240,6 +243,32 @@ _HONESTY_STAGES = (
 )
 
 
+def _forgetting(context: StageContext) -> dict[str, Any]:
+    from bessemer.posttraining.synthetic.forgetting import forgetting
+
+    documents = documents_of(context)
+    assert documents is not None, "it is needed"
+    return forgetting(context.config, documents, context.out, seed=context.seed)
+
+
+_FORGETTING_STAGES = (
+    StageSpec(
+        kind="forgetting",
+        summary="Make rows of documents to forget, and of others to keep, for preference with loss npo.",
+        config=ForgettingConfig,
+        version=FORGETTING_VERSION,
+        needs={"documents": "documents"},
+        makes={"forgetting": "forgetting.jsonl"},
+        example="forgetting: {sources: [canaries]}",
+        remedy="remove it: it holds the text",
+        uses_seed=True,
+        summary_line=lambda metrics: f"{metrics['forget']:,} texts to forget, {metrics['keep']:,} to keep" if metrics else "",
+        run=_forgetting,
+        packages=lambda config: ["pyarrow"],
+    ),
+)
+
+
 #: Number of conversations in the report, and of characters of a text in the table.
 _CONVERSATIONS_SHOWN, _LONGEST_TEXT = 12, 500
 
@@ -341,4 +370,4 @@ _SYNTHESIZE_STAGES = (
     ),
 )
 
-STAGES = (*_HONESTY_STAGES, *_CONSTITUTION_STAGES, *_SYNTHESIZE_STAGES)
+STAGES = (*_HONESTY_STAGES, *_FORGETTING_STAGES, *_CONSTITUTION_STAGES, *_SYNTHESIZE_STAGES)

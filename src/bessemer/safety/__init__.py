@@ -1,0 +1,1 @@
+"""Safety: what a model has memorised, and what it must not say."""
