@@ -46,7 +46,7 @@ def test_a_surface_says_what_is_done_about_a_category(tmp_path):
         ("limit: 0.4", "limit: 4", 4, r"categories.privacy.limit: input should be less than or equal to 1, got 4"),
         ("meaning: hatred", "code: S10", 5, r"categories.hate: 'meaning' must be given"),
         ("{privacy: refuse}", "{privcy: refuse}", 9, r".*: there is no category 'privcy'; did you mean 'privacy'\?"),
-        ("{privacy: refuse}", "{privacy: deny}", 9, r".*privacy: input should be 'allow', 'log' or 'refuse', got 'deny'"),
+        ("{privacy: refuse}", "{privacy: deny}", 9, r".*privacy: input should be 'allow', 'log', 'warn', 'redact', 'safe_completion' or 'refuse', got 'deny'"),
         ("  answer:", "  anser:", 9, r"surfaces.anser: unknown key 'anser'; did you mean 'answer'\?"),
         ("format: 1", "format: 2", 1, r"format: input should be 1, got 2"),
         ("  hate:", "  Hate speech:", 5, r"categories.*Hate speech.*: string should match pattern .*"),

@@ -1,0 +1,1 @@
+"""Safety: the guard of a policy, and what measures a model's safety."""
