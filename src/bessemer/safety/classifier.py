@@ -42,6 +42,8 @@ _DISTANCES = (1, 2, 3)
 _RUNS = (3, 4, 5)
 #: Characters that are scored at once, so that a long text needs no memory of its size.
 _STEP = 20_000
+#: Characters of a word that are read.
+_LONGEST_WORD = 40
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _PRIME = np.uint64(0x100000001B3)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
@@ -68,12 +70,13 @@ def _word_hash(word: str) -> int:
 
 
 def block_features(text: str, bits: int) -> BlockFeatures:
-    """The features of a text by blocks of six words. A pair belongs to the block of its second word."""
-    words = _WORD.findall(text.lower())
+    """The features of a text by blocks of six words. A pair belongs to the block of its second word; a block has each feature
+    once."""
+    words = [word[:_LONGEST_WORD] for word in _WORD.findall(text.lower())]
     if not words:
         return BlockFeatures(np.zeros(0, np.int32), np.zeros(1, np.int64))
     shift = np.uint64(64 - bits)
-    hashes = np.array([_word_hash(word[:40]) for word in words], np.uint64)
+    hashes = np.array([_word_hash(word) for word in words], np.uint64)
     places = np.arange(len(words))
     found = [(hashes, places)]
     for distance in _DISTANCES:
@@ -93,11 +96,13 @@ def block_features(text: str, bits: int) -> BlockFeatures:
             runs = (runs ^ data[offset : offset + count]) * _PRIME
         # a run belongs to the word of its middle
         found.append((runs ^ (runs >> np.uint64(32)), word_of_byte[length // 2 : length // 2 + count]))
-    buckets = ((np.concatenate([one for one, _ in found]) * _SPREAD) >> shift).astype(np.int32)
+    buckets = ((np.concatenate([one for one, _ in found]) * _SPREAD) >> shift).astype(np.int64)
     blocks = np.concatenate([place for _, place in found]) // BLOCK
-    order = np.argsort(blocks, kind="stable")
+    # a block has a feature once, however often its words repeat themselves
+    keys = np.unique(blocks << bits | buckets)
     count = (len(words) + BLOCK - 1) // BLOCK
-    return BlockFeatures(buckets[order], np.searchsorted(blocks[order], np.arange(count + 1)))
+    starts_N = np.searchsorted(keys, np.arange(count + 1) << bits)
+    return BlockFeatures((keys & ((1 << bits) - 1)).astype(np.int32), starts_N)
 
 
 def windows_of(blocks: int) -> tuple[np.ndarray, np.ndarray]:
