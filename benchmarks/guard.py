@@ -4,13 +4,13 @@
     python benchmarks/guard.py --untimed    # without the times: other work may run
 
 Test texts (`guard_texts/`) were written before anything was trained, are never trained on, and were not read while tuning: 112
-behaviours in 14 hazard categories, 42 of them in five other languages, 200 look-alike harmless requests, and 40 harmless behaviours.
-The policy refuses every category; the guard is the rails `words` and `classifier` with their usual limits.
+behaviours in 14 hazard categories, 42 of them in five other languages, 200 look-alike harmless requests, and 40 harmless
+behaviours. The policy refuses every category; the guard is the rails `words` and `classifier` with their usual limits.
 
-- *Families.* The 13 families of attacks (`safety/seeds/wrappers.yaml`) are left out in four groups: for each group a classifier is trained
-  on the seeds without these families, and asked about the test behaviours in all their templates. So each family is left out once,
-  together with two or three others, and its behaviours are new too. Beside it: the harmless behaviours in the same templates, and
-  1,100 ordinary instructions (`instructions_1100.json`), which no classifier was trained on.
+- *Families.* The 13 families of attacks (`safety/seeds/wrappers.yaml`) are left out in four groups: for each group a classifier
+  is trained on the seeds without these families, and asked about the test behaviours in all their templates. So each family is
+  left out once, together with two or three others, and its behaviours are new too. Beside it: the harmless behaviours in the
+  same templates, and 1,100 ordinary instructions (`instructions_1100.json`), which no classifier was trained on.
 - *The classifier that comes with Bessemer*: behaviours asked plainly, by category; disguised in nine ways; in five languages;
   look-alikes; ordinary instructions.
 - *Time* of one decision about 1,000 characters, each text new, of all rails with the default policy's surfaces.

@@ -38,9 +38,9 @@ _FREE = ToolChoice()
 class Turn:
     """A turn under way.
 
-    After `begin`, whose events come first, its caller works until there is an `end`: it completes `generation` and gives the deltas to `take`, or calls
-    `run_tools` where the turn `wants_tools`. Whenever `generation` is another object than before, the completion under way is
-    to be stopped. `interrupt` leaves a conversation that can go on.
+    After `begin`, whose events come first, its caller works until there is an `end`: it completes `generation` and gives the
+    deltas to `take`, or calls `run_tools` where the turn `wants_tools`. Whenever `generation` is another object than before,
+    the completion under way is to be stopped. `interrupt` leaves a conversation that can go on.
     """
 
     def __init__(

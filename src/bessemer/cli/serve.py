@@ -169,12 +169,16 @@ def serve(
     ] = None,
     policy: Annotated[
         Path | None,
-        _requests(help="YAML file of a policy: a guard checks what is asked, found, called and answered. `bessemer guard` tries it."),
+        _requests(
+            help="YAML file of a policy: a guard checks what is asked, found, called and answered. `bessemer guard` tries it."
+        ),
     ] = None,
     audit: Annotated[Path | None, _requests(help="File to which the guard adds each decision, without the texts.")] = None,
     guard_model: Annotated[
         str | None,
-        _requests(help="FORM=URL: a guard model beside the guard's own rails: llama_guard_3, llama_guard_4, qwen3guard, gpt_oss_safeguard."),
+        _requests(
+            help="FORM=URL: a guard model beside its rails: llama_guard_3, llama_guard_4, qwen3guard, gpt_oss_safeguard."
+        ),
     ] = None,
     adapter: Annotated[
         list[str] | None, _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated.")
@@ -211,6 +215,7 @@ def serve(
     loading = ExitStack()
     context.call_on_close(loading.close)
     loading.enter_context(without_collection())
+    from bessemer.cli.guard import guard_config
     from bessemer.cli.named import (
         example_questions,
         find_served,
@@ -221,7 +226,6 @@ def serve(
         option_of,
         speculation,
     )
-    from bessemer.cli.guard import guard_config
     from bessemer.cli.watermark import watermark_of
     from bessemer.core.store import read_json
     from bessemer.inference.engine import EngineConfig

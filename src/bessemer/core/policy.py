@@ -12,9 +12,9 @@
       answer: {otherwise: allow, categories: {privacy: refuse}}
 
 A *category* is a kind of content that detectors know, a *principle* is what an answer is criticised, revised and compared by,
-and a *surface* is a place where text enters or leaves, with what is done about each category there. *Taint* says which tools may be
-called after text of unknown authors, and *messages* what is said. The guard, the server, the data filters and post-training read the
-same file; `Policy.hash` is in the manifests of what they make.
+and a *surface* is a place where text enters or leaves, with what is done about each category there. *Taint* says which tools
+may be called after text of unknown authors, and *messages* what is said. The guard, the server, the data filters and
+post-training read the same file; `Policy.hash` is in the manifests of what they make.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.yaml_file import read_yaml
 
-#: What happens to a text of a category, the mildest first: nothing; an entry in the log; the assistant is told to take care; the place is
-#: blacked out; an answer is written anew, safely; it goes no further.
+#: What happens to a text of a category, the mildest first: nothing; an entry in the log; the assistant is told to take care;
+#: the place is blacked out; an answer is written anew, safely; it goes no further.
 Action = Literal["allow", "log", "warn", "redact", "safe_completion", "refuse"]
 ACTIONS: tuple[Action, ...] = ("allow", "log", "warn", "redact", "safe_completion", "refuse")
 SurfaceName = Literal["prompt", "answer", "document", "tool", "call", "training"]
@@ -57,7 +57,8 @@ class Category(Config):
     meaning: str = setting(description="what it is about, in one line", min_length=1)
     limit: float = setting(0.6, "lowest score of a detector at which a text is of it", gt=0, le=1)
     terms: list[str] = setting(
-        default_factory=list, description="words and phrases of which one makes a text of it, as in word lists (`*` ends a stem)"
+        default_factory=list,
+        description="words and phrases of which one makes a text of it, as in word lists (`*` ends a stem)",
     )
     patterns: list[str] = setting(default_factory=list, description="regular expressions of RE2 of which one does")
     refusal: str = setting("", "what is said in place of the policy's refusal where a text is of it")
@@ -168,7 +169,9 @@ class Policy(Config):
             if name in RULE_KINDS:
                 raise _refused(f"{name!r} is what rules find; give the category another name", ("categories", name), name)
             if category.code and (other := codes.setdefault(category.code.upper(), name)) != name:
-                raise _refused(f"{category.code} is the category {other!r} already", ("categories", name, "code"), category.code)
+                raise _refused(
+                    f"{category.code} is the category {other!r} already", ("categories", name, "code"), category.code
+                )
             for kind, written in (("terms", category.terms), ("patterns", category.patterns)):
                 for term in written:
                     key = term.casefold() if kind == "terms" else term
@@ -177,7 +180,9 @@ class Policy(Config):
         for allowed in self.taint.allow or ():
             for denied in self.taint.deny:
                 if fnmatchcase(allowed, denied) or (allowed != "*" and fnmatchcase(denied, allowed)):
-                    raise _refused(f"{allowed!r} is allowed, and {denied!r} denied: both hold for one tool", ("taint", "deny"), denied)
+                    raise _refused(
+                        f"{allowed!r} is allowed, and {denied!r} denied: both hold for one tool", ("taint", "deny"), denied
+                    )
         return self
 
     def _surfaces(self) -> Iterator[tuple[str, Surface]]:

@@ -1,14 +1,14 @@
 """The guard's classifier: one linear function a category on hashed n-grams of short windows of a text. Numpy alone.
 
-A text is read in lower case, in blocks of six words; windows are two blocks, five blocks, and a short text as a whole. Features of a
-window are its words, pairs of words up to three apart, and runs of 3 to 5 bytes within and across words, hashed into 2^bits buckets
-(Weinberger et al. 2009). For category k and a window with n features of buckets b
+A text is read in lower case, in blocks of four words; windows are two, four and eight blocks, and a short text as a whole.
+Features of a window are its words, pairs of words up to three apart, and runs of 3 to 5 bytes within and across words, hashed
+into 2^bits buckets (Weinberger et al. 2009). For category k and a window with n features of buckets b
 
     p_k = σ( (Σ W[b, k]) / √n + bias_k )
 
-and a text's score is the largest over its windows, so that what stands around a request does not dilute it. Scores are on one scale:
-`USUAL_LIMIT` is the threshold of the category that was chosen from the curve of refused ordinary texts (`classifier_training.py`), so a
-policy's limit of 0.6 means that threshold, a lower one catches more, a higher one less.
+and a text's score is the largest over its windows, so that what stands around a request does not dilute it. Scores are on one
+scale: `USUAL_LIMIT` is the threshold of the category that was chosen from the curve of refused ordinary texts
+(`classifier_training.py`), so a policy's limit of 0.6 means that threshold, a lower one catches more, a higher one less.
 
 On disk: a `.npz` of `weights` (2^bits, K) int8 and a description in JSON, without pickles; opening it runs no code.
 """
@@ -33,10 +33,10 @@ from bessemer.core.hashing import hash_file
 FORMAT = 1
 #: The score at a category's threshold: the usual limit of a policy's categories.
 USUAL_LIMIT = 0.6
-#: Words of a block, and blocks of the two sizes of windows. A text of at most `_WHOLE` blocks is a window too.
-BLOCK = 6
-_WINDOWS = (2, 5)
-_WHOLE = 8
+#: Words of a block, and blocks of the sizes of windows. A text of at most `_WHOLE` blocks is a window too.
+BLOCK = 4
+_WINDOWS = (2, 4, 8)
+_WHOLE = 12
 #: Distances of the pairs of words, and lengths of the runs of bytes.
 _DISTANCES = (1, 2, 3)
 _RUNS = (3, 4, 5)
@@ -70,7 +70,7 @@ def _word_hash(word: str) -> int:
 
 
 def block_features(text: str, bits: int) -> BlockFeatures:
-    """The features of a text by blocks of six words. A pair belongs to the block of its second word; a block has each feature
+    """The features of a text by blocks of four words. A pair belongs to the block of its second word; a block has each feature
     once."""
     words = [word[:_LONGEST_WORD] for word in _WORD.findall(text.lower())]
     if not words:
@@ -109,10 +109,10 @@ def windows_of(blocks: int) -> tuple[np.ndarray, np.ndarray]:
     """The first block of each window and the one behind its last, both (W,) int64, for a text of so many blocks."""
     firsts, ends = [], []
     for size in _WINDOWS:
-        starts = np.arange(max(1, blocks - size + 1))
-        firsts.append(starts)
-        ends.append(np.minimum(starts + size, blocks))
-    if _WINDOWS[-1] < blocks <= _WHOLE:
+        if size < blocks:
+            firsts.append(np.arange(blocks - size + 1))
+            ends.append(firsts[-1] + size)
+    if blocks <= _WHOLE:
         firsts.append(np.zeros(1, np.int64))
         ends.append(np.full(1, blocks))
     return np.concatenate(firsts), np.concatenate(ends)

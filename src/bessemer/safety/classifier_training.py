@@ -1,9 +1,9 @@
-"""Training of the guard's classifier from seeds, with PyTorch; thresholds from a curve of ordinary texts that it did not train on.
+"""Training of the guard's classifier from seeds, with PyTorch; thresholds from ordinary texts that it did not train on.
 
-Seeds (`seeds/*.yaml`) are infinitives by category and language, frames around them, wrappers by family of attack, and harmless ones.
-Each training text is read in the windows of `classifier.py`; a window with most of a harmful infinitive belongs to its category, one
-without any of it to none, and the rest is left out. So what stands around a request is learned as harmless, and a wrapper that was
-never seen changes little.
+Seeds (`seeds/*.yaml`) are infinitives by category and language, frames, wrappers by family of attack, and harmless ones.
+Each training text is read in the windows of `classifier.py`; a window with most of a harmful infinitive belongs to its
+category, one without any of it to none, and the rest is left out. So what stands around a request is learned as harmless, and a
+wrapper that was never seen changes little.
 
     python -m bessemer.safety.classifier_training guard_classifier.npz --ordinary piqa.jsonl arc_easy.jsonl
 """
@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,7 +56,8 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Seeds:
-    """hazards: by category and language. harmless: by language, and whole `sentences`. frames: by language. wrappers: by family."""
+    """hazards: by category and language. harmless: by language, and whole `sentences`. frames: by language. wrappers: by
+    family."""
 
     hazards: Mapping[str, Mapping[str, Sequence[str]]]
     harmless: Mapping[str, Sequence[str]]
@@ -212,7 +212,8 @@ class _Windows:
 def train_guard_classifier(
     seeds: Seeds, ordinary: Iterable[str], settings: TrainingSettings | None = None, *, progress: Progress | None = None
 ) -> GuardClassifier:
-    """Fit the weights, and choose the thresholds. The same seeds, texts and settings give the same classifier on one machine."""
+    """Fit the weights, and choose the thresholds. The same seeds, texts and settings give the same classifier on one
+    machine."""
     settings, progress = settings or TrainingSettings(), progress or Silent()
     categories = tuple(seeds.hazards)
     windows = _Windows()
@@ -264,7 +265,10 @@ def _fitted(windows: _Windows, categories: int, settings: TrainingSettings) -> t
             counts = torch.from_numpy(lengths[rows])
             offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)[:-1]])
             each = (1 / counts.sqrt()).repeat_interleave(counts).float()
-            logits = functional.embedding_bag(chosen, weights, offsets.to(chosen.dtype), mode="sum", per_sample_weights=each) + biases
+            logits = (
+                functional.embedding_bag(chosen, weights, offsets.to(chosen.dtype), mode="sum", per_sample_weights=each)
+                + biases
+            )
             targets = functional.one_hot(labels[torch.from_numpy(rows)] + 1, categories + 1)[:, 1:].float()
             loss = functional.binary_cross_entropy_with_logits(logits, targets)
             optimizer.zero_grad()
@@ -292,6 +296,7 @@ def _thresholds(
 
 
 def main() -> None:
+    """Train on the seeds and ordinary texts, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--ordinary", type=Path, nargs="*", default=[], help="files of ordinary questions and texts")

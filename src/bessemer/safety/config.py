@@ -46,7 +46,10 @@ class GuardConfig(Config):
     audit: str | None = setting(None, "file to which each decision is added, a line of JSON")
     audit_content: bool = setting(False, "the file also has the texts that were decided about")
     held_characters: int = setting(
-        240, "an answer is held back to the end of a sentence, and for no more than so many characters", unit="characters", ge=16
+        240,
+        "an answer is held back to the end of a sentence, and for no more than so many characters",
+        unit="characters",
+        ge=16,
     )
     checked_characters: int = setting(
         1200, "characters at the end of a growing answer that are read at each check", unit="characters", ge=200

@@ -1,7 +1,7 @@
 """The guard of a policy: rails find things in a text, the policy says what is done about them at a surface.
 
-A *rail* looks at a text in all its readings (`normalise.py`) and returns findings; the guard keeps those that reach their category's
-limit, and the severest action of the policy decides. A decision names the rule that led to it.
+A *rail* looks at a text in all its readings (`normalise.py`) and returns findings; the guard keeps those that reach their
+category's limit, and the severest action of the policy decides. A decision names the rule that led to it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
-from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.policy import ACTIONS, RULE_KINDS, Action, Policy, SurfaceName
 from bessemer.safety.config import RAILS, GuardConfig
@@ -48,7 +47,8 @@ class Rail(Protocol):
 
     @property
     def takes_long(self) -> bool:
-        """Whether a check waits for something, as a model behind an API; a growing answer is then checked once, when complete."""
+        """Whether a check waits for something, as a model behind an API; a growing answer is then checked once, when
+        complete."""
 
     def check(self, text: str, found_readings: Sequence[Reading], surface: SurfaceName) -> Sequence[Finding]:
         """What is in a text; below the limit too, so that a decision shows what came close."""
@@ -77,7 +77,9 @@ class Decision:
 class Guard:
     """Decides about texts by a policy. Safe to use from several threads."""
 
-    def __init__(self, policy: Policy, config: GuardConfig | None = None, rails: Sequence[tuple[str, Rail]] | None = None) -> None:
+    def __init__(
+        self, policy: Policy, config: GuardConfig | None = None, rails: Sequence[tuple[str, Rail]] | None = None
+    ) -> None:
         """rails: by name, in place of those that the settings name.
 
         Raises ConfigError where a surface acts on a category that no rail finds, and what the rails' makers raise.
@@ -171,6 +173,6 @@ class Guard:
             for name in actions:
                 if name not in found:
                     raise ConfigError(
-                        f"the policy {self.policy.name!r}: surface {surface} acts on {name!r}, which no rail finds"
-                        f"{nearest(name, sorted(found))}; give the category terms or patterns, or name a rail that finds it"
+                        f"the policy {self.policy.name!r}: surface {surface} acts on {name!r}, which no rail finds; "
+                        "give the category terms or patterns, or name a rail that finds it"
                     )

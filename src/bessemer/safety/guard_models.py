@@ -1,9 +1,11 @@
-"""Guard models in place of the classifier: how Llama Guard 3 and 4, Qwen3Guard and gpt-oss-safeguard are asked, and what they answer.
+"""Guard models in place of the classifier: how Llama Guard 3 and 4, Qwen3Guard and gpt-oss-safeguard are asked, and what they
+answer.
 
-Llama Guard takes the policy's categories by their codes in a prompt of its own, sent to `/completions`; it answers a blank line, `safe` or
-`unsafe`, and codes. The prompt ends with the blank line, so that the first token is the verdict and its probability the score.
-Qwen3Guard takes the conversation by its chat template and answers `Safety:`, `Categories:`, and `Refusal:`. gpt-oss-safeguard takes a
-policy in words as system message, and answers in the form that this asks for. An answer that cannot be read is an error, not a pass.
+Llama Guard takes the policy's categories by their codes in a prompt of its own, sent to `/completions`; it answers a blank
+line, `safe` or `unsafe`, and codes. The prompt ends with the blank line, so that the first token is the verdict and its
+probability the score. Qwen3Guard takes the conversation by its chat template and answers `Safety:`, `Categories:`, and
+`Refusal:`. gpt-oss-safeguard takes a policy in words as system message, and answers in the form that this asks for. An answer
+that cannot be read is an error, not a pass.
 """
 
 from __future__ import annotations
@@ -66,12 +68,13 @@ def llama_guard_prompt(policy: Policy, text: str, role: str = "User", *, version
     listed = "\n".join(f"{code}: {policy.categories[name].meaning}." for code, name in category_codes(policy).items())
     return (
         f"<|begin_of_text|>{start}user{end}\n\n"
-        f"Task: Check if there is unsafe content in '{role}' messages in conversations according our safety policy with the below "
-        f"categories.\n\n<BEGIN UNSAFE CONTENT CATEGORIES>\n{listed}\n<END UNSAFE CONTENT CATEGORIES>\n\n"
+        f"Task: Check if there is unsafe content in '{role}' messages in conversations according our safety policy with the "
+        f"below categories.\n\n<BEGIN UNSAFE CONTENT CATEGORIES>\n{listed}\n<END UNSAFE CONTENT CATEGORIES>\n\n"
         f"<BEGIN CONVERSATION>\n\n{role}: {_harmless(text)}\n\n<END CONVERSATION>\n\n"
         f"Provide your safety assessment for ONLY THE LAST {role} message in the above conversation:\n"
         " - First line must read 'safe' or 'unsafe'.\n"
-        f" - If unsafe, a second line must include a comma-separated list of violated categories.{turn}{start}assistant{end}\n\n"
+        f" - If unsafe, a second line must include a comma-separated list of violated categories.{turn}"
+        f"{start}assistant{end}\n\n"
     )
 
 
@@ -135,7 +138,8 @@ _QWEN_LINE = re.compile(r"^\s*(safety|categories|refusal)\s*:\s*(.*?)\s*$", re.I
 
 
 def read_verdict(form: GuardForm, policy: Policy, answer: str, first: Mapping[str, float] | None = None) -> Verdict:
-    """A guard model's answer. first: probabilities of its first token by their text. Raises ApiError for one of another form."""
+    """A guard model's answer. first: probabilities of its first token by their text. Raises ApiError for one of another
+    form."""
     if form in ("llama_guard_3", "llama_guard_4"):
         return _read_llama_guard(policy, answer, first or {})
     if form == "qwen3guard":

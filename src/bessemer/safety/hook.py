@@ -1,9 +1,9 @@
 """The guard in a conversation: a hook that checks what the assistant reads, says and calls (`assistant/hooks.py`).
 
-An answer is given out by sentences: each is held back until it is complete and was checked with what stands before it, so nothing is
-shown before it was read. In the middle of a sentence one flag may be chance, and two checks in a row must agree; then the message
-stops. Of what was shown nothing is taken back: the refusal follows it. Where nothing was shown, an answer whose policy says
-`safe_completion` is written once more, with an instruction; if that is flagged too, it is refused.
+An answer is given out by sentences: each is held back until it is complete and was checked with what stands before it, so
+nothing is shown before it was read. In the middle of a sentence one flag may be chance, and two checks in a row must agree;
+then the message stops. Of what was shown nothing is taken back: the refusal follows it. Where nothing was shown, an answer
+whose policy says `safe_completion` is written once more, with an instruction; if that is flagged too, it is refused.
 """
 
 from __future__ import annotations
@@ -154,13 +154,12 @@ class GuardHook(Hook):
         return replace(result, text="".join(part.text for part in parts))
 
     def _as_read(self, part: MessagePart, decision: Decision) -> list[MessagePart]:
-        if decision.action == "redact":
-            return [replace(part, text=self.guard.redacted(part.text, decision))]
-        if decision.action == "refuse" and decision.surface != "prompt":
+        actions = {action for _, action in decision.findings}
+        if "refuse" in actions and decision.surface != "prompt":
             return [replace(part, text=f"[left out: {decision.finding.category if decision.finding else ''}]")]
-        if decision.action == "warn":
-            return [part, MessagePart(f"\n\n{self.policy.messages.warning}", "system")]
-        return [part]
+        if "redact" in actions:
+            part = replace(part, text=self.guard.redacted(part.text, decision))
+        return [part, *([MessagePart(f"\n\n{self.policy.messages.warning}", "system")] if "warn" in actions else [])]
 
     # -- what it calls
 
@@ -216,7 +215,8 @@ class GuardHook(Hook):
         return Refuse(decision.reason, self.guard.redacted(rest, again), keeps_shown=growing.passed > 0)
 
     def _decided(self, text: str, growing: _Growing) -> Decision:
-        """Of the end of an answer, from where it was last shown and some before; of a short one, or a complete one, the whole."""
+        """Of the end of an answer, from where it was last shown and some before; of a short one, or a complete one, the
+        whole."""
         start = max(0, min(growing.passed, len(text)) - self.guard.config.checked_characters)
         return self.guard.check(text[start:], "answer")
 

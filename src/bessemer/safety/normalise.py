@@ -1,9 +1,10 @@
 """Readings of a text: as it stands, cleaned, and with usual disguises taken off, so that detectors see what a model would read.
 
-Cleaned means Unicode's compatibility form (NFKC) without marks on letters, without invisible and control characters, and with the
-letters of other alphabets that look Latin made Latin where they stand in Latin text. A disguise is undone only where it shows: leetspeak
-in words that mix letters and digits, single letters with gaps, base64, hexadecimal, percent signs and escapes where they decode to
-text, ROT13 and reversed text where common words appear, and quoted strings put together. A reading is never shown to anybody.
+Cleaned means Unicode's compatibility form (NFKC) without marks on letters, without invisible and control characters, and with
+the letters of other alphabets that look Latin made Latin where they stand in Latin text. A disguise is undone only where it
+shows: leetspeak in words that mix letters and digits, single letters with gaps, base64, hexadecimal, percent signs and escapes
+where they decode to text, ROT13 and reversed text where common words appear, and quoted strings put together. A reading is
+never shown to anybody.
 """
 
 from __future__ import annotations
@@ -32,18 +33,13 @@ class Reading:
     text: str
 
 
-#: Letters that look Latin: Cyrillic, Greek, Armenian, and signs that NFKC leaves as they are.
-_LOOK_ALIKES = str.maketrans(
-    {
-        pair[0]: pair[1]
-        for pair in (
-            "аa еe оo рp сc уy хx ѕs іi јj ԁd ԛq ԝw һh ӏl вb нh кk мm тt АA ВB ЕE КK МM НH ОO РP СC ТT ХX УY ІI ЈJ ЅS "
-            "αa οo ρp εe τt υu ιi κk νv χx ηn ωw ΑA ΒB ΕE ΖZ ΗH ΙI ΚK ΜM ΝN ΟO ΡP ΤT ΥY ΧX "
-            "օo սu ոn ɑa ɡg ıi ɩi ǀl ℓl"
-        ).split()
-    }
-)
-_LEET = str.maketrans({"4": "a", "@": "a", "3": "e", "€": "e", "1": "i", "!": "i", "0": "o", "5": "s", "$": "s", "7": "t", "+": "t", "8": "b", "9": "g"})
+#: Letters that look Latin, each before its Latin one: Cyrillic, Greek, Armenian, and signs that NFKC leaves as they are.
+_PAIRS = """
+    аa еe оo рp сc уy хx ѕs іi јj ԁd ԛq ԝw һh ӏl вb нh кk мm тt АA ВB ЕE КK МM НH ОO РP СC ТT ХX УY ІI ЈJ ЅS
+    αa οo ρp εe τt υu ιi κk νv χx ηn ωw ΑA ΒB ΕE ΖZ ΗH ΙI ΚK ΜM ΝN ΟO ΡP ΤT ΥY ΧX օo սu ոn ɑa ɡg ıi ɩi ǀl ℓl
+"""
+_LOOK_ALIKES = str.maketrans({pair[0]: pair[1] for pair in _PAIRS.split()})
+_LEET = str.maketrans("4@3€1!05$7+89", "aaeeiiossttbg")
 _WORD = re.compile(r"\S+")
 _LATIN = re.compile(r"[A-Za-z]")
 _LEET_WORD = re.compile(r"(?<![\w@$\\])(?=[\w@$!+€]*[A-Za-z])(?=[\w@$!+€]*[0-9@$!+€])[\w@$!+€]{2,24}(?![\w@$])")
@@ -60,11 +56,12 @@ _ROT13 = str.maketrans(
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz", "NOPQRSTUVWXYZABCDEFGHIJKLMnopqrstuvwxyzabcdefghijklm"
 )
 #: Common words of English, German, French, Spanish, Italian and Portuguese: two of them show that a text was read rightly.
-_COMMON = frozenset(
-    """the to how and you of in is do can for what that it with my tell give write make me this are your want without
-    wie ich kann und der die das ein eine mich nicht ist zu comment je puis le la les des une dans mon est que pour
-    cómo como puedo el los una por mi para quiero che posso il gli per mio voglio não uma posso meu com quero""".split()
-)
+_COMMON_WORDS = """
+    the to how and you of in is do can for what that it with my tell give write make me this are your want without wie ich
+    kann und der die das ein eine mich nicht ist zu comment je puis le la les des une dans mon est que pour cómo como puedo
+    el los una por mi para quiero che posso il gli per mio voglio não uma posso meu com quero
+"""
+_COMMON = frozenset(_COMMON_WORDS.split())
 _ROTATED = frozenset(word.translate(_ROT13) for word in _COMMON)
 _REVERSED = frozenset(word[::-1] for word in _COMMON if len(word) > 2) - _COMMON
 _FEWEST_COMMON = 2

@@ -1,4 +1,5 @@
-"""What rules find in a text: personal data, secrets, invisible characters, and text that tells an assistant to drop its instructions.
+"""What rules find in a text: personal data, secrets, invisible characters, and text that tells an assistant to drop its
+instructions.
 
 Personal data and secrets are those of the edits `personal_data` and `secrets` of the refinery, by the same functions.
 """
@@ -30,30 +31,52 @@ class Match:
     end: int | None = None
 
 
-#: Forms in which a text takes over an assistant, in lower case: each is a rule of its own, named in a decision.
+#: Words that rules are made of.
+_DROP = r"(?:ignore|disregard|forget|override|bypass|do not follow|don't follow|stop following)"
+_WHOSE = r"(?:previous|prior|above|earlier|preceding|all|any|your|the|system|these|those)"
+_RULES = r"(?:instructions?|prompts?|rules|directions|guidelines|orders|commands|polic(?:y|ies)|programming)"
+_DROP_ELSEWHERE = r"(?:ignorier\w*|vergiss|ignore[rsz]?|oublie[rz]?|olvida\w*|ignora\w*|dimentica\w*|esque[cç]\w*|missachte\w*)"
+_RULES_ELSEWHERE = (
+    r"(?:anweisungen|vorgaben|regeln|instructions|consignes|r[eè]gles|instrucciones|reglas|istruzioni|regole|instruc\w+|regras)"
+)
+_TELL = r"(?:reveal|show|print|repeat|output|tell me|give me|display|write down|what (?:is|are|was|were))"
+_PRIVATE = r"(?:password|secret|api key|credentials?|token|conversation|chat history|personal data|private)"
+_MODELS = r"(?:ai|assistant|language model|llm|chatbot|bot|model)"
+#: Forms in which a text takes over an assistant, whatever the case: each is a rule of its own, named in a decision.
 _INJECTIONS = {
-    name: re.compile(pattern, re.IGNORECASE)
-    for name, pattern in {
-        "drop the instructions": r"\b(?:ignore|disregard|forget|override|bypass|do not follow|don't follow|stop following)\b[^.\n]{0,40}"
-        r"\b(?:previous|prior|above|earlier|preceding|all|any|your|the|system|these|those)\b[^.\n]{0,30}"
-        r"\b(?:instructions?|prompts?|rules|directions|guidelines|orders|commands|polic(?:y|ies)|programming)\b",
-        "drop the instructions, in other languages": r"\b(?:ignorier\w*|vergiss|ignore[rsz]?|oublie[rz]?|olvida\w*|ignora\w*|dimentica\w*"
-        r"|esque[cç]\w*|missachte\w*)\b[^.\n]{0,40}\b(?:anweisungen|vorgaben|regeln|instructions|consignes|règles|instrucciones|reglas"
-        r"|istruzioni|regole|instruç\w+|instruc\w+|regras)\b",
-        "new instructions": r"\b(?:your|the) new (?:instructions?|task|role|goal|rules)\b\s*(?:are|is|:)|\bfrom now on,? you (?:are|will|must|should)\b"
-        r"|\binstead,? (?:of (?:that|this|translating|summari[sz]ing|answering)|you (?:must|should|will))\b",
-        "claims to be the system": r"(?:^|\n)\s*(?:#{1,4}\s*)?(?:system|admin(?:istrator)?|developer)\s*(?:message|prompt|note|override)?\s*[:>\]]"
-        r"|<\|?(?:system|im_start|start_header_id|assistant|end|eot_id)\|?>|\[/?(?:INST|SYSTEM)\]|<</?SYS>>",
-        "developer mode": r"\b(?:developer|debug|god|dan|jailbreak|unrestricted|sudo|maintenance)[ -]mode\b"
-        r"|\bdo anything now\b|\b(?:filters?|restrictions?|safety|guardrails?) (?:are|is|=|:)? ?(?:off|disabled|lifted|removed)\b",
-        "speaks to the assistant": r"\b(?:note|attention|message|instructions?|important)\b[^.\n]{0,20}\b(?:to|for) (?:the |any |all )?(?:ai|assistant|"
-        r"language model|llm|chatbot|bot|model)s?\b|<!--\s*(?:ai|assistant|llm|bot)\b|\bif you are an? (?:ai|language model|assistant|llm)\b",
-        "asks for the system prompt": r"\b(?:reveal|show|print|repeat|output|tell me|give me|display|write down|what (?:is|are|was|were))\b[^.\n]{0,40}"
-        r"\b(?:system|initial|hidden|original|secret) (?:prompt|instructions?|message)\b"
-        r"|\b(?:repeat|print|output) (?:everything|all(?: the)? (?:text|words)) above\b",
-        "sends data out": r"\b(?:send|forward|post|upload|e-?mail|exfiltrate)\b[^.\n]{0,60}\b(?:password|secret|api key|credentials?|token|"
-        r"conversation|chat history|personal data|private)\b[^.\n]{0,60}\b(?:to|at)\b[^.\n]{0,10}(?:https?://|\S+@\S+)",
-        "an image that carries data": r"!\[[^\]]{0,80}\]\(https?://[^)\s]{0,200}[?&][^)\s]{0,80}=",
+    name: re.compile("|".join(patterns), re.IGNORECASE)
+    for name, patterns in {
+        "drop the instructions": (
+            rf"\b{_DROP}\b[^.\n]{{0,40}}\b{_WHOSE}\b[^.\n]{{0,30}}\b{_RULES}\b",
+            rf"\b{_DROP_ELSEWHERE}\b[^.\n]{{0,40}}\b{_RULES_ELSEWHERE}\b",
+        ),
+        "new instructions": (
+            r"\b(?:your|the) new (?:instructions?|task|role|goal|rules)\b\s*(?:are|is|:)",
+            r"\bfrom now on,? you (?:are|will|must|should)\b",
+            r"\binstead,? (?:of (?:that|this|translating|summari[sz]ing|answering)|you (?:must|should|will))\b",
+        ),
+        "claims to be the system": (
+            r"(?:^|\n)\s*(?:#{1,4}\s*)?(?:system|admin(?:istrator)?|developer)\s*(?:message|prompt|note|override)?\s*[:>\]]",
+            r"<\|?(?:system|im_start|start_header_id|assistant|end|eot_id)\|?>|\[/?(?:INST|SYSTEM)\]|<</?SYS>>",
+        ),
+        "developer mode": (
+            r"\b(?:developer|debug|god|dan|jailbreak|unrestricted|sudo|maintenance)[ -]mode\b|\bdo anything now\b",
+            r"\b(?:filters?|restrictions?|safety|guardrails?) (?:are|is|=|:)? ?(?:off|disabled|lifted|removed)\b",
+        ),
+        "speaks to the assistant": (
+            rf"\b(?:note|attention|message|instructions?|important)\b[^.\n]{{0,20}}\b(?:to|for) "
+            rf"(?:the |any |all )?{_MODELS}s?\b",
+            rf"<!--\s*{_MODELS}\b|\bif you are an? {_MODELS}\b",
+        ),
+        "asks for the system prompt": (
+            rf"\b{_TELL}\b[^.\n]{{0,40}}\b(?:system|initial|hidden|original|secret) (?:prompt|instructions?|message)\b",
+            r"\b(?:repeat|print|output) (?:everything|all(?: the)? (?:text|words)) above\b",
+        ),
+        "sends data out": (
+            rf"\b(?:send|forward|post|upload|e-?mail|exfiltrate)\b[^.\n]{{0,60}}\b{_PRIVATE}\b[^.\n]{{0,60}}"
+            r"\b(?:to|at)\b[^.\n]{0,10}(?:https?://|\S+@\S+)",
+        ),
+        "an image that carries data": (r"!\[[^\]]{0,80}\]\(https?://[^)\s]{0,200}[?&][^)\s]{0,80}=",),
     }.items()
 }
 

@@ -238,8 +238,8 @@ def serve(
 ) -> None:
     """Serve until interrupted.
 
-    say: prints lines. pages, pool, hooks: as for `create_app`. questions: sent to the API, their answers go to `say`, and then the
-    server stops. Raises as `listen`, the engine's failure, and BessemerError for a question that fails.
+    say: prints lines. pages, pool, hooks: as for `create_app`. questions: sent to the API, their answers go to `say`, and then
+    the server stops. Raises as `listen`, the engine's failure, and BessemerError for a question that fails.
     """
     config = config or ServingConfig()
     open_many_files()

@@ -129,7 +129,8 @@ class Turns:
         begun: Sequence[Sequence[Event]] = (),
     ) -> None:
         """turns: begun, with the same prompt. caller: whose tokens they use. sources: those in the prompt; None: of a chat
-        without retrieval. begun: the events of each turn's beginning, of those that hooks refuse. Raises RequestError where the engine refuses the prompt."""
+        without retrieval. begun: the events of each turn's beginning, of those that hooks refuse. Raises RequestError where the
+        engine refuses the prompt."""
         self.sources = sources
         self._turns = turns
         self._prepare = prepare
@@ -198,7 +199,9 @@ class Turns:
                 log_probs = completion.log_probs or ()
                 taken = (choice, completion.token_ids, completion.finish_reason, log_probs)
                 # a whole answer is read at once
-                step.append(await asyncio.to_thread(self._take, *taken) if self._turns[choice].holds_back else self._take(*taken))
+                step.append(
+                    await asyncio.to_thread(self._take, *taken) if self._turns[choice].holds_back else self._take(*taken)
+                )
             step += await self._next_round()
         return step
 

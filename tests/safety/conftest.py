@@ -1,0 +1,1 @@
+from tests.assistant.conftest import tagged_tokenizer, tokenizer  # noqa: F401
