@@ -170,7 +170,7 @@ class Policy(Config):
                 raise _refused(f"{name!r} is what rules find; give the category another name", ("categories", name), name)
             if category.code and (other := codes.setdefault(category.code.upper(), name)) != name:
                 raise _refused(
-                    f"{category.code} is the category {other!r} already", ("categories", name, "code"), category.code
+                    f"the category {other!r} has the code {category.code} already", ("categories", name, "code"), category.code
                 )
             for kind, written in (("terms", category.terms), ("patterns", category.patterns)):
                 for term in written:
