@@ -69,7 +69,7 @@ def test_a_stated_threshold_replaces_the_policys_and_a_category_without_a_score_
     stated = SelectConfig.parse({"policy": "policy.yaml", "thresholds": {"hazards_violent_crimes": {"max": 0.9}}}, "select")
     assert with_policy(stated, tmp_path)[0].limits()["hazards_violent_crimes"] == (None, 0.9)
     (tmp_path / "policy.yaml").write_text(POLICY.replace(LINE, "  slag: {meaning: slag}"))
-    with pytest.raises(ConfigError, match="^select.policy: no score is of the category 'slag'"):
+    with pytest.raises(ConfigError, match=r"^select.policy: no score is of the category 'slag'"):
         with_policy(SelectConfig(policy="policy.yaml"), tmp_path)
 
 
