@@ -1,5 +1,7 @@
 """One file is the policy of the data filter, the guard and the server."""
 
+from pathlib import Path
+
 import httpx
 import pytest
 
@@ -17,6 +19,7 @@ from bessemer.data.thresholds import rejection_reasons
 from bessemer.safety.config import GuardConfig
 from bessemer.safety.guard import Guard
 from bessemer.safety.hook import GuardHook
+from tests.literate import blocks
 from tests.safety.policies import PRINCIPLES
 from tests.serving.engine import FakeEngine
 from tests.serving.running import servers
@@ -78,3 +81,13 @@ def test_the_default_policy_drops_nothing_and_refuses_on_prompts_what_it_always_
     assert with_policy(SelectConfig(), tmp_path) == (SelectConfig(), None) and policy.acted_on("training") == {}
     refused = [name for name in policy.categories if policy.action("prompt", name) == "refuse"]
     assert refused == ["child_exploitation", "indiscriminate_weapons"]
+
+
+def test_the_policy_of_the_page_is_one(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "guard.md"
+    (block,) = [block for block in blocks(page) if block.title == "policy.yaml"]
+    (tmp_path / "policy.yaml").write_text(block.text)
+    policy = read_policy(tmp_path / "policy.yaml")
+    guard = Guard(policy)
+    assert guard.check("Is Acme Corp cheaper?", "answer").action == "safe_completion"
+    assert not policy.taint.permits("delete_all") and with_policy(SelectConfig(policy="policy.yaml"), tmp_path)[1] == policy
