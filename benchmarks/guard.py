@@ -12,7 +12,9 @@ behaviours. The policy refuses every category; the guard is the rails `words` an
   left out once, together with two or three others, and its behaviours are new too. Beside it: the harmless behaviours in the
   same templates, and 1,100 ordinary instructions (`instructions_1100.json`), which no classifier was trained on.
 - *The classifier that comes with Bessemer*: behaviours asked plainly, by category; disguised in nine ways; in five languages;
-  look-alikes; ordinary instructions.
+  look-alikes; ordinary instructions. And what people wrote to provoke an assistant (`hh_harmless_1800.jsonl`, the first message
+  of each dialogue): nobody labelled these one by one, and some are harmless, so the share is no recall; but another hand wrote
+  them.
 - *Time* of one decision about 1,000 characters, each text new, of all rails with the default policy's surfaces.
 
 Intervals are Wilson's, of 95 %; those of families are of behaviours, each a cluster of its templates. Result: `guard.json`, or
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import base64
 import codecs
+import json
 import math
 import random
 import re
@@ -62,6 +65,7 @@ ORDINARY = (
     *("eval/svamp.jsonl", "text/tinyshakespeare.txt"),
 )
 INSTRUCTIONS = "sft/instructions_1100.json"
+PROVOKED = "preference/hh_harmless_1800.jsonl"
 GROUPS = (
     ("role_play", "many_shot", "payload_splitting"),
     ("prefix_injection", "fiction", "encoded"),
@@ -184,6 +188,13 @@ def families(behaviours: list[str], harmless: list[str], instructions: list[str]
     return found
 
 
+def asked_by_people() -> list[str]:
+    """The first messages of dialogues in which people provoked an assistant."""
+    rows = [json.loads(line) for line in (DATA / PROVOKED).read_text(encoding="utf-8").splitlines()]
+    firsts = [re.split(r"\n\n(?:Human|Assistant): ", row["chosen"])[1].strip() for row in rows]
+    return [*dict.fromkeys(first for first in firsts if first)]
+
+
 def packaged(behaviours: dict[str, list[dict[str, str]]], look_alikes: list[str], instructions: list[str]) -> dict[str, Any]:
     """What the classifier that comes with Bessemer does."""
     guard = guard_of(packaged_classifier())
@@ -213,6 +224,7 @@ def packaged(behaviours: dict[str, list[dict[str, str]]], look_alikes: list[str]
         "languages": spoken,
         "look_alikes_refused": share(refuses(guard, text) for text in look_alikes),
         "instructions_refused": share(refuses(guard, text) for text in instructions),
+        "asked_by_people": share(refuses(guard, text) for text in asked_by_people()),
     }
 
 

@@ -41,9 +41,9 @@ class TrainingSettings:
 
     bits: int = 16
     #: Infinitives drawn of a pattern, and texts made of each, by language: English, others.
-    of_pattern: tuple[int, int] = (24, 14)
-    texts_of_each: tuple[int, int] = (4, 3)
-    passes: int = 6
+    of_pattern: tuple[int, int] = (18, 12)
+    texts_of_each: tuple[int, int] = (3, 2)
+    passes: int = 5
     batch: int = 1024
     learning_rate: float = 0.03
     weight_decay: float = 1e-4
