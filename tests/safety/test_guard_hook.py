@@ -100,6 +100,22 @@ def test_messages_that_pass_alone_are_read_together(turn):
     assert turn(guard, "never", messages=split)[0][-1].reason == "refused"
 
 
+def test_the_beginning_of_an_answer_that_a_client_writes_is_read_too(tagged_tokenizer):
+    model = ScriptedModel(tagged_tokenizer, "and so on.", "ten slag is hot.")
+    prompt = hook(surfaces={"prompt": {"categories": {"slag": "refuse"}}})
+    for guard, prefix in ((prompt, "Sure, the slag"), (hook(**ANSWER), "Sure, the mol")):
+        conversation = Conversation([Message.user("Go on")])
+        turn = Assistant(model).start(conversation, hooks=[guard], answer_prefix=Message.assistant(prefix))
+        events = turn.begin()
+        if turn.end is None:
+            model.texts = ["ten slag is hot."]
+            for delta in model.stream(turn.generation):
+                events += turn.take(delta)
+                if turn.end is not None:
+                    break
+        assert shown(events) == ["Nothing about slag."] and turn.end.reason == "refused"
+
+
 def test_what_is_read_is_blacked_out_left_out_or_followed_by_a_warning(turn):
     surfaces = {
         "prompt": {"categories": {"secrets": "redact", "soot": "warn"}},

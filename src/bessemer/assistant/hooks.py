@@ -14,12 +14,14 @@ from bessemer.assistant.tools import Tool, ToolResult
 
 @dataclass(frozen=True)
 class TurnContext:
-    """The state of a turn for its hooks. round: counts from 1; attempt: of this round's message, from 0."""
+    """The state of a turn for its hooks. round: counts from 1; attempt: of this round's message, from 0. answer_prefix: the
+    beginning of the first round's message, which a client wrote."""
 
     conversation: Conversation
     principal: Principal
     round: int = 1
     attempt: int = 0
+    answer_prefix: str = ""
 
 
 @dataclass(frozen=True)

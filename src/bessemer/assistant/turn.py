@@ -179,7 +179,8 @@ class Turn:
 
     @property
     def _context(self) -> TurnContext:
-        return TurnContext(self._conversation, self._principal, self._round, self._attempt)
+        prefix = "" if self._answer_prefix is None or self._round > 1 else self._answer_prefix.text
+        return TurnContext(self._conversation, self._principal, self._round, self._attempt, prefix)
 
     def _begin_round(self) -> list[Event]:
         """Begin a round. Returns the events of a refusal, where a hook does not admit it."""

@@ -139,7 +139,8 @@ class GuardHook(Hook):
             if message.role == "assistant":
                 break
             latest += ["".join(part.text for part in message.parts if part.origin == "user")] if message.role == "user" else []
-        latest = [text for text in reversed(latest) if text]
+        # a client that begins the answer itself may say in it what is asked
+        latest = [text for text in (*reversed(latest), context.answer_prefix) if text]
         for text in [*latest, *(["\n".join(latest)] if len(latest) > 1 else [])]:
             decision = self.guard.check(text, "prompt")
             self._note(decision, text, context)
@@ -187,7 +188,7 @@ class GuardHook(Hook):
         if not is_due and len(text) - growing.checked < _BETWEEN_CHECKS and not growing.flags:
             return Wait()
         growing.checked = len(text)
-        decision = self._decided(text, growing)
+        decision = self._decided(text, growing, context.answer_prefix)
         if decision.action in ("refuse", "safe_completion"):
             growing.flags += 1
             return self._stopped(decision, text, growing, context) if growing.flags >= _FLAGS else Wait()
@@ -202,7 +203,7 @@ class GuardHook(Hook):
         return Pass()
 
     def _final(self, draft: MessageDraft, text: str, growing: _Growing, context: TurnContext) -> HookDecision:
-        decision = self._decided(text, growing)
+        decision = self._decided(text, growing, context.answer_prefix)
         if decision.action in ("refuse", "safe_completion"):
             return self._stopped(decision, text, growing, context)
         self._note_once(decision, text, growing, context)
@@ -214,11 +215,11 @@ class GuardHook(Hook):
         again = self.guard.check(rest, "answer")
         return Refuse(decision.reason, self.guard.redacted(rest, again), keeps_shown=growing.passed > 0)
 
-    def _decided(self, text: str, growing: _Growing) -> Decision:
+    def _decided(self, text: str, growing: _Growing, prefix: str) -> Decision:
         """Of the end of an answer, from where it was last shown and some before; of a short one, or a complete one, the
         whole."""
         start = max(0, min(growing.passed, len(text)) - self.guard.config.checked_characters)
-        return self.guard.check(text[start:], "answer")
+        return self.guard.check(text[start:] if start else prefix + text, "answer")
 
     def _stopped(self, decision: Decision, text: str, growing: _Growing, context: TurnContext) -> HookDecision:
         self._note(decision, text, context)
