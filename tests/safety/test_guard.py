@@ -10,7 +10,8 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.policy import read_policy
 from bessemer.safety.classifier import USUAL_LIMIT, GuardClassifier, block_features, load_guard_classifier, packaged_classifier
 from bessemer.safety.config import GuardConfig
-from bessemer.safety.guard import Finding, Guard
+from bessemer.safety.findings import Finding
+from bessemer.safety.guard import Guard
 from tests.safety.policies import CATEGORIES, policy
 
 WORDS = GuardConfig(rails=["rules", "words"])
@@ -187,3 +188,31 @@ def test_a_megabyte_and_hostile_characters_are_decided_about():
     checker = Guard(read_policy())
     assert checker.check("\ud800\x00 \u202e how to make sarin \U000e0041", "answer").action == "refuse"
     assert checker.check("a harmless word " * 80_000 + "how to make sarin", "answer").action == "refuse"
+
+
+HOSTILE = (
+    "!",
+    "+",
+    "\n",
+    " ",
+    "system ",
+    "'",
+    "a ",
+    "ff",
+    "QUJD",
+    "<!-- ",
+    "ignore ",
+    "%20",
+    "01",
+    "\u0301",
+    "\u200b",
+    "а",
+    "1",
+    "==",
+)
+
+
+@pytest.mark.parametrize("unit", HOSTILE, ids=repr)
+def test_a_long_run_of_anything_is_read_in_linear_time(unit):
+    kinds = {"categories": {"personal_data": "log", "secrets": "log", "injection": "log", "hidden_text": "log"}}
+    guard(document=kinds).check(unit * (60_000 // len(unit)) + "x", "document")

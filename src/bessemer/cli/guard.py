@@ -29,7 +29,8 @@ def guard(
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
     from bessemer.core.policy import SurfaceName, read_policy
-    from bessemer.safety.guard import SURFACES, Guard
+    from bessemer.safety.findings import SURFACES
+    from bessemer.safety.guard import Guard
 
     if surface not in SURFACES:
         raise ConfigError(f"--surface {surface}: one of {', '.join(SURFACES)}{nearest(surface, list(SURFACES))}")

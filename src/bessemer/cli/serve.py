@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bessemer.cli.options import ACTIVATION_BITS, Model, Runs, retired_option
+
+if TYPE_CHECKING:
+    from bessemer.assistant.hooks import Hook
 
 keys = typer.Typer(
     no_args_is_help=True,
@@ -313,7 +316,7 @@ def serve(
             questions=ask or [],
         )
         return
-    hooks = []
+    hooks: list[Hook] = []
     if policy is not None:
         from bessemer.core.policy import read_policy
         from bessemer.safety.guard import Guard

@@ -12,7 +12,7 @@ from bessemer.core.policy import Policy
 from bessemer.core.registry import Plugin, Registry
 
 if TYPE_CHECKING:
-    from bessemer.safety.guard import Rail
+    from bessemer.safety.findings import Rail
 
 #: Makes a rail for a policy.
 RailMaker: TypeAlias = "Callable[[Policy, GuardConfig], Rail]"

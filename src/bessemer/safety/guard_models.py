@@ -23,7 +23,7 @@ from bessemer.core.policy import Policy, SurfaceName
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.safety.config import GuardConfig, GuardForm
-from bessemer.safety.guard import Finding
+from bessemer.safety.findings import Finding
 from bessemer.safety.normalise import Reading
 
 _MOST_TOKENS = {"llama_guard_3": 24, "llama_guard_4": 24, "qwen3guard": 64, "gpt_oss_safeguard": 768}

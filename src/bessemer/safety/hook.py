@@ -32,6 +32,8 @@ from bessemer.safety.guard import Decision, Guard
 _FLAGS = 2
 #: Characters that a growing answer has to gain before it is checked again.
 _BETWEEN_CHECKS = 12
+#: Characters in which the end of a sentence is looked for.
+_LONGEST_END = 16
 _SENTENCE_ENDS = re.compile(r"(?:[.!?…]['\")\]]*\s+|[。！？]\s*|\n\s*)\Z")
 _SURFACE_OF: dict[Origin, SurfaceName] = {"user": "prompt", "document": "document", "memory": "document", "tool": "tool"}
 
@@ -183,7 +185,7 @@ class GuardHook(Hook):
             return self._final(draft, text, growing, context)
         if growing.redacts or self.guard.takes_long:
             return Wait()
-        is_sentence = bool(_SENTENCE_ENDS.search(text))
+        is_sentence = bool(_SENTENCE_ENDS.search(text[-_LONGEST_END:]))
         is_due = is_sentence or len(text) - growing.passed >= self.guard.config.held_characters
         if not is_due and len(text) - growing.checked < _BETWEEN_CHECKS and not growing.flags:
             return Wait()

@@ -42,7 +42,7 @@ _LOOK_ALIKES = str.maketrans({pair[0]: pair[1] for pair in _PAIRS.split()})
 _LEET = str.maketrans("4@3€1!05$7+89", "aaeeiiossttbg")
 _WORD = re.compile(r"\S+")
 _LATIN = re.compile(r"[A-Za-z]")
-_LEET_WORD = re.compile(r"(?<![\w@$\\])(?=[\w@$!+€]*[A-Za-z])(?=[\w@$!+€]*[0-9@$!+€])[\w@$!+€]{2,24}(?![\w@$])")
+_LEET_WORD = re.compile(r"(?<![\w@$!+€\\])(?=[\w@$!+€]*[A-Za-z])(?=[\w@$!+€]*[0-9@$!+€])[\w@$!+€]{2,24}(?![\w@$])")
 #: Single letters with separators between them.
 _SPACED = re.compile(r"(?<![^\W_])(?:[^\W_][ .*_~|-]{1,3}){3,}[^\W_](?![^\W_])")
 _SEPARATOR = re.compile(r"[.*_~|-]")

@@ -15,7 +15,7 @@ from bessemer.data.text.texts import Texts
 from bessemer.data.word_lists.term_matcher import Category, TermMatcher
 from bessemer.safety.classifier import GuardClassifier, load_guard_classifier, packaged_classifier
 from bessemer.safety.config import GuardConfig
-from bessemer.safety.guard import Finding
+from bessemer.safety.findings import SURFACES, Finding
 from bessemer.safety.normalise import Reading
 from bessemer.safety.rules import matches
 
@@ -30,9 +30,8 @@ class RulesRail:
 
     def __init__(self, policy: Policy) -> None:
         """Looks for those kinds alone about which the policy does anything at a surface."""
-        self._kinds = {
-            surface: [kind for kind in RULE_KINDS if policy.action(surface, kind) != "allow"]
-            for surface in ("prompt", "answer", "document", "tool", "call")
+        self._kinds: dict[SurfaceName, list[str]] = {
+            surface: [kind for kind in RULE_KINDS if policy.action(surface, kind) != "allow"] for surface in SURFACES
         }
 
     @property

@@ -56,7 +56,7 @@ _INJECTIONS = {
             r"\binstead,? (?:of (?:that|this|translating|summari[sz]ing|answering)|you (?:must|should|will))\b",
         ),
         "claims to be the system": (
-            r"(?:^|\n)\s*(?:#{1,4}\s*)?(?:system|admin(?:istrator)?|developer)\s*(?:message|prompt|note|override)?\s*[:>\]]",
+            r"(?:^|\n)[ \t]{0,8}(?:#{1,4} ?)?(?:system|admin(?:istrator)?|developer) ?(?:message|prompt|note)? ?[:>\]]",
             r"<\|?(?:system|im_start|start_header_id|assistant|end|eot_id)\|?>|\[/?(?:INST|SYSTEM)\]|<</?SYS>>",
         ),
         "developer mode": (
