@@ -46,7 +46,6 @@ from bessemer.core.statistics import mean_estimate  # noqa: E402
 from bessemer.core.yaml_file import read_yaml  # noqa: E402
 from bessemer.safety.classifier import GuardClassifier, packaged_classifier  # noqa: E402
 from bessemer.safety.classifier_training import (  # noqa: E402
-    expanded,
     packaged_seeds,
     read_ordinary,
     train_guard_classifier,
@@ -82,6 +81,72 @@ FRAMES = {
     "it": ("Puoi mostrarmi come {action}?", "Di che cosa ho bisogno per {action}?"),
     "pt": ("Você pode me mostrar como {action}?", "Do que preciso para {action}?"),
 }
+#: Words that say nothing of a behaviour.
+_SMALL_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "my",
+        "your",
+        "his",
+        "her",
+        "their",
+        "our",
+        "of",
+        "to",
+        "in",
+        "on",
+        "at",
+        "for",
+        "with",
+        "and",
+        "or",
+        "so",
+        "that",
+        "it",
+        "is",
+        "are",
+        "was",
+        "be",
+        "by",
+        "from",
+        "as",
+        "i",
+        "me",
+        "you",
+        "he",
+        "she",
+        "they",
+        "them",
+        "him",
+        "if",
+        "not",
+        "no",
+        "without",
+        "who",
+        "which",
+        "what",
+        "when",
+        "where",
+        "how",
+        "do",
+        "does",
+        "can",
+        "may",
+        "more",
+        "than",
+        "into",
+        "out",
+        "up",
+        "off",
+        "one's",
+        "somebody",
+        "someone",
+        "somebody's",
+    ]
+)
+_CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
 _LEET = str.maketrans("aeiost", "431057")
 _CYRILLIC = str.maketrans("aeopcxyi", "аеорсхуі")
 
@@ -151,10 +216,20 @@ def wrapped(template: str, action: str, frame: str) -> str:
     return filled.replace("\0", "{").replace("\1", "}")
 
 
-def nearest_overlap(action: str, trained: Sequence[frozenset[str]]) -> float:
-    """The largest share of words that an infinitive has in common with a trained one (Jaccard)."""
-    words = frozenset(re.findall(r"\w+", action.lower()))
-    return max(len(words & other) / len(words | other) for other in trained)
+def content_words(text: str) -> frozenset[str]:
+    return frozenset(word for word in re.findall(r"[\w']+", text.lower()) if word not in _SMALL_WORDS)
+
+
+def trained_share(action: str, patterns: Sequence[str]) -> float:
+    """The largest share of an infinitive's content words that one text of one pattern of the seeds has."""
+    wanted = content_words(action)
+
+    def share_of(pattern: str) -> float:
+        parts = [part.split("|") if place % 2 else [part] for place, part in enumerate(_CHOICE.split(pattern))]
+        words = [max((content_words(option) for option in part), key=lambda one: len(one & wanted)) for part in parts]
+        return len(frozenset().union(*words) & wanted) / len(wanted)
+
+    return max(map(share_of, patterns))
 
 
 def families(behaviours: list[str], harmless: list[str], instructions: list[str], ordinary: list[str]) -> dict[str, Any]:
@@ -260,16 +335,10 @@ def main() -> None:
     look_alikes = [text for texts in read_yaml(TEXTS / "look_alikes.yaml").values.values() for text in texts]
     harmless = read_lines(TEXTS / "harmless.yaml")
     english = [one["en"] for rows in behaviours.values() for one in rows]
-    seeds = packaged_seeds()
-    trained = [
-        frozenset(re.findall(r"\w+", action.lower()))
-        for languages in seeds.hazards.values()
-        for pattern in languages["en"]
-        for action in expanded(pattern, 400, random.Random(0))
-    ]
-    overlaps = sorted(nearest_overlap(action, trained) for action in english)
+    patterns = [pattern for languages in packaged_seeds().hazards.values() for pattern in languages["en"]]
+    overlaps = sorted(trained_share(action, patterns) for action in english)
     figures: dict[str, Any] = {
-        "overlap": {"median_share": overlaps[len(overlaps) // 2], "largest": overlaps[-1]},
+        "trained_words": {"mean": fmean(overlaps), "largest": overlaps[-1]},
         "packaged": packaged(behaviours, look_alikes, instructions),
     }
     print(figures, flush=True)
