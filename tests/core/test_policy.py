@@ -46,7 +46,12 @@ def test_a_surface_says_what_is_done_about_a_category(tmp_path):
         ("limit: 0.4", "limit: 4", 4, r"categories.privacy.limit: input should be less than or equal to 1, got 4"),
         ("meaning: hatred", "code: S10", 5, r"categories.hate: 'meaning' must be given"),
         ("{privacy: refuse}", "{privcy: refuse}", 9, r".*: there is no category 'privcy'; did you mean 'privacy'\?"),
-        ("{privacy: refuse}", "{privacy: deny}", 9, r".*privacy: input should be 'allow', 'log' or 'refuse', got 'deny'"),
+        (
+            "{privacy: refuse}",
+            "{privacy: deny}",
+            9,
+            r".*privacy: input should be 'allow', 'log', 'warn', 'redact', 'safe_completion' or 'refuse', got 'deny'",
+        ),
         ("  answer:", "  anser:", 9, r"surfaces.anser: unknown key 'anser'; did you mean 'answer'\?"),
         ("format: 1", "format: 2", 1, r"format: input should be 1, got 2"),
         ("  hate:", "  Hate speech:", 5, r"categories.*Hate speech.*: string should match pattern .*"),
@@ -65,3 +70,59 @@ def test_a_mistake_is_one_line_with_its_place(tmp_path, written, instead, line, 
 def test_a_policy_that_is_not_there_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"policy.yaml: cannot be read: No such file or directory$"):
         read_policy(tmp_path / "policy.yaml")
+
+
+CONTRADICTIONS = {
+    "one code": (
+        "hate: {meaning: hatred}",
+        "hate: {meaning: hatred, code: S7}",
+        r"categories.hate.code: the category 'privacy' has the code S7 already",
+    ),
+    "one term": (
+        "limit: 0.4}\n  hate: {meaning: hatred}",
+        "terms: [abc]}\n  hate: {meaning: hatred, terms: [ABC]}",
+        r"categories.hate.terms: 'ABC' is of the category 'privacy' too",
+    ),
+    "a rule's name": ("  hate: {", "  injection: {", r"categories.injection: 'injection' is what rules find; .*"),
+    "a warning in an answer": ("otherwise: log", "otherwise: warn", r"surfaces.answer.otherwise: warn cannot be done here: .*"),
+    "allowed and denied": (
+        "surfaces:",
+        "taint: {allow: [search, mail_read], deny: ['mail_*']}\nsurfaces:",
+        r"taint.deny: 'mail_read' is allowed, and 'mail_\*' denied: both hold for one tool",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_rules_that_contradict_each_other_are_one_line(tmp_path, name):
+    written, instead, message = CONTRADICTIONS[name]
+    path = tmp_path / "policy.yaml"
+    assert written in SMALL
+    path.write_text(SMALL.replace(written, instead, 1))
+    with pytest.raises(ConfigError, match=rf"^{path}:\d+: {message}$") as error:
+        read_policy(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_rules_find_is_allowed_where_a_surface_does_not_name_it(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(SMALL.replace("{privacy: refuse}", "{privacy: refuse, secrets: redact}"))
+    policy = read_policy(path)
+    assert [policy.action("answer", kind) for kind in ("secrets", "personal_data")] == ["redact", "allow"]
+
+
+def test_the_hash_is_of_what_a_policy_says_and_not_of_how_it_is_written(tmp_path):
+    hashes = []
+    for number, text in enumerate((SMALL, "# remark\n" + SMALL, SMALL.replace("limit: 0.4", "limit: 0.5"))):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        hashes.append(read_policy(path).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_taint_permits_what_is_not_denied_and_only_what_is_allowed():
+    from bessemer.core.policy import Taint
+
+    assert [Taint(deny=["mail_*"]).permits(tool) for tool in ("mail_send", "search")] == [False, True]
+    assert [Taint(allow=["search"]).permits(tool) for tool in ("mail_send", "search")] == [False, True]
+    assert Taint().permits("anything")

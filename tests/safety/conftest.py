@@ -1,3 +1,4 @@
+from tests.assistant.conftest import tagged_tokenizer, tokenizer  # noqa: F401
 from tests.training.conftest import (  # noqa: F401
     decoder,
     documents,

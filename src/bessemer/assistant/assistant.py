@@ -210,7 +210,7 @@ class Assistant(TurnMaker):
         """
         turn = self.start(conversation, principal, hooks)
         try:
-            turn.begin()
+            yield from turn.begin()
             while turn.end is None:
                 generation = turn.generation
                 if generation is None:

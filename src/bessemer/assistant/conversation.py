@@ -6,7 +6,7 @@ The transcript is only appended to: sampled tokens are never decoded and encoded
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -157,6 +157,10 @@ class Conversation:
         """Add a part, such as a document, to the last message, which is not yet encoded."""
         assert self._encoded < len(self._messages), "the last message is encoded already"
         self._messages[-1] = self._messages[-1].with_part(part)
+
+    def rewrite(self, change: Callable[[Message], Message]) -> None:
+        """Change each message that is not yet encoded."""
+        self._messages[self._encoded :] = [change(message) for message in self._messages[self._encoded :]]
 
     def take_back(self) -> None:
         """Remove the last message, which is not yet encoded."""

@@ -8,18 +8,20 @@ from typing import TypeGuard
 
 from bessemer.assistant.conversation import Conversation, Principal
 from bessemer.assistant.generation import MessageDraft
-from bessemer.assistant.messages import BadCall, Called, DraftEvent, ToolCall
+from bessemer.assistant.messages import BadCall, Called, DraftEvent, Message, ToolCall
 from bessemer.assistant.tools import Tool, ToolResult
 
 
 @dataclass(frozen=True)
 class TurnContext:
-    """The state of a turn for its hooks. round: counts from 1; attempt: of this round's message, from 0."""
+    """The state of a turn for its hooks. round: counts from 1; attempt: of this round's message, from 0. answer_prefix: the
+    beginning of the first round's message, which a client wrote."""
 
     conversation: Conversation
     principal: Principal
     round: int = 1
     attempt: int = 0
+    answer_prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,12 @@ class Retry:
 
 @dataclass(frozen=True)
 class Refuse:
-    """The draft is dropped, and `text` is the answer."""
+    """The draft is dropped, and `text` is the answer. keeps_shown: what was given out of the draft stays, and `text` follows
+    it; without it, that is withdrawn."""
 
     reason: str
     text: str
+    keeps_shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,18 @@ Decision = Pass | Wait | Retry | Refuse
 
 class Hook:
     """A hook that does nothing; override what you need. holds_back: whether a message waits for `check` before it is given
-    out."""
+    out. takes_long: whether `check` waits for something, so that a server calls it in a thread."""
 
     holds_back: bool = False
+    takes_long: bool = False
+
+    def read(self, message: Message, context: TurnContext) -> Message:
+        """A message that the assistant has not read yet, as it may read it. Called once for each at the beginning of a turn."""
+        return message
+
+    def admit(self, context: TurnContext) -> Refuse | None:
+        """A refusal ends the turn without a completion. Called after `before_generation` of all hooks."""
+        return None
 
     def before_generation(self, context: TurnContext) -> None:
         """Before each round. May add messages, or parts to the last message, and nothing else."""
@@ -97,9 +110,19 @@ class Hooks:
     def __post_init__(self) -> None:
         object.__setattr__(self, "holding", tuple(hook for hook in self.hooks if hook.holds_back))
 
+    def read(self, message: Message, context: TurnContext) -> Message:
+        """The message as changed by all hooks."""
+        for hook in self.hooks:
+            message = hook.read(message, context)
+        return message
+
     def before_generation(self, context: TurnContext) -> None:
         for hook in self.hooks:
             hook.before_generation(context)
+
+    def admit(self, context: TurnContext) -> Refuse | None:
+        """The first refusal."""
+        return next((refusal for hook in self.hooks if (refusal := hook.admit(context)) is not None), None)
 
     def check(self, draft: MessageDraft, context: TurnContext, *, is_final: bool) -> Decision:
         """The first decision to retry or refuse; else `Wait` if a hook waits and the message is not complete."""

@@ -38,9 +38,9 @@ _FREE = ToolChoice()
 class Turn:
     """A turn under way.
 
-    After `begin`, its caller works until there is an `end`: it completes `generation` and gives the deltas to `take`, or calls
-    `run_tools` where the turn `wants_tools`. Whenever `generation` is another object than before, the completion under way is
-    to be stopped. `interrupt` leaves a conversation that can go on.
+    After `begin`, whose events come first, its caller works until there is an `end`: it completes `generation` and gives the
+    deltas to `take`, or calls `run_tools` where the turn `wants_tools`. Whenever `generation` is another object than before,
+    the completion under way is to be stopped. `interrupt` leaves a conversation that can go on.
     """
 
     def __init__(
@@ -86,9 +86,10 @@ class Turn:
         #: The conversation before and after this round's `before_generation` hooks.
         self._before_hooks = self._after_hooks = conversation.snapshot()
         self._message: MessageGenerator | None = None
-        #: Events that wait for the hooks; and whether any of this message has been given out.
+        #: Events that wait for the hooks; whether any of this message has been given out, and its text.
         self._held: list[DraftEvent] = []
         self._has_shown = False
+        self._shown_text = ""
         self._stopped_by = ""
         self._called: Sequence[ToolCall | BadCall] = ()
         self._client_calls = ClientCalls(self._tools, hooks)
@@ -110,15 +111,24 @@ class Turn:
         """Whether a hook decides how much of a growing message is given out."""
         return bool(self._hooks.holding)
 
-    def begin(self, params_of: Callable[[int], SamplingParams] | None = None) -> None:
-        """Begin the first round. params_of: sampling settings, given the tokens of the prompt; None: those of the turn.
+    @property
+    def takes_long(self) -> bool:
+        """Whether `take` may wait for a hook."""
+        return any(hook.takes_long for hook in self._hooks.hooks)
+
+    def begin(self, params_of: Callable[[int], SamplingParams] | None = None) -> list[Event]:
+        """Begin the first round. params_of: sampling settings, given the tokens of the prompt; None: those of the turn. Returns
+        no events, or those of a refusal, after which there is nothing to complete.
 
         Raises RequestError where there is nothing to answer, or the chat template refuses it, and what `params_of` raises.
         """
         if params_of is not None:
             self._params_of = params_of
-        self._begin_round()
+        if self._hooks.hooks:
+            self._conversation.rewrite(lambda message: self._hooks.read(message, self._context))
+        events = self._begin_round()
         self._prompt_tokens = len(self._conversation.transcript)
+        return events
 
     def take(self, delta: Delta) -> list[Event]:
         """Take a delta of the model's output for `generation`."""
@@ -145,8 +155,8 @@ class Turn:
             events.append(Returned(known, result))
         if waits_for_client:
             return [*events, self._end("tool_calls")]
-        self._begin_round()
-        if self._settings.is_full(self._conversation, 1):
+        events += self._begin_round()
+        if self.end is None and self._settings.is_full(self._conversation, 1):
             self._conversation.restore(self._before_hooks)
             self._message = None
             events.append(self._end("length"))
@@ -169,16 +179,23 @@ class Turn:
 
     @property
     def _context(self) -> TurnContext:
-        return TurnContext(self._conversation, self._principal, self._round, self._attempt)
+        prefix = "" if self._answer_prefix is None or self._round > 1 else self._answer_prefix.text
+        return TurnContext(self._conversation, self._principal, self._round, self._attempt, prefix)
 
-    def _begin_round(self) -> None:
+    def _begin_round(self) -> list[Event]:
+        """Begin a round. Returns the events of a refusal, where a hook does not admit it."""
         self._round += 1
         self._attempt = 0
         self._before_hooks = self._conversation.snapshot()
         try:
             self._hooks.before_generation(self._context)
             self._after_hooks = self._conversation.snapshot()
-            self._begin_message()
+            refusal = self._hooks.admit(self._context)
+            if refusal is None:
+                self._begin_message()
+                return []
+            self._message = None
+            return self._refuse_with(refusal.text)
         except BaseException:
             self._conversation.restore(self._before_hooks)
             raise
@@ -196,7 +213,7 @@ class Turn:
         # the first message decides for all
         self._params_of = lambda _: message.params
         self._message = message
-        self._held, self._has_shown = [], False
+        self._held, self._has_shown, self._shown_text = [], False, ""
 
     # -- what is given out
 
@@ -220,12 +237,14 @@ class Turn:
         end = next((index for index, waiting in enumerate(waits) if waiting), len(self._held))
         released, self._held = self._held[:end], self._held[end:]
         self._has_shown = self._has_shown or bool(released)
+        self._shown_text += "".join(event.text for event in released if isinstance(event, TextDelta))
         return list(released)
 
     def _send_back(self, decision: Retry | Refuse) -> list[Event]:
         """Take the message back, and generate it again or refuse."""
         self.sent_back += 1
-        events: list[Event] = [RolledBack(decision.reason)] if self._has_shown else []
+        keeps_shown = isinstance(decision, Refuse) and decision.keeps_shown
+        events: list[Event] = [RolledBack(decision.reason)] if self._has_shown and not keeps_shown else []
         self._held, self._message = [], None
         self._conversation.restore(self._after_hooks)
         if isinstance(decision, Retry) and self._attempt < self._config.max_retries:
@@ -236,13 +255,17 @@ class Turn:
             self._begin_message()
             return events
         text = decision.text if isinstance(decision, Refuse) else self._config.refusal
+        return [*events, *self._refuse_with(text, self._shown_text if keeps_shown else "")]
+
+    def _refuse_with(self, text: str, shown: str = "") -> list[Event]:
+        """Answer with a text that no model wrote, and end the turn. shown: the answer's text that was given out before."""
         if (thinking := self._settings.thinking) is not None:
             is_open, _ = self._settings.open_message(self._conversation)
             tags = [*(thinking.closing if is_open else ()), *thinking.answer]
-            self._conversation.transcript.append([*tags, *thinking.tokenizer.encode(text, add_bos=False)])
-        message = Message.assistant(text)
+            self._conversation.transcript.append([*tags, *thinking.tokenizer.encode(shown + text, add_bos=False)])
+        message = Message.assistant(shown + text)
         self._conversation.add_answer(message)
-        return [*events, TextDelta(text), MessageEnd(message), self._end("refused")]
+        return [*([TextDelta(text)] if text else []), MessageEnd(message), self._end("refused")]
 
     def _finish_message(
         self, message: MessageGenerator, events: Sequence[DraftEvent], finish_reason: str | None

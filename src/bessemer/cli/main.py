@@ -22,6 +22,7 @@ from bessemer.cli.explain import explain, train_classifier, train_words
 from bessemer.cli.finetune import finetune, label
 from bessemer.cli.forget import forget
 from bessemer.cli.generate import generate
+from bessemer.cli.guard import guard
 from bessemer.cli.inspect import inspect
 from bessemer.cli.library import clean, list_models, pull, rm
 from bessemer.cli.memorisation import memorisation
@@ -103,6 +104,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         show: ("bessemer show mine", "bessemer show runs/mine/tokenizer --text book.txt"),
         memorisation: ("bessemer memorisation mine --canaries runs/mine/stages/memorisation/canaries.jsonl",),
         watermark: ("bessemer watermark mark.yaml --new", "bessemer watermark mark.yaml answer.txt --model smollm2"),
+        guard: ("bessemer guard 'How do I pick a lock?'", "bessemer guard --policy policy.yaml --surface answer -"),
         inspect: ("bessemer inspect smollm2 'The furnace is hot.' --out page.html",),
     },
     "Answer from documents": {

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bessemer.cli.options import ACTIVATION_BITS, Model, Runs, retired_option
+
+if TYPE_CHECKING:
+    from bessemer.assistant.hooks import Hook
 
 keys = typer.Typer(
     no_args_is_help=True,
@@ -167,6 +170,19 @@ def serve(
     watermark: Annotated[
         Path | None, _requests(help="Key file of `bessemer watermark`: mark answers, so that the key finds them again.")
     ] = None,
+    policy: Annotated[
+        Path | None,
+        _requests(
+            help="YAML file of a policy: a guard checks what is asked, found, called and answered. `bessemer guard` tries it."
+        ),
+    ] = None,
+    audit: Annotated[Path | None, _requests(help="File to which the guard adds each decision, without the texts.")] = None,
+    guard_model: Annotated[
+        str | None,
+        _requests(
+            help="FORM=URL: a guard model beside its rails: llama_guard_3, llama_guard_4, qwen3guard, gpt_oss_safeguard."
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None, _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated.")
     ] = None,
@@ -202,6 +218,7 @@ def serve(
     loading = ExitStack()
     context.call_on_close(loading.close)
     loading.enter_context(without_collection())
+    from bessemer.cli.guard import guard_config
     from bessemer.cli.named import (
         example_questions,
         find_served,
@@ -230,6 +247,10 @@ def serve(
         raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
     if accept_weights and engine == "ray":
         raise ConfigError("--accept-weights: of a server with one engine; name several such servers to the trainer instead")
+    if engine == "ray" and policy is not None:
+        raise ConfigError("--policy: of a server with one engine; replicas have no guard")
+    if policy is None and (audit is not None or guard_model is not None):
+        raise ConfigError("--audit, --guard-model: of a server with --policy")
     if engine == "ray" and (index or uploads):
         raise ConfigError("--index, --uploads: of a server with one engine; replicas share no files")
     folder, name = find_served(model, runs), name or Path(model).name
@@ -295,12 +316,22 @@ def serve(
             questions=ask or [],
         )
         return
+    hooks: list[Hook] = []
+    if policy is not None:
+        from bessemer.core.policy import read_policy
+        from bessemer.safety.guard import Guard
+        from bessemer.safety.hook import GuardHook
+
+        guard = Guard(read_policy(policy), guard_config(guard_model, audit))
+        hooks = [GuardHook(guard)]
     with loading, setup.open_engine() as opened:
         print(opened.describe())
         print(opened.arithmetic)
+        if policy is not None:
+            print(f"policy {guard.policy.name}, {guard.policy.hash[:8]}: {', '.join(name for name, _ in guard.rails)}")
         for its_name, place in config.indexes.items():
             about = read_json(place / INDEX, "index")
             print(f"documents {its_name}: {about['documents']:,}, in {about['passages']:,} passages")
         loading.close()
         pool = setup.model_pool(config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
-        serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [])
+        serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [], hooks=hooks)

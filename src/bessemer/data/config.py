@@ -311,6 +311,14 @@ class SelectConfig(MixedConfig):
         default_factory=dict, description="limits per score column, which replace the preset's: `{gopher_words: {min: 20}}`"
     )
 
+    # the file's content enters the stage's key
+    policy: str | None = setting(
+        None,
+        "YAML file of a policy: documents of the categories that its surface `training` refuses are dropped, by their scores "
+        "`hazards_…` and the policy's limits; `thresholds` replaces these",
+        affects_output=False,
+    )
+
     @field_validator("language_scores")
     @classmethod
     def _probabilities(cls, value: dict[str, float]) -> dict[str, float]:

@@ -138,12 +138,14 @@ def _select(context: StageContext) -> dict[str, Any]:
 
 
 def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
-    if not config.decontaminate:
+    if not config.decontaminate and config.policy is None:
         return None
     from bessemer.core.hashing import hash_file
-    from bessemer.data.stages.select import evaluation_files
+    from bessemer.data.stages.select import evaluation_files, with_policy
 
-    return [[path.name, hash_file(path)] for path in evaluation_files(config, outside.folder)]
+    files = [[path.name, hash_file(path)] for path in evaluation_files(config, outside.folder)]
+    _, policy = with_policy(config, outside.folder)
+    return files if policy is None else [*files, ["policy", policy.hash]]
 
 
 def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None:
@@ -153,6 +155,7 @@ def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None
     scores = [name for clean in cleans for name in clean.score]
     wanted = [(f"keep: {name}", score) for name in config.keep for score in scores_of(name)]
     wanted += [("languages", "language")] if config.language_limits() else []
+    wanted += [("policy", "hazards")] if config.policy is not None else []
     return next(
         (
             f"{setting} needs the {kind} {score}; add it to clean.{kind}"

@@ -1,1 +1,1 @@
-"""Safety: what a model has memorised, and what it must not say."""
+"""Safety: the guard of a policy, what a model has memorised, and what measures its safety."""

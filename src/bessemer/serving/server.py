@@ -234,16 +234,17 @@ def serve(
     pages: Callable[[Served], Pages] = no_pages,
     pool: ModelPool | None = None,
     questions: Sequence[str] = (),
+    hooks: Sequence[Hook] = (),
 ) -> None:
     """Serve until interrupted.
 
-    say: prints lines. pages, pool: as for `create_app`. questions: sent to the API, their answers go to `say`, and then the
-    server stops. Raises as `listen`, the engine's failure, and BessemerError for a question that fails.
+    say: prints lines. pages, pool, hooks: as for `create_app`. questions: sent to the API, their answers go to `say`, and then
+    the server stops. Raises as `listen`, the engine's failure, and BessemerError for a question that fails.
     """
     config = config or ServingConfig()
     open_many_files()
     with listen(config.host, config.port) as listener, request_log(config.request_log):
-        server = create_server(engine, model_name, config, pages, pool)
+        server = create_server(engine, model_name, config, pages, pool, hooks)
         url = address_of(listener)
         shown = "" if pages is no_pages else f"chat at {url} · "
         say(f"{model_name}: {shown}OpenAI API at {url}/v1 · Ctrl-C stops")

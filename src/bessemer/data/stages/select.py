@@ -12,13 +12,15 @@ import pyarrow.compute as pc
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.policy import Policy, read_policy
 from bessemer.core.progress import Progress
-from bessemer.data.config import SelectConfig
+from bessemer.data.config import LimitConfig, SelectConfig
 from bessemer.data.corpus.dataset_card import StageRecord, lineage, write_card
 from bessemer.data.corpus.reader import SCHEMA, document_schema
 from bessemer.data.corpus.stats import with_reasons
 from bessemer.data.deduplication.decontaminate import Contamination, read_items
 from bessemer.data.deduplication.removals import apply
+from bessemer.data.filters.registry import HAZARD_CATEGORIES
 from bessemer.data.stages.mixture import mixed, mixture_columns, mixture_stats, training_bytes
 from bessemer.data.stages.transform import Change, transform
 from bessemer.data.thresholds import beside_limits, rejection_reasons
@@ -37,6 +39,7 @@ def select(
 
     Raises ConfigError for a limit on a column that the documents do not have, SourceError when nothing is left.
     """
+    config, policy = with_policy(config, folder)
     schema = document_schema(documents)
     check_scores(config, schema.names)
     overlap = contamination(config, folder)
@@ -62,6 +65,8 @@ def select(
         raise SourceError(f"select: none of {metrics['documents_in']:,} documents is usable; most frequent reason: {reason}")
     if mixtures:
         metrics["mixtures"] = mixture_stats(mixtures, sizes, out / "documents", engine)
+    if policy is not None:
+        metrics["policy"] = {"name": policy.name, "hash": policy.hash}
     limits, languages = config.limits(), config.language_limits()
     folders = [out / "documents", out / "rejected"]
     metrics["thresholds"] = beside_limits(
@@ -69,6 +74,24 @@ def select(
     )
     write_card(out, [*lineage(documents), StageRecord("select", config.output_settings(), metrics)])
     return metrics
+
+
+def with_policy(config: SelectConfig, folder: Path) -> tuple[SelectConfig, Policy | None]:
+    """The settings with the limits of the policy's categories that its surface `training` refuses, and the policy.
+
+    Raises ConfigError, in one line, for a policy that cannot be read, and for a category that no score is of.
+    """
+    if config.policy is None:
+        return config, None
+    policy = read_policy((folder / config.policy).resolve())
+    limits = {}
+    for name, category in policy.acted_on("training").items():
+        if policy.action("training", name) != "refuse":
+            continue
+        if name not in HAZARD_CATEGORIES:
+            raise ConfigError(f"select.policy: no score is of the category {name!r}{nearest(name, list(HAZARD_CATEGORIES))}")
+        limits[f"hazards_{name}"] = LimitConfig(max=category.limit)
+    return config.model_copy(update={"thresholds": limits | config.thresholds}), policy
 
 
 def check_scores(config: SelectConfig, columns: Sequence[str]) -> None:

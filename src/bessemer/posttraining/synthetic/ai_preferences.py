@@ -147,6 +147,7 @@ def ai_preferences(
         "pairs": len(kept),
         "dropped": worked.dropped,
         "reasons": worked.reasons,
+        "policy": worked.policy.hash,
         "mean_confidence": fmean(row["confidence"] for row in kept),
         "place_bias": fmean(row["place_bias"] for row in judged),
         "consistent_share": fmean(row["consistent"] for row in judged),

@@ -223,6 +223,7 @@ def revise(
         "revisions": len(kept),
         "dropped": worked.dropped,
         "reasons": worked.reasons,
+        "policy": worked.policy.hash,
         "changed_share": sum(row["answer"] != row["completion"] for row in kept) / len(kept),
         **rates(before, after),
     }

@@ -237,7 +237,7 @@ class Served:
             adapter, priority = self.adapter(chat.model), chat.priority
             return self.engine.prepare(list(tokens), params, priority=priority, adapter=adapter, cache_salt=salt)
 
-        turns = []
+        turns, begun = [], []
         try:
             messages, answer_prefix = self._read(chat)
             self._check_conversation(chat, messages)
@@ -258,9 +258,9 @@ class Served:
                     thinking_budget=chat.thinking_budget,
                     answer_prefix=answer_prefix,
                 )
-                turn.begin(params_of)
+                begun.append(turn.begin(params_of))
                 turns.append(turn)
-            return Turns(turns, prepare, chat.caller, self.worker, sources)
+            return Turns(turns, prepare, chat.caller, self.worker, sources, begun)
         except RequestError as error:
             reason, parameter = str(error), chat.parameter_of(str(error))
             if parameter is None and chat.tools and reason.startswith("ebnf"):

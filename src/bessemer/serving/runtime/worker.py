@@ -126,21 +126,28 @@ class Turns:
         caller: Caller,
         worker: Worker,
         sources: Sequence[ServedHit] | None = None,
+        begun: Sequence[Sequence[Event]] = (),
     ) -> None:
         """turns: begun, with the same prompt. caller: whose tokens they use. sources: those in the prompt; None: of a chat
-        without retrieval. Raises RequestError where the engine refuses the prompt."""
+        without retrieval. begun: the events of each turn's beginning, of those that hooks refuse. Raises RequestError where the
+        engine refuses the prompt."""
         self.sources = sources
         self._turns = turns
         self._prepare = prepare
         self._caller = caller
         self._worker = worker
-        first = turns[0].generation
-        assert first is not None, "a turn that has begun needs a completion"
-        self.prompt_ids = list(first.token_ids)
+        #: Events that are given out before the first completion.
+        self._begun = [ChoiceEvents(choice, events, ()) for choice, events in enumerate(begun) if events]
+        choices = [choice for choice, turn in enumerate(turns) if turn.end is None]
+        self._owners = self._owners_of(choices)
         #: Engine requests of this round, and the choice and generation of each of their completions.
-        self._requests = [prepare(first.token_ids, first.params.with_changes(n=len(turns)))]
-        self._first = self._requests[0]
-        self._owners = self._owners_of(range(len(turns)))
+        self._requests: list[Request] = []
+        self.prompt_ids: list[int] = []
+        if choices:
+            _, first = self._owners[0]
+            self.prompt_ids = list(first.token_ids)
+            self._requests = [prepare(first.token_ids, first.params.with_changes(n=len(choices)))]
+        self._first = self._requests[0] if choices else None
         self._withheld = [_Withheld() for _ in turns]
 
     @property
@@ -150,7 +157,7 @@ class Turns:
     @property
     def cached_tokens(self) -> int:
         """Tokens of the prompt that were in the prefix cache."""
-        return self._first.cached_tokens
+        return 0 if self._first is None else self._first.cached_tokens
 
     @property
     def completion_tokens(self) -> int:
@@ -159,6 +166,8 @@ class Turns:
 
     async def stream(self) -> AsyncGenerator[list[ChoiceEvents], None]:
         """Events as they come, to the end of all turns. Closing or cancelling it ends the requests. Raises as `Worker`."""
+        if self._begun:
+            yield self._begun
         while self._requests:
             async with aclosing(self._worker.chunks(self._requests, self._caller)) as steps:
                 async for chunks in steps:
@@ -167,7 +176,9 @@ class Turns:
                         choice, generation = self._owners[index]
                         # a message that a hook sent back needs no more of its tokens
                         if self._turns[choice].generation is generation:
-                            step.append(self._take(choice, chunk.token_ids, chunk.finish_reason, chunk.log_probs or ()))
+                            taken = (choice, chunk.token_ids, chunk.finish_reason, chunk.log_probs or ())
+                            takes_long = self._turns[choice].takes_long
+                            step.append(await asyncio.to_thread(self._take, *taken) if takes_long else self._take(*taken))
                     if step:
                         yield step
                     if all(self._turns[choice].generation is not generation for choice, generation in self._owners):
@@ -177,7 +188,7 @@ class Turns:
 
     async def finish(self) -> list[ChoiceEvents]:
         """All events, without waiting for every token. Raises as `Worker.chunks`."""
-        step = []
+        step = [*self._begun]
         while self._requests:
             params = [generation.params for _, generation in self._owners]
             shared = params[0].with_changes(n=len(self._owners) // len(self._requests))
@@ -186,7 +197,11 @@ class Turns:
             for (choice, generation), completion in zip(self._owners, completions, strict=True):
                 assert self._turns[choice].generation is generation
                 log_probs = completion.log_probs or ()
-                step.append(self._take(choice, completion.token_ids, completion.finish_reason, log_probs))
+                taken = (choice, completion.token_ids, completion.finish_reason, log_probs)
+                # a whole answer is read at once
+                step.append(
+                    await asyncio.to_thread(self._take, *taken) if self._turns[choice].holds_back else self._take(*taken)
+                )
             step += await self._next_round()
         return step
 

@@ -1,0 +1,210 @@
+"""The guard's classifier: one linear function a category on hashed n-grams of short windows of a text. Numpy alone.
+
+A text is read in lower case, in blocks of four words; windows are two, four and eight blocks, and a short text as a whole.
+Features of a window are its words, pairs of words up to three apart, and runs of 3 to 5 bytes within and across words, hashed
+into 2^bits buckets (Weinberger et al. 2009). For category k and a window with n features of buckets b
+
+    p_k = σ( (Σ W[b, k]) / √n + bias_k )
+
+and a text's score is the largest over its windows, so that what stands around a request does not dilute it. Scores are on one
+scale: `USUAL_LIMIT` is the threshold of the category that was chosen from the curve of refused ordinary texts
+(`classifier_training.py`), so a policy's limit of 0.6 means that threshold, a lower one catches more, a higher one less.
+
+On disk: a `.npz` of `weights` (2^bits, K) int8 and a description in JSON, without pickles; opening it runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bessemer.core.errors import ArtefactError
+from bessemer.core.hashing import hash_file
+
+FORMAT = 1
+#: The score at a category's threshold: the usual limit of a policy's categories.
+USUAL_LIMIT = 0.6
+#: Words of a block, and blocks of the sizes of windows. A text of at most `_WHOLE` blocks is a window too.
+BLOCK = 4
+_WINDOWS = (2, 4, 8)
+_WHOLE = 12
+#: Distances of the pairs of words, and lengths of the runs of bytes.
+_DISTANCES = (1, 2, 3)
+_RUNS = (3, 4, 5)
+#: Characters that are scored at once, so that a long text needs no memory of its size.
+_STEP = 20_000
+#: Characters of a word that are read.
+_LONGEST_WORD = 40
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_PRIME = np.uint64(0x100000001B3)
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+_PAIR = np.uint64(0xD6E8FEB86659FD93)
+# Shapes: F features, N blocks, W windows, K categories.
+
+
+@dataclass(frozen=True)
+class BlockFeatures:
+    """Buckets of the features of a text, (F,) int32 by block, and where each block's begin, (N + 1,) int64."""
+
+    buckets_F: np.ndarray
+    starts_N: np.ndarray
+
+    @property
+    def blocks(self) -> int:
+        return len(self.starts_N) - 1
+
+
+@lru_cache(maxsize=65_536)
+def _word_hash(word: str) -> int:
+    encoded = word.encode("utf-8", "replace")
+    return zlib.crc32(encoded) << 32 | zlib.adler32(encoded)
+
+
+def block_features(text: str, bits: int) -> BlockFeatures:
+    """The features of a text by blocks of four words. A pair belongs to the block of its second word; a block has each feature
+    once."""
+    words = [word[:_LONGEST_WORD] for word in _WORD.findall(text.lower())]
+    if not words:
+        return BlockFeatures(np.zeros(0, np.int32), np.zeros(1, np.int64))
+    shift = np.uint64(64 - bits)
+    hashes = np.array([_word_hash(word) for word in words], np.uint64)
+    places = np.arange(len(words))
+    found = [(hashes, places)]
+    for distance in _DISTANCES:
+        if len(words) > distance:
+            pairs = (hashes[:-distance] * _PAIR) ^ (hashes[distance:] + np.uint64(distance))
+            found.append((pairs ^ (pairs >> np.uint64(29)), places[distance:]))
+    joined = " ".join(words)
+    data = np.frombuffer(f" {joined} ".encode("utf-8", "replace"), np.uint8)
+    word_of_byte = np.minimum(np.cumsum(data == 32) - 1, len(words) - 1)
+    data = data.astype(np.uint64)
+    for length in _RUNS:
+        count = len(data) - length + 1
+        if count < 1:
+            continue
+        runs = np.full(count, length, np.uint64)
+        for offset in range(length):
+            runs = (runs ^ data[offset : offset + count]) * _PRIME
+        # a run belongs to the word of its middle
+        found.append((runs ^ (runs >> np.uint64(32)), word_of_byte[length // 2 : length // 2 + count]))
+    buckets = ((np.concatenate([one for one, _ in found]) * _SPREAD) >> shift).astype(np.int64)
+    blocks = np.concatenate([place for _, place in found]) // BLOCK
+    # a block has a feature once, however often its words repeat themselves
+    keys = np.unique(blocks << bits | buckets)
+    count = (len(words) + BLOCK - 1) // BLOCK
+    starts_N = np.searchsorted(keys, np.arange(count + 1) << bits)
+    return BlockFeatures((keys & ((1 << bits) - 1)).astype(np.int32), starts_N)
+
+
+def windows_of(blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first block of each window and the one behind its last, both (W,) int64, for a text of so many blocks."""
+    firsts, ends = [], []
+    for size in _WINDOWS:
+        if size < blocks:
+            firsts.append(np.arange(blocks - size + 1))
+            ends.append(firsts[-1] + size)
+    if blocks <= _WHOLE:
+        firsts.append(np.zeros(1, np.int64))
+        ends.append(np.full(1, blocks))
+    return np.concatenate(firsts), np.concatenate(ends)
+
+
+@dataclass(frozen=True)
+class GuardClassifier:
+    """weights_BK: (2^bits, K) int8; scales_K, biases_K, thresholds_K: (K,) float32, the last as probabilities."""
+
+    categories: tuple[str, ...]
+    bits: int
+    weights_BK: np.ndarray
+    scales_K: np.ndarray
+    biases_K: np.ndarray
+    thresholds_K: np.ndarray
+    #: How it was made: seeds, texts and their hashes, the curve.
+    made: dict[str, Any]
+    #: Hash of the file; empty for one in memory.
+    hash: str = ""
+
+    def scores(self, text: str) -> np.ndarray:
+        """The score of each category for a cleaned text, (K,) float64 in [0, 1]: the largest over its windows. Zeros for a
+        text without words."""
+        found = np.zeros(len(self.categories))
+        # windows of two steps overlap by some words
+        for start in range(0, max(1, len(text)), _STEP):
+            probabilities = self.probabilities(text[max(0, start - 400) : start + _STEP])
+            if len(probabilities):
+                np.maximum(found, probabilities.max(0), out=found)
+        return self._scaled(found)
+
+    def probabilities(self, text: str) -> np.ndarray:
+        """p of each window and category, (W, K)."""
+        features = block_features(text, self.bits)
+        if not features.blocks:
+            return np.zeros((0, len(self.categories)))
+        weights_FK = self.weights_BK[features.buckets_F].astype(np.float32)
+        sums_NK = np.add.reduceat(weights_FK, features.starts_N[:-1], axis=0)
+        totals_NK = np.concatenate([np.zeros((1, sums_NK.shape[1]), np.float32), np.cumsum(sums_NK, axis=0)])
+        first_W, end_W = windows_of(features.blocks)
+        counts_W = features.starts_N[end_W] - features.starts_N[first_W]
+        logits_WK = (totals_NK[end_W] - totals_NK[first_W]) * self.scales_K / np.sqrt(counts_W)[:, None] + self.biases_K
+        return 1 / (1 + np.exp(-logits_WK.clip(-40, 40)))
+
+    def _scaled(self, probabilities_K: np.ndarray) -> np.ndarray:
+        """Probabilities with each category's threshold moved to `USUAL_LIMIT`, by two straight lines."""
+        thresholds = self.thresholds_K.astype(np.float64)
+        below = probabilities_K / thresholds * USUAL_LIMIT
+        above = USUAL_LIMIT + (probabilities_K - thresholds) / np.maximum(1 - thresholds, 1e-6) * (1 - USUAL_LIMIT)
+        return np.where(probabilities_K < thresholds, below, above).clip(0, 1)
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What the file says beside the weights."""
+        return {
+            "format": FORMAT,
+            "categories": list(self.categories),
+            "bits": self.bits,
+            "scales": self.scales_K.tolist(),
+            "biases": self.biases_K.tolist(),
+            "thresholds": self.thresholds_K.tolist(),
+            "made": self.made,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the file, the same bytes for the same classifier."""
+        description = np.frombuffer(json.dumps(self.described, sort_keys=True).encode(), np.uint8)
+        np.savez_compressed(path, description=description, weights=self.weights_BK)
+
+
+def load_guard_classifier(path: Path) -> GuardClassifier:
+    """Open a classifier's file. Raises ArtefactError, in one line, where it is none, is damaged or has a newer format."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            described = json.loads(arrays["description"].tobytes())
+            weights = arrays["weights"]
+        if described["format"] != FORMAT:
+            raise ArtefactError(f"{path}: this guard classifier has format {described['format']}, and {FORMAT} is known here")
+        categories, bits = tuple(map(str, described["categories"])), int(described["bits"])
+        columns = [np.array(described[name], np.float32) for name in ("scales", "biases", "thresholds")]
+        if weights.shape != (1 << bits, len(categories)) or weights.dtype != np.int8:
+            raise ArtefactError(f"{path}: the weights do not fit the description ({weights.dtype} {weights.shape})")
+        if any(column.shape != (len(categories),) or not np.isfinite(column).all() for column in columns):
+            raise ArtefactError(f"{path}: the description has no number for each category")
+        if not ((columns[2] > 0) & (columns[2] < 1)).all():
+            raise ArtefactError(f"{path}: a threshold is no probability")
+        return GuardClassifier(categories, bits, weights, *columns, made=dict(described["made"]), hash=hash_file(path))
+    except (OSError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile, OverflowError) as error:
+        raise ArtefactError(f"{path}: this is no guard classifier, or a damaged one ({error})") from None
+
+
+@lru_cache(maxsize=1)
+def packaged_classifier() -> GuardClassifier:
+    """The classifier that travels with Bessemer."""
+    return load_guard_classifier(Path(str(resources.files("bessemer.safety") / "guard_classifier.npz")))

@@ -1,0 +1,312 @@
+"""Training of the guard's classifier from seeds, with PyTorch; thresholds from ordinary texts that it did not train on.
+
+Seeds (`seeds/*.yaml`) are infinitives by category and language, frames, wrappers by family of attack, and harmless ones.
+Each training text is read in the windows of `classifier.py`; a window with most of a harmful infinitive belongs to its
+category, one without any of it to none, and the rest is left out. So what stands around a request is learned as harmless, and a
+wrapper that was never seen changes little.
+
+    python -m bessemer.safety.classifier_training guard_classifier.npz --ordinary piqa.jsonl arc_easy.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from bessemer.core.errors import SourceError
+from bessemer.core.hashing import derive_seed, hash_file, hash_value
+from bessemer.core.progress import Progress, Silent
+from bessemer.core.yaml_file import read_yaml
+from bessemer.safety.classifier import _WORD, BLOCK, GuardClassifier, block_features, windows_of
+from bessemer.safety.normalise import cleaned
+
+_CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
+#: Share of an infinitive's words that a window of its category has at least.
+_MOST_OF_IT = 0.6
+#: Keys of a record that hold what somebody asks or reads.
+_TEXT_KEYS = ("query", "prompt", "instruction", "question", "goal", "context", "text")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How much is drawn from the seeds, and how the weights are fitted."""
+
+    bits: int = 16
+    #: Infinitives drawn of a pattern, and texts made of each, by language: English, others.
+    of_pattern: tuple[int, int] = (18, 12)
+    texts_of_each: tuple[int, int] = (3, 2)
+    passes: int = 5
+    batch: int = 1024
+    learning_rate: float = 0.03
+    weight_decay: float = 1e-4
+    #: Share of the harmless texts that choose the thresholds, and of these the share that may be refused.
+    held_out: float = 0.2
+    refused: float = 0.004
+    lowest_threshold: float = 0.25
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """hazards: by category and language. harmless: by language, and whole `sentences`. frames: by language. wrappers: by
+    family."""
+
+    hazards: Mapping[str, Mapping[str, Sequence[str]]]
+    harmless: Mapping[str, Sequence[str]]
+    frames: Mapping[str, Sequence[str]]
+    wrappers: Mapping[str, Sequence[str]]
+
+    def without(self, families: Collection[str]) -> Seeds:
+        """The seeds without some families of wrappers."""
+        kept = {name: texts for name, texts in self.wrappers.items() if name not in families}
+        return Seeds(self.hazards, self.harmless, self.frames, kept)
+
+    @property
+    def hash(self) -> str:
+        return hash_value([self.hazards, self.harmless, self.frames, self.wrappers])
+
+
+def packaged_seeds() -> Seeds:
+    """The seeds that travel with Bessemer."""
+    folder = Path(str(resources.files("bessemer.safety.seeds")))
+    parts = (read_yaml(folder / f"{name}.yaml").values for name in ("hazards", "harmless", "frames", "wrappers"))
+    return Seeds(*parts)
+
+
+def expanded(pattern: str, most: int, draw: random.Random) -> list[str]:
+    """At most so many different texts of a pattern, (a|b) standing for each of its words."""
+    parts = _CHOICE.split(pattern)
+    options = [part.split("|") if place % 2 else [part] for place, part in enumerate(parts)]
+    number = 1
+    for choices in options:
+        number *= len(choices)
+    found: dict[str, None] = {}
+    for _ in range(4 * most):
+        found[" ".join("".join(draw.choice(choices) for choices in options).split())] = None
+        if len(found) == min(most, number):
+            break
+    return list(found)
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text, and the words that make it harmful: of which category, and where they begin and end. None: it is harmless."""
+
+    text: str
+    category: str | None = None
+    first: int = 0
+    end: int = 0
+
+
+def requests(seeds: Seeds, settings: TrainingSettings) -> Iterator[LabelledText]:
+    """Requests for harm, plain, in wrappers, and between ordinary sentences."""
+    draw = random.Random(derive_seed(settings.seed, "requests"))
+    around = [text for pattern in seeds.harmless["sentences"] for text in expanded(pattern, 12, draw)]
+    for category, languages in seeds.hazards.items():
+        for language, patterns in languages.items():
+            is_english = language == "en"
+            for pattern in patterns:
+                for action in expanded(pattern, settings.of_pattern[not is_english], draw):
+                    for number in range(settings.texts_of_each[not is_english]):
+                        # the first half plain: what is asked is learned best without anything around it
+                        plain = draw.choice(seeds.frames[language])
+                        if 2 * number < settings.texts_of_each[not is_english]:
+                            yield _placed(plain, action, category)
+                        elif draw.random() < 0.7:
+                            yield _placed(_wrapped(seeds, plain, draw), action, category)
+                        else:
+                            before, behind = draw.choice(around), draw.choice(around)
+                            yield _placed(f"{before} {plain} {behind}".replace("{{", "{"), action, category)
+
+
+def harmless_texts(seeds: Seeds, settings: TrainingSettings) -> Iterator[str]:
+    """Harmless requests, plain and in wrappers, and sentences."""
+    draw = random.Random(derive_seed(settings.seed, "harmless"))
+    for language, patterns in seeds.harmless.items():
+        for pattern in patterns:
+            for action in expanded(pattern, 40, draw):
+                if language == "sentences":
+                    yield action
+                    continue
+                for number in range(4):
+                    template = draw.choice(seeds.frames[language])
+                    if number > 1:
+                        template = _wrapped(seeds, template, draw)
+                    yield _placed(template, action, None).text
+
+
+def _wrapped(seeds: Seeds, frame: str, draw: random.Random) -> str:
+    """A frame in a wrapper, whose place for the infinitive it keeps. Those with encoded requests are read decoded anyway."""
+    plain = [text for texts in seeds.wrappers.values() for text in texts if "{request}" in text or "{action}" in text]
+    if not plain:
+        return frame
+    return draw.choice(plain).replace("{request}", frame)
+
+
+def _placed(template: str, action: str, category: str | None) -> LabelledText:
+    before, _, behind = template.replace("{{", "{").replace("}}", "}").partition("{action}")
+    # a wrapper names what is asked once
+    behind = behind.replace("{action}", "that")
+    first = len(_WORD.findall(cleaned(before).lower()))
+    words = len(_WORD.findall(cleaned(action).lower()))
+    return LabelledText(before + action + behind, category, first, first + words)
+
+
+def read_ordinary(path: Path) -> list[str]:
+    """Texts of a JSON or JSONL file of questions or instructions, or the paragraphs of a text file. Raises SourceError."""
+    try:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            rows = json.loads(content)
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+        else:
+            return [" ".join(part.split()) for part in content.split("\n\n") if len(part.split()) > 3]
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: these ordinary texts cannot be read ({error})") from None
+    texts = []
+    for row in rows:
+        told = next((row[key] for key in _TEXT_KEYS if isinstance(row.get(key), str)), "")
+        told = told.removeprefix("Question: ").removesuffix("\nAnswer:")
+        more = row.get("input") if isinstance(row.get("input"), str) else ""
+        if told.strip():
+            texts.append(f"{told}\n{more}".strip())
+        # what is answered is ordinary too
+        gold, choices = row.get("gold"), row.get("choices")
+        if isinstance(gold, int) and isinstance(choices, list) and gold < len(choices):
+            texts.append(str(choices[gold]))
+    return texts
+
+
+@dataclass
+class _Windows:
+    """Windows of many texts: their buckets, one behind the other, and the category of each, -1 for none."""
+
+    buckets: list[np.ndarray] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def add(self, labelled: LabelledText, number: int, bits: int) -> None:
+        features = block_features(cleaned(labelled.text), bits)
+        if not features.blocks:
+            return
+        for first, end in zip(*windows_of(features.blocks), strict=True):
+            label = -1
+            if labelled.category is not None:
+                overlap = min(labelled.end, end * BLOCK) - max(labelled.first, first * BLOCK)
+                if overlap >= _MOST_OF_IT * (labelled.end - labelled.first):
+                    label = number
+                elif overlap > 0:
+                    continue
+            self.buckets.append(features.buckets_F[features.starts_N[first] : features.starts_N[end]])
+            self.labels.append(label)
+
+
+def train_guard_classifier(
+    seeds: Seeds, ordinary: Iterable[str], settings: TrainingSettings | None = None, *, progress: Progress | None = None
+) -> GuardClassifier:
+    """Fit the weights, and choose the thresholds. The same seeds, texts and settings give the same classifier on one
+    machine."""
+    settings, progress = settings or TrainingSettings(), progress or Silent()
+    categories = tuple(seeds.hazards)
+    windows = _Windows()
+    for labelled in requests(seeds, settings):
+        windows.add(labelled, categories.index(labelled.category or ""), settings.bits)
+    asked = len(windows.labels)
+    kept = [*dict.fromkeys([*harmless_texts(seeds, settings), *ordinary])]
+    draw = random.Random(derive_seed(settings.seed, "held out"))
+    is_held_out = [draw.random() < settings.held_out for _ in kept]
+    for text, held in zip(kept, is_held_out, strict=True):
+        if not held:
+            windows.add(LabelledText(text), -1, settings.bits)
+    progress.say(f"{asked:,} windows of requests, {len(windows.labels) - asked:,} others")
+    weights, biases = _fitted(windows, len(categories), settings)
+    scales = np.maximum(np.abs(weights).max(0), 1e-6) / 127
+    rounded = np.round(weights / scales).astype(np.int8)
+    classifier = GuardClassifier(
+        categories, settings.bits, rounded, scales.astype(np.float32), biases, np.full(len(categories), 0.5, np.float32), {}
+    )
+    texts = [text for text, held in zip(kept, is_held_out, strict=True) if held]
+    thresholds, curve = _thresholds(classifier, texts, settings)
+    made = {"seeds": seeds.hash, "windows": len(windows.labels), "held_out": len(texts), "curve": curve}
+    return GuardClassifier(categories, settings.bits, rounded, classifier.scales_K, biases, thresholds, made)
+
+
+def _fitted(windows: _Windows, categories: int, settings: TrainingSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (2^bits, K) and biases (K,), float32, of logistic regressions on all windows, by AdamW."""
+    import torch
+    from torch.nn import functional
+
+    lengths = np.array([len(buckets) for buckets in windows.buckets])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    buckets = torch.from_numpy(np.concatenate(windows.buckets))
+    labels = torch.tensor(windows.labels)
+    weights = torch.zeros((1 << settings.bits, categories), requires_grad=True)
+    biases = torch.full((categories,), -3.0, requires_grad=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": [weights], "weight_decay": settings.weight_decay}, {"params": [biases], "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+    )
+    generator = np.random.default_rng(derive_seed(settings.seed, "order"))
+    steps = settings.passes * ((len(lengths) + settings.batch - 1) // settings.batch)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    for _ in range(settings.passes):
+        order = generator.permutation(len(lengths))
+        for begin in range(0, len(order), settings.batch):
+            rows = order[begin : begin + settings.batch]
+            chosen = torch.cat([buckets[starts[row] : starts[row + 1]] for row in rows])
+            counts = torch.from_numpy(lengths[rows])
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)[:-1]])
+            each = (1 / counts.sqrt()).repeat_interleave(counts).float()
+            logits = (
+                functional.embedding_bag(chosen, weights, offsets.to(chosen.dtype), mode="sum", per_sample_weights=each)
+                + biases
+            )
+            targets = functional.one_hot(labels[torch.from_numpy(rows)] + 1, categories + 1)[:, 1:].float()
+            loss = functional.binary_cross_entropy_with_logits(logits, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return weights.detach().numpy(), biases.detach().numpy()
+
+
+def _thresholds(
+    classifier: GuardClassifier, texts: Sequence[str], settings: TrainingSettings
+) -> tuple[np.ndarray, list[list[float]]]:
+    """The threshold of each category, (K,) float32, and the curve they come from: shares of the texts refused by threshold.
+
+    One threshold for all refuses the allowed share of harmless texts; a category in which these reach less gets the lower one
+    that they just do not reach.
+    """
+    highest_TK = np.array([classifier.probabilities(cleaned(text)).max(0) for text in texts if _WORD.search(cleaned(text))])
+    worst_T = highest_TK.max(1)
+    grid = np.round(np.linspace(0.05, 0.95, 19), 2)
+    curve = [[float(threshold), float(round((worst_T >= threshold).mean(), 5))] for threshold in grid]
+    common = float(np.quantile(worst_T, 1 - settings.refused))
+    of_category = np.minimum(common, highest_TK.max(0) + 0.02)
+    return np.clip(of_category, settings.lowest_threshold, 0.95).astype(np.float32), curve
+
+
+def main() -> None:
+    """Train on the seeds and ordinary texts, and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--ordinary", type=Path, nargs="*", default=[], help="files of ordinary questions and texts")
+    arguments = parser.parse_args()
+    texts = [text for path in arguments.ordinary for text in read_ordinary(path)]
+    trained = train_guard_classifier(packaged_seeds(), texts)
+    trained.made["ordinary"] = {path.name: hash_file(path) for path in arguments.ordinary}
+    trained.save(arguments.out)
+    print(json.dumps({"thresholds": dict(zip(trained.categories, trained.thresholds_K.tolist(), strict=True)), **trained.made}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What rules find in a text: personal data, secrets, invisible characters, and text that tells an assistant to drop its
+instructions.
+
+Personal data and secrets are those of the edits `personal_data` and `secrets` of the refinery, by the same functions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bessemer.data.edits.personal_data import find_personal_data
+from bessemer.data.edits.registry import PersonalData
+from bessemer.data.edits.secrets import find_secrets
+from bessemer.data.text.texts import Span, Texts, without_overlaps
+from bessemer.safety.normalise import Reading, hidden_characters
+
+#: Invisible characters from which on a text is taken to hide something.
+_FEWEST_HIDDEN = 4
+
+
+@dataclass(frozen=True)
+class Match:
+    """Something a rule found. kind: of `core.policy.RULE_KINDS`. start, end: characters of the text; None where it is not in
+    one place of it."""
+
+    kind: str
+    rule: str
+    start: int | None = None
+    end: int | None = None
+
+
+#: Words that rules are made of.
+_DROP = r"(?:ignore|disregard|forget|override|bypass|do not follow|don't follow|stop following)"
+_WHOSE = r"(?:previous|prior|above|earlier|preceding|all|any|your|the|system|these|those)"
+_RULES = r"(?:instructions?|prompts?|rules|directions|guidelines|orders|commands|polic(?:y|ies)|programming)"
+_DROP_ELSEWHERE = r"(?:ignorier\w*|vergiss|ignore[rsz]?|oublie[rz]?|olvida\w*|ignora\w*|dimentica\w*|esque[cç]\w*|missachte\w*)"
+_RULES_ELSEWHERE = (
+    r"(?:anweisungen|vorgaben|regeln|instructions|consignes|r[eè]gles|instrucciones|reglas|istruzioni|regole|instruc\w+|regras)"
+)
+_TELL = r"(?:reveal|show|print|repeat|output|tell me|give me|display|write down|what (?:is|are|was|were))"
+_PRIVATE = r"(?:password|secret|api key|credentials?|token|conversation|chat history|personal data|private)"
+_MODELS = r"(?:ai|assistant|language model|llm|chatbot|bot|model)"
+#: Forms in which a text takes over an assistant, whatever the case: each is a rule of its own, named in a decision.
+_INJECTIONS = {
+    name: re.compile("|".join(patterns), re.IGNORECASE)
+    for name, patterns in {
+        "drop the instructions": (
+            rf"\b{_DROP}\b[^.\n]{{0,40}}\b{_WHOSE}\b[^.\n]{{0,30}}\b{_RULES}\b",
+            rf"\b{_DROP_ELSEWHERE}\b[^.\n]{{0,40}}\b{_RULES_ELSEWHERE}\b",
+        ),
+        "new instructions": (
+            r"\b(?:your|the) new (?:instructions?|task|role|goal|rules)\b\s*(?:are|is|:)",
+            r"\bfrom now on,? you (?:are|will|must|should)\b",
+            r"\binstead,? (?:of (?:that|this|translating|summari[sz]ing|answering)|you (?:must|should|will))\b",
+        ),
+        "claims to be the system": (
+            r"(?:^|\n)[ \t]{0,8}(?:#{1,4} ?)?(?:system|admin(?:istrator)?|developer) ?(?:message|prompt|note)? ?[:>\]]",
+            r"<\|?(?:system|im_start|start_header_id|assistant|end|eot_id)\|?>|\[/?(?:INST|SYSTEM)\]|<</?SYS>>",
+        ),
+        "developer mode": (
+            r"\b(?:developer|debug|god|dan|jailbreak|unrestricted|sudo|maintenance)[ -]mode\b|\bdo anything now\b",
+            r"\b(?:filters?|restrictions?|safety|guardrails?) (?:are|is|=|:)? ?(?:off|disabled|lifted|removed)\b",
+        ),
+        "speaks to the assistant": (
+            rf"\b(?:note|attention|message|instructions?|important)\b[^.\n]{{0,20}}\b(?:to|for) "
+            rf"(?:the |any |all )?{_MODELS}s?\b",
+            rf"<!--\s*{_MODELS}\b|\bif you are an? {_MODELS}\b",
+        ),
+        "asks for the system prompt": (
+            rf"\b{_TELL}\b[^.\n]{{0,40}}\b(?:system|initial|hidden|original|secret) (?:prompt|instructions?|message)\b",
+            r"\b(?:repeat|print|output) (?:everything|all(?: the)? (?:text|words)) above\b",
+        ),
+        "sends data out": (
+            rf"\b(?:send|forward|post|upload|e-?mail|exfiltrate)\b[^.\n]{{0,60}}\b{_PRIVATE}\b[^.\n]{{0,60}}"
+            r"\b(?:to|at)\b[^.\n]{0,10}(?:https?://|\S+@\S+)",
+        ),
+        "an image that carries data": (r"!\[[^\]]{0,80}\]\(https?://[^)\s]{0,200}[?&][^)\s]{0,80}=",),
+    }.items()
+}
+
+
+def matches(text: str, readings: Sequence[Reading], kinds: Sequence[str]) -> Iterator[Match]:
+    """What rules of these kinds find. Injections are looked for in every reading, the others in the text as it stands."""
+    if "personal_data" in kinds or "secrets" in kinds:
+        yield from _of_the_refinery(text, kinds)
+    if "hidden_text" in kinds and hidden_characters(text) >= _FEWEST_HIDDEN:
+        yield Match("hidden_text", "invisible characters")
+    if "injection" in kinds:
+        for reading in readings:
+            for name, pattern in _INJECTIONS.items():
+                if found := pattern.search(reading.text):
+                    # where cleaning changed nothing, places in the reading are places in the text
+                    is_in_place = reading.text == text
+                    rule = name if reading.name == "plain" else f"{name}, read as {reading.name}"
+                    yield Match("injection", rule, *(found.span() if is_in_place else (None, None)))
+
+
+def _of_the_refinery(text: str, kinds: Sequence[str]) -> Iterator[Match]:
+    # an unpaired surrogate has no UTF-8; in its place stands one character
+    encodable = text.encode("utf-8", "replace").decode()
+    texts = Texts.of([encodable])
+    found: list[tuple[str, Span]] = []
+    if "personal_data" in kinds:
+        found += [("personal_data", span) for span in without_overlaps(find_personal_data(texts, _PERSONAL))]
+    if "secrets" in kinds:
+        found += [("secrets", span) for span in without_overlaps(find_secrets(texts))]
+    if not found:
+        return
+    data = encodable.encode()
+    for kind, span in found:
+        yield Match(kind, span.kind.replace("_", " "), len(data[: span.start].decode()), len(data[: span.end].decode()))
+
+
+_PERSONAL = PersonalData(kinds=("email", "phone", "card", "iban"))
