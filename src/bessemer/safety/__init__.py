@@ -1,0 +1,1 @@
+"""Safety of a model and of what is served with it."""
