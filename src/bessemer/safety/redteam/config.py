@@ -43,7 +43,9 @@ ATTACKS: Registry[Attack] = Registry(
         Plugin("translation", "the request in other languages", attacks.TRANSLATION, attacks.TranslationSettings),
         Plugin("payload_splitting", "the request in parts", attacks.PAYLOAD_SPLITTING, attacks.SplittingSettings),
         Plugin("many_shot", "many answered requests in the context", attacks.MANY_SHOT, attacks.ManyShotSettings),
-        Plugin("best_of_n", "the request with new noise, until one sample complies", attacks.BEST_OF_N, attacks.BestOfNSettings),
+        Plugin(
+            "best_of_n", "the request with new noise, until one sample complies", attacks.BEST_OF_N, attacks.BestOfNSettings
+        ),
         Plugin("escalation", "questions that lead to the request", adaptive.ESCALATION, adaptive.EscalationSettings),
         Plugin("refinement", "an attacker model writes the prompt", adaptive.REFINEMENT, adaptive.RefinementSettings),
         Plugin("document_injection", "an instruction in a document", attacks.DOCUMENT_INJECTION, attacks.NoSettings),
@@ -80,7 +82,9 @@ class RedTeamConfig(Config):
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("minutes", "budget"),)
 
     attacks: list[str] = setting(
-        default_factory=lambda: list(USUAL_ATTACKS), description="attacks by name, `direct` among them for the baseline", min_length=1
+        default_factory=lambda: list(USUAL_ATTACKS),
+        description="attacks by name, `direct` among them for the baseline",
+        min_length=1,
     )
     attack_settings: dict[str, dict[str, Any]] = setting(
         default_factory=dict, description="settings of attacks by their name, such as {best_of_n: {samples: 100}}"

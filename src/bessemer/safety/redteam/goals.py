@@ -90,7 +90,9 @@ class TextSeed(Config):
     @model_validator(mode="after")
     def _is_long_enough(self) -> Self:
         if len(self.text.split()) <= PROMPT_WORDS + RECITED_WORDS:
-            raise ValueError(f"the text has {len(self.text.split())} words; more than {PROMPT_WORDS + RECITED_WORDS} are needed")
+            raise ValueError(
+                f"the text has {len(self.text.split())} words; more than {PROMPT_WORDS + RECITED_WORDS} are needed"
+            )
         return self
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bessemer.core.chat_client import ChatClient, with_json_arguments
 from bessemer.core.errors import RequestError
-from bessemer.core.http_client import ApiError
+from bessemer.core.http_client import ApiError, HttpClient, TransientError
 
 if TYPE_CHECKING:
     from bessemer.inference.engine import Engine
@@ -157,6 +157,18 @@ class UrlTarget:
         said = message.get("content") if isinstance(message.get("content"), str) else ""
         calls = message.get("tool_calls") or ()
         return Reply("\n".join(filter(None, [said, *(json.dumps(call, ensure_ascii=False) for call in calls)])))
+
+
+def first_model(url: str, key_variable: str = "") -> str:
+    """The first model that an API lists. Raises ConfigError for a URL that is none, ApiError where it lists none."""
+    try:
+        listed = HttpClient(url, key_variable=key_variable).get("/models")
+    except TransientError as error:
+        raise ApiError(f"{url}: {error}") from None
+    try:
+        return str(listed["data"][0]["id"])
+    except (LookupError, TypeError):
+        raise ApiError(f"{url}: lists no model; name it with --model-name") from None
 
 
 def is_url(name: str) -> bool:
