@@ -200,9 +200,10 @@ def search_suffix(
 ) -> SuffixSearch:
     """Look for a suffix by `gcg` (Zou et al. 2023, algorithm 1) or `random`.
 
-    A step draws up to `candidates` suffixes that survive re-tokenisation, each with one token replaced: a place drawn uniformly,
-    a token drawn uniformly from the `top_k` of the steepest descent there, or from all. The best of them becomes the suffix
-    where it is better than the one before; Zou et al. take it in any case, which loses good suffixes with few candidates.
+    A step draws up to `candidates` suffixes that survive re-tokenisation, each with one token replaced: a place drawn
+    uniformly, a token drawn uniformly from the `top_k` of the steepest descent there, or from all. The best of them becomes
+    the suffix where it is better than the one before; Zou et al. take it in any case, which with few candidates loses good
+    ones.
     allowed: the tokens of a suffix, by default those that are printable.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
