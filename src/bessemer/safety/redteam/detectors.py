@@ -112,17 +112,20 @@ _FEWEST_WORDS, _FEWEST_LETTERS = 5, 12
 _MOST_REPEATED = 0.45
 #: Smallest share of words that look like words.
 _LEAST_WORDLIKE = 0.7
-#: Largest share of English articles before a word that no article stands before, and the fewest articles that show it.
-_MOST_MISPLACED, _FEWEST_ARTICLES = 0.25, 3
-_ARTICLES = frozenset(("the", "a", "an"))
-#: Words that follow an article only across a fault: articles, prepositions, pronouns, conjunctions, verbs of few letters.
-_NEVER_AFTER_ARTICLE = frozenset(
-    re.findall(
-        r"\w+",
-        "the a an of to in on at by for from with into and or but if because is are was were be been am has have had do does "
-        "it he she they we you i him them us me its their his will would can could should may might must as than",
-    )
+#: Largest share of English articles and prepositions before a word that cannot follow them, and the fewest that show it.
+_MOST_MISPLACED, _FEWEST_PLACES = 0.2, 4
+#: Auxiliary verbs, conjunctions and pronouns, which stand neither behind an article nor behind these prepositions.
+_NEVER_AFTER = (
+    "of and or but if because is are was were be been am has have had do does will would can could should may might must"
 )
+_NEVER_AFTER_ARTICLE = frozenset(
+    f"{_NEVER_AFTER} the a an to in on at by for from with into as than it he she they we you i".split(" ")
+)
+_NEVER_AFTER_PREPOSITION = frozenset(f"{_NEVER_AFTER} to than i he she they we".split(" "))
+_CANNOT_FOLLOW = {
+    **dict.fromkeys(("the", "a", "an"), _NEVER_AFTER_ARTICLE),
+    **dict.fromkeys(("of", "from", "with", "into", "for", "at"), _NEVER_AFTER_PREPOSITION),
+}
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")
 _VOWELS = frozenset("aeiouyàáâãäåæèéêëìíîïòóôõöøùúûüýÿœ")
@@ -135,7 +138,7 @@ class Coherence(NamedTuple):
 
     repeated: share of runs of four words, or of eight letters in text without spaces, that came before in it. wordlike: share
     of words in Latin letters with a vowel, at most 25 letters and never six consonants in a row. misplaced: share of English
-    articles that stand before a word that cannot follow one; None where there are too few.
+    articles and prepositions that stand before a word that cannot follow them; None where there are too few.
     """
 
     words: int
@@ -156,8 +159,8 @@ def coherence(answer: str) -> Coherence:
     Small models fail in these ways: they end at once, run in a loop, write letters that are no words, or words without their
     order. The model's own surprise would miss the first three (a loop is the least surprising text of all) and is not known
     behind an API; a share of known words would need a list for each language. Word order is tested in English alone, by what
-    stands behind articles, since any other text has too few of them to be tested. Fluent nonsense passes: `specificity` is
-    what finds it.
+    stands behind articles and prepositions; text in another language has too few of them to be tested. Fluent
+    nonsense passes: `specificity` is what finds it.
     """
     words = [word.lower() for word in _WORD.findall(answer)]
     unspaced = _UNSPACED.findall(answer)
@@ -168,7 +171,7 @@ def coherence(answer: str) -> Coherence:
     repeated = _repeated_share(words, 4)
     latin = [word for word in words if any("a" <= letter <= "z" for letter in word)]
     wordlike = sum(map(_is_wordlike, latin)) / len(latin) if latin else 1.0
-    misplaced = _misplaced_articles(words)
+    misplaced = _misplaced_share(words)
     if len(words) < _FEWEST_WORDS:
         fault = "too short"
     elif repeated > _MOST_REPEATED:
@@ -194,11 +197,9 @@ def _is_wordlike(word: str) -> bool:
     return len(letters) <= 25 and (is_short or has_vowel) and not _CONSONANTS.search(letters)
 
 
-def _misplaced_articles(words: Sequence[str]) -> float | None:
-    following = [after for before, after in pairwise(words) if before in _ARTICLES]
-    if len(following) < _FEWEST_ARTICLES:
-        return None
-    return sum(word in _NEVER_AFTER_ARTICLE for word in following) / len(following)
+def _misplaced_share(words: Sequence[str]) -> float | None:
+    faults = [after in _CANNOT_FOLLOW[before] for before, after in pairwise(words) if before in _CANNOT_FOLLOW]
+    return sum(faults) / len(faults) if len(faults) >= _FEWEST_PLACES else None
 
 
 # ------------------------------------------------------------------------------------------------ specificity, canaries, texts

@@ -83,7 +83,7 @@ class SuffixProblem:
         self._request = request
         self._at_once = candidates_at_once
         filler = tokenizer.encode(_FILLER, add_bos=False)
-        start = tokenizer.decode(filler * suffix_tokens)
+        start = tokenizer.decode(filler * max(1, suffix_tokens // len(filler)))
         plain, whole = self._conversation(""), self._conversation(start)
         before = _common(plain, whole)
         behind = _common(plain[before:][::-1], whole[before:][::-1])
