@@ -95,7 +95,7 @@ def main() -> None:
                 start = problem.text(problem.start)
             suffixes = {"plain": "", "filler": start, **{method: found[method]["suffix"] for method in METHODS}}
             asked = [Asked([{"role": "user", "content": goal.request + suffix}], 0) for suffix in suffixes.values()]
-            for name, reply in zip(suffixes, target.ask(asked), strict=True):
+            for name, (_, reply) in zip(suffixes, sorted(target.ask(asked), key=lambda pair: pair[0]), strict=True):
                 verdict = verdict_on(goal, reply.text, goal.request)
                 found.setdefault(name, {})
                 found[name] |= {

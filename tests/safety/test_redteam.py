@@ -372,19 +372,20 @@ def test_training_data_gives_the_beginning_alone():
 
 
 class ScriptedTarget:
-    """Answers by a function of the last message; counts, and may fail or be interrupted after some."""
+    """Answers by a function of the last message; counts, and is interrupted after `most` replies."""
 
     at_once = 4
 
-    def __init__(self, answer, most=math.inf, error=KeyboardInterrupt):
-        self.answer, self.most, self.error = answer, most, error
+    def __init__(self, answer, most=math.inf):
+        self.answer, self.most = answer, most
         self.asked = []
 
     def ask(self, asked):
-        if len(self.asked) + len(asked) > self.most:
-            raise self.error
-        self.asked += asked
-        return [self.answer(one) for one in asked]
+        for place, one in enumerate(asked):
+            if len(self.asked) >= self.most:
+                raise KeyboardInterrupt
+            self.asked.append(one)
+            yield place, self.answer(one)
 
     def white_box(self):
         return None
@@ -418,7 +419,7 @@ def test_figures_of_a_run_worked_by_hand(tmp_path):
 def test_an_interrupted_run_goes_on_without_asking_again(tmp_path):
     whole = ScriptedTarget(by_attack)
     expected = attacked(tmp_path / "whole", whole)
-    first, second = ScriptedTarget(by_attack, most=8), ScriptedTarget(by_attack)
+    first, second = ScriptedTarget(by_attack, most=7), ScriptedTarget(by_attack)
     with pytest.raises(KeyboardInterrupt):
         attacked(tmp_path / "cut", first)
     with (tmp_path / "cut" / JOURNAL).open("a") as stream:
@@ -484,16 +485,24 @@ class ScriptedJudge:
 def test_a_judge_that_says_otherwise_is_shown_beside_the_detectors(tmp_path):
     goals = [goal for goal in GOALS if goal.category == "hate" and goal.kind == "behaviour"]
     config = RedTeamConfig(attacks=["direct", "role_play"])
-    identity = run_identity(config, goals, {"name": "scripted"}, 0)
-    campaign = Campaign(
-        config, goals, ScriptedTarget(by_attack), Journal(tmp_path / "run", identity), 0, Silent(), judge=ScriptedJudge()
-    )
     attempts, _ = attempts_of(config, goals, has_weights=False)
-    found = results.summarise(campaign.run(attempts), planned=len(attempts))
+    identity = run_identity(config, goals, {"name": "scripted"}, 0)
+
+    def judged_by(judge):
+        target = ScriptedTarget(by_attack)
+        journal = Journal(tmp_path / "run", identity)
+        found = Campaign(config, goals, target, journal, 0, Silent(), judge=judge).run(attempts)
+        return results.summarise(found, planned=len(attempts)), len(target.asked)
+
+    # replies of a run without a judge are rated when there is one, and asked only once
+    assert judged_by(None)[0]["judge"] is None
+    found, asked = judged_by(ScriptedJudge())
     judge = found["judge"]
+    assert asked == 0
     assert (judge["both_success"], judge["text_alone"], judge["judge_alone"], judge["neither"]) == (3, 0, 3, 0)
     assert judge["score"] == pytest.approx(7 / 8)
     assert any(one["why"] == "disagreement" and one["judge"]["score"] == 7 / 8 for one in found["examples"])
+    assert judged_by(ScriptedJudge())[0] == found
 
 
 def test_attacks_that_cannot_be_made_are_named():

@@ -1,7 +1,7 @@
 """A run of attacks: many attempts at once, each query answered in a batch with others', and a journal of every reply.
 
-A resumed run plays the attempts again with the replies of the journal, which costs no query, and goes on behind them. An
-interruption loses the batch that was under way, and nothing else.
+A resumed run plays the attempts again with the replies of the journal, which costs no query, and goes on behind them. A reply
+is in the journal as soon as it is there, so that an interruption loses none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bessemer.core.chat_client import ChatModel
 from bessemer.core.errors import ArtefactError, ConfigError
@@ -120,6 +120,14 @@ def attempts_of(config: RedTeamConfig, goals: Sequence[Goal], *, has_weights: bo
     return attempts, notes
 
 
+class StoredReply(NamedTuple):
+    """A reply of the journal, and a judge's ratings of it. rated_by: the judge that was asked, "" where none was."""
+
+    reply: Reply
+    ratings: Ratings | None
+    rated_by: str
+
+
 class Journal:
     """The replies of a run, in its folder, by attempt and number of the query."""
 
@@ -143,20 +151,26 @@ class Journal:
         """Queries of the target that were answered."""
         return sum(line["to"] == "target" for line in self._lines.values())
 
-    def reply(self, attempt: str, number: int, asked: str) -> tuple[Reply, Ratings | None] | None:
+    def reply(self, attempt: str, number: int, asked: str) -> StoredReply | None:
         """What an attempt's query was answered; None where it was not yet. Raises ArtefactError for another query there."""
         line = self._lines.get((attempt, number))
         if line is None:
             return None
         if line["asked"] != asked:
             raise ArtefactError(f"{self._path}: query {number} of {attempt} is another one now; name another folder with --out")
-        return Reply(**line["reply"]), None if line["ratings"] is None else Ratings(*line["ratings"])
+        ratings = None if line["ratings"] is None else Ratings(*line["ratings"])
+        return StoredReply(Reply(**line["reply"]), ratings, line["rated_by"])
 
-    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write lines, whole, and hand them to the system."""
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Write a line, whole, and hand it to the system. A later line of the same query replaces an earlier one."""
         with self._path.open("a", encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        self._lines.update({(line["attempt"], line["number"]): dict(line) for line in lines})
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._lines[line["attempt"], line["number"]] = dict(line)
+
+    def rate(self, attempt: str, number: int, judge: str, ratings: Ratings | None) -> None:
+        """Add a judge's ratings to a reply, None where they could not be read."""
+        line = self._lines[attempt, number]
+        self.add({**line, "ratings": None if ratings is None else list(ratings), "rated_by": judge})
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """The lines of the file. What an interruption left after the last line break is removed."""
@@ -169,7 +183,7 @@ class Journal:
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
                 record = json.loads(line)
-                if not {"attempt", "number", "to", "asked", "reply", "ratings"} <= record.keys():
+                if not {"attempt", "number", "to", "asked", "reply", "ratings", "rated_by"} <= record.keys():
                     raise ValueError("keys are missing")
             except (ValueError, AttributeError) as error:
                 raise ArtefactError(f"{self._path}, line {number}: this reply is damaged ({error})") from None
@@ -181,7 +195,8 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
 
 
 def run_identity(config: RedTeamConfig, goals: Sequence[Goal], model: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What the replies of a run depend on. The budget and the list of attacks do not belong to it: more may follow."""
+    """What the replies of a run depend on. The budget, the list of attacks and the judge do not belong to it: more may follow,
+    and another judge rates the same replies."""
     return {
         "model": dict(model),
         "goals": goals_hash(goals),
@@ -190,7 +205,6 @@ def run_identity(config: RedTeamConfig, goals: Sequence[Goal], model: Mapping[st
         "max_tokens": config.max_tokens,
         "temperature": config.temperature,
         "attacker": None if config.attacker is None else config.attacker.model,
-        "judge": None if config.judge is None else config.judge.model,
         "detectors": DETECTORS_VERSION,
         "seed": seed,
     }
@@ -237,7 +251,8 @@ class Campaign:
                     left = self.target.at_once if self.config.budget is None else self.config.budget - spent
                     if left <= 0 or stop():
                         break
-                    replies = self._answers(self._next_batch(active, left))
+                    self._answer(self._next_batch(active, left))
+                    continue
                 spent += sum(one.query.to == "target" for one, _ in replies)
                 for one, reply in replies:
                     self._send(one, reply, active, finished, bar)
@@ -268,12 +283,18 @@ class Campaign:
         return replace(query, messages=[{"role": "system", "content": self.config.system}, *query.messages])
 
     def _from_journal(self, active: Sequence[_UnderWay]) -> list[tuple[_UnderWay, Judged]]:
-        known = []
-        for one in active:
-            stored = self.journal.reply(one.attempt.name, one.number, _query_hash(one.query))
-            if stored is not None:
-                known.append((one, self._judged(one, *stored)))
-        return known
+        """The attempts whose query is answered, with the verdicts. Replies that the judge has not rated yet are rated now."""
+        stored = [(one, self.journal.reply(one.attempt.name, one.number, _query_hash(one.query))) for one in active]
+        known = [(one, found) for one, found in stored if found is not None]
+        name = "" if self.judge is None else "judge" if self.config.judge is None else self.config.judge.model
+        ratings = {one.attempt.name: found.ratings if found.rated_by == name else None for one, found in known}
+        if self.judge is not None:
+            unrated = [(one, found.reply) for one, found in known if found.rated_by != name and _can_be_rated(one, found.reply)]
+            given = judged(self.judge, [(one.attempt.goal.request, reply.text) for one, reply in unrated])
+            for (one, _), rated in zip(unrated, given, strict=True):
+                self.journal.rate(one.attempt.name, one.number, name, rated)
+                ratings[one.attempt.name] = rated
+        return [(one, self._judged(one, found.reply, ratings[one.attempt.name])) for one, found in known]
 
     def _next_batch(self, active: Sequence[_UnderWay], left: int) -> list[_UnderWay]:
         """Queries to one addressee: first what the target waits for, one search at a time; at most `left` of the target."""
@@ -283,45 +304,40 @@ class Campaign:
                 break
         return batch
 
-    def _answers(self, batch: Sequence[_UnderWay]) -> list[tuple[_UnderWay, Judged]]:
-        """Answer queries to one addressee, judge those of the target, and write all of them to the journal."""
+    def _answer(self, batch: Sequence[_UnderWay]) -> None:
+        """Have queries to one addressee answered, and write each reply to the journal when it comes."""
         seeds = [derive_seed(self.seed, "query", one.attempt.name, one.number) for one in batch]
-        ratings: list[Ratings | None] = [None] * len(batch)
         addressee = batch[0].query.to
         if addressee == "search":
-            replies = []
             for one, seed in zip(batch, seeds, strict=True):
                 assert one.query.work is not None, "a search has its work"
-                replies.append(Reply(one.query.work(seed)))
+                self._add(one, Reply(one.query.work(seed)))
         elif addressee == "attacker":
             assert self.attacker is not None, "an attack that needs an attacker is not begun without one"
-            replies = [Reply(str(text)) for text in self.attacker.ask([list(one.query.messages) for one in batch], seeds)]
+            written = self.attacker.ask([list(one.query.messages) for one in batch], seeds)
+            for one, text in zip(batch, written, strict=True):
+                self._add(one, Reply(str(text)))
         else:
+            queries = [one.query for one in batch]
             asked = [
-                Asked(one.query.messages, seed, one.query.tools, one.query.temperature)
-                for one, seed in zip(batch, seeds, strict=True)
+                Asked(query.messages, seed, query.tools, query.temperature) for query, seed in zip(queries, seeds, strict=True)
             ]
-            replies = self.target.ask(asked)
-            rated = [place for place, reply in enumerate(replies) if self.judge is not None and _is_rated(batch[place], reply)]
-            pairs = [(batch[place].attempt.goal.request, replies[place].text) for place in rated]
-            if self.judge is not None:
-                for place, given in zip(rated, judged(self.judge, pairs), strict=True):
-                    ratings[place] = given
+            for place, reply in self.target.ask(asked):
+                self._add(batch[place], reply)
+
+    def _add(self, one: _UnderWay, reply: Reply) -> None:
         self.journal.add(
-            [
-                {
-                    "attempt": one.attempt.name,
-                    "number": one.number,
-                    "to": addressee,
-                    "asked": _query_hash(one.query),
-                    "messages": list(one.query.messages),
-                    "reply": {"text": reply.text, "blocked": reply.blocked, "error": reply.error},
-                    "ratings": None if given is None else list(given),
-                }
-                for one, reply, given in zip(batch, replies, ratings, strict=True)
-            ]
+            {
+                "attempt": one.attempt.name,
+                "number": one.number,
+                "to": one.query.to,
+                "asked": _query_hash(one.query),
+                "messages": list(one.query.messages),
+                "reply": {"text": reply.text, "blocked": reply.blocked, "error": reply.error},
+                "ratings": None,
+                "rated_by": "",
+            }
         )
-        return [(one, self._judged(one, reply, given)) for one, reply, given in zip(batch, replies, ratings, strict=True)]
 
     def _judged(self, one: _UnderWay, reply: Reply, ratings: Ratings | None) -> Judged:
         if one.query.to != "target":
@@ -355,9 +371,10 @@ class Campaign:
             bar.advance()
 
 
-def _is_rated(one: _UnderWay, reply: Reply) -> bool:
-    """Whether a judge rates a reply: of requests alone, since leaks are read exactly."""
-    return one.attempt.goal.kind in ("behaviour", "harmless") and not reply.error and not reply.blocked
+def _can_be_rated(one: _UnderWay, reply: Reply) -> bool:
+    """Whether a judge rates a reply: the target's to requests alone, since leaks are read exactly."""
+    is_request = one.query.to == "target" and one.attempt.goal.kind in ("behaviour", "harmless")
+    return is_request and not reply.error and not reply.blocked
 
 
 def _query_hash(query: Query) -> str:

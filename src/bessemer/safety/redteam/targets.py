@@ -6,8 +6,8 @@ Guards are the server's: a URL is attacked with whatever stands before its model
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -49,11 +49,12 @@ class Asked:
 class Target(Protocol):
     """A model under attack."""
 
-    #: At how many conversations it works at once.
+    #: Attempts that wait for it at once.
     at_once: int
 
-    def ask(self, asked: Sequence[Asked]) -> list[Reply]:
-        """The reply to each conversation. Raises ApiError where none can be had, such as for a wrong key."""
+    def ask(self, asked: Sequence[Asked]) -> Iterable[tuple[int, Reply]]:
+        """The number of each conversation and its reply, as they come. Raises ApiError where none can be had, such as for a
+        wrong key, after the replies that came before."""
 
     def white_box(self) -> tuple[Decoder, Tokenizer] | None:
         """The model itself with weights that have gradients, and its tokenizer; None where there is no access."""
@@ -63,6 +64,8 @@ class EngineTarget:
     """A model on an engine of this machine. open_weights: opens the same model for attacks that read gradients."""
 
     at_once = 64
+    #: Conversations of a call of the engine: an interruption loses one call.
+    _calls_of = 16
 
     def __init__(
         self,
@@ -78,10 +81,9 @@ class EngineTarget:
         self._open_weights = open_weights
         self._opened: Decoder | None = None
 
-    def ask(self, asked: Sequence[Asked]) -> list[Reply]:
+    def ask(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Reply]]:
         from bessemer.inference.sampling.params import SamplingParams
 
-        replies = [Reply()] * len(asked)
         prompts, params, places = [], [], []
         for place, one in enumerate(asked):
             try:
@@ -89,19 +91,19 @@ class EngineTarget:
                     one.messages, add_generation_prompt=True, tools=list(one.tools) or None
                 )
             except RequestError as error:
-                replies[place] = Reply(error=f"the chat template: {error}")
+                yield place, Reply(error=f"the chat template: {error}")
                 continue
             if len(ids) + min(self._max_tokens, 16) > self._engine.longest:
-                replies[place] = Reply(error=f"the prompt of {len(ids):,} tokens does not fit {self._engine.longest:,}")
+                yield place, Reply(error=f"the prompt of {len(ids):,} tokens does not fit {self._engine.longest:,}")
                 continue
             temperature = self._temperature if one.temperature is None else one.temperature
             prompts.append(ids)
             params.append(SamplingParams(max_tokens=self._max_tokens, temperature=temperature, seed=one.seed))
             places.append(place)
-        if prompts:
-            for place, completion in zip(places, self._engine.generate(prompts, params), strict=True):
-                replies[place] = Reply(completion.text)
-        return replies
+        for first in range(0, len(prompts), self._calls_of):
+            call = slice(first, first + self._calls_of)
+            for place, completion in zip(places[call], self._engine.generate(prompts[call], params[call]), strict=True):
+                yield place, Reply(completion.text)
 
     def white_box(self) -> tuple[Decoder, Tokenizer] | None:
         if self._opened is None and self._open_weights is not None:
@@ -133,12 +135,27 @@ class UrlTarget:
         )
         self._clients = {temperature: self._open(temperature)}
 
-    def ask(self, asked: Sequence[Asked]) -> list[Reply]:
+    def ask(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Reply]]:
         for one in asked:
             if one.temperature is not None and one.temperature not in self._clients:
                 self._clients[one.temperature] = self._open(one.temperature)
+        failure: ApiError | None = None
         with ThreadPoolExecutor(self._workers) as pool:
-            return list(pool.map(self._reply, asked))
+            places = {pool.submit(self._reply, one): place for place, one in enumerate(asked)}
+            try:
+                for done in as_completed(places):
+                    try:
+                        yield places[done], done.result()
+                    except ApiError as error:
+                        # requests under way are waited for, others are not sent
+                        failure = failure or error
+                        _cancel(places)
+                    except CancelledError:
+                        continue
+            finally:
+                _cancel(places)
+        if failure is not None:
+            raise failure
 
     def white_box(self) -> None:
         return None
@@ -157,6 +174,11 @@ class UrlTarget:
         said = message.get("content") if isinstance(message.get("content"), str) else ""
         calls = message.get("tool_calls") or ()
         return Reply("\n".join(filter(None, [said, *(json.dumps(call, ensure_ascii=False) for call in calls)])))
+
+
+def _cancel(futures: Iterable[Future[Reply]]) -> None:
+    for future in futures:
+        future.cancel()
 
 
 def first_model(url: str, key_variable: str = "") -> str:
