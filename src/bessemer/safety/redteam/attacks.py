@@ -1,7 +1,7 @@
 """Attacks that need the conversation alone: one prompt, several samples, or several turns by a script.
 
 An attack is a generator. It yields what is to be asked and is sent the reply with the detectors' verdict, so that it may go on
-by it; whoever drives it may answer many attacks at once. It draws its random numbers from the context, which gives the same
+by it; the caller answers many attacks at once. It draws its random numbers from the context, which gives the same
 ones again when an interrupted run is resumed. Others' attacks are plugins of the group `bessemer.attacks`.
 """
 
