@@ -137,6 +137,8 @@ def test_the_stage_measures_its_time_attacks_and_shows_its_form(model, tmp_path)
     context = StageContext(resolved, {"model": model}, tmp_path / "out", tmp_path, tmp_path, 7, "cpu", Silent())
     metrics = spec.run(context)
     assert set(metrics["by_attack"]) == {"direct", "gcg"}
+    # an interrupted stage keeps its replies
+    assert (tmp_path / "out" / "checkpoints" / "queries.jsonl").is_file()
     section = spec.report(StageReport(name="redteam", kind="redteam", metrics=metrics, folder=tmp_path / "out"))
     assert section.headline and "Not measurable" in section.parts[0].text
     assert "not measurable" in spec.summary_line(metrics) and not spec.key_figures(

@@ -46,26 +46,27 @@ def attack_model(
     folder: Path = Path(),
     device: str = "auto",
     has_weights: bool = False,
+    journal: Path | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Attack a target and write `queries.jsonl`, `attempts.jsonl` and `results.json` below `out`; goes on with what is there.
 
     model: what identifies the target, as plain values. folder: where paths of the settings start. has_weights: whether
-    `target.white_box` opens the model. Returns what `results.json` holds. Raises ConfigError for goals, a policy, an attacker
-    and a judge that are none, and where `out` holds another run; ApiError where the target fails for good.
+    `target.white_box` opens the model. journal: a folder for `queries.jsonl` other than `out`. Returns what `results.json`
+    holds. Raises ConfigError for goals, a policy, an attacker and a judge that are none, and where the folder holds another
+    run; ApiError where the target fails for good.
     """
     progress = progress or Silent()
     goals = goals_for(config, folder)
     attempts, notes = attempts_of(config, goals, has_weights=has_weights)
     for note in notes:
         progress.say(f"  {note}")
-    journal = Journal(out, run_identity(config, goals, model, seed))
     campaign = Campaign(
         config,
         goals,
         target,
-        journal,
+        Journal(journal or out, run_identity(config, goals, model, seed)),
         seed,
         progress,
         _opened(config.attacker, folder, device),
@@ -112,6 +113,8 @@ def redteam_stage(context: StageContext) -> dict[str, Any]:
             folder=context.folder,
             device=context.device,
             has_weights=True,
+            # what an interrupted stage keeps
+            journal=context.out / "checkpoints",
             progress=context.progress,
         )
 

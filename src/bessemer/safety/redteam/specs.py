@@ -53,6 +53,7 @@ STAGES = (
         resolve=_resolve,
         fingerprint=_fingerprint,
         uses_seed=True,
+        resumes=True,
         packages=model_packages,
     ),
 )
