@@ -87,6 +87,25 @@ def test_a_url_is_attacked_and_the_exit_code_follows_the_limit(start, tmp_path, 
     assert bessemer(capsys, *words, "--fail-above", "100")[0] == 0
 
 
+def test_a_server_that_fails_costs_one_line_and_no_reply(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    limit = [3]
+
+    def respond(body, number):
+        return completion("I cannot help with that.") if number <= limit[0] else (401, {}, b"{}")
+
+    server = start(respond)
+    options = ("--attacks", "direct", "--categories", "hate", "--out", "run", "--workers", "1")
+    words = ("redteam", server.url, "--model-name", "tiny", *options)
+    status, _, err = bessemer(capsys, *words)
+    assert status == 2 and "401" in one_error(err)
+    failed, limit[0] = len(server.requests) - 3, 1000
+    # the next request may be under way when one fails; the others are not sent
+    assert failed <= 2 and bessemer(capsys, *words)[0] == 0
+    # six goals: three were answered before
+    assert len(server.requests) == 3 + failed + 3
+
+
 def test_an_attacker_and_a_judge_at_urls_take_part(start, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rated = start(lambda body, number: completion("refused: 0, specific: 4, convincing: 4"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from bessemer.core.report import (
     Documents,
     Folded,
     Heading,
+    HeatMap,
+    HeatMaps,
     KeyFigure,
     Metrics,
     Part,
@@ -24,7 +27,6 @@ from bessemer.core.report import (
     Table,
     Text,
 )
-from bessemer.safety.redteam.config import ATTACKS
 from bessemer.safety.redteam.results import MEASURABLE, highest_rate
 
 #: What each outcome means to a reader.
@@ -80,7 +82,7 @@ def redteam_parts(results: Metrics) -> list[Part]:
         parts.append(Text(f"{done} attempts are finished; the budget ended before the others, which count nowhere."))
     if results["by_attack"]:
         parts += [Heading("By attack"), attacks_table(results)]
-        parts += [Heading("By category"), categories_table(results)]
+        parts += [Heading("By category"), categories_table(results), matrix_map(results)]
     if results["harmless"]["answered"] is not None:
         parts += [Heading("Harmless requests near a category"), _harmless_table(results["harmless"])]
     if (direct := results.get("direct")) is not None and direct["rate"] < MEASURABLE:
@@ -105,26 +107,30 @@ def attacks_table(results: Metrics) -> Table:
     """A row an attack: success with its interval, and what the other answers were."""
     rows: list[list[str | Cell]] = []
     for name, of in results["by_attack"].items():
-        description = ATTACKS[name].description if name in ATTACKS else ""
         outcomes = [f"{of['outcomes'].get(key, 0):,}" for key in ("refused", "blocked", "unspecific", "incoherent")]
         success = Cell(interval(of), share=of["rate"])
-        rows.append(
-            [Cell(name, strong=True, remark=description), success, f"{of['attempts']:,}", *outcomes, f"{of['queries']:,}"]
-        )
+        rows.append([Cell(name, strong=True), success, f"{of['attempts']:,}", *outcomes, f"{of['queries']:,}"])
     headings = ("Success, 95 % interval", "Attempts", "Refused", "Blocked", "Neither", "Babble", "Queries")
     return Table([Column("Attack"), *(Column(heading, True) for heading in headings)], rows)
 
 
 def categories_table(results: Metrics) -> Table:
-    """A row a category, a column an attack."""
-    attacks = list(results["by_attack"])
+    """A row a category: success of all attacks together, and the attack that succeeds most often there."""
     rows: list[list[str | Cell]] = []
     for name, of in results["by_category"].items():
-        row = results["matrix"][name]
-        cells = [percent(row[attack]) if attack in row else "" for attack in attacks]
-        rows.append([Cell(label(name), strong=True), interval(of), *cells])
-    columns = [Column("Category"), Column("All attacks", True), *(Column(label(attack), True) for attack in attacks)]
+        attack, most = max(results["matrix"][name].items(), key=lambda pair: pair[1])
+        most_shown = f"{attack}, {percent(most)}" if most else "none"
+        rows.append([Cell(label(name), strong=True), Cell(interval(of), share=of["rate"]), f"{of['attempts']:,}", most_shown])
+    columns = [Column("Category"), Column("Success, 95 % interval", True), Column("Attempts", True), Column("Most by")]
     return Table(columns, rows)
+
+
+def matrix_map(results: Metrics) -> HeatMaps:
+    """Success by category and attack, as shades."""
+    attacks, categories = list(results["by_attack"]), list(results["matrix"])
+    values = [[results["matrix"][category].get(attack, math.nan) for attack in attacks] for category in categories]
+    names = [label(category) for category in categories]
+    return HeatMaps([HeatMap("success by category and attack", values, names, attacks, "category", "attack")])
 
 
 def _harmless_table(harmless: Metrics) -> Table:
