@@ -240,8 +240,9 @@ class Campaign:
 
         Ends early at the budget of queries, and where `stop` says so, between two batches.
         """
-        waiting, active, finished = deque(attempts), [], {}
-        spent = 0
+        waiting, spent = deque(attempts), 0
+        active: list[_UnderWay] = []
+        finished: dict[str, AttemptResult] = {}
         with self.progress.task("attack", total=len(attempts), unit="attempts") as bar:
             while waiting or active:
                 while waiting and len(active) < self.target.at_once:

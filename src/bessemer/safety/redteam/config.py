@@ -124,7 +124,7 @@ class RedTeamConfig(Config):
                 settings = ATTACKS.find(name).settings
                 if name not in self.attacks:
                     raise ConfigError(f"attack_settings: {name} is none of the attacks that are named")
-                (settings or attacks.NoSettings).parse(values, lambda key, name=name: ".".join([name, *map(str, key)]))
+                (settings or attacks.NoSettings).parse(values, name)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         if self.attacker is None and "refinement" in self.attacks:
