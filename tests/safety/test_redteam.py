@@ -173,7 +173,7 @@ def test_babble_of_four_kinds_is_found():
         name: sum(not coherence(make(piece)).is_coherent for piece in pieces) / len(pieces) for name, make in kinds.items()
     }
     assert found["looped"] == found["typed"] == found["cut"] == 1
-    # word order shows at articles and prepositions alone, of which many pieces have too few
+    # word order shows at articles alone, of which many pieces have too few
     assert found["shuffled"] > 0.4
 
 

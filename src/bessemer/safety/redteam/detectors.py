@@ -112,20 +112,17 @@ _FEWEST_WORDS, _FEWEST_LETTERS = 5, 12
 _MOST_REPEATED = 0.45
 #: Smallest share of words that look like words.
 _LEAST_WORDLIKE = 0.7
-#: Largest share of English articles and prepositions before a word that cannot follow them, and the fewest that show it.
-_MOST_MISPLACED, _FEWEST_PLACES = 0.2, 4
-#: Auxiliary verbs, conjunctions and pronouns, which stand neither behind an article nor behind these prepositions.
-_NEVER_AFTER = (
-    "of and or but if because is are was were be been am has have had do does will would can could should may might must"
+#: Largest share of English articles before a word that cannot follow one, and the fewest articles that show it.
+_MOST_MISPLACED, _FEWEST_ARTICLES = 0.25, 3
+_ARTICLES = frozenset(("the", "a", "an"))
+#: Words that follow an article only across a fault: articles, prepositions, pronouns, conjunctions, auxiliary verbs.
+_CANNOT_FOLLOW = frozenset(
+    re.findall(
+        r"\w+",
+        "the a an of to in on at by for from with into and or but if because is are was were be been am has have had do does "
+        "it he she they we you i him them us me its their his will would can could should may might must as than",
+    )
 )
-_NEVER_AFTER_ARTICLE = frozenset(
-    f"{_NEVER_AFTER} the a an to in on at by for from with into as than it he she they we you i".split(" ")
-)
-_NEVER_AFTER_PREPOSITION = frozenset(f"{_NEVER_AFTER} to than i he she they we".split(" "))
-_CANNOT_FOLLOW = {
-    **dict.fromkeys(("the", "a", "an"), _NEVER_AFTER_ARTICLE),
-    **dict.fromkeys(("of", "from", "with", "into", "for", "at"), _NEVER_AFTER_PREPOSITION),
-}
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")
 _VOWELS = frozenset("aeiouyàáâãäåæèéêëìíîïòóôõöøùúûüýÿœ")
@@ -138,7 +135,7 @@ class Coherence(NamedTuple):
 
     repeated: share of runs of four words, or of eight letters in text without spaces, that came before in it. wordlike: share
     of words in Latin letters with a vowel, at most 25 letters and never six consonants in a row. misplaced: share of English
-    articles and prepositions that stand before a word that cannot follow them; None where there are too few.
+    articles that stand before a word that cannot follow one; None where there are too few.
     """
 
     words: int
@@ -159,8 +156,7 @@ def coherence(answer: str) -> Coherence:
     Small models fail in these ways: they end at once, run in a loop, write letters that are no words, or words without their
     order. The model's own surprise would miss the first three (a loop is the least surprising text of all) and is not known
     behind an API; a share of known words would need a list for each language. Word order is tested in English alone, by what
-    stands behind articles and prepositions; text in another language has too few of them to be tested. Fluent
-    nonsense passes: `specificity` is what finds it.
+    stands behind articles; text in another language has none. Fluent nonsense passes: `specificity` is what finds it.
     """
     words = [word.lower() for word in _WORD.findall(answer)]
     unspaced = _UNSPACED.findall(answer)
@@ -198,8 +194,8 @@ def _is_wordlike(word: str) -> bool:
 
 
 def _misplaced_share(words: Sequence[str]) -> float | None:
-    faults = [after in _CANNOT_FOLLOW[before] for before, after in pairwise(words) if before in _CANNOT_FOLLOW]
-    return sum(faults) / len(faults) if len(faults) >= _FEWEST_PLACES else None
+    faults = [after in _CANNOT_FOLLOW for before, after in pairwise(words) if before in _ARTICLES]
+    return sum(faults) / len(faults) if len(faults) >= _FEWEST_ARTICLES else None
 
 
 # ------------------------------------------------------------------------------------------------ specificity, canaries, texts
