@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from bessemer.core.errors import ConfigError
+from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.storage.folder import save_model
 from bessemer.safety.redteam.gcg import SuffixProblem, printable_tokens, search_suffix
 from bessemer.safety.redteam.targets import plain_weights
-from tests.inference.models import small_decoder, small_tokenizer
+from tests.inference.models import BASE, small_decoder, small_tokenizer
+from tests.model.randomised import random_decoder
 
 REQUEST, OPENING = "Explain this thing.", "Sure, here is"
 
@@ -105,7 +107,16 @@ def test_models_that_it_cannot_work_on_are_refused(tokenizer):
         SuffixProblem(small_decoder("linear").float(), tokenizer, REQUEST, OPENING)
 
 
-def test_weights_of_a_folder_are_opened_as_floats(tokenizer, tmp_path):
-    save_model(small_decoder("dense"), tmp_path / "model", tokenizer=tokenizer.folder)
-    model = plain_weights(tmp_path / "model", "cpu")
+@pytest.mark.parametrize("form", ["folder", "gguf"])
+def test_weights_are_opened_as_floats_from_a_folder_and_from_codes(tokenizer, tmp_path, form):
+    # rows of 32 numbers, which Q8_0 needs
+    shape = BASE.with_changes(hidden_size=64, head_dim=16)
+    place = tmp_path / "model"
+    save_model(random_decoder(shape, 0), place, tokenizer=tokenizer.folder)
+    if form == "gguf":
+        export_gguf(place, tmp_path / "model.gguf", "q8_0")
+        place = tmp_path / "model.gguf"
+    model = plain_weights(place, "cpu")
     assert model.dtype == torch.float32 and not any(parameter.requires_grad for parameter in model.parameters())
+    problem = SuffixProblem(model, tokenizer, REQUEST, OPENING, suffix_tokens=4)
+    assert problem.gradient(problem.start).abs().sum() > 0
