@@ -50,7 +50,7 @@ def test_a_model_is_attacked_and_the_same_command_goes_on(model, tmp_path, capsy
     found = json.loads((run / "results.json").read_text())
     assert found["measurable"] is False and "Not measurable" in out
     page = (run / "report.html").read_text()
-    assert "By category" in page and "Not measurable" in page
+    assert all(words in page for words in ("By category", "success by category and attack", "Not measurable"))
     # the context of this model does not hold every prompt, and that is said
     assert found["errors"] and all("does not fit" in why for why in found["errors"])
     before = (run / "queries.jsonl").read_bytes()
