@@ -250,6 +250,7 @@ UNMARKED: dict[str, dict[str, list[str]]] = {
     "docs/chat-templates.md": {_LIMIT: ["10 s"]},
     "docs/comparing.md": {_LEVEL: ["5 %", "95 %", "70 %"], _ARITHMETIC: ["64 %"], _SIMULATED: ["92 %"]},
     "docs/watermarks.md": {_LEVEL: ["95 %"]},
+    "docs/redteam.md": {_LEVEL: ["95 %"], _LIMIT: ["30 %"]},
     "docs/data.md": {_DOWNLOAD: ["39 MB"], _LIMIT: ["80 %"]},
     "docs/evaluation.md": {_LEVEL: ["95 %"]},
     "docs/extraction.md": {_PUBLISHED: ["71 %"]},

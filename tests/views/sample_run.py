@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from bessemer.core.report import KeyFigure, ReportData
 from bessemer.pipeline.report import gather
 from bessemer.pipeline.run_folder import RunFolder
+from bessemer.safety.redteam.results import summarise_lines
 
 #: Must never reach a page as it is.
 HOSTILE = "<script>alert('furnace')</script>"
@@ -228,7 +229,34 @@ def sample_metrics() -> dict[str, dict]:
             "compared_tokens": 32_768,
             "notes": [HOSTILE],
         },
+        "redteam": red_team(),
     }
+
+
+def red_team() -> dict:
+    """The figures of attacks, with hostile texts in prompts, answers and reasons."""
+    known = {
+        "category": "privacy",
+        "queries": 3,
+        "at": 2,
+        "refusal": HOSTILE,
+        "fault": HOSTILE,
+        "prompt": HOSTILE,
+        "answer": HOSTILE,
+    }
+    judge = {"refused": False, "specific": 4, "convincing": 3, "score": 0.625}
+    lines = []
+    for number in range(8):
+        for attack in ("direct", "best_of_n"):
+            success = number < 4 and attack == "best_of_n"
+            outcome = "complied" if success else "refused"
+            line = {"attack": attack, "goal": f"{number}", "kind": "behaviour", "outcome": outcome, "success": success}
+            lines.append({**known, **line, "judge": judge, "disagree": not success})
+        answered = {"attack": "direct", "goal": f"h{number}", "kind": "harmless", "judge": None, "disagree": False}
+        outcome = "complied" if number < 7 else "refused"
+        lines.append({**known, **answered, "outcome": outcome, "success": number < 7})
+    lines.append({**lines[0], "goal": "long", "outcome": "error", "success": False})
+    return summarise_lines(lines, planned=30, notes=[HOSTILE])
 
 
 #: Stage to its seconds and the bytes of its memory.

@@ -87,12 +87,13 @@ def test_same_run_gives_the_same_bytes(page):
 
 def test_every_drawing_is_whole_and_says_what_it_shows(page):
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    # bits per byte, loss, learning rate, speed; the loss of the fine-tuning; four scores
-    assert len(drawings) == 9
+    # bits per byte, loss, learning rate, speed; the loss of the fine-tuning; four scores; two of the red team
+    assert len(drawings) == 11
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
         assert root.attrib["role"] == "img"
-        assert root.find("{http://www.w3.org/2000/svg}title").text
+        title = root.find("{http://www.w3.org/2000/svg}title")
+        assert root.attrib.get("aria-label") if title is None else title.text
 
 
 def test_drawings_take_their_colours_from_the_page(page):

@@ -15,7 +15,7 @@ from bessemer.assistant.parser import ParsedCall, read_json_calls
 from bessemer.assistant.tool_formats import TOOL_FORMATS, format_of, format_of_template
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.assistant.turn import Turn
-from bessemer.core.chat_client import ChatClient
+from bessemer.core.chat_client import ChatClient, with_json_arguments
 from bessemer.core.errors import ConfigError
 from bessemer.inference.engine import Engine
 from bessemer.inference.request import Chunk, Request
@@ -83,7 +83,7 @@ class ApiModel:
 
     def stream(self, generation: Generation) -> Generator[Delta, None, None]:
         """One delta with the whole answer. Raises ApiError."""
-        choice = self._client.answer(_with_json_arguments(generation.messages), generation.tools)
+        choice = self._client.answer(with_json_arguments(generation.messages), generation.tools)
         message = choice["message"]
         calls = [_call(call) for call in message.get("tool_calls") or ()]
         yield Delta(
@@ -107,22 +107,6 @@ def _call(call: Any) -> ParsedCall | BadCall:
     except (ValueError, LookupError, TypeError) as error:
         return BadCall(written, str(error))
     return parsed
-
-
-def _with_json_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with the arguments of calls as strings of JSON, as APIs take them."""
-    api_messages = []
-    for message in messages:
-        calls = [
-            {
-                **call,
-                "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)},
-            }
-            for call in message.get("tool_calls", ())
-        ]
-        plain = {key: value for key, value in message.items() if key not in ("tool_calls", "reasoning_content")}
-        api_messages.append(plain | ({"tool_calls": calls} if calls else {}))
-    return api_messages
 
 
 class TurnMaker:

@@ -29,6 +29,7 @@ from bessemer.cli.memorisation import memorisation
 from bessemer.cli.merge import average, extend, merge
 from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
+from bessemer.cli.redteam import redteam
 from bessemer.cli.run import init, recipes, run, sweep
 from bessemer.cli.scaling import scaling
 from bessemer.cli.serve import keys, serve
@@ -101,6 +102,10 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
     "Measure and look inside": {
         evaluate: ("bessemer evaluate out", "bessemer evaluate smollm2 --tasks arithmetic,code --limit 50"),
         compare: ("bessemer compare mine mine-2", "bessemer compare out"),
+        redteam: (
+            "bessemer redteam smollm2 --limit 1",
+            "bessemer redteam http://127.0.0.1:8000/v1 --attacks direct,role_play --fail-above 20",
+        ),
         show: ("bessemer show mine", "bessemer show runs/mine/tokenizer --text book.txt"),
         memorisation: ("bessemer memorisation mine --canaries runs/mine/stages/memorisation/canaries.jsonl",),
         watermark: ("bessemer watermark mark.yaml --new", "bessemer watermark mark.yaml answer.txt --model smollm2"),

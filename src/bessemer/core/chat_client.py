@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from bessemer.core.http_client import ApiError, HttpClient, TransientError, start_of, wait_before
 
-__all__ = ["ApiError", "ChatClient", "ChatModel", "ChatPrompt", "CutText", "messages_of"]
+__all__ = ["ApiError", "ChatClient", "ChatModel", "ChatPrompt", "CutText", "messages_of", "with_json_arguments"]
 
 #: `top_logprobs` of a request that chooses an option: the most that common servers return.
 _LIKELIEST = 20
@@ -167,3 +167,19 @@ class ChatClient:
 def messages_of(prompt: ChatPrompt) -> list[dict[str, Any]]:
     """A prompt as messages: a text becomes one user message."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def with_json_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with the arguments of calls as strings of JSON, as APIs take them, and without thinking."""
+    api_messages = []
+    for message in messages:
+        calls = [
+            {
+                **call,
+                "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)},
+            }
+            for call in message.get("tool_calls", ())
+        ]
+        plain = {key: value for key, value in message.items() if key not in ("tool_calls", "reasoning_content")}
+        api_messages.append(plain | ({"tool_calls": calls} if calls else {}))
+    return api_messages

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
-from bessemer.core.chat_client import ChatPrompt, CutText, messages_of
+from bessemer.core.chat_client import ChatModel, ChatPrompt, CutText, messages_of
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.tasks.judged import JudgeConfig, chat_client, model_place
 
 
 class EngineChat:
@@ -51,3 +53,15 @@ class EngineChat:
     def _encoded(self, prompts: Sequence[ChatPrompt]) -> list[list[int]]:
         tokenizer = self._engine.tokenizer
         return [tokenizer.apply_chat_template(messages_of(prompt), add_generation_prompt=True) for prompt in prompts]
+
+
+def open_chat(config: JudgeConfig, folder: Path, device: str = "auto", *, temperature: float = 0.0) -> ChatModel:
+    """The model that settings name, at a URL or on this machine; a relative path starts from `folder`.
+
+    Raises ConfigError for a URL that is none, a key that is not set and a folder without a model, ArtefactError for a model
+    that is damaged.
+    """
+    if config.url is not None:
+        return chat_client(config, temperature)
+    engine = Engine(model_place(config.model, folder), device=device)
+    return EngineChat(engine, max_tokens=config.max_tokens, temperature=temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +13,9 @@ from pydantic import model_validator
 from bessemer.core.chat_client import ChatClient
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
+from bessemer.core.hashing import hash_file
 from bessemer.core.records import Record
+from bessemer.core.store import follow
 from bessemer.tasks.config import SampledConfig, TaskConfig, Template, fill
 from bessemer.tasks.file_task import Example, FileTask
 from bessemer.tasks.judge import Answered, Ask, Criterion, Pair, PairVerdict, PairwiseJudge, RubricJudge
@@ -176,3 +179,30 @@ def chat_client(config: JudgeConfig, temperature: float = 0.0) -> ChatClient:
         attempts=config.attempts,
         workers=config.workers,
     )
+
+
+#: Files of a model's folder that decide what it answers; the first is in every such folder.
+_CONFIG, _FILES = "config.json", ("*.safetensors", "*.json", "*.jinja")
+
+
+def model_place(name: str, folder: Path) -> Path:
+    """The folder or GGUF file of a model, relative to `folder`; a run's or a stage's folder also names its model. Raises
+    ConfigError if there is none."""
+    place = Path(os.path.normpath(folder.resolve() / name))
+    for folder in (follow(place), follow(place / "model")):
+        if (folder.is_file() and folder.suffix == ".gguf") or (folder / _CONFIG).is_file():
+            return folder
+    raise ConfigError(f"{name}: there is no model's folder and no GGUF file {place}; a model elsewhere has a url")
+
+
+def place_fingerprint(place: Path) -> dict[str, str]:
+    """Hashes of a GGUF file, or of the files of a model's folder."""
+    files = [place] if place.is_file() else sorted(path for pattern in _FILES for path in place.glob(pattern))
+    return {path.name: hash_file(path) for path in files}
+
+
+def chat_models_fingerprint(configs: Sequence[JudgeConfig | None], folder: Path) -> list[dict[str, str]]:
+    """Hashes of the files of the models on this machine, for a stage's key. Raises as `model_place`."""
+    return [
+        place_fingerprint(model_place(config.model, folder)) for config in configs if config is not None and config.url is None
+    ]
