@@ -84,6 +84,7 @@ class TaskState:
     messages: list[Message] = field(default_factory=list)
     pending: list[ToolCall] = field(default_factory=list)
     begun: dict[str, BegunCall] = field(default_factory=dict)
+    finish: str = ""
     results: list[tuple[ToolCall, ToolResult, str]] = field(default_factory=list)
     steps: int = 0
     tokens: int = 0
@@ -101,6 +102,7 @@ class TaskState:
                     self.steps += 1
                     self.tokens += record["prompt_tokens"] + record["completion_tokens"]
                     self.seconds += record["seconds"]
+                    self.finish = record["finish"]
                     self.pending = list(message.calls)
                     for reason in record.get("bad_calls", ()):
                         self.messages.append(Message.tool("", "", reason))
@@ -111,8 +113,8 @@ class TaskState:
                 result = ToolResult(record["text"], record["is_error"])
                 self.seconds += record["seconds"]
                 self.pending = [other for other in self.pending if other.id != call.id]
-                begun = self.begun.pop(call.id, None)
-                self.results.append((begun.call if begun else call, result, record["how"]))
+                self.begun.pop(call.id, None)
+                self.results.append((call, result, record["how"]))
                 self.messages.append(Message.tool(call.id, call.name, result.text))
             case "end":
                 self.end = record

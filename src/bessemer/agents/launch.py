@@ -60,13 +60,13 @@ def launch_command(
         provider = f"{{name = 'Bessemer', base_url = '{url}/v1', wire_api = 'responses', env_key = 'BESSEMER_CODEX_KEY'}}"
         settings = ("-c", "model_provider=bessemer", "-c", f"model_providers.bessemer={provider}")
         return [program, *settings, "--model", model, *arguments], {"BESSEMER_CODEX_KEY": key}
-    provider = {
+    of_opencode = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "Bessemer",
         "options": {"baseURL": f"{url}/v1", "apiKey": key},
         "models": {model: {"name": model}},
     }
-    config = {"provider": {"bessemer": provider}, "model": f"bessemer/{model}", "small_model": f"bessemer/{model}"}
+    config = {"provider": {"bessemer": of_opencode}, "model": f"bessemer/{model}", "small_model": f"bessemer/{model}"}
     return [program, *arguments], {"OPENCODE_CONFIG_CONTENT": json.dumps(config)}
 
 

@@ -150,28 +150,22 @@ class Agent:
         StorageError where the journal cannot be written.
         """
         state = self._journal.state
-        if state.end is not None and state.end["reason"] in ("answer", "refused") and not state.pending:
-            yield self._ended(state.end["reason"])
+        if not state.pending and state.messages and state.messages[-1].role == "assistant":
+            # the last message was an answer; a killed process may not have written the end
+            reason: EndReason = "length" if state.finish == "length" else "refused" if state.finish == "refused" else "answer"
+            if state.end is None:
+                self._journal.write("end", reason=reason, seconds=0.0)
+            yield self._ended(reason)
             return
         conversation = Conversation(state.messages)
-        while True:
-            if state.pending:
-                # the assistant must be able to read what its calls give
-                if (reason := self._used_up()) is not None:
-                    break
-                yield from self._make_calls(conversation)
-                if self._detector.refusals >= _REFUSALS:
-                    reason = "loop"
-                    break
-                continue
-            if (reason := self._used_up()) is not None:
-                break
-            end = yield from self._message(conversation)
-            if end is not None:
-                reason = end
-                break
-        self._journal.write("end", reason=reason, seconds=self._lost_seconds)
-        yield self._ended(reason)
+        end: EndReason | None = None
+        while end is None:
+            # before calls too: the assistant must be able to read what they give
+            end = self._used_up()
+            if end is None:
+                end = yield from self._make_calls(conversation) if state.pending else self._message(conversation)
+        self._journal.write("end", reason=end, seconds=self._lost_seconds)
+        yield self._ended(end)
 
     def _ended(self, reason: EndReason) -> AgentEnd:
         state = self._journal.state
@@ -248,8 +242,8 @@ class Agent:
 
     # -- calls
 
-    def _make_calls(self, conversation: Conversation) -> Generator[AgentEvent, None, None]:
-        """Make the calls of the last message that have no result yet, one after the other."""
+    def _make_calls(self, conversation: Conversation) -> Generator[AgentEvent, None, EndReason | None]:
+        """Make the calls of the last message that have no result yet, one after the other. Returns as `_message`."""
         context = TurnContext(conversation, self._principal, self._journal.state.steps)
         for call in list(self._journal.state.pending):
             yield Called(call)
@@ -257,6 +251,7 @@ class Agent:
             result = self._recovered(begun, context) if begun is not None else self._made(call, context)
             conversation.add(Message.tool(call.id, call.name, result.text))
             yield Returned(call, result)
+        return "loop" if self._detector.refusals >= _REFUSALS else None
 
     def _made(self, call: ToolCall, context: TurnContext) -> ToolResult:
         """The result of a call that is made now, or why it is not made."""

@@ -115,8 +115,8 @@ def otlp(records: Sequence[Record]) -> dict[str, Any]:
                     "gen_ai.input.messages": json.dumps(list(map(_otel_message, conversation)), ensure_ascii=False),
                     "gen_ai.output.messages": json.dumps([_otel_message(message)], ensure_ascii=False),
                 }
-                begin = record["time"] - record["seconds"]
-                spans.append(_span(trace, key, root, f"chat {model}", begin, record["time"], attributes))
+                start = record["time"] - record["seconds"]
+                spans.append(_span(trace, key, root, f"chat {model}", start, record["time"], attributes))
                 conversation.append(message)
                 conversation += [Message.tool("", "", reason) for reason in record.get("bad_calls", ())]
             case "message":
@@ -137,8 +137,8 @@ def otlp(records: Sequence[Record]) -> dict[str, Any]:
                 }
                 if record["is_error"]:
                     attributes["error.type"] = "tool_error"
-                begin = begun.get(record["call"], record["time"])
-                spans.append(_span(trace, key, root, f"execute_tool {record['name']}", begin, record["time"], attributes))
+                start = begun.get(record["call"], record["time"])
+                spans.append(_span(trace, key, root, f"execute_tool {record['name']}", start, record["time"], attributes))
                 conversation.append(Message.tool(record["call"], record["name"], record["text"]))
     scope = {"scope": {"name": "bessemer.agents", "version": __version__}, "spans": spans}
     resource = {"attributes": _attributes({"service.name": "bessemer", "service.version": __version__})}
