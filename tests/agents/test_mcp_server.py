@@ -81,7 +81,7 @@ def called(abilities, name, **arguments):
 
 def test_an_index_is_searched_and_asked(abilities):
     (hit, *_) = called(abilities, "search_documents", query="What blows air through iron?", count=1)
-    assert "converter" in hit["text"] and hit["document"].endswith("furnace.md")
+    assert "converter" in hit["text"] and hit["document"].startswith("furnace.md")
     answer = called(abilities, "ask_documents", question="What blows air through iron?")
     assert answer["sources"][0]["text"] == hit["text"] and isinstance(answer["answer"], str)
 
@@ -94,9 +94,13 @@ def test_a_model_writes_is_inspected_and_evaluated(abilities):
     assert 0 <= next(iter(scores.values()))["accuracy"] <= 1
 
 
-def test_a_run_is_planned_and_a_text_explained(abilities):
+def test_a_run_is_planned(abilities):
     plan = called(abilities, "plan_run", recipe="125m", gpus=8)
     assert plan["parameters"] == 125_856_512 and plan["gpus"] == 8
+
+
+@pytest.mark.slow  # the refinery's loops are loaded
+def test_a_text_is_explained(abilities):
     assert called(abilities, "explain_document", text="Buy cheap watches!")["text"] == "Buy cheap watches!"
 
 

@@ -20,7 +20,7 @@ def files(tmp_path):
     (root / "link").symlink_to(tmp_path / "secret")
     (root / "up").symlink_to(tmp_path)
     tools = {tool.tool.name: tool.tool for tool in Folder(root).tools()}
-    return lambda name, **arguments: tools[name].call(arguments)
+    return lambda tool, /, **arguments: tools[tool].call(arguments)
 
 
 def test_files_are_written_listed_read_and_changed(files):
@@ -28,7 +28,8 @@ def test_files_are_written_listed_read_and_changed(files):
     assert not files("append_file", name="a/b.txt", text=" three\ud800").is_error
     assert files("edit_file", name="a/b.txt", old="two", new="2").text == "changed a/b.txt"
     assert files("read_file", name="a/b.txt").text == "one 2 three?"
-    assert files("list_files").text.splitlines()[0] == "a/b.txt (12 bytes)"
+    # a link that leads out of the folder is none of its files
+    assert files("list_files").text == "a/b.txt (12 bytes)"
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "link", "up/secret", "a/../../secret"])

@@ -101,6 +101,9 @@ class Folder:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 path = Path(current) / name
+                if self.root not in path.resolve().parents:
+                    # a link that leads out
+                    continue
                 lines.append(f"{path.relative_to(self.root).as_posix()} ({path.lstat().st_size:,} bytes)")
                 if len(lines) > _MOST_ENTRIES:
                     return "\n".join([*lines[:_MOST_ENTRIES], "… and more"])
