@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.agents.mcp_client import ApprovedTools, McpServerConfig, McpServers
+from bessemer.agents.mcp_client import McpServers
+from bessemer.agents.mcp_config import ApprovedTools, McpServerConfig
 from tests.assistant.conftest import tokenizer  # noqa: F401
 
 SCRIPTED = str(Path(__file__).with_name("scripted_server.py"))

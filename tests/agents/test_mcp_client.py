@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from bessemer.agents.mcp_client import ApprovedTools, Definition, McpServerConfig, McpServers, read_mcp_config
+from bessemer.agents.mcp_client import McpServers
+from bessemer.agents.mcp_config import ApprovedTools, Definition, McpServerConfig, read_mcp_config
 from bessemer.assistant.assistant import Assistant
 from bessemer.assistant.conversation import Conversation
 from bessemer.assistant.messages import Message, Returned

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from bessemer.agents.mcp_client import ApprovedTools, McpServerConfig, McpServers
+from bessemer.agents.mcp_client import McpServers
+from bessemer.agents.mcp_config import ApprovedTools, McpServerConfig
 from bessemer.agents.tool_choice import choose_tools
 
 pytestmark = pytest.mark.peer(name="mcp")

@@ -12,7 +12,8 @@ import httpx
 import pytest
 import uvicorn
 
-from bessemer.agents.mcp_client import ApprovedTools, McpServerConfig, McpServers
+from bessemer.agents.mcp_client import McpServers
+from bessemer.agents.mcp_config import ApprovedTools, McpServerConfig
 from bessemer.agents.mcp_server import http_app, make_server
 from bessemer.core.errors import ConfigError
 from bessemer.pipeline.abilities import INSTRUCTIONS, Abilities

@@ -12,6 +12,7 @@ import hmac
 import logging
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING, Any
 
 from bessemer.assistant.tools import Tool
@@ -37,8 +38,6 @@ def make_server(tools: Sequence[Tool], *, name: str = "bessemer", instructions: 
         from mcp.server.lowlevel import Server
     except ImportError:
         raise ConfigError(install_advice("mcp")) from None
-    from bessemer import __version__
-
     by_name = {tool.name: tool for tool in tools}
     one_at_a_time = asyncio.Lock()
     listed = [
@@ -66,7 +65,7 @@ def make_server(tools: Sequence[Tool], *, name: str = "bessemer", instructions: 
 
     return Server(
         name,
-        version=__version__,
+        version=package_version("bessemer"),
         instructions=instructions or None,
         on_list_tools=list_tools,
         on_call_tool=call_tool,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,6 @@ def _short(text: str) -> str:
 def otlp(records: Sequence[Record]) -> dict[str, Any]:
     """The journal as one `ExportTraceServiceRequest` in JSON. Ids follow from the journal, so that it gives the same ones
     again."""
-    from bessemer import __version__
-
     task = records[0]
     trace = task["id"]
     root = hash_value([trace, "task"], bits=64)
@@ -140,8 +139,8 @@ def otlp(records: Sequence[Record]) -> dict[str, Any]:
                 start = begun.get(record["call"], record["time"])
                 spans.append(_span(trace, key, root, f"execute_tool {record['name']}", start, record["time"], attributes))
                 conversation.append(Message.tool(record["call"], record["name"], record["text"]))
-    scope = {"scope": {"name": "bessemer.agents", "version": __version__}, "spans": spans}
-    resource = {"attributes": _attributes({"service.name": "bessemer", "service.version": __version__})}
+    scope = {"scope": {"name": "bessemer.agents", "version": package_version("bessemer")}, "spans": spans}
+    resource = {"attributes": _attributes({"service.name": "bessemer", "service.version": package_version("bessemer")})}
     return {"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}
 
 
