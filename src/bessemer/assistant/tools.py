@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bessemer.core.concurrency import call_within
@@ -67,8 +67,8 @@ class Tool:
         return {"type": "function", "function": function}
 
     def call(self, arguments: Mapping[str, Any]) -> ToolResult:
-        """The function's result: a string as it is, anything else as JSON. Failures are results too: arguments that do not fit
-        the schema, an exception, the time limit."""
+        """The function's result: a string or a `ToolResult` as it is, anything else as JSON. Failures are results too:
+        arguments that do not fit the schema, an exception, the time limit."""
         assert self.function is not None, "the client runs this tool"
         function = self.function
 
@@ -77,7 +77,10 @@ class Tool:
             problem = self._check(dict(arguments))
             if problem is not None:
                 return failed(f"the arguments do not fit: {problem}")
-            return ToolResult(self._shown(function(**arguments)))
+            value = function(**arguments)
+            if isinstance(value, ToolResult):
+                return replace(value, text=self._shown(value.text))
+            return ToolResult(self._shown(value))
 
         try:
             return call_within(self.time_limit, carry_out)

@@ -106,6 +106,11 @@ class Turn:
     def wants_tools(self) -> bool:
         return bool(self._called)
 
+    def is_run_here(self, call: ToolCall) -> bool:
+        """Whether `run_tools` runs a call. False for a client's tool, and for one that is not offered."""
+        tool = self._tools.get(call.name)
+        return tool is not None and tool.function is not None
+
     @property
     def holds_back(self) -> bool:
         """Whether a hook decides how much of a growing message is given out."""

@@ -6,7 +6,8 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,14 +16,18 @@ import typer
 from bessemer.cli.options import (
     ActivationBits,
     Adapter,
+    Approve,
+    ApproveTools,
     Device,
     MaxModelLen,
+    McpServersConfig,
     MinP,
     Model,
     RepetitionPenalty,
     Runs,
     Speculate,
     Temperature,
+    ToolTokens,
     TopK,
     TopP,
     print_view,
@@ -32,6 +37,8 @@ from bessemer.core.errors import RequestError
 if TYPE_CHECKING:
     from bessemer.assistant.assistant import Assistant
     from bessemer.assistant.conversation import AssistantConfig, Conversation
+    from bessemer.assistant.hooks import Hook
+    from bessemer.assistant.tools import Tool
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.sampler import SamplingParams
 
@@ -70,14 +77,28 @@ def chat(
     adapter: Adapter = None,
     max_model_len: MaxModelLen = None,
     activation_bits: ActivationBits = None,
+    mcp_servers_config: McpServersConfig = None,
+    tool_tokens: ToolTokens = 4000,
+    approve: Approve = "always",
+    approve_tools: ApproveTools = False,
     device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
     """Talk with a model in the terminal."""
+    from bessemer.agents.approvals import Approvals, AsksFor, approver_here
     from bessemer.assistant.conversation import AssistantConfig
-    from bessemer.cli.named import example_questions, find_served, given_options, option_of, sampling_options, speculation
+    from bessemer.cli.named import (
+        example_questions,
+        find_served,
+        given_options,
+        mcp_tools,
+        option_of,
+        sampling_options,
+        speculation,
+    )
     from bessemer.inference.engine import Engine, EngineConfig
 
+    asks_for = AsksFor.parse(approve)
     folder = find_served(model, runs)
     given = speculation(speculate, runs) | given_options(context, "max_model_len", "activation_bits")
     config = EngineConfig.parse(given, option_of("chat"))
@@ -92,15 +113,29 @@ def chat(
         print(f"note: {model} is not tuned on conversations; it continues texts more than it answers", file=sys.stderr)
     if adapter is not None:
         engine.load_adapter(adapter, adapter)
-    converse(
-        engine,
-        params_for(engine),
-        example_questions(folder, runs / model),
-        system=system,
-        config=AssistantConfig(thinking_budget=thinking_budget),
-        speed=speed,
-        adapter=adapter,
-    )
+    with contextlib.ExitStack() as stack:
+        calls = None
+        if mcp_servers_config is not None:
+            tools_for = stack.enter_context(mcp_tools(mcp_servers_config, tool_tokens, approve=approve_tools))
+            calls = ToolCalls(tools_for, Approvals(asks_for, approver_here()))
+        converse(
+            engine,
+            params_for(engine),
+            example_questions(folder, runs / model),
+            system=system,
+            config=AssistantConfig(thinking_budget=thinking_budget),
+            speed=speed,
+            adapter=adapter,
+            calls=calls,
+        )
+
+
+@dataclass(frozen=True)
+class ToolCalls:
+    """Tools that the assistant may call. tools_for: those to offer for a question. hook: decides before each call."""
+
+    tools_for: Callable[[str], Sequence[Tool]]
+    hook: Hook
 
 
 def _is_base(folder: Path) -> bool:
@@ -121,11 +156,13 @@ def converse(
     speed: bool = False,
     opening: str | None = None,
     adapter: str | None = None,
+    calls: ToolCalls | None = None,
 ) -> None:
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full.
 
     system: what every conversation begins with. speed: say after each answer how fast it came. opening: a first
-    question, shown as if the user had typed it, at a terminal. adapter: one that the engine has, by its name.
+    question, shown as if the user had typed it, at a terminal. adapter: one that the engine has, by its name. calls: tools that
+    may be called; None: none.
     """
     from bessemer.assistant.assistant import Assistant, EngineModel
     from bessemer.assistant.conversation import Conversation
@@ -159,7 +196,7 @@ def converse(
             continue
         conversation.add(Message.user(question))
         try:
-            _answer(assistant, conversation, len(start), speed)
+            _answer(assistant, conversation, len(start), speed, question, calls)
         except RequestError as error:
             if not interactive:
                 raise
@@ -182,31 +219,39 @@ def _questions(interactive: bool, opening: str | None) -> Iterator[str]:
         yield question
 
 
-def _answer(assistant: Assistant, conversation: Conversation, start: int, speed: bool) -> None:
+def _answer(
+    assistant: Assistant, conversation: Conversation, start: int, speed: bool, question: str, calls: ToolCalls | None
+) -> None:
     """Print the answer to the last message. start: messages that are never forgotten."""
+    tools = [] if calls is None else calls.tools_for(question)
+    hooks = [] if calls is None else [calls.hook]
     while True:
         try:
-            _print_turn(assistant, conversation, speed)
+            _print_turn(assistant, conversation, speed, tools, hooks)
         except RequestError:
+            later = [place for place, message in enumerate(conversation.messages) if message.role == "user" and place > start]
             # the question alone is too long
-            if len(conversation.messages) <= start + 1:
+            if not later:
                 raise
-            conversation.forget(start, start + 2)
+            conversation.forget(start, later[0])
             print("(the context is full: the oldest question and answer are forgotten)", file=sys.stderr)
         else:
             return
 
 
-def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -> None:
+def _print_turn(
+    assistant: Assistant, conversation: Conversation, speed: bool, tools: Sequence[Tool] = (), hooks: Sequence[Hook] = ()
+) -> None:
     """Print an answer as it comes, at a terminal with the dimmed thinking before it. Ctrl-C ends it."""
-    from bessemer.assistant.messages import TextDelta, ThinkingDelta
+    from bessemer.agents.approvals import described
+    from bessemer.assistant.messages import Called, Returned, TextDelta, ThinkingDelta
 
     shows_thinking = sys.stdout.isatty()
     thought = False
     start = time.perf_counter()
     times: list[float] = []
     before = conversation.transcript.own_tokens
-    events = assistant.turn(conversation)
+    events = assistant.turn(conversation, hooks=hooks, tools=tools)
     try:
         for event in events:
             times.append(time.perf_counter())
@@ -217,6 +262,10 @@ def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -
                 case TextDelta(text):
                     sys.stdout.write(f"\n\n{text}" if thought else text)
                     thought = False
+                case Called(call):
+                    print(f"\n(calls {described(call.name, call.arguments)})", file=sys.stderr)
+                case Returned(_, result):
+                    print(f"({described('it failed:' if result.is_error else 'result:', result.text, 200)})", file=sys.stderr)
             sys.stdout.flush()
     except KeyboardInterrupt:
         events.close()

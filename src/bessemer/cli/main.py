@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from bessemer import __version__
+from bessemer.cli.agent import agent, trace
 from bessemer.cli.bench import bench
 from bessemer.cli.chat import chat, demo
 from bessemer.cli.compare import compare
@@ -24,7 +25,9 @@ from bessemer.cli.forget import forget
 from bessemer.cli.generate import generate
 from bessemer.cli.guard import guard
 from bessemer.cli.inspect import inspect
+from bessemer.cli.launch import launch
 from bessemer.cli.library import clean, list_models, pull, rm
+from bessemer.cli.mcp import mcp
 from bessemer.cli.memorisation import memorisation
 from bessemer.cli.merge import average, extend, merge
 from bessemer.cli.plan import plan
@@ -117,6 +120,15 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         search: ("bessemer search python.index 'parse a date'",),
         questions: ("bessemer questions python.index cited.jsonl --cited --count 800",),
         ask: ("bessemer ask smollm2 python.index 'How do I parse JSON?'",),
+    },
+    "Act": {
+        agent: (
+            "bessemer agent smollm2 'Add up the amounts in costs.csv' --files accounts",
+            "bessemer agent http://127.0.0.1:8000/v1#qwen 'What time is it in Oslo?' --mcp-servers-config servers.json",
+        ),
+        trace: ("bessemer trace agents/1", "bessemer trace agents/1 --branch agents/other --at 2"),
+        launch: ("bessemer launch claude --url http://127.0.0.1:8000", "bessemer launch codex -- exec 'Fix the test'"),
+        mcp: ("bessemer mcp --model smollm2 --index python=python.index", "bessemer mcp --model smollm2 --http --port 8010"),
     },
     "Data": {
         explain: ("bessemer explain page.html --run mine", "bessemer explain 'Click here to buy cheap watches!'"),

@@ -16,6 +16,7 @@ from bessemer.core.store import follow
 if TYPE_CHECKING:
     import typer
 
+    from bessemer.assistant.tools import Tool
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.model.formats import ModelSource
@@ -224,6 +225,20 @@ def _named(option: str, what: str, given: list[str] | None, taken: Mapping[str, 
             )
         places[name] = place
     return places
+
+
+@contextmanager
+def mcp_tools(config: Path, budget: int, *, approve: bool) -> Iterator[Callable[[str], list[Tool]]]:
+    """While entered, the MCP servers of a file run; what is given returns the tools to offer for a question, of at most
+    `budget` tokens. Raises ConfigError for the file."""
+    from bessemer.agents.mcp_client import open_mcp_servers
+    from bessemer.agents.tool_choice import choose_tools
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    with open_mcp_servers(config, report, approve=approve) as servers:
+        yield lambda question: choose_tools(servers.tools(), question, budget)
 
 
 def model_source(model: str, runs: Path) -> ModelSource:

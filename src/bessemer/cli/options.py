@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Model = Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, a pulled one, or what finetune wrote.")]
+#: A panel of the help.
+_TOOLS = "Tools"
 Runs = Annotated[Path, typer.Option(help="Folder of the runs.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 
@@ -38,6 +40,35 @@ ACTIVATION_BITS = "Bits of activations that meet quantised weights on a processo
 ActivationBits = Annotated[int | None, typer.Option(help=ACTIVATION_BITS)]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and answer together (default: the model's context).")
+]
+McpServersConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help='File of MCP servers, as other programs write it ({"mcpServers": …}): their tools may be called.',
+        rich_help_panel=_TOOLS,
+    ),
+]
+ToolTokens = Annotated[
+    int,
+    typer.Option(
+        help="Most tokens of the descriptions of their tools: above, those that a question needs, by its words.",
+        min=1,
+        rich_help_panel=_TOOLS,
+    ),
+]
+Approve = Annotated[
+    str,
+    typer.Option(
+        help="Before which calls of tools a person is asked: always, never, or tools=NAME,NAME.", rich_help_panel=_TOOLS
+    ),
+]
+ApproveTools = Annotated[
+    bool,
+    typer.Option(
+        "--approve-tools",
+        help="Accept tools that are new, or have changed since they were approved.",
+        rich_help_panel=_TOOLS,
+    ),
 ]
 
 

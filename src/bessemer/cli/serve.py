@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.options import ACTIVATION_BITS, Model, Runs, retired_option
+from bessemer.cli.options import ACTIVATION_BITS, ApproveTools, McpServersConfig, Model, Runs, ToolTokens, retired_option
 
 if TYPE_CHECKING:
     from bessemer.assistant.hooks import Hook
@@ -204,6 +204,9 @@ def serve(
         str, _speed(help="local, or ray: by --replicas of the model, on the cluster of RAY_ADDRESS or on this machine.")
     ] = "local",
     replicas: Annotated[int | None, _speed(help="How many; with --engine ray.", min=1)] = None,
+    mcp_servers_config: McpServersConfig = None,
+    tool_tokens: ToolTokens = 4000,
+    approve_tools: ApproveTools = False,
     ask: Annotated[
         list[str] | None, typer.Option(help="Ask this through the API, print the answer, and stop; may be repeated.")
     ] = None,
@@ -223,6 +226,7 @@ def serve(
         example_questions,
         find_served,
         given_options,
+        mcp_tools,
         named_folders,
         named_models,
         named_numbers,
@@ -253,6 +257,8 @@ def serve(
         raise ConfigError("--audit, --guard-model: of a server with --policy")
     if engine == "ray" and (index or uploads):
         raise ConfigError("--index, --uploads: of a server with one engine; replicas share no files")
+    if engine == "ray" and mcp_servers_config is not None:
+        raise ConfigError("--mcp-servers-config: of a server with one engine; replicas share no MCP servers")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     lengths = ("max_model_len", "context_overflow", "context_keep")
@@ -324,6 +330,9 @@ def serve(
 
         guard = Guard(read_policy(policy), guard_config(guard_model, audit))
         hooks = [GuardHook(guard)]
+    server_tools = None
+    if mcp_servers_config is not None:
+        server_tools = context.with_resource(mcp_tools(mcp_servers_config, tool_tokens, approve=approve_tools))
     with loading, setup.open_engine() as opened:
         print(opened.describe())
         print(opened.arithmetic)
@@ -334,4 +343,13 @@ def serve(
             print(f"documents {its_name}: {about['documents']:,}, in {about['passages']:,} passages")
         loading.close()
         pool = setup.model_pool(config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
-        serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [], hooks=hooks)
+        serve_engine(
+            opened,
+            name,
+            config,
+            pages=web_pages(shown),
+            pool=pool,
+            questions=ask or [],
+            hooks=hooks,
+            server_tools=server_tools,
+        )

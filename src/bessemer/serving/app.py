@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from bessemer.assistant.hooks import Hook
+from bessemer.assistant.tools import Tool
 from bessemer.core.errors import BessemerError
 from bessemer.inference.engine import Engine
 from bessemer.serving.anthropic.api import PREFIX, AnthropicApi, error_body
@@ -68,13 +69,14 @@ def create_app(
     store: ResponseStore | None = None,
     is_behind_gate: bool = False,
     reranker: tuple[str, TextScorer] | None = None,
+    server_tools: Callable[[str], Sequence[Tool]] | None = None,
 ) -> FastAPI:
     """An application that serves a model under `model_name`, and its adapters each under its own name.
 
     pages: makes routes beside the API; one at `/` replaces the API's own. pool: additional models. hooks: guardrails of every
     chat; endpoints that bypass them are then closed. store: of responses; None: in memory. is_behind_gate: another process runs
     the gate, and leaves the callers in the scope; clients' files, which would be of one process alone, are not taken then.
-    reranker: the name by which clients ask for it, and what scores texts.
+    reranker: the name by which clients ask for it, and what scores texts. server_tools: as of `Served`.
 
     An error has the form of the API that its path belongs to. `config.host` and `config.port` are not used here. The result's
     `state.served` is a `Served`. Raises ArtefactError and ConfigError for a file of keys or an index that cannot be read.
@@ -84,7 +86,7 @@ def create_app(
     keys = Keys(config.keys, config.api_key) if asks_for_keys else None
     documents = VectorStores(config.indexes, config.uploads, takes_files=not is_behind_gate)
     worker = Worker(engine, config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
-    served = Served(engine, model_name, worker, config.aliases, pool, hooks)
+    served = Served(engine, model_name, worker, config.aliases, pool, hooks, server_tools)
     apis = (
         OpenAIApi(served, documents),
         ResponsesApi(served, store or MemoryStore(), documents),

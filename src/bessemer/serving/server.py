@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bessemer.assistant.hooks import Hook
+from bessemer.assistant.tools import Tool
 from bessemer.core.chat_client import ChatClient
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.inference.engine import Engine
@@ -201,10 +202,11 @@ def create_server(
     pool: ModelPool | None = None,
     hooks: Sequence[Hook] = (),
     reranker: tuple[str, TextScorer] | None = None,
+    server_tools: Callable[[str], Sequence[Tool]] | None = None,
 ) -> Server:
     """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. The other arguments are
     those of `create_app`."""
-    app = create_app(engine, model_name, config, pages, pool, hooks, reranker=reranker)
+    app = create_app(engine, model_name, config, pages, pool, hooks, reranker=reranker, server_tools=server_tools)
     return new_server(app, app.state.served, config.drain_seconds)
 
 
@@ -235,16 +237,17 @@ def serve(
     pool: ModelPool | None = None,
     questions: Sequence[str] = (),
     hooks: Sequence[Hook] = (),
+    server_tools: Callable[[str], Sequence[Tool]] | None = None,
 ) -> None:
     """Serve until interrupted.
 
-    say: prints lines. pages, pool, hooks: as for `create_app`. questions: sent to the API, their answers go to `say`, and then
-    the server stops. Raises as `listen`, the engine's failure, and BessemerError for a question that fails.
+    say: prints lines. pages, pool, hooks, server_tools: as for `create_app`. questions: sent to the API, their answers go to
+    `say`, and then the server stops. Raises as `listen`, the engine's failure, and BessemerError for a question that fails.
     """
     config = config or ServingConfig()
     open_many_files()
     with listen(config.host, config.port) as listener, request_log(config.request_log):
-        server = create_server(engine, model_name, config, pages, pool, hooks)
+        server = create_server(engine, model_name, config, pages, pool, hooks, server_tools=server_tools)
         url = address_of(listener)
         shown = "" if pages is no_pages else f"chat at {url} · "
         say(f"{model_name}: {shown}OpenAI API at {url}/v1 · Ctrl-C stops")

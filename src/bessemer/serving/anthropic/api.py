@@ -210,4 +210,5 @@ def _chat(body: MessagesRequest, caller: Caller) -> Chat:
         tools=body.offered(),
         choice=body.choice,
         thinking_budget=body.budget,
+        takes_server_tools=body.tool_choice is None or body.tool_choice.type != "none",
     )

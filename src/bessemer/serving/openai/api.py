@@ -200,6 +200,7 @@ def _chat(body: ChatRequest, caller: Caller, sources: Sequence[ServedHit] | None
         cache_salt=body.cache_salt,
         priority=caller.client.priority(body.priority),
         sources=sources,
+        takes_server_tools=body.tool_choice != "none",
     )
 
 

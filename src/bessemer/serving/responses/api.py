@@ -326,4 +326,5 @@ def _chat(request: ResponsesRequest, previous: list[dict[str, Any]], caller: Cal
         tools=request.offered(),
         choice=request.choice,
         thinking_budget=request.budget,
+        takes_server_tools=request.tool_choice != "none",
     )

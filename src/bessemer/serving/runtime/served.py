@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from bessemer.assistant.assistant import TurnMaker
-from bessemer.assistant.conversation import AssistantConfig, Conversation, with_system_in_place
+from bessemer.assistant.conversation import Conversation, with_system_in_place
 from bessemer.assistant.hooks import Hook
 from bessemer.assistant.messages import Message, as_messages, with_call_ids
 from bessemer.assistant.tools import Tool, ToolChoice
@@ -34,6 +34,8 @@ CLAMPED = "x-max-tokens"
 DROPPED = "x-dropped-tokens"
 #: Tokens that are left to an answer from sources whose client sets no limit.
 _ANSWER_TOKENS = 512
+#: Messages of a turn in which the server runs its own tools.
+_MOST_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Chat:
     messages: in the form of chat completions. params_of: gives the sampling settings for a number of tokens of the answer.
     parameter_of: gives the request's parameter that an error's text is about. token_limit: the client's most tokens of an
     answer. priority: lower is more urgent. sources: passages that the answer is drawn from, the best first; None: of a chat
-    without retrieval.
+    without retrieval. takes_server_tools: whether the server's own tools may be called.
     """
 
     caller: Caller
@@ -59,6 +61,7 @@ class Chat:
     cache_salt: str | None = None
     priority: int = 0
     sources: Sequence[ServedHit] | None = None
+    takes_server_tools: bool = True
 
     @property
     def last_question(self) -> str:
@@ -69,7 +72,8 @@ class Chat:
 class Served:
     """A model under its name, and its adapters each under its own.
 
-    aliases: other names of the model. pool: the additional models. hooks: run in every turn.
+    aliases: other names of the model. pool: the additional models. hooks: run in every turn. server_tools: the tools that the
+    server runs itself, given the user's last message.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Served:
         aliases: Collection[str] = (),
         pool: ModelPool | None = None,
         hooks: Sequence[Hook] = (),
+        server_tools: Callable[[str], Sequence[Tool]] | None = None,
     ) -> None:
         self.engine = engine
         self.model_name = model_name
@@ -87,12 +92,11 @@ class Served:
         self.aliases = tuple(aliases)
         self.pool = pool
         self.hooks = tuple(hooks)
+        self.server_tools = server_tools
         self._side_work = asyncio.Semaphore(ASIDE.most)
         self._additional: WeakKeyDictionary[OpenModel, Served] = WeakKeyDictionary()
-        # clients run their tools, so a turn ends with its first message
-        config = AssistantConfig(max_rounds=1)
         context = engine.context_length if engine.context_shift is None else None
-        self._turns = TurnMaker(engine.tokenizer, context, config=config)
+        self._turns = TurnMaker(engine.tokenizer, context)
 
     @property
     def names_of_model(self) -> tuple[str, ...]:
@@ -131,7 +135,9 @@ class Served:
             caller.held.enter_context(self.pool.lease(name))
             model = await unless_left(caller.receive, self.pool.model(name))
             if model not in self._additional:
-                self._additional[model] = Served(model.engine, name, model.worker, hooks=self.hooks)
+                self._additional[model] = Served(
+                    model.engine, name, model.worker, hooks=self.hooks, server_tools=self.server_tools
+                )
             return self._additional[model]
         self.check_model(name)
         return self
@@ -225,6 +231,7 @@ class Served:
         Raises ApiError for what is wrong with the request.
         """
         sources: Sequence[ServedHit] | None = None
+        chat = self._with_server_tools(chat)
 
         def params_of(prompt_tokens: int) -> SamplingParams:
             params = chat.params_of(self.most_tokens("messages", prompt_tokens, chat.token_limit, chat.caller))
@@ -256,6 +263,8 @@ class Served:
                     tools=chat.tools,
                     tool_choice=chat.choice,
                     thinking_budget=chat.thinking_budget,
+                    # clients run their tools, so a turn ends with its first message; the server's are run in rounds
+                    max_rounds=_MOST_ROUNDS if any(tool.function is not None for tool in chat.tools) else 1,
                     answer_prefix=answer_prefix,
                 )
                 begun.append(turn.begin(params_of))
@@ -289,6 +298,7 @@ class Served:
 
     def count(self, chat: Chat) -> int:
         """The tokens of a conversation with its tools, up to where the assistant speaks. Raises as `begin`."""
+        chat = self._with_server_tools(chat)
         tools = [tool.description_in_chat for tool in chat.tools] or None
         check_encoded([chat.messages, tools])
         messages, answer_prefix = self._read(chat)
@@ -296,6 +306,14 @@ class Served:
         tokenizer = self.engine.tokenizer
         prefix_ids = [] if answer_prefix is None else tokenizer.encode(answer_prefix.text, add_bos=False)
         return len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools)) + len(prefix_ids)
+
+    def _with_server_tools(self, chat: Chat) -> Chat:
+        """The chat with the tools that the server runs, apart from those whose name a client's tool has."""
+        if self.server_tools is None or not chat.takes_server_tools:
+            return chat
+        taken = {tool.name for tool in chat.tools}
+        own = [tool for tool in self.server_tools(chat.last_question) if tool.name not in taken]
+        return replace(chat, tools=(*chat.tools, *own))
 
     def _read(self, chat: Chat) -> tuple[list[Message], Message | None]:
         """The messages for the chat template, and the beginning of the answer: the assistant's message at the end, as in

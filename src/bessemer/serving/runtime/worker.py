@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bessemer.assistant.generation import Delta, Generation
-from bessemer.assistant.messages import Event
+from bessemer.assistant.messages import Called, Event
 from bessemer.assistant.turn import Turn
 from bessemer.core.errors import BessemerError
 from bessemer.inference.async_generation import ChoiceChunk, StepDriver
@@ -212,7 +212,12 @@ class Turns:
         that was sent back never come."""
         turn, withheld = self._turns[choice], self._withheld[choice]
         before = turn.sent_back
-        events = turn.take(Delta(token_ids, finish_reason=finish_reason))
+        # clients are not asked to run what the server runs
+        events = [
+            event
+            for event in turn.take(Delta(token_ids, finish_reason=finish_reason))
+            if not (isinstance(event, Called) and turn.is_run_here(event.call))
+        ]
         if turn.sent_back > before:
             self._withheld[choice] = _Withheld()
             return ChoiceEvents(choice, events, ())
