@@ -8,7 +8,8 @@ import pytest
 
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.retrieval.answer import NOT_HELD, NearestJudge, ask, calibrated_limit, checked, citing
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import Hit, search
 from bessemer.retrieval.store import Passage
 from tests.serving.running import babbling_engine

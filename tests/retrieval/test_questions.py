@@ -9,7 +9,8 @@ import pytest
 from bessemer.assistant.messages import Message
 from bessemer.core.errors import SourceError
 from bessemer.retrieval.answer import NOT_HELD, checked, grounded
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.questions import cited_conversations, make_questions, question_of
 from bessemer.retrieval.search import Hit
 from bessemer.retrieval.store import Passage

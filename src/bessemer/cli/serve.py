@@ -115,6 +115,17 @@ def serve(
             "NAME=FOLDER; may be repeated."
         ),
     ] = None,
+    rerank: Annotated[
+        str | None,
+        _documents(
+            help="Order the passages that searches find by this model: a cross-encoder's folder, a language model (as MODEL), "
+            "or URL#MODEL. Clients ask `/v1/rerank` for it by its name."
+        ),
+    ] = None,
+    expand: Annotated[
+        str | None,
+        _documents(metavar="MODEL", help="Search also for headings that this language model writes in answer to a question."),
+    ] = None,
     uploads: Annotated[
         Path | None,
         _documents(help="Folder for clients' files and vector stores; without it they end with the server."),
@@ -204,6 +215,8 @@ def serve(
     loading.enter_context(without_collection())
     from bessemer.cli.named import (
         example_questions,
+        find_expander,
+        find_reranker,
         find_served,
         given_options,
         named_folders,
@@ -230,8 +243,8 @@ def serve(
         raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
     if accept_weights and engine == "ray":
         raise ConfigError("--accept-weights: of a server with one engine; name several such servers to the trainer instead")
-    if engine == "ray" and (index or uploads):
-        raise ConfigError("--index, --uploads: of a server with one engine; replicas share no files")
+    if engine == "ray" and (index or uploads or rerank or expand):
+        raise ConfigError("--index, --uploads, --rerank, --expand: of a server with one engine; replicas share no files")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     lengths = ("max_model_len", "context_overflow", "context_keep")
@@ -301,6 +314,17 @@ def serve(
         for its_name, place in config.indexes.items():
             about = read_json(place / INDEX, "index")
             print(f"documents {its_name}: {about['documents']:,}, in {about['passages']:,} passages")
+        reranker = None if rerank is None else find_reranker(rerank, runs)
+        expander = None if expand is None else find_expander(expand, runs)
         loading.close()
         pool = setup.model_pool(config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
-        serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [])
+        serve_engine(
+            opened,
+            name,
+            config,
+            pages=web_pages(shown),
+            pool=pool,
+            questions=ask or [],
+            reranker=reranker,
+            expander=expander,
+        )

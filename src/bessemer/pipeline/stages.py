@@ -18,6 +18,7 @@ from bessemer.data import specs as data
 from bessemer.evaluation import specs as evaluation
 from bessemer.model import specs as model
 from bessemer.posttraining import specs as posttraining
+from bessemer.retrieval import specs as retrieval
 from bessemer.tokenization import specs as tokenization
 from bessemer.training import specs as training
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from bessemer.data.filters.word_model import BitsPerByte
 
 
-_OWN = tuple(spec for package in (data, tokenization, model, training, posttraining, evaluation) for spec in package.STAGES)
+_PACKAGES = (data, tokenization, model, training, retrieval, posttraining, evaluation)
+_OWN = tuple(spec for package in _PACKAGES for spec in package.STAGES)
 
 REGISTRY: Registry[StageSpec] = Registry(
     "stage", "bessemer.stages", (Plugin(spec.kind, spec.summary, spec, spec.config) for spec in _OWN)

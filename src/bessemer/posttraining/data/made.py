@@ -21,10 +21,12 @@ from bessemer.posttraining.data.hub import PREFIX, HubDataset, is_hub_dataset, l
 
 #: Revised answers, and conversations that a model wrote.
 REVISIONS, SYNTHETIC = "made/revisions", "made/synthetic"
+#: Conversations of an index, whose answers cite their sources.
+CITED = "made/cited"
 #: Data made from the run's own documents: its name in `data`.
 DOCS_QUESTIONS = "made/docs_questions"
 #: All data that a recipe makes and `sft` reads.
-MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC)
+MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC, CITED)
 #: Pairs that a model has judged; pairs of honest and dishonest answers; pairs made of the conversations of `sft`.
 PREFERENCES, HONESTY, MISMATCHED = "made/preferences", "made/honesty", "made/mismatched"
 
@@ -51,6 +53,7 @@ PLACES = "files of rows (JSON lines, JSON, CSV, XLSX, Parquet, also compressed),
 _KINDS: Mapping[str, str] = {
     REVISIONS: "revisions",
     SYNTHETIC: "synthetic",
+    CITED: "cited",
     PREFERENCES: "preferences",
     HONESTY: "honesty",
     MISMATCHED: "conversations",
