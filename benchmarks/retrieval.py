@@ -1,11 +1,11 @@
 """How often retrieval finds the right passage: the written questions on the standard library's documentation.
 
-    python benchmarks/retrieval.py [--index FOLDER] [--rerank MODEL]    # some minutes on two cores, most of them vectors
+    python benchmarks/retrieval.py [--index FOLDER] [--rerank MODEL] [--expand MODEL]    # minutes on two cores, mostly vectors
     python benchmarks/retrieval.py --index FOLDER --development         # the other questions, and no result
 
 The documentation of the interpreter's standard library is indexed as `bessemer index python_docs` does, and each question of
-`retrieval_questions.json` is searched for by words, by meaning, by both, and, with `--rerank`, by both and then a reranker. A
-question is found where a passage of one of its objects is among the first k (recall@k); MRR is the mean of 1 / rank of the
+`retrieval_questions.json` is searched for by words, by meaning, by both, and, with `--rerank`, by both and then a reranker; with
+`--expand`, also for headings that a language model writes, without and with the reranker. A question is found where a passage of one of its objects is among the first k (recall@k); MRR is the mean of 1 / rank of the
 first such passage within ten; nDCG@10 counts every passage of these objects as right. Questions that no text there answers
 (`near_misses`) are to be refused: the limit of the best passage's cosine is fitted on the calibration part and used on the test
 part. Ways of searching are chosen on `retrieval_development.json`, whose objects are others.
@@ -33,10 +33,12 @@ from bessemer.core.environment import set_environment
 
 set_environment()  # before PyTorch reads it
 
+from bessemer.inference.engine import Engine  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.data.sources.source import Tally  # noqa: E402
 from bessemer.retrieval.answer import calibrated_limit  # noqa: E402
 from bessemer.retrieval.documents import documents_of, sources_of  # noqa: E402
+from bessemer.retrieval.expansion import HeadingWriter  # noqa: E402
 from bessemer.retrieval.index import OpenIndex, build_index, open_index  # noqa: E402
 from bessemer.retrieval.measures import measured as measures_of  # noqa: E402
 from bessemer.retrieval.rerank import open_reranker  # noqa: E402
@@ -121,9 +123,15 @@ def found_by(index: OpenIndex, mode: Mode, rows: Sequence[Mapping[str, Any]]) ->
 
 def ways(index: OpenIndex, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`found_by` of each way of searching that an index has."""
-    plain = replace(index, reranker=None)
+    plain = replace(index, reranker=None, expander=None)
     figures = {mode: found_by(plain, mode, rows) for mode in MODES}
-    return figures if index.reranker is None else {**figures, "reranked": found_by(index, "hybrid", rows)}
+    if index.reranker is not None:
+        figures["reranked"] = found_by(replace(index, expander=None), "hybrid", rows)
+    if index.expander is not None:
+        figures["expanded"] = found_by(replace(index, reranker=None), "hybrid", rows)
+    if index.reranker is not None and index.expander is not None:
+        figures["expanded and reranked"] = found_by(index, "hybrid", rows)
+    return figures
 
 
 def refusals(index: OpenIndex, parts: Mapping[str, Any]) -> dict[str, float]:
@@ -146,7 +154,7 @@ def refusals(index: OpenIndex, parts: Mapping[str, Any]) -> dict[str, float]:
 def tables(figures: Mapping[str, Any]) -> dict[str, Any]:
     columns = [("search", ""), *((f"recall@{k}", ".2f") for k in RANKS), ("MRR", ".2f"), ("nDCG@10", ".2f"), ("CPU ms", ".0f")]
     names = [*(f"recall_at_{k}" for k in RANKS), "mrr", "ndcg_at_10", "cpu_milliseconds"]
-    shown = [way for way in (*MODES, "reranked") if way in figures]
+    shown = [way for way in (*MODES, "reranked", "expanded", "expanded and reranked") if way in figures]
     return {"search": recording.table(columns, [(way, *(figures[way][name] for name in names)) for way in shown])}
 
 
@@ -154,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path, help="keep the index in this folder")
     parser.add_argument("--rerank", help="order what both searches found by this reranker, as bessemer search --rerank")
+    parser.add_argument("--expand", help="search also for headings that this language model writes, a GGUF file or a folder")
     parser.add_argument("--development", action="store_true", help="the questions on which ways of searching are chosen")
     arguments = parser.parse_args()
     recording.needs("lancedb")

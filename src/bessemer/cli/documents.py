@@ -214,25 +214,33 @@ def questions(
         float, typer.Option(help="--cited: share of the questions whose passage is not among the sources.", min=0, max=1)
     ] = 0.25,
     longest: Annotated[int, typer.Option(help="--cited: most characters of a source; short ones save time.", min=100)] = 1000,
+    negatives: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows to train an embedder on, with as many passages that do not answer the question.", min=0, max=32
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:
     """Make questions from an index, with the passage that answers each: to measure a search, or to tune a model."""
-    from bessemer.core.errors import ArtefactError
-    from bessemer.core.store import write_text
+    from bessemer.core.errors import ArtefactError, ConfigError
     from bessemer.retrieval.index import open_index
-    from bessemer.retrieval.questions import as_questions, cited_conversations, make_questions
+    from bessemer.retrieval.questions import as_questions, cited_conversations, contrastive_rows, make_questions
+    from bessemer.retrieval.specs import write_lines
 
     if out.exists():
         raise ArtefactError(f"{out}: is there already; name another file")
+    if cited and negatives is not None:
+        raise ConfigError("--cited, --negatives: the one makes conversations, the other rows for an embedder; give one")
     opened = open_index(place)
-    rows = (
-        cited_conversations(opened, count, unanswered=unanswered, longest=longest, seed=seed)
-        if cited
-        else as_questions(make_questions(opened, count, seed))
-    )
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(out, "".join(lines))
-    print(f"{out}: {len(lines):,} {'conversations' if cited else 'questions'}")
+    if cited:
+        rows = list(cited_conversations(opened, count, unanswered=unanswered, longest=longest, seed=seed))
+    elif negatives is not None:
+        rows = list(contrastive_rows(opened, count, negatives, seed))
+    else:
+        rows = list(as_questions(make_questions(opened, count, seed)))
+    write_lines(out, rows)
+    print(f"{out}: {len(rows):,} {'conversations' if cited else 'questions'}")
 
 
 def _opened(place: Path, rerank: str | None, expand: str | None, runs: Path) -> OpenIndex:

@@ -20,6 +20,7 @@ from bessemer.data.sources.registry import (
 )
 from bessemer.posttraining.data.made import CITED, DOCS_QUESTIONS, REVISIONS, SYNTHETIC, is_data_name, made_paths, roles, unread
 from bessemer.posttraining.distillation.specs import STAGES as DISTILLATION_STAGES
+from bessemer.posttraining.embedding.specs import STAGES as EMBEDDING_STAGES
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.rewards.specs import STAGES as REWARD_STAGES
 from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
@@ -134,4 +135,5 @@ STAGES = (
     *REWARD_STAGES,
     *RL_STAGES,
     *DISTILLATION_STAGES,
+    *EMBEDDING_STAGES,
 )

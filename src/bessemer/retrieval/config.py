@@ -1,4 +1,4 @@
-"""Settings of an index, and of the stages `index` and `cited`. Imports nothing heavy."""
+"""Settings of an index, and of the stages `index`, `cited` and `questions`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from bessemer.core.config import Config, setting
 #: Raised when the same documents and settings give another index, or other conversations, than before.
 INDEX_VERSION = 1
 CITED_VERSION = 1
+QUESTIONS_VERSION = 1
 
 
 class IndexConfig(Config):
@@ -42,3 +43,11 @@ class CitedConfig(Config):
     count: int = setting(240, "most conversations, each on another document", ge=1)
     unanswered: float = setting(0.25, "share whose sources do not hold the answer, which says so", ge=0, le=1)
     longest: int = setting(500, "most characters of a source; passages with more take no part", unit="characters", ge=100)
+
+
+class QuestionsConfig(Config):
+    """A recipe's `questions:` section: questions made from an index with the passages that answer them and others, which train
+    an embedder (`bessemer questions --negatives`)."""
+
+    count: int = setting(2000, "most questions, each on another document", ge=1)
+    negatives: int = setting(4, "most passages beside each that a search finds and that do not answer it", ge=0, le=32)

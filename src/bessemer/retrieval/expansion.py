@@ -37,7 +37,7 @@ _SHOWN = (
     ("How do I write a text in capitals?", "str.upper, str.capitalize, str.swapcase, str.title"),
     ("Who may work from home?", "Home office, Working hours, Remote work"),
     ("How do I get the current folder?", "os.getcwd, pathlib.Path.cwd, os.getcwdb"),
-    ("How do I draw a random whole number?", "random.randint, random.randrange, secrets.randbelow, random.choice"),
+    ("How do I change who may read and write a file?", "os.chmod, pathlib.Path.chmod, os.umask, stat.filemode"),
 )
 #: Headings of the index that the model is shown; tokens that it writes; headings of these; characters of a query that it reads.
 _EXAMPLES, _TOKENS, _MOST, _QUERY_CHARACTERS = 12, 40, 6, 2000

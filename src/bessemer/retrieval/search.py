@@ -128,7 +128,7 @@ def fused(words: Sequence[Found], meaning: Sequence[Found], weight: float, headi
 
 def reranked(reranker: Reranker, query: str, hits: Sequence[Hit]) -> list[Hit]:
     """Hits in the order of a reranker's scores, or of the sum of their scores and its, weighted; equal ones stay in theirs."""
-    scores_N = reranker.scores(query, [hit.passage.shown for hit in hits])
+    scores_N = np.asarray(reranker.scores(query, [hit.passage.shown for hit in hits]), np.float32)
     totals_N = scores_N.astype(np.float64)
     if reranker.weight is not None:
         totals_N = np.array([hit.score for hit in hits]) + reranker.weight * totals_N

@@ -1,4 +1,4 @@
-"""The stages `index` and `cited` for the pipeline: documents that answers are found in, and conversations made of them."""
+"""The stages `index`, `cited` and `questions`: documents that answers are found in, and what is made of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 from bessemer.core.hashing import hash_file
 from bessemer.core.report import Facts, Metrics, Part, Section, StageReport, Text
 from bessemer.core.stage import Outside, StageContext, StageSpec
-from bessemer.retrieval.config import CITED_VERSION, INDEX_VERSION, CitedConfig, IndexConfig, IndexStageConfig
+from bessemer.retrieval.config import (
+    CITED_VERSION,
+    INDEX_VERSION,
+    QUESTIONS_VERSION,
+    CitedConfig,
+    IndexConfig,
+    IndexStageConfig,
+    QuestionsConfig,
+)
 
 #: What both stages import.
 _PACKAGES = ("lancedb", "pyarrow", "torch", "safetensors", "tokenizers")
@@ -122,26 +130,45 @@ def _index_unusable(config: IndexStageConfig) -> None:
 
 
 def _cited(context: StageContext) -> dict[str, Any]:
-    import json
-
-    from bessemer.core.store import write_text
     from bessemer.retrieval.index import open_index
     from bessemer.retrieval.questions import cited_conversations
 
     config = context.config
-    rows = cited_conversations(
-        open_index(context.inputs["index"]),
-        config.count,
-        unanswered=config.unanswered,
-        longest=config.longest,
-        seed=context.seed,
+    rows = list(
+        cited_conversations(
+            open_index(context.inputs["index"]),
+            config.count,
+            unanswered=config.unanswered,
+            longest=config.longest,
+            seed=context.seed,
+        )
     )
-    lines, unanswered = [], 0
-    for row in rows:
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        unanswered += not row["held"]
-    write_text(context.out / "cited.jsonl", "".join(lines))
-    return {"conversations": len(lines), "unanswered": unanswered}
+    write_lines(context.out / "cited.jsonl", rows)
+    return {"conversations": len(rows), "unanswered": sum(not row["held"] for row in rows)}
+
+
+def _questions(context: StageContext) -> dict[str, Any]:
+    from bessemer.retrieval.index import open_index
+    from bessemer.retrieval.questions import contrastive_rows
+
+    config = context.config
+    rows = list(contrastive_rows(open_index(context.inputs["index"]), config.count, config.negatives, context.seed))
+    write_lines(context.out / "questions.jsonl", rows)
+    return {"questions": len(rows), "negatives": sum(len(row["negatives"]) for row in rows)}
+
+
+def questions_line(metrics: Metrics) -> str:
+    """Questions, and passages that do not answer them."""
+    return f"{metrics['questions']:,} questions, {metrics['negatives']:,} hard negatives"
+
+
+def write_lines(path: Path, rows: Sequence[Metrics]) -> None:
+    """Write rows as JSON lines."""
+    import json
+
+    from bessemer.core.store import write_text
+
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _packages(config: Any) -> Sequence[str]:
@@ -179,6 +206,20 @@ STAGES = (
         report=cited_report,
         summary_line=cited_line,
         run=_cited,
+        uses_seed=True,
+        packages=_packages,
+    ),
+    StageSpec(
+        kind="questions",
+        summary="Make questions of an index, each with the passage that answers it and others, to train an embedder on.",
+        config=QuestionsConfig,
+        version=QUESTIONS_VERSION,
+        needs={"index": "index"},
+        makes={"questions": "questions.jsonl"},
+        example="questions: {count: 2000}",
+        remedy="make again: it quotes the document",
+        summary_line=questions_line,
+        run=_questions,
         uses_seed=True,
         packages=_packages,
     ),

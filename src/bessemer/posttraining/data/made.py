@@ -23,6 +23,8 @@ from bessemer.posttraining.data.hub import PREFIX, HubDataset, is_hub_dataset, l
 REVISIONS, SYNTHETIC = "made/revisions", "made/synthetic"
 #: Conversations of an index, whose answers cite their sources.
 CITED = "made/cited"
+#: Questions of an index with the passages that answer them, and others.
+QUESTIONS = "made/questions"
 #: Data made from the run's own documents: its name in `data`.
 DOCS_QUESTIONS = "made/docs_questions"
 #: All data that a recipe makes and `sft` reads.
@@ -54,6 +56,7 @@ _KINDS: Mapping[str, str] = {
     REVISIONS: "revisions",
     SYNTHETIC: "synthetic",
     CITED: "cited",
+    QUESTIONS: "questions",
     PREFERENCES: "preferences",
     HONESTY: "honesty",
     MISMATCHED: "conversations",
