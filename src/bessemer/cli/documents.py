@@ -167,7 +167,11 @@ def ask(
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 256,
     least: Annotated[
         float | None,
-        typer.Option(help="Refuse the question if no passage's cosine reaches this.", min=-1, max=1),
+        typer.Option(
+            help="Refuse the question if no cosine, with --expand plus half of a heading's similarity, reaches this.",
+            min=-1,
+            max=2,
+        ),
     ] = None,
     rerank: Rerank = None,
     expand: Expand = None,
