@@ -43,8 +43,8 @@ class EncoderConfig:
     """Sizes of an encoder, and what its kind says.
 
     rope_thetas: of each layer, where positions are rotations; empty: they are learnt. windows: tokens that a layer sees to
-    either side; None: all. first_position: of the first token, among the learnt ones. distance_buckets: of the bias by distance;
-    0: none. num_labels: outputs of its classifier; 0: none.
+    either side; None: all. first_position: of the first token, among the learnt ones. distance_buckets: of the bias by
+    distance; 0: none. num_labels: outputs of its classifier; 0: none.
     """
 
     kind: str
@@ -171,8 +171,8 @@ class EncoderLayer(nn.Module):
         self._is_modern = modern
 
     def forward(self, hidden_BTD: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """mask: (B, 1, T, T), True where a token may be seen, or what is added to the scores; None: everywhere. rotation: cosines
-        and sines, (T, C)."""
+        """mask: (B, 1, T, T), True where a token may be seen, or what is added to the scores; None: everywhere. rotation:
+        cosines and sines, (T, C)."""
         if self._is_modern:
             hidden_BTD = hidden_BTD + self._attention(self.attention_norm(hidden_BTD), mask, rotation)
             return hidden_BTD + self._feed_forward(self.feed_forward_norm(hidden_BTD))
