@@ -65,7 +65,8 @@ def test_a_passage_without_a_word_of_the_question_is_found_by_its_heading(index)
     writer = Writer("zip", "itertools.zip_longest")
     first, *_ = search(replace(index, expander=writer), question)
     assert first.passage.document == "zip" and first.scores["headings"] == 1 and "headings rank 1" in first.explanation
-    assert sorted(writer.examples[0]) == ["Overtime", "heapq.heapify", "heapq.nlargest", "list", "zip"]
+    # not of the document that only a group may see
+    assert sorted(writer.examples[0]) == ["heapq.heapify", "heapq.nlargest", "list", "zip"]
 
 
 def test_an_earlier_heading_counts_more_and_one_that_resembles_none_finds_nothing(index):

@@ -39,8 +39,10 @@ _SHOWN = (
     ("How do I get the current folder?", "os.getcwd, pathlib.Path.cwd, os.getcwdb"),
     ("How do I change who may read and write a file?", "os.chmod, pathlib.Path.chmod, os.umask, stat.filemode"),
 )
-#: Headings of the index that the model is shown; tokens that it writes; headings of these; characters of a query that it reads.
-_EXAMPLES, _TOKENS, _MOST, _QUERY_CHARACTERS = 12, 40, 6, 2000
+#: Headings of the index that the model is shown, and characters of the longest.
+_EXAMPLES, _EXAMPLE_CHARACTERS = 12, 60
+#: Characters of a query that the model reads, tokens that it writes, and headings that are taken of them.
+_QUERY_CHARACTERS, _TOKENS, _MOST = 2000, 40, 6
 #: Weight of a written heading beside that of the one before it.
 _DECAY = 0.9
 #: Passages that are compared with a written heading, and the least similarity that counts.
@@ -88,13 +90,21 @@ class Headings:
 
     @cached_property
     def _counts(self) -> Mapping[str, int]:
-        return Counter(heading for batch in self.store.batches(["title", "headings"]) for heading in _of_batch(batch))
+        found = (heading for batch in self.store.batches(["title", "headings"]) for heading in _of_batch(batch))
+        return Counter(filter(None, found))
 
     @cached_property
     def examples(self) -> list[str]:
-        """Some headings, drawn by their hashes, so that they are the same every time."""
-        short = (heading for heading in self._counts if 0 < len(heading) <= 60)
-        return sorted(short, key=hash_value)[:_EXAMPLES]
+        """Some headings of documents that everybody may see, drawn by their hashes, so that they are the same every time."""
+        open_to_all = {
+            heading
+            for batch in self.store.batches(["title", "headings", "groups"])
+            for heading, groups in zip(_of_batch(batch), batch["groups"].to_pylist(), strict=True)
+            if not groups
+        }
+        return sorted((heading for heading in open_to_all if 0 < len(heading) <= _EXAMPLE_CHARACTERS), key=hash_value)[
+            :_EXAMPLES
+        ]
 
     @cached_property
     def _frequencies(self) -> Mapping[str, int]:
@@ -141,5 +151,6 @@ def words_of(heading: str) -> frozenset[str]:
 
 
 def _of_batch(batch: pa.RecordBatch) -> list[str]:
+    """The innermost heading of each passage; empty where it has none."""
     rows = zip(batch["title"].to_pylist(), batch["headings"].to_pylist(), strict=True)
-    return [forms[-1] for title, headings in rows if (forms := headings_of(title, headings))]
+    return [["", *headings_of(title, headings)][-1] for title, headings in rows]
