@@ -102,9 +102,8 @@ class Headings:
             for heading, groups in zip(_of_batch(batch), batch["groups"].to_pylist(), strict=True)
             if not groups
         }
-        return sorted((heading for heading in open_to_all if 0 < len(heading) <= _EXAMPLE_CHARACTERS), key=hash_value)[
-            :_EXAMPLES
-        ]
+        short = (heading for heading in open_to_all if 0 < len(heading) <= _EXAMPLE_CHARACTERS)
+        return sorted(short, key=hash_value)[:_EXAMPLES]
 
     @cached_property
     def _frequencies(self) -> Mapping[str, int]:
