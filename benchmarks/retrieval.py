@@ -178,7 +178,10 @@ def tables(figures: Mapping[str, Any], expanders: Mapping[str, str]) -> dict[str
     }
     shown = {way: label for way, label in labels.items() if way in figures}
     searches = [(label, *(figures[way][name] for name in names)) for way, label in shown.items()]
-    judged = {"refusals": "cosine", **{f"refusals_{name}": f"and headings by {model}" for name, model in expanders.items()}}
+    judged = {
+        "refusals": "cosine",
+        **{f"refusals_{name}": f"cosine and headings by {model}" for name, model in expanders.items()},
+    }
     refused = [(label, figures[key]["near_misses_refused"], figures[key]["questions_refused"]) for key, label in judged.items()]
     kinds = [("by", ""), ("near misses refused", ".0%"), ("wrongly refused", ".0%")]
     return {"search": recording.table(columns, searches), "refusals": recording.table(kinds, refused)}
