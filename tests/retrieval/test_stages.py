@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
     save_model(initial_decoder(config, seed=1), tmp_path / "base", tokenizer=write_small_tokenizer(tmp_path / "tokenizer"))
     (tmp_path / "docs").mkdir()
     for metal in ("Iron", "Copper", "Gold", "Silver", "Zinc", "Lead"):
-        (tmp_path / "docs" / f"{metal}.md").write_text(f"# {metal}\n\n{metal} is a metal that is sold by weight.\n")
+        (tmp_path / "docs" / f"{metal}.md").write_text(f"# {metal} metal\n\n{metal} is a metal that is sold by weight.\n")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -63,7 +63,7 @@ def test_a_recipe_indexes_documents_and_tunes_an_imported_model_to_cite_them(fol
     # of a small model that knows little
     assert "bessemer run assistant-smollm2" in commands
     # a document that changed makes the index anew, and what was made of it
-    (folder / "docs" / "Gold.md").write_text("# Gold\n\nGold does not rust in the open air.\n")
+    (folder / "docs" / "Gold.md").write_text("# Gold metal\n\nGold does not rust in the open air.\n")
     again = bessemer.run("recipe.yaml")
     assert search(open_index(again.folder / "index"), "gold")[0].passage.text == "Gold does not rust in the open air."
 
