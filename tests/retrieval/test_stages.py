@@ -57,7 +57,7 @@ def test_a_recipe_indexes_documents_and_tunes_an_imported_model_to_cite_them(fol
     ]
     assert all(("[" in row["messages"][-1]["content"]) == row["held"] for row in rows)
     assert stages["sft"]["conversations"] > 0
-    commands = next_steps(run_report(run))
+    commands = next_steps(run_report(run.run))
     assert any(command.startswith("bessemer ask metals ") and "index" in command for command in commands)
     assert "bessemer serve metals --index" in " ".join(commands)
     # of a small model that knows little
