@@ -1,14 +1,16 @@
 """How often retrieval finds the right passage: the written questions on the standard library's documentation.
 
-    python benchmarks/retrieval.py [--index FOLDER] [--rerank MODEL]    # some minutes on two cores, most of them vectors
+    python benchmarks/retrieval.py [--index FOLDER] [--rerank MODEL] [--expand NAME=MODEL]   # minutes on two cores
     python benchmarks/retrieval.py --index FOLDER --development         # the other questions, and no result
 
 The documentation of the interpreter's standard library is indexed as `bessemer index python_docs` does, and each question of
-`retrieval_questions.json` is searched for by words, by meaning, by both, and, with `--rerank`, by both and then a reranker. A
-question is found where a passage of one of its objects is among the first k (recall@k); MRR is the mean of 1 / rank of the
-first such passage within ten; nDCG@10 counts every passage of these objects as right. Questions that no text there answers
-(`near_misses`) are to be refused: the limit of the best passage's cosine is fitted on the calibration part and used on the test
-part. Ways of searching are chosen on `retrieval_development.json`, whose objects are others.
+`retrieval_questions.json` is searched for by words, by meaning, by both, and, with `--rerank`, by both and then a reranker;
+with `--expand`, which may be repeated, by both and by headings that a language model writes. A question is found where a
+passage of one of its objects is among the first k (recall@k); MRR is the mean of 1 / rank of the first such passage within
+ten; nDCG@10 counts every passage of these objects as right. Questions that no text there answers (`near_misses`) are to be
+refused: the limit of what speaks for an answer (`answer.evidence`: the best passage's cosine, with written headings also their
+similarity) is fitted on the calibration part and used on the test part. Ways of searching are chosen on
+`retrieval_development.json`, whose objects are others.
 
 Times are of the processor, all threads together. Result: `retrieval.json`.
 """
@@ -19,6 +21,7 @@ import argparse
 import builtins
 import importlib
 import json
+import math
 import re
 import tempfile
 import time
@@ -35,8 +38,10 @@ set_environment()  # before PyTorch reads it
 
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.data.sources.source import Tally  # noqa: E402
-from bessemer.retrieval.answer import calibrated_limit  # noqa: E402
+from bessemer.inference.engine import Engine  # noqa: E402
+from bessemer.retrieval.answer import calibrated_limit, evidence  # noqa: E402
 from bessemer.retrieval.documents import documents_of, sources_of  # noqa: E402
+from bessemer.retrieval.expansion import Expander, HeadingWriter  # noqa: E402
 from bessemer.retrieval.index import OpenIndex, build_index, open_index  # noqa: E402
 from bessemer.retrieval.measures import measured as measures_of  # noqa: E402
 from bessemer.retrieval.rerank import open_reranker  # noqa: E402
@@ -81,10 +86,23 @@ def passages_by_name(index: OpenIndex) -> dict[str, set[str]]:
     return passages
 
 
-def best_cosine(index: OpenIndex, question: str) -> float:
-    """Of the passage that is nearest to a question."""
-    (hit,) = search(replace(index, reranker=None), question, 1, mode="meaning")
-    return hit.scores["meaning"]
+class Remembered:
+    """An expander that writes headings for a question once: its time is that of the first search."""
+
+    def __init__(self, expander: Expander) -> None:
+        self._expander = expander
+        self._written: dict[str, list[str]] = {}
+
+    def headings(self, query: str, examples: Sequence[str]) -> list[str]:
+        if query not in self._written:
+            self._written[query] = self._expander.headings(query, examples)
+        return self._written[query]
+
+
+def evidence_for(index: OpenIndex, question: str) -> float:
+    """What speaks for an answer in the first hits; as large as there can be where nothing says."""
+    found = evidence(search(index, question, 5))
+    return math.inf if found is None else found
 
 
 def judgements(index: OpenIndex, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -119,41 +137,63 @@ def found_by(index: OpenIndex, mode: Mode, rows: Sequence[Mapping[str, Any]]) ->
     }
 
 
-def ways(index: OpenIndex, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`found_by` of each way of searching that an index has."""
+def ways(index: OpenIndex, rows: Sequence[Mapping[str, Any]], expanders: Mapping[str, Expander]) -> dict[str, Any]:
+    """`found_by` of each way of searching that an index has, and with each expander."""
     plain = replace(index, reranker=None)
     figures = {mode: found_by(plain, mode, rows) for mode in MODES}
-    return figures if index.reranker is None else {**figures, "reranked": found_by(index, "hybrid", rows)}
+    if index.reranker is not None:
+        figures["reranked"] = found_by(index, "hybrid", rows)
+    for name, expander in expanders.items():
+        figures[_key(name)] = found_by(replace(plain, expander=expander), "hybrid", rows)
+    return figures
+
+
+def _key(name: str) -> str:
+    return f"headings_{name}"
 
 
 def refusals(index: OpenIndex, parts: Mapping[str, Any]) -> dict[str, float]:
-    """How often questions are refused by the limit of the cosine."""
-    cosines = {
+    """How often questions are refused by the limit of the evidence."""
+    evidences = {
         part: {
-            kind: [best_cosine(index, row["question"] if kind == "questions" else row) for row in parts[part][kind]]
+            kind: [evidence_for(index, row["question"] if kind == "questions" else row) for row in parts[part][kind]]
             for kind in ("questions", "near_misses")
         }
         for part in ("test", "calibration")
     }
-    limit = calibrated_limit(cosines["calibration"]["questions"], cosines["calibration"]["near_misses"])
+    limit = calibrated_limit(evidences["calibration"]["questions"], evidences["calibration"]["near_misses"])
     return {
         "limit": limit,
-        "near_misses_refused": fmean(cosine < limit for cosine in cosines["test"]["near_misses"]),
-        "questions_refused": fmean(cosine < limit for cosine in cosines["test"]["questions"]),
+        "near_misses_refused": fmean(value < limit for value in evidences["test"]["near_misses"]),
+        "questions_refused": fmean(value < limit for value in evidences["test"]["questions"]),
     }
 
 
-def tables(figures: Mapping[str, Any]) -> dict[str, Any]:
+def tables(figures: Mapping[str, Any], expanders: Mapping[str, str]) -> dict[str, Any]:
+    """The ways of searching, and how often what is refused. expanders: name → the model, in words."""
     columns = [("search", ""), *((f"recall@{k}", ".2f") for k in RANKS), ("MRR", ".2f"), ("nDCG@10", ".2f"), ("CPU ms", ".0f")]
     names = [*(f"recall_at_{k}" for k in RANKS), "mrr", "ndcg_at_10", "cpu_milliseconds"]
-    shown = [way for way in (*MODES, "reranked") if way in figures]
-    return {"search": recording.table(columns, [(way, *(figures[way][name] for name in names)) for way in shown])}
+    labels = {way: way for way in (*MODES, "reranked")} | {
+        _key(name): f"hybrid and headings by {model}" for name, model in expanders.items()
+    }
+    shown = {way: label for way, label in labels.items() if way in figures}
+    searches = [(label, *(figures[way][name] for name in names)) for way, label in shown.items()]
+    judged = {
+        "refusals": "cosine",
+        **{f"refusals_{name}": f"cosine and headings by {model}" for name, model in expanders.items()},
+    }
+    refused = [(label, figures[key]["near_misses_refused"], figures[key]["questions_refused"]) for key, label in judged.items()]
+    kinds = [("by", ""), ("near misses refused", ".0%"), ("wrongly refused", ".0%")]
+    return {"search": recording.table(columns, searches), "refusals": recording.table(kinds, refused)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path, help="keep the index in this folder")
     parser.add_argument("--rerank", help="order what both searches found by this reranker, as bessemer search --rerank")
+    parser.add_argument(
+        "--expand", action="append", default=[], help="NAME=MODEL: search also for headings that this language model writes"
+    )
     parser.add_argument("--development", action="store_true", help="the questions on which ways of searching are chosen")
     arguments = parser.parse_args()
     recording.needs("lancedb")
@@ -163,14 +203,16 @@ def main() -> None:
         documents = documents_of(sources_of("python_docs"), Path(scratch), tally, progress)
         summary = build_index(documents, folder, progress=progress)
         seconds = time.process_time() - start
+        models = dict(one.split("=", 1) for one in arguments.expand)
+        expanders = {name: Remembered(HeadingWriter(Engine(Path(path)))) for name, path in models.items()}
         index = open_index(folder, reranker=open_reranker(arguments.rerank) if arguments.rerank else None)
         if arguments.development:
             rows = json.loads(DEVELOPMENT.read_text(encoding="utf-8"))["questions"]
-            for way, found in ways(index, rows).items():
+            for way, found in ways(index, rows, expanders).items():
                 print(way, {name: value for name, value in found.items() if name != "missed"})
             return
         parts = json.loads(QUESTIONS.read_text(encoding="utf-8"))
-        rows = parts["test"]["questions"]
+        rows, plain = parts["test"]["questions"], replace(index, reranker=None)
         figures = {
             "documents": summary.documents,
             "passages": summary.passages,
@@ -178,11 +220,14 @@ def main() -> None:
             **({"index_cpu_seconds": seconds} if summary.added == summary.documents else {}),
             "questions": len(rows),
             "questions_without_passage": sum(NOT_INDEXED in right for right in judgements(index, rows)),
-            **ways(index, rows),
-            "refusals": refusals(index, parts),
+            **ways(index, rows, expanders),
+            "refusals": refusals(plain, parts),
+            **{f"refusals_{name}": refusals(replace(plain, expander=one), parts) for name, one in expanders.items()},
             **recording.when(),
         }
-    print(recording.save("retrieval", figures, tables=tables(figures)))
+    print(
+        recording.save("retrieval", figures, tables=tables(figures, {name: Path(path).stem for name, path in models.items()}))
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ KINDS = {
     "bert": (transformers.BertConfig, {"pad_token_id": 0}),
     "roberta": (transformers.RobertaConfig, {"type_vocab_size": 1}),
     "xlm-roberta": (transformers.XLMRobertaConfig, {"type_vocab_size": 1, "hidden_act": "gelu_new"}),
+    "mpnet": (transformers.MPNetConfig, {}),
     "modernbert": (transformers.ModernBertConfig, {"local_attention": 8, "cls_token_id": 2, "sep_token_id": 3}),
 }
 

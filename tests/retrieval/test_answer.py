@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.retrieval.answer import NOT_HELD, NearestJudge, ask, calibrated_limit, checked, citing
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
+from bessemer.retrieval.answer import NOT_HELD, NearestJudge, ask, calibrated_limit, checked, citing, evidence
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import Hit, search
 from bessemer.retrieval.store import Passage
 from tests.serving.running import babbling_engine
@@ -52,6 +54,13 @@ def test_a_limit_divides_questions_with_an_answer_from_those_without():
     assert calibrated_limit([0.6, 0.7, 0.8, 0.3], [0.1, 0.2, 0.4, 0.5]) == 0.6
     judge = NearestJudge(0.6)
     assert judge.holds("", [hit(1, "", 0.7)]) and not judge.holds("", [hit(1, "", 0.5), hit(2, "", 0.4)])
+
+
+def test_a_similar_heading_speaks_for_an_answer_beside_the_cosine_and_bm25_does_not():
+    near, named = hit(1, "", 0.5), replace(hit(2, "", 0.4), scores={"headings": 0.8})
+    assert evidence([near, named]) == pytest.approx(0.5 + 0.5 * 0.8) and evidence([near]) == 0.5
+    worded = replace(named, scores={"words": 12.0})
+    assert evidence([worded]) is None and NearestJudge(0.6).holds("", [worded])
 
 
 def test_an_engine_answers_with_citations_of_what_was_found_or_says_that_nothing_was(tmp_path):

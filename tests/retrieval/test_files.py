@@ -13,7 +13,8 @@ import pytest
 from bessemer.core.errors import ArtefactError
 from bessemer.data.sources.source import Tally
 from bessemer.retrieval import documents, store
-from bessemer.retrieval.index import IndexConfig, build_index, open_index
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import build_index, open_index
 from bessemer.retrieval.reading import files
 from bessemer.retrieval.search import search
 from tests.retrieval.pdfs import pdf, rule, text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import search
 from bessemer.retrieval.store import Filter
 

@@ -10,7 +10,8 @@ import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
 from bessemer.retrieval import index as indexes
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import NAMES_WEIGHT, WORDS_WEIGHT, fused, search
 from bessemer.retrieval.store import Filter, Found, Passage, searched_words
 

@@ -8,7 +8,8 @@ import io
 import pytest
 
 from bessemer.retrieval.chunks import cut_document
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, passages_of
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, passages_of
 from bessemer.retrieval.reading.docx import read_docx
 from bessemer.retrieval.reading.pptx import read_pptx
 from bessemer.retrieval.reading.xlsx import read_xlsx

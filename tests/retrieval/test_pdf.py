@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 
 from bessemer.core.errors import RequestError
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, passages_of
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, passages_of
 from bessemer.retrieval.reading.page_image import page_image
 from bessemer.retrieval.reading.pdf import _ended, read_pdf
 from tests.retrieval.pdfs import pdf, rule, text

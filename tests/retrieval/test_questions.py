@@ -9,8 +9,9 @@ import pytest
 from bessemer.assistant.messages import Message
 from bessemer.core.errors import SourceError
 from bessemer.retrieval.answer import NOT_HELD, checked, grounded
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
-from bessemer.retrieval.questions import cited_conversations, make_questions, question_of
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, build_index, open_index
+from bessemer.retrieval.questions import cited_conversations, contrastive_rows, make_questions, question_of
 from bessemer.retrieval.search import Hit
 from bessemer.retrieval.store import Passage
 from tests.cli.test_main import bessemer, one_error
@@ -85,6 +86,22 @@ def test_an_answer_cites_the_passage_among_others_or_says_that_none_holds_it(ind
     assert len(places) > 1  # not always the first
 
 
+def test_questions_for_an_embedder_have_passages_that_do_not_answer_them_and_half_lack_their_own_words(index):
+    rows = list(contrastive_rows(index, 100, 3, seed=1))
+    assert len(rows) == len(METALS) and all(len(row["negatives"]) == 3 for row in rows)
+    whole = 0
+    for row in rows:
+        metal = row["document"].removesuffix(".py")
+        assert f"The metal {metal} melts slowly" in row["text"]
+        assert not any(f"point of {metal} in" in other for other in row["negatives"])
+        is_whole = row["text"].startswith(f"metals.{metal}(unit)\nReturn the melting point of {metal} in kelvin.")
+        # of the name only the text is left, and of the sentence only what follows it
+        left = row["text"].startswith("Return") if "What does" in row["question"] else "kelvin" not in row["text"]
+        assert is_whole or left
+        whole += is_whole
+    assert 0 < whole < len(rows)
+
+
 def test_conversations_have_the_form_in_which_ask_shows_sources(index):
     row = next(cited_conversations(index, 1, unanswered=0))
     question = row["messages"][1]["content"].rpartition("Question: ")[2]
@@ -92,6 +109,15 @@ def test_conversations_have_the_form_in_which_ask_shows_sources(index):
     # a number in brackets of the text itself is no citation
     _, asked = grounded([Message.user(question)], [Hit(own, 1.0, {}, {})])
     assert asked.text.count("[1]") == 1 and "slowly (1)" in row["messages"][1]["content"]
+
+
+def test_the_command_writes_rows_for_an_embedder(index, tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    status, shown, _ = bessemer(capsys, "questions", index.folder, out, "--negatives", "2", "-n", "4")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert status == 0 and "4 questions" in shown and all(len(row["negatives"]) == 2 and row["text"] for row in rows)
+    both = error_of(capsys, "questions", index.folder, tmp_path / "b.jsonl", "--negatives", "2", "--cited")
+    assert "give one" in both
 
 
 def test_the_command_writes_rows_and_keeps_what_is_there(index, tmp_path, capsys):

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
 from bessemer.core.http_client import ApiError
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.rerank import CrossEncoder, HeadingReranker, ServerReranker, open_reranker
 from bessemer.retrieval.search import search
 from tests.chat_server import serving

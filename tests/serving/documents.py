@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, build_index
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, write_keys
 
 METALS = IndexedDocument(

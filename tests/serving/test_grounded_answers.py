@@ -10,7 +10,8 @@ import pytest
 
 from bessemer.core.errors import ArtefactError
 from bessemer.retrieval.answer import NOT_HELD, citing, prompt_of
-from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
+from bessemer.retrieval.config import IndexConfig
+from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import search
 from bessemer.retrieval.store import Filter
 from bessemer.serving.app import create_app

@@ -5,9 +5,11 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from bessemer.retrieval.index import IndexedDocument
 from bessemer.serving.retrieval.rerank import CosineReranker, RerankRequest, ScoreRequest
 from bessemer.serving.runtime.bodies import ApiError, read_request
 from tests.retrieval.test_index import BagEmbedder
+from tests.serving.documents import written_index
 from tests.serving.running import babbling_engine
 
 TEXTS = ["the end", "in the thin", "9"]
@@ -15,6 +17,8 @@ TEXTS = ["the end", "in the thin", "9"]
 
 class Overlap:
     """Scores texts by the words that they share with the query."""
+
+    weight = None
 
     def scores(self, query, texts):
         return [float(len(set(query.split()) & set(text.split()))) for text in texts]
@@ -42,6 +46,26 @@ def test_a_servers_own_reranker_orders_texts_in_all_three_forms(engine, start):
             ]  # fmt: skip
         pairs = client.post("/v1/score", json={"model": "overlap", "text_1": ["9", "the"], "text_2": ["9", "x"]}).json()
         assert [one["score"] for one in pairs["data"]] == [1.0, 0.0]
+
+
+def test_a_servers_reranker_orders_what_its_searches_find(engine, start, tmp_path):
+    pytest.importorskip("lancedb")
+    # by BM25 the shorter one is better
+    texts = ["iron", "the iron is hot in the furnace"]
+    documents = [IndexedDocument(str(number), text) for number, text in enumerate(texts)]
+    indexes = {"metals": written_index(tmp_path / "index", *documents)}
+    orders = []
+    for reranker in (None, ("overlap", Overlap())):
+        url = start(engine, reranker=reranker, indexes=indexes, uploads=tmp_path / "kept")
+        with httpx.Client(base_url=url + "/v1") as client:
+            found = client.post("/vector_stores/metals/search", json={"query": "is the iron"}).json()["data"]
+            file = client.post("/files", files={"file": ("all.md", "# A\n\niron\n\n# B\n\nthe iron is hot in the furnace\n")})
+            own = client.post("/vector_stores", json={"name": "own", "file_ids": [file.json()["id"]]}).json()["id"]
+            while client.get(f"/vector_stores/{own}").json()["status"] != "completed":
+                pass
+            own_found = client.post(f"/vector_stores/{own}/search", json={"query": "is the iron"}).json()["data"]
+        orders.append([[hit["content"][0]["text"] for hit in hits] for hits in (found, own_found)])
+    assert orders == [[texts, texts], [texts[::-1], texts[::-1]]]
 
 
 def test_a_language_model_scores_by_cosines_of_its_embeddings(engine, start):

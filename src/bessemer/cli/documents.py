@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,10 @@ import typer
 from bessemer.cli.options import Device, Model, Runs
 
 if TYPE_CHECKING:
+    from bessemer.retrieval.access import AccessRule
     from bessemer.retrieval.answer import Answer
-    from bessemer.retrieval.index import IndexConfig
-    from bessemer.retrieval.rerank import Reranker
+    from bessemer.retrieval.config import IndexConfig
+    from bessemer.retrieval.index import OpenIndex
     from bessemer.retrieval.search import Hit
 
 #: Files named by the end of `bessemer index` that could not be read.
@@ -29,6 +31,13 @@ Rerank = Annotated[
     typer.Option(
         "--rerank",
         help="Order what was found by this model: a cross-encoder's folder, a language model (as MODEL), or URL#MODEL.",
+    ),
+]
+
+Expand = Annotated[
+    str | None,
+    typer.Option(
+        "--expand", metavar="MODEL", help="Search also for headings that this language model writes in answer to the question."
     ),
 ]
 
@@ -51,33 +60,44 @@ def index(
     overlap: Annotated[
         int | None, typer.Option(help="Most characters that neighbouring passages share (default 120).", min=0)
     ] = None,
+    access: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file of which groups may see which documents, as hr/*: [hr]. It is kept for updates; none removes it."
+        ),
+    ] = None,
 ) -> None:
     """Index documents, or bring an index up to date: what is unchanged is kept, what is gone leaves it."""
     from bessemer.cli.named import option_of
     from bessemer.core.store import read_json
-    from bessemer.retrieval.index import INDEX, IndexConfig
+    from bessemer.retrieval.access import access_of, read_access
+    from bessemer.retrieval.config import IndexConfig
+    from bessemer.retrieval.index import INDEX
 
     given = {"embedder": embedder, "passage_characters": passage, "overlap_characters": overlap}
     changed = {name: value for name, value in given.items() if value is not None}
     before = read_json(out / INDEX, "index").get("config", {}) if (out / INDEX).exists() else {}
     config = IndexConfig.parse(before | changed, option_of("index"))
     places = [documents, *(also or [])]
+    rules = access_of(out) if access is None else () if access == "none" else read_access(Path(access))
     if watch is None:
-        _update(places, out, config)
+        _update(places, out, config, rules)
     else:
-        _watch(places, out, config, watch)
+        _watch(places, out, config, rules, watch)
 
 
-def _update(given: list[str], out: Path, config: IndexConfig) -> None:
+def _update(given: list[str], out: Path, config: IndexConfig, rules: Sequence[AccessRule]) -> None:
     """Bring an index up to date, and print what happened."""
     from bessemer.core.progress import progress_for_terminal
     from bessemer.data.sources.source import Tally
+    from bessemer.retrieval.access import with_access
     from bessemer.retrieval.documents import documents_of, other_kinds, remember_roots, sources_of
     from bessemer.retrieval.index import CACHE, build_index
 
     sources = [source for name in given for source in sources_of(name)]
     tally, progress = Tally(most_losses=_MOST_LOSSES), progress_for_terminal()
-    summary = build_index(documents_of(sources, out / CACHE, tally, progress), out, config, progress=progress)
+    documents = with_access(documents_of(sources, out / CACHE, tally, progress), rules, out)
+    summary = build_index(documents, out, config, progress=progress)
     remember_roots(out, given)
     for loss in tally.losses:
         print(f"  left out: {loss}")
@@ -88,7 +108,7 @@ def _update(given: list[str], out: Path, config: IndexConfig) -> None:
     print(f"{out}: {summary}", flush=True)
 
 
-def _watch(given: list[str], out: Path, config: IndexConfig, seconds: float) -> None:
+def _watch(given: list[str], out: Path, config: IndexConfig, rules: Sequence[AccessRule], seconds: float) -> None:
     """Update an index whenever files change. A failed update is one line, and the watch goes on."""
     from bessemer.core.errors import BessemerError, ConfigError
     from bessemer.retrieval.documents import snapshot_of, wait_for_change
@@ -99,7 +119,7 @@ def _watch(given: list[str], out: Path, config: IndexConfig, seconds: float) -> 
         before = snapshot_of(given)
         while True:
             try:
-                _update(given, out, config)
+                _update(given, out, config, rules)
             except BessemerError as error:
                 print(f"{error}; waiting for a change", flush=True)
             before = wait_for_change(lambda: snapshot_of(given), before, seconds)
@@ -115,19 +135,19 @@ def search(
     only: Only = None,
     neighbours: Annotated[int, typer.Option(help="Passages before and after each hit, shown with it.", min=0, max=20)] = 0,
     rerank: Rerank = None,
+    expand: Expand = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
     """Find passages, by words and by meaning, with why each is where it is."""
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
-    from bessemer.retrieval.index import open_index
     from bessemer.retrieval.search import search as find
     from bessemer.retrieval.store import Filter
 
     if mode not in (modes := ["hybrid", "words", "meaning"]):
         raise ConfigError(f"--mode {mode}: it is {', '.join(modes)}{nearest(mode, modes)}")
-    opened = open_index(place, reranker=_reranker(rerank, runs))
+    opened = _opened(place, rerank, expand, runs)
     hits = find(opened, query, count, mode=mode, where=Filter(only or ()), neighbours=neighbours)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps([_figures(hit) for hit in hits], ensure_ascii=False, indent=2))
@@ -147,9 +167,14 @@ def ask(
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 256,
     least: Annotated[
         float | None,
-        typer.Option(help="Refuse the question if no passage's cosine reaches this.", min=-1, max=1),
+        typer.Option(
+            help="Refuse the question if no cosine, with --expand plus half of a heading's similarity, reaches this.",
+            min=-1,
+            max=2,
+        ),
     ] = None,
     rerank: Rerank = None,
+    expand: Expand = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     device: Device = "auto",
     runs: Runs = Path("runs"),
@@ -160,10 +185,9 @@ def ask(
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.retrieval.answer import NearestJudge
     from bessemer.retrieval.answer import ask as answer_from
-    from bessemer.retrieval.index import open_index
     from bessemer.retrieval.store import Filter
 
-    opened = open_index(place, reranker=_reranker(rerank, runs))
+    opened = _opened(place, rerank, expand, runs)
     judge = None if least is None else NearestJudge(least)
     with Engine(find_served(model, runs), device=device) as engine:
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
@@ -194,35 +218,42 @@ def questions(
         float, typer.Option(help="--cited: share of the questions whose passage is not among the sources.", min=0, max=1)
     ] = 0.25,
     longest: Annotated[int, typer.Option(help="--cited: most characters of a source; short ones save time.", min=100)] = 1000,
+    negatives: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows to train an embedder on, with as many passages that do not answer the question.", min=0, max=32
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:
     """Make questions from an index, with the passage that answers each: to measure a search, or to tune a model."""
-    from bessemer.core.errors import ArtefactError
-    from bessemer.core.store import write_text
+    from bessemer.core.errors import ArtefactError, ConfigError
     from bessemer.retrieval.index import open_index
-    from bessemer.retrieval.questions import as_questions, cited_conversations, make_questions
+    from bessemer.retrieval.questions import as_questions, cited_conversations, contrastive_rows, make_questions
+    from bessemer.retrieval.specs import write_lines
 
     if out.exists():
         raise ArtefactError(f"{out}: is there already; name another file")
+    if cited and negatives is not None:
+        raise ConfigError("--cited, --negatives: the one makes conversations, the other rows for an embedder; give one")
     opened = open_index(place)
-    rows = (
-        cited_conversations(opened, count, unanswered=unanswered, longest=longest, seed=seed)
-        if cited
-        else as_questions(make_questions(opened, count, seed))
-    )
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(out, "".join(lines))
-    print(f"{out}: {len(lines):,} {'conversations' if cited else 'questions'}")
+    if cited:
+        rows = list(cited_conversations(opened, count, unanswered=unanswered, longest=longest, seed=seed))
+    elif negatives is not None:
+        rows = list(contrastive_rows(opened, count, negatives, seed))
+    else:
+        rows = list(as_questions(make_questions(opened, count, seed)))
+    write_lines(out, rows)
+    print(f"{out}: {len(rows):,} {'conversations' if cited else 'questions'}")
 
 
-def _reranker(name: str | None, runs: Path) -> Reranker | None:
-    from bessemer.cli.named import find_served
-    from bessemer.retrieval.rerank import open_reranker
+def _opened(place: Path, rerank: str | None, expand: str | None, runs: Path) -> OpenIndex:
+    """An index with the models that its searches ask."""
+    from bessemer.cli.named import find_expander, find_reranker
+    from bessemer.retrieval.index import open_index
 
-    if name is None:
-        return None
-    is_known = name.startswith(("http://", "https://")) or (Path(name) / "config.json").exists()
-    return open_reranker(name if is_known else str(find_served(name, runs)))
+    reranker = None if rerank is None else find_reranker(rerank, runs)[1]
+    return open_index(place, reranker=reranker, expander=None if expand is None else find_expander(expand, runs))
 
 
 def _place(hit: Hit) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.model.formats import ModelSource
     from bessemer.pipeline.run_folder import RunFolder
+    from bessemer.retrieval.expansion import Expander
+    from bessemer.retrieval.rerank import Reranker
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -120,6 +122,23 @@ def find_served(name: str, runs: Path) -> Path:
 
     tuned = tuned_model(Path(name))
     return Path(name) if tuned is not None and tuned.adapter is not None else find_model(name, runs)
+
+
+def find_reranker(name: str, runs: Path) -> tuple[str, Reranker]:
+    """What `--rerank` names, behind the name by which clients of a server ask for it: the last part. Raises as `find_served`
+    and `open_reranker`."""
+    from bessemer.retrieval.rerank import open_reranker
+
+    is_known = name.startswith(("http://", "https://")) or (Path(name) / "config.json").exists()
+    return Path(name.rpartition("#")[2]).name, open_reranker(name if is_known else str(find_served(name, runs)))
+
+
+def find_expander(name: str, runs: Path) -> Expander:
+    """The language model that `--expand` names. Raises as `find_served`."""
+    from bessemer.inference.engine import Engine
+    from bessemer.retrieval.expansion import HeadingWriter
+
+    return HeadingWriter(Engine(find_served(name, runs)))
 
 
 def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:

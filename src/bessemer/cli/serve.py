@@ -118,6 +118,17 @@ def serve(
             "NAME=FOLDER; may be repeated."
         ),
     ] = None,
+    rerank: Annotated[
+        str | None,
+        _documents(
+            help="Order the passages that searches find by this model: a cross-encoder's folder, a language model (as MODEL), "
+            "or URL#MODEL. Clients ask `/v1/rerank` for it by its name."
+        ),
+    ] = None,
+    expand: Annotated[
+        str | None,
+        _documents(metavar="MODEL", help="Search also for headings that this language model writes in answer to a question."),
+    ] = None,
     uploads: Annotated[
         Path | None,
         _documents(help="Folder for clients' files and vector stores; without it they end with the server."),
@@ -224,6 +235,8 @@ def serve(
     from bessemer.cli.guard import guard_config
     from bessemer.cli.named import (
         example_questions,
+        find_expander,
+        find_reranker,
         find_served,
         given_options,
         mcp_tools,
@@ -255,8 +268,8 @@ def serve(
         raise ConfigError("--policy: of a server with one engine; replicas have no guard")
     if policy is None and (audit is not None or guard_model is not None):
         raise ConfigError("--audit, --guard-model: of a server with --policy")
-    if engine == "ray" and (index or uploads):
-        raise ConfigError("--index, --uploads: of a server with one engine; replicas share no files")
+    if engine == "ray" and (index or uploads or rerank or expand):
+        raise ConfigError("--index, --uploads, --rerank, --expand: of a server with one engine; replicas share no files")
     if engine == "ray" and mcp_servers_config is not None:
         raise ConfigError("--mcp-servers-config: of a server with one engine; replicas share no MCP servers")
     folder, name = find_served(model, runs), name or Path(model).name
@@ -341,6 +354,8 @@ def serve(
         for its_name, place in config.indexes.items():
             about = read_json(place / INDEX, "index")
             print(f"documents {its_name}: {about['documents']:,}, in {about['passages']:,} passages")
+        reranker = None if rerank is None else find_reranker(rerank, runs)
+        expander = None if expand is None else find_expander(expand, runs)
         loading.close()
         pool = setup.model_pool(config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
         serve_engine(
@@ -352,4 +367,6 @@ def serve(
             questions=ask or [],
             hooks=hooks,
             server_tools=server_tools,
+            reranker=reranker,
+            expander=expander,
         )

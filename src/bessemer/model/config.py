@@ -6,11 +6,11 @@ sizes of the parts (`costs`).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from bessemer.core.config import nearest, setting
+from bessemer.core.config import Config, nearest, setting
 from bessemer.model.architecture import Architecture, DecoderShape
 from bessemer.model.attention.base import variant_of, variant_of_type
 from bessemer.model.costs import all_parts, block_parts, outer_parts
@@ -19,6 +19,7 @@ from bessemer.model.presets import GROWING, PRESETS
 
 #: Raised whenever the weights or the folder that the stage `model` makes of the same settings change.
 MODEL_VERSION = 2
+IMPORT_VERSION = 1
 
 
 class ModelConfig(DecoderShape):
@@ -101,6 +102,18 @@ class ModelStageConfig(Architecture):
         """The decoder of this shape for a tokenizer of `vocab_size` tokens."""
         shape = self.model_dump(exclude={"preset", "init_from"})
         return ModelConfig(**shape, vocab_size=vocab_size, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
+
+
+class ImportConfig(Config):
+    """A recipe's `import:` section: somebody's model, read into a folder."""
+
+    shorthand: ClassVar[str | None] = "source"
+
+    source: str = setting(
+        description="the model: smollm2 (of a package), a GGUF file, a folder, the name of a pulled model, or an id of the hub",
+        affects_output=False,
+    )
+    dtype: Literal["f32", "f16", "bf16"] | None = setting(None, "type of the weights; none: as they are stored, codes decoded")
 
 
 def preset_config(name: str, vocab_size: int) -> ModelConfig:

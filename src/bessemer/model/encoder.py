@@ -1,7 +1,8 @@
-"""Encoders, which read a text in both directions: BERT, RoBERTa and XLM-R, ModernBERT, from their Hugging Face folders.
+"""Encoders, which read a text in both directions: BERT, RoBERTa, XLM-R, MPNet, ModernBERT, from their Hugging Face folders.
 
 BERT (Devlin et al. 2019) normalises behind each residual sum and adds learnt positions to the embeddings. RoBERTa (Liu et al.
-2019) and XLM-R differ in where positions begin. ModernBERT (Warner et al. 2024) normalises before, rotates queries and keys,
+2019) and XLM-R differ in where positions begin. MPNet (Song et al. 2020) adds a bias of the tokens' distance to the scores of
+attention, as T5 does. ModernBERT (Warner et al. 2024) normalises before, rotates queries and keys,
 gates its feed-forward, and in two of three layers attends within a window. An encoder has no cache: each text is read once.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from torch.nn import functional
 from bessemer.core.errors import ArtefactError
 
 #: The kinds of `config.json` that are read.
-ENCODER_KINDS = ("bert", "roberta", "xlm-roberta", "modernbert")
+ENCODER_KINDS = ("bert", "roberta", "xlm-roberta", "mpnet", "modernbert")
+#: Distance from which on tokens share the last bucket.
+_FARTHEST = 128
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_new": lambda hidden: functional.gelu(hidden, approximate="tanh"),
@@ -39,8 +43,8 @@ class EncoderConfig:
     """Sizes of an encoder, and what its kind says.
 
     rope_thetas: of each layer, where positions are rotations; empty: they are learnt. windows: tokens that a layer sees to
-    either side; None: all. first_position: of the first token, among the learnt ones. num_labels: outputs of its classifier;
-    0: none.
+    either side; None: all. first_position: of the first token, among the learnt ones. distance_buckets: of the bias by
+    distance; 0: none. num_labels: outputs of its classifier; 0: none.
     """
 
     kind: str
@@ -58,6 +62,7 @@ class EncoderConfig:
     has_bias: bool = True
     rope_thetas: tuple[float, ...] = ()
     windows: tuple[int | None, ...] = ()
+    distance_buckets: int = 0
     num_labels: int = 0
     classifier_pooling: str = "cls"
 
@@ -99,17 +104,20 @@ def _config(values: Mapping[str, Any]) -> EncoderConfig:
         "pad_token": values.get("pad_token_id") or 0,
         "num_labels": _labels(values) if architecture.endswith("ForSequenceClassification") else 0,
     }
-    if kind in ("bert", "roberta", "xlm-roberta"):
+    if kind in ("bert", "roberta", "xlm-roberta", "mpnet"):
         if values.get("position_embedding_type", "absolute") != "absolute":
             raise ValueError(f"positions of the type {values['position_embedding_type']!r} are not read")
         first = 0 if kind == "bert" else shared["pad_token"] + 1
         activation, eps = values.get("hidden_act", "gelu"), values.get("layer_norm_eps", 1e-12)
         shared |= {"activation": activation, "norm_eps": eps, "first_position": first}
-        shared["token_types"] = values.get("type_vocab_size", 2)
+        if kind == "mpnet":
+            shared["distance_buckets"] = values.get("relative_attention_num_buckets", 32)
+        else:
+            shared["token_types"] = values.get("type_vocab_size", 2)
     elif kind == "modernbert":
         shared |= _modern(values)
     else:
-        raise ValueError(f"encoders of the type {kind!r} are not read; known are bert, roberta, xlm-roberta and modernbert")
+        raise ValueError(f"encoders of the type {kind!r} are not read; known are {', '.join(ENCODER_KINDS)}")
     if shared["activation"] not in _ACTIVATIONS:
         raise ValueError(f"the activation {shared['activation']!r} is not known")
     return EncoderConfig(**shared)
@@ -163,7 +171,8 @@ class EncoderLayer(nn.Module):
         self._is_modern = modern
 
     def forward(self, hidden_BTD: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """mask: (B, 1, T, T), True where a token may be seen; None: everywhere. rotation: cosines and sines, (T, C)."""
+        """mask: (B, 1, T, T), True where a token may be seen, or what is added to the scores; None: everywhere. rotation:
+        cosines and sines, (T, C)."""
         if self._is_modern:
             hidden_BTD = hidden_BTD + self._attention(self.attention_norm(hidden_BTD), mask, rotation)
             return hidden_BTD + self._feed_forward(self.feed_forward_norm(hidden_BTD))
@@ -198,6 +207,17 @@ def _rotated(states_BHTC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return states_BHTC * cosines_TC + torch.cat((-second, first), -1) * sines_TC
 
 
+def distance_bucket(distances_TT: Tensor, buckets: int) -> Tensor:
+    """The bucket of each signed distance (Raffel et al. 2020, T5): a half for tokens ahead and one for those behind, each with
+    a bucket of its own for short distances, and for longer ones up to 128 on a logarithmic scale."""
+    half = buckets // 2
+    exact, far_TT = half // 2, distances_TT.abs()
+    scale = log(_FARTHEST / exact) / (half - exact)
+    logarithmic_TT = exact + ((far_TT.float() / exact).log() / scale).long()
+    bucket_TT = torch.where(far_TT < exact, far_TT, logarithmic_TT.clamp(max=half - 1))
+    return bucket_TT + half * (distances_TT > 0)
+
+
 class Encoder(nn.Module):
     """Texts in, a hidden state of each token out; or, of a classifier, its scores."""
 
@@ -210,6 +230,8 @@ class Encoder(nn.Module):
             self.positions = nn.Embedding(config.max_positions, size)
         if config.token_types:
             self.token_types = nn.Embedding(config.token_types, size)
+        if config.distance_buckets:
+            self.distance_bias = nn.Embedding(config.distance_buckets, config.num_heads)
         self.embedding_norm = nn.LayerNorm(size, config.norm_eps, bias=config.has_bias)
         self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(config.num_layers))
         if config.is_modern:
@@ -236,13 +258,16 @@ class Encoder(nn.Module):
             hidden_BTD = hidden_BTD + self.positions(places)
         hidden_BTD = self.embedding_norm(hidden_BTD)
         seen = None if bool(mask_BT.all()) else mask_BT[:, None, None, :]
-        distances_TT = (places_T[:, None] - places_T[None, :]).abs()
+        distances_TT = places_T[None, :] - places_T[:, None]
+        if config.distance_buckets:
+            bias_1HTT = self.distance_bias(distance_bucket(distances_TT, config.distance_buckets)).permute(2, 0, 1)[None]
+            seen = bias_1HTT if seen is None else bias_1HTT.masked_fill(~seen, -torch.inf)
         rotations = {theta: self._rotation(theta, places_T, hidden_BTD.dtype) for theta in set(config.rope_thetas)}
         for number, layer in enumerate(self.layers):
             window = config.windows[number] if config.windows else None
             mask = seen
             if window is not None and window < length:
-                near = (distances_TT <= window)[None, None]
+                near = (distances_TT.abs() <= window)[None, None]
                 mask = near if seen is None else near & seen
             hidden_BTD = layer(hidden_BTD, mask, rotations[config.rope_thetas[number]] if config.rope_thetas else None)
         return self.norm(hidden_BTD) if config.is_modern else hidden_BTD
@@ -297,12 +322,15 @@ def _renamed(tensors: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, 
         raise KeyError(_EMBEDDING[config.is_modern])
     prefix = base.removesuffix(_EMBEDDING[config.is_modern])
     layers = "layers" if config.is_modern else "encoder.layer"
+    of_layer = _MODERN_LAYER if config.is_modern else _MPNET_LAYER if config.kind == "mpnet" else _BERT_LAYER
+    if config.distance_buckets:
+        own["distance_bias.weight"] = tensors[f"{prefix}encoder.relative_attention_bias.weight"]
     for ours, theirs in (_MODERN if config.is_modern else _BERT).items():
         if ours == "token_types.weight" and not config.token_types:
             continue
         own[ours] = tensors[prefix + theirs]
     for number in range(config.num_layers):
-        for ours, parts in (_MODERN_LAYER if config.is_modern else _BERT_LAYER).items():
+        for ours, parts in of_layer.items():
             if config.is_modern and number == 0 and ours == "attention_norm.weight":
                 continue
             found = [tensors[f"{prefix}{layers}.{number}.{part}"] for part in parts]
@@ -328,18 +356,23 @@ _MODERN = {
     "norm.weight": "final_norm.weight",
 }
 #: Of a layer, the tensors that make up one of ours, one below the other.
-_BERT_LAYER = {
-    f"{ours}.{kind}": [f"{theirs}.{kind}" for theirs in parts]
-    for ours, parts in {
-        "query_key_value": [f"attention.self.{name}" for name in ("query", "key", "value")],
-        "attention_out": ["attention.output.dense"],
-        "attention_norm": ["attention.output.LayerNorm"],
-        "up": ["intermediate.dense"],
-        "down": ["output.dense"],
-        "feed_forward_norm": ["output.LayerNorm"],
-    }.items()
-    for kind in ("weight", "bias")
+_BERT_PARTS = {
+    "query_key_value": [f"attention.self.{name}" for name in ("query", "key", "value")],
+    "attention_out": ["attention.output.dense"],
+    "attention_norm": ["attention.output.LayerNorm"],
+    "up": ["intermediate.dense"],
+    "down": ["output.dense"],
+    "feed_forward_norm": ["output.LayerNorm"],
 }
+_MPNET_PARTS = _BERT_PARTS | {
+    "query_key_value": [f"attention.attn.{name}" for name in "qkv"],
+    "attention_out": ["attention.attn.o"],
+    "attention_norm": ["attention.LayerNorm"],
+}
+_BERT_LAYER, _MPNET_LAYER = (
+    {f"{ours}.{kind}": [f"{theirs}.{kind}" for theirs in names] for ours, names in parts.items() for kind in ("weight", "bias")}
+    for parts in (_BERT_PARTS, _MPNET_PARTS)
+)
 _MODERN_LAYER = {
     "query_key_value.weight": ["attn.Wqkv.weight"],
     "attention_out.weight": ["attn.Wo.weight"],
@@ -363,6 +396,7 @@ _HEADS: Mapping[str, Mapping[str, str]] = {
     },
     "roberta": _ROBERTA_HEAD,
     "xlm-roberta": _ROBERTA_HEAD,
+    "mpnet": _ROBERTA_HEAD,
     "modernbert": {
         "pooler.weight": "head.dense.weight",
         "pooler_norm.weight": "head.norm.weight",

@@ -10,7 +10,7 @@ from bessemer.core.config import Config
 from bessemer.core.metrics import short_count
 from bessemer.core.report import Cell, Column, Facts, KeyFigure, Metrics, Part, Section, StageReport, Table, Text
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
-from bessemer.model.config import MODEL_VERSION, ModelStageConfig
+from bessemer.model.config import IMPORT_VERSION, MODEL_VERSION, ImportConfig, ModelStageConfig
 from bessemer.model.merging.config import MERGE_VERSION, MergeConfig
 from bessemer.tokenization.config import TokenizeConfig
 
@@ -59,8 +59,11 @@ def key_figures(stage: StageReport) -> list[KeyFigure]:
 
 
 def next_steps(stage: StageReport) -> list[str]:
-    """Serving the run's model."""
-    return [f"bessemer serve {stage.run.name}"] if (stage.run.folder / "model").exists() else []
+    """Serving the run's model; behind a small one, which knows little, a recipe whose model answers from documents."""
+    if not (stage.run.folder / "model").exists():
+        return []
+    is_small = stage.metrics.get("parameters", _SMALL) < _SMALL
+    return [f"bessemer serve {stage.run.name}", *(["bessemer run assistant-smollm2"] if is_small else [])]
 
 
 def layers_table(layers: Sequence[Metrics]) -> Table:
@@ -132,6 +135,28 @@ def _another_tokenizer(config: ModelStageConfig, above: Mapping[str, Any], folde
     return None
 
 
+def _import(context: StageContext) -> dict[str, Any]:
+    from bessemer.model.stage import import_stage
+
+    return import_stage(context.config, context.out, folder=context.folder, progress=context.progress)
+
+
+def _import_fingerprint(config: ImportConfig, outside: Outside) -> Any:
+    from bessemer.model.stage import import_fingerprint
+
+    return import_fingerprint(config, outside.folder)
+
+
+def import_report(stage: StageReport) -> Section:
+    """The model's figures and parts."""
+    parts: list[Part] = [
+        Text("A model that others have trained: what its parts weigh and what a token costs.", lead=True),
+        Facts(stage.metrics),
+        layers_table(stage.metrics.get("layers", ())),
+    ]
+    return Section(stage.titled("Imported model"), parts)
+
+
 def _merge(context: StageContext) -> dict[str, Any]:
     from bessemer.model.merging.models import merge_stage
 
@@ -189,6 +214,23 @@ STAGES = (
         fingerprint=_model_fingerprint,
         conflict=_no_tokenizer,
         conflict_of_files=_another_tokenizer,
+        packages=model_packages,
+    ),
+    StageSpec(
+        kind="import",
+        summary="Read somebody's model, such as smollm2, a GGUF file or a folder.",
+        config=ImportConfig,
+        version=IMPORT_VERSION,
+        needs={},
+        makes={"model": "model"},
+        links={"model": "model"},
+        example="import: smollm2",
+        remedy="nothing: it was trained elsewhere",
+        report=import_report,
+        summary_line=summary_line,
+        next_steps=next_steps,
+        run=_import,
+        fingerprint=_import_fingerprint,
         packages=model_packages,
     ),
     StageSpec(

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import follow, new_folder, refuse_nonempty, write_json
-from bessemer.model.config import ModelConfig, ModelStageConfig, model_metrics
+from bessemer.model.config import ImportConfig, ModelConfig, ModelStageConfig, model_metrics
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.storage.folder import load_model, save_initial_model, save_model
@@ -29,6 +29,9 @@ from bessemer.model.storage.library import import_advice
 from bessemer.model.storage.model_config import CONFIG, GENERATION_CONFIG, read_model_config, refuse_quantised
 from bessemer.tokenization.existing import Extension, add_tokens
 from bessemer.tokenization.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from bessemer.model.formats import ModelSource
 
 #: Settings that may differ from the existing model's: the weights fit any value, or only training reads them.
 CHANGEABLE = (
@@ -246,3 +249,38 @@ def build_model(
         f"context of {metrics['context_length']:,} tokens"
     )
     return metrics if config.init_from is None else {"init_from": config.init_from, **metrics}
+
+
+def import_stage(config: ImportConfig, out: Path, *, folder: Path = Path(), progress: Progress | None = None) -> dict[str, Any]:
+    """Write `model/` below `out`: somebody's model in our form. Returns its figures. A relative path starts from `folder`.
+
+    Raises ConfigError where nothing is called so, ArtefactError for a model that cannot be read.
+    """
+    from bessemer.model.formats import import_model
+
+    for note in import_model(_source_of(config, folder), out / "model", dtype=config.dtype):
+        (progress or Silent()).say(f"  {note}")
+    return {"import": config.source, **model_metrics(read_model_config(out / "model"))}
+
+
+def import_fingerprint(config: ImportConfig, folder: Path) -> Any:
+    """The hashes of the model's files, or its id on the hub. Raises as `import_stage`."""
+    source = _source_of(config, folder)
+    if source.kind == "hub":
+        return source.name
+    if source.kind == "package":
+        from bessemer.model.formats import packaged_smollm2
+
+        return hash_file(packaged_smollm2())
+    paths = [source.path] if source.kind == "gguf" else [source.path / CONFIG, *sorted(source.path.glob("*.safetensors"))]
+    return {path.name: hash_file(path) for path in paths}
+
+
+def _source_of(config: ImportConfig, folder: Path) -> ModelSource:
+    from bessemer.model.formats import find_model
+
+    near = folder / config.source
+    source = find_model(str(near) if near.exists() else config.source)
+    if source is None:
+        raise ConfigError(f"import.source: {config.source}: no model is here, and none is called so")
+    return source

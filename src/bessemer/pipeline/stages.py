@@ -18,6 +18,7 @@ from bessemer.data import specs as data
 from bessemer.evaluation import specs as evaluation
 from bessemer.model import specs as model
 from bessemer.posttraining import specs as posttraining
+from bessemer.retrieval import specs as retrieval
 from bessemer.safety.memorisation import specs as memorisation
 from bessemer.safety.redteam import specs as redteam
 from bessemer.tokenization import specs as tokenization
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from bessemer.data.filters.word_model import BitsPerByte
 
 
-_PACKAGES = (data, tokenization, model, training, memorisation, posttraining, evaluation, redteam)
+_PACKAGES = (data, tokenization, model, training, retrieval, memorisation, posttraining, evaluation, redteam)
 _OWN = tuple(spec for package in _PACKAGES for spec in package.STAGES)
 
 REGISTRY: Registry[StageSpec] = Registry(

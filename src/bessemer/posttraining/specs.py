@@ -18,8 +18,9 @@ from bessemer.data.sources.registry import (
     UserSource,
     WheelsSource,
 )
-from bessemer.posttraining.data.made import DOCS_QUESTIONS, REVISIONS, SYNTHETIC, is_data_name, made_paths, roles, unread
+from bessemer.posttraining.data.made import CITED, DOCS_QUESTIONS, REVISIONS, SYNTHETIC, is_data_name, made_paths, roles, unread
 from bessemer.posttraining.distillation.specs import STAGES as DISTILLATION_STAGES
+from bessemer.posttraining.embedding.specs import STAGES as EMBEDDING_STAGES
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.rewards.specs import STAGES as REWARD_STAGES
 from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
@@ -37,7 +38,7 @@ from bessemer.training.specs import (
 )
 
 #: Data that earlier stages may make for `sft`.
-_MADE = (REVISIONS, SYNTHETIC)
+_MADE = (REVISIONS, SYNTHETIC, CITED)
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
 
 
@@ -134,4 +135,5 @@ STAGES = (
     *REWARD_STAGES,
     *RL_STAGES,
     *DISTILLATION_STAGES,
+    *EMBEDDING_STAGES,
 )

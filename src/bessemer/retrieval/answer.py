@@ -54,21 +54,35 @@ class Judge(Protocol):
     def holds(self, question: str, hits: Sequence[Hit]) -> bool: ...
 
 
+#: What a unit of the similarity of headings counts beside one of the cosine, in what speaks for an answer.
+HEADINGS_EVIDENCE = 0.5
+
+
+def evidence(hits: Sequence[Hit]) -> float | None:
+    """What speaks for it that hits hold an answer: the greatest cosine, and, where headings were written for the query, the
+    greatest similarity of a hit's, weighted. None where there is neither: BM25's scores have no scale."""
+    cosines = [hit.scores["meaning"] for hit in hits if "meaning" in hit.scores]
+    similarities = [hit.scores["headings"] for hit in hits if "headings" in hit.scores]
+    if not cosines and not similarities:
+        return None
+    return max(cosines, default=0.0) + HEADINGS_EVIDENCE * max(similarities, default=0.0)
+
+
 @dataclass(frozen=True)
 class NearestJudge:
-    """Judges that the documents hold an answer where the nearest passage's cosine is above a limit, which is fitted on
-    questions with and without an answer (`calibrated_limit`). Without vectors it says so of every question: BM25's scores have
-    no scale."""
+    """Judges that the documents hold an answer where the `evidence` reaches a limit, which is fitted on questions with and
+    without an answer (`calibrated_limit`), and to be fitted anew where headings are written. Of a question without evidence it
+    says that they do."""
 
     limit: float
 
     def holds(self, question: str, hits: Sequence[Hit]) -> bool:
-        cosines = [hit.scores["meaning"] for hit in hits if "meaning" in hit.scores]
-        return not cosines or max(cosines) >= self.limit
+        found = evidence(hits)
+        return found is None or found >= self.limit
 
 
 def calibrated_limit(held: Iterable[float], not_held: Iterable[float]) -> float:
-    """The limit that best separates the best cosines of questions with an answer from those of questions without: the sum of
+    """The limit that best separates the evidence for questions with an answer from that for questions without: the sum of
     both kinds' shares of mistakes is smallest."""
     yes, no = sorted(held), sorted(not_held)
     candidates = sorted({*yes, *no})

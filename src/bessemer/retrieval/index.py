@@ -19,35 +19,22 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.core.config import Config, setting
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import check_format, locked_folder, read_json, write_json
 from bessemer.retrieval.chunks import Region, cut_document, place_of
+from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.embed import Embedder, open_embedder
+from bessemer.retrieval.expansion import Expander, Headings
 from bessemer.retrieval.rerank import Reranker
 from bessemer.retrieval.store import LanceStore, Passage, StoreWriter
 
 INDEX = "index.json"
 _FORMAT = 1
 _VERSIONS = "versions"
-#: Folder beside the index for what sources download.
-CACHE = "cache"
-
-
-class IndexConfig(Config):
-    """How documents are cut and embedded."""
-
-    passage_characters: int = setting(1000, "longest passage", unit="characters", ge=100, le=20_000)
-    overlap_characters: int = setting(
-        120, "most characters that neighbouring passages share, in whole sentences", unit="characters", ge=0
-    )
-    embedder: str = setting(
-        "minilm",
-        "embedder of the passages: minilm, the folder of an encoder or of a language model, or URL#MODEL; none: search by "
-        "words only",
-    )
+#: Folder beside the index for what sources download, and the file of who may see which documents.
+CACHE, ACCESS = "cache", "access.json"
 
 
 @dataclass(frozen=True)
@@ -89,18 +76,30 @@ class IndexSummary:
 
 @dataclass(frozen=True)
 class OpenIndex:
-    """An index that is read. reranker: orders what its searches find; None: they are ordered by the searches alone."""
+    """An index that is read. reranker: orders what its searches find; None: they are ordered by the searches alone. expander:
+    writes headings that are searched for besides; None: the query's own words and meaning are all."""
 
     folder: Path
     config: IndexConfig
     store: LanceStore
     embedder: Embedder | None
     reranker: Reranker | None = None
+    expander: Expander | None = None
+
+    @cached_property
+    def headings(self) -> Headings:
+        """The headings of its passages."""
+        return Headings(self.store)
 
 
-def open_index(folder: Path, embedder: Embedder | None = None, reranker: Reranker | None = None) -> OpenIndex:
-    """Open the complete version of an index. embedder: used in place of the one that the index names. reranker: orders what
-    searches of this index find.
+def open_index(
+    folder: Path,
+    embedder: Embedder | None = None,
+    reranker: Reranker | None = None,
+    expander: Expander | None = None,
+) -> OpenIndex:
+    """Open the complete version of an index. embedder: used in place of the one that the index names. reranker, expander: of
+    searches of this index (`OpenIndex`).
 
     Raises ArtefactError where there is no index, or its vectors were made by another embedder.
     """
@@ -114,7 +113,7 @@ def open_index(folder: Path, embedder: Embedder | None = None, reranker: Reranke
                 f"{folder}: its vectors were made by {values['embedder']}, and {config.embedder} is {embedder.identity} now; "
                 "vectors of two models do not compare: index the documents again, into this folder"
             )
-    return OpenIndex(folder, config, store, embedder if config.embedder != "none" else None, reranker)
+    return OpenIndex(folder, config, store, embedder if config.embedder != "none" else None, reranker, expander)
 
 
 def build_index(
@@ -144,7 +143,7 @@ class _Build:
             for path in place.glob(".*.tmp"):
                 path.unlink()
         self._before = _read(out) if (out / INDEX).exists() else None
-        if self._before is None and any(path.name not in (_VERSIONS, CACHE) for path in out.iterdir()):
+        if self._before is None and any(path.name not in (_VERSIONS, CACHE, ACCESS) for path in out.iterdir()):
             raise ArtefactError(f"{out}: there are files here that are no index; name another folder")
         own = IndexConfig() if self._before is None else IndexConfig.parse(self._before["config"], str(out / INDEX))
         self._config = config or own

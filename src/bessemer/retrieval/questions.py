@@ -4,6 +4,10 @@ A question is about a passage's subject (its title and headings) and answered by
 functions begins with an imperative ("Return the absolute value."), which also gives "How do I …?". Such questions share words
 with their passage, so a search finds them more easily than what people ask.
 
+To train an embedder, each question comes with its passage and with hard negatives: passages of other documents that a search
+finds for it. In half of the rows the passage is without the sentence or the title that the question was made of, so that the
+words that both share are not all that is learnt (the inverse cloze task, Lee et al. 2019).
+
 Conversations have the form in which `ask` shows sources to a model, and what the search finds for a question as the sources, so
 that a model tuned on them learns to cite the right one among near ones; and, with the passages of that document left out, to
 say that the sources do not hold the answer.
@@ -152,6 +156,29 @@ def _plain(sentence: str) -> str | None:
     """A sentence on one line where it can stand alone as an answer."""
     line = " ".join(sentence.split())
     return line if _PLAIN_SENTENCE.fullmatch(line) and _SHORTEST <= len(line) <= _LONGEST else None
+
+
+def contrastive_rows(index: OpenIndex, count: int, negatives: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows for training an embedder: those of `as_questions` with {text, negatives}: what answers the question, and at most so
+    many passages that a search finds and that do not. Raises SourceError as `make_questions`."""
+    questions = make_questions(index, count, seed)
+    for question, row in zip(questions, as_questions(questions), strict=True):
+        hits = search(index, question.text, _SEARCHED + negatives)
+        others = [hit.passage.shown for hit in hits if _is_other(hit.passage, question)]
+        yield {**row, "text": _learnt_text(question, seed), "negatives": others[:negatives]}
+
+
+def _learnt_text(question: Question, seed: int) -> str:
+    """The passage as it is shown, or, for half of the questions, without what the question was made of."""
+    passage = question.passage
+    if random.Random(f"{seed} text {passage.id}").random() < 0.5:
+        return passage.shown
+    if question.subject in question.text:
+        return passage.text
+    kept = [passage.text[span.start : span.end] for span in sentences(passage.text)]
+    rest = "".join(sentence for sentence in kept if _plain(sentence) != question.answer).strip()
+    # a name alone is no passage
+    return passage.shown.replace(passage.text, rest) if len(rest) >= _SHORTEST else passage.shown
 
 
 def as_questions(questions: Sequence[Question]) -> Iterator[dict[str, Any]]:

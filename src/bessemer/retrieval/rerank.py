@@ -16,6 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -116,6 +117,8 @@ class HeadingReranker:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        # a server searches in several threads, and an engine computes in one at a time
+        self._lock = Lock()
 
     def scores(self, query: str, passages: Sequence[str]) -> np.ndarray:
         """As `Reranker.scores`. Raises RequestError for a query that fills the context."""
@@ -128,7 +131,8 @@ class HeadingReranker:
                 f"the query takes {len(prompt):,} tokens with its instructions, and the reranker's context is "
                 f"{self._engine.longest:,}: shorten it"
             )
-        return np.array([score.total for score in self._engine.score(prompt, headings)], np.float32)
+        with self._lock:
+            return np.array([score.total for score in self._engine.score(prompt, headings)], np.float32)
 
     def _heading(self, passage: str) -> list[int]:
         line = passage.strip().partition("\n")[0].partition("(")[0].strip()

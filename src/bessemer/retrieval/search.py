@@ -1,5 +1,5 @@
-"""Search of an index: by words, by meaning, and both fused; a reranker, if the index has one, orders what was found; copies of
-a passage collapse, neighbours can be added.
+"""Search of an index: by words, by meaning, and both fused, with headings that a language model writes for the query, if the
+index has one for it; a reranker, if it has one, orders what was found; copies of a passage collapse, neighbours can be added.
 
 Fusion (Bruch et al. 2023): a passage's cosine, 0 for the farthest and 1 for the nearest that was found, plus its score by BM25
 as a share of the best one, times a weight. The weight is small, as the search by words is the weaker one for questions in words
@@ -23,6 +23,9 @@ from bessemer.retrieval.store import EVERYTHING, Filter, Found, Passage
 Mode = Literal["hybrid", "words", "meaning"]
 #: Weight of the search by words, and for a query with a name or a number in it.
 WORDS_WEIGHT, NAMES_WEIGHT = 0.3, 1.0
+#: Weight of the similarity of a passage's headings with those that a language model wrote. Chosen on
+#: `benchmarks/retrieval_development.json` with Qwen2.5-Coder-1.5B-Instruct.
+HEADINGS_WEIGHT = 1.5
 #: `json.loads`, `max_tokens`, `parseInt`, `“exact words”`, numbers.
 _NAME = re.compile(r"\w[._]\w|\d|[a-z][A-Z]|[\"`“]\w")
 #: Passages that each search returns: so many for each wanted one, and the fewest. Up to a fourth of the fewest, the first hits
@@ -49,7 +52,7 @@ class Hit:
     @property
     def explanation(self) -> str:
         """Why the passage has its rank, in a few words."""
-        kinds = {"words": "BM25", "meaning": "cosine", "reranked": "score"}
+        kinds = {"words": "BM25", "meaning": "cosine", "headings": "similarity", "reranked": "score"}
         return ", ".join(f"{name} rank {self.ranks[name]} ({kinds[name]} {self.scores[name]:.3f})" for name in self.ranks)
 
     @property
@@ -93,20 +96,23 @@ def search(
     meaning: list[Found] = []
     if mode != "words" and index.embedder is not None:
         meaning = index.store.by_meaning(index.embedder.embed([query], "query")[0], wanted, where)
-    hits = without_copies(fused(words, meaning, NAMES_WEIGHT if _NAME.search(query) else WORDS_WEIGHT), pool)
+    headings: list[Found] = []
+    if mode == "hybrid" and index.expander is not None:
+        headings = index.headings.find(index.expander.headings(query, index.headings.examples), where)
+    hits = without_copies(fused(words, meaning, NAMES_WEIGHT if _NAME.search(query) else WORDS_WEIGHT, headings), pool)
     if index.reranker is not None:
         hits = reranked(index.reranker, query, hits)[:count]
     return [_widened(index, hit, neighbours) for hit in hits] if neighbours else hits
 
 
-def fused(words: Sequence[Found], meaning: Sequence[Found], weight: float) -> list[Hit]:
-    """The passages of both searches as one list, the best first. weight: of the search by words; that by meaning has 1. A
-    passage that a search did not find has 0 from it."""
+def fused(words: Sequence[Found], meaning: Sequence[Found], weight: float, headings: Sequence[Found] = ()) -> list[Hit]:
+    """The passages of all searches as one list, the best first. weight: of the search by words; that by meaning has 1.
+    headings: found by headings that were written for the query. A passage that a search did not find has 0 from it."""
     best = max((one.scores["words"] for one in words), default=0.0)
     cosines = [one.scores["meaning"] for one in meaning]
     lowest, range_ = min(cosines, default=0.0), max(cosines, default=0.0) - min(cosines, default=0.0)
     parts: dict[str, list[Found]] = {}
-    for one in (*words, *meaning):
+    for one in (*words, *meaning, *headings):
         parts.setdefault(one.passage.id, []).append(one)
     hits = []
     for own in parts.values():
@@ -116,13 +122,14 @@ def fused(words: Sequence[Found], meaning: Sequence[Found], weight: float) -> li
         if "meaning" in scores:
             # where all are equally near, each is the nearest
             score += (scores["meaning"] - lowest) / range_ if range_ else 1.0
+        score += HEADINGS_WEIGHT * scores.get("headings", 0.0)
         hits.append(Hit(own[0].passage, score, ranks, scores))
     return sorted(hits, key=lambda hit: (-hit.score, hit.passage.id))
 
 
 def reranked(reranker: Reranker, query: str, hits: Sequence[Hit]) -> list[Hit]:
     """Hits in the order of a reranker's scores, or of the sum of their scores and its, weighted; equal ones stay in theirs."""
-    scores_N = reranker.scores(query, [hit.passage.shown for hit in hits])
+    scores_N = np.asarray(reranker.scores(query, [hit.passage.shown for hit in hits]), np.float32)
     totals_N = scores_N.astype(np.float64)
     if reranker.weight is not None:
         totals_N = np.array([hit.score for hit in hits]) + reranker.weight * totals_N

@@ -19,6 +19,8 @@ from bessemer.assistant.hooks import Hook
 from bessemer.assistant.tools import Tool
 from bessemer.core.errors import BessemerError
 from bessemer.inference.engine import Engine
+from bessemer.retrieval.expansion import Expander
+from bessemer.retrieval.rerank import Reranker
 from bessemer.serving.anthropic.api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.infill import InfillApi
@@ -30,7 +32,8 @@ from bessemer.serving.openai.weight_routes import WeightsApi
 from bessemer.serving.responses.api import ResponsesApi
 from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
 from bessemer.serving.retrieval.api import FilesApi
-from bessemer.serving.retrieval.rerank import RerankApi, TextScorer
+from bessemer.serving.retrieval.indexes import SearchModels
+from bessemer.serving.retrieval.rerank import RerankApi
 from bessemer.serving.retrieval.stores import VectorStores
 from bessemer.serving.runtime.admission import QueueLimits
 from bessemer.serving.runtime.bodies import ApiError, read_body
@@ -68,7 +71,8 @@ def create_app(
     hooks: Sequence[Hook] = (),
     store: ResponseStore | None = None,
     is_behind_gate: bool = False,
-    reranker: tuple[str, TextScorer] | None = None,
+    reranker: tuple[str, Reranker] | None = None,
+    expander: Expander | None = None,
     server_tools: Callable[[str], Sequence[Tool]] | None = None,
 ) -> FastAPI:
     """An application that serves a model under `model_name`, and its adapters each under its own name.
@@ -76,7 +80,8 @@ def create_app(
     pages: makes routes beside the API; one at `/` replaces the API's own. pool: additional models. hooks: guardrails of every
     chat; endpoints that bypass them are then closed. store: of responses; None: in memory. is_behind_gate: another process runs
     the gate, and leaves the callers in the scope; clients' files, which would be of one process alone, are not taken then.
-    reranker: the name by which clients ask for it, and what scores texts. server_tools: as of `Served`.
+    reranker: orders what searches of indexes and stores find; its name is that by which clients ask for it.
+    expander: writes headings that these searches look for besides. server_tools: as of `Served`.
 
     An error has the form of the API that its path belongs to. `config.host` and `config.port` are not used here. The result's
     `state.served` is a `Served`. Raises ArtefactError and ConfigError for a file of keys or an index that cannot be read.
@@ -84,7 +89,8 @@ def create_app(
     config = config or ServingConfig()
     asks_for_keys = not is_behind_gate and (config.keys is not None or config.api_key is not None)
     keys = Keys(config.keys, config.api_key) if asks_for_keys else None
-    documents = VectorStores(config.indexes, config.uploads, takes_files=not is_behind_gate)
+    models = SearchModels(None if reranker is None else reranker[1], expander)
+    documents = VectorStores(config.indexes, config.uploads, takes_files=not is_behind_gate, models=models)
     worker = Worker(engine, config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
     served = Served(engine, model_name, worker, config.aliases, pool, hooks, server_tools)
     apis = (

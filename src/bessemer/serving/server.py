@@ -27,9 +27,10 @@ from bessemer.assistant.tools import Tool
 from bessemer.core.chat_client import ChatClient
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.inference.engine import Engine
+from bessemer.retrieval.expansion import Expander
+from bessemer.retrieval.rerank import Reranker
 from bessemer.serving.app import Pages, create_app, no_pages
 from bessemer.serving.config import HEAD_WAIT, LEAST_READ, WRITE_WAIT, ServingConfig
-from bessemer.serving.retrieval.rerank import TextScorer
 from bessemer.serving.runtime.gate import REQUEST_LOG
 from bessemer.serving.runtime.models import ModelPool
 from bessemer.serving.runtime.served import Served
@@ -201,12 +202,23 @@ def create_server(
     pages: Callable[[Served], Pages] = no_pages,
     pool: ModelPool | None = None,
     hooks: Sequence[Hook] = (),
-    reranker: tuple[str, TextScorer] | None = None,
+    reranker: tuple[str, Reranker] | None = None,
+    expander: Expander | None = None,
     server_tools: Callable[[str], Sequence[Tool]] | None = None,
 ) -> Server:
     """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. The other arguments are
     those of `create_app`."""
-    app = create_app(engine, model_name, config, pages, pool, hooks, reranker=reranker, server_tools=server_tools)
+    app = create_app(
+        engine,
+        model_name,
+        config,
+        pages,
+        pool,
+        hooks,
+        reranker=reranker,
+        expander=expander,
+        server_tools=server_tools,
+    )
     return new_server(app, app.state.served, config.drain_seconds)
 
 
@@ -237,17 +249,29 @@ def serve(
     pool: ModelPool | None = None,
     questions: Sequence[str] = (),
     hooks: Sequence[Hook] = (),
+    reranker: tuple[str, Reranker] | None = None,
+    expander: Expander | None = None,
     server_tools: Callable[[str], Sequence[Tool]] | None = None,
 ) -> None:
     """Serve until interrupted.
 
-    say: prints lines. pages, pool, hooks, server_tools: as for `create_app`. questions: sent to the API, their answers go to
-    `say`, and then the server stops. Raises as `listen`, the engine's failure, and BessemerError for a question that fails.
+    say: prints lines. questions: sent to the API, their answers go to `say`, and then the server stops. The others are those of
+    `create_app`. Raises as `listen`, the engine's failure, and BessemerError for a question that fails.
     """
     config = config or ServingConfig()
     open_many_files()
     with listen(config.host, config.port) as listener, request_log(config.request_log):
-        server = create_server(engine, model_name, config, pages, pool, hooks, server_tools=server_tools)
+        server = create_server(
+            engine,
+            model_name,
+            config,
+            pages,
+            pool,
+            hooks,
+            reranker=reranker,
+            expander=expander,
+            server_tools=server_tools,
+        )
         url = address_of(listener)
         shown = "" if pages is no_pages else f"chat at {url} · "
         say(f"{model_name}: {shown}OpenAI API at {url}/v1 · Ctrl-C stops")

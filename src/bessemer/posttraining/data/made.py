@@ -21,10 +21,14 @@ from bessemer.posttraining.data.hub import PREFIX, HubDataset, is_hub_dataset, l
 
 #: Revised answers, and conversations that a model wrote.
 REVISIONS, SYNTHETIC = "made/revisions", "made/synthetic"
+#: Conversations of an index, whose answers cite their sources.
+CITED = "made/cited"
+#: Questions of an index with the passages that answer them, and others.
+QUESTIONS = "made/questions"
 #: Data made from the run's own documents: its name in `data`.
 DOCS_QUESTIONS = "made/docs_questions"
 #: All data that a recipe makes and `sft` reads.
-MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC)
+MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC, CITED)
 #: Pairs that a model has judged; pairs of honest and dishonest answers; pairs made of the conversations of `sft`.
 PREFERENCES, HONESTY, MISMATCHED = "made/preferences", "made/honesty", "made/mismatched"
 #: Answers to forget and to keep, made of a corpus.
@@ -53,6 +57,8 @@ PLACES = "files of rows (JSON lines, JSON, CSV, XLSX, Parquet, also compressed),
 _KINDS: Mapping[str, str] = {
     REVISIONS: "revisions",
     SYNTHETIC: "synthetic",
+    CITED: "cited",
+    QUESTIONS: "questions",
     PREFERENCES: "preferences",
     HONESTY: "honesty",
     MISMATCHED: "conversations",

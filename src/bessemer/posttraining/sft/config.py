@@ -10,6 +10,7 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.core.records import TABLES, is_text_file
 from bessemer.core.usercode import is_user_function
 from bessemer.posttraining.data.made import (
+    CITED,
     DOCS_QUESTIONS,
     MADE_DATA,
     ON_BAD_ROW,
@@ -39,8 +40,8 @@ class SFTConfig(TuningConfig):
     trains_modules: ClassVar[bool] = True
 
     data: list[str] = setting(
-        description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS} and {SYNTHETIC} of stages above; a task whose right answers "
-        f"are known, as in {TASK}sums; {PLACES}: {{messages}}, {{prompt, completion}}, ShareGPT's "
+        description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS}, {SYNTHETIC} and {CITED} of stages above; a task whose "
+        f"right answers are known, as in {TASK}sums; {PLACES}: {{messages}}, {{prompt, completion}}, ShareGPT's "
         "{conversations}, Alpaca's {instruction, input, output}, or texts, which are learnt whole (docs/rows.md); or your own "
         "file.py:function that gives such rows.",
         default_factory=lambda: [DOCS_QUESTIONS],

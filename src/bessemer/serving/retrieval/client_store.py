@@ -19,11 +19,12 @@ from typing import Any, Literal
 
 from bessemer.core.errors import ArtefactError, BessemerError
 from bessemer.core.store import check_format, read_json, write_json
+from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.embed import Embedder
-from bessemer.retrieval.index import INDEX, IndexConfig, IndexedDocument, build_index
+from bessemer.retrieval.index import INDEX, IndexedDocument, build_index
 from bessemer.retrieval.store import Filter, Passage
 from bessemer.serving.retrieval.annotations import ServedHit
-from bessemer.serving.retrieval.indexes import ServedIndex, find, passages_of
+from bessemer.serving.retrieval.indexes import NO_MODELS, SearchModels, ServedIndex, find, passages_of
 from bessemer.serving.retrieval.protocol import Value, Wanted
 from bessemer.serving.retrieval.uploads import Upload, Uploads
 from bessemer.serving.runtime.bodies import ApiError, overloaded
@@ -62,9 +63,14 @@ class ClientStore:
     is_served = False
 
     def __init__(
-        self, folder: Path, uploads: Uploads, embedder: Callable[[], StoreEmbedder], record: Mapping[str, Any]
+        self,
+        folder: Path,
+        uploads: Uploads,
+        embedder: Callable[[], StoreEmbedder],
+        record: Mapping[str, Any],
+        models: SearchModels = NO_MODELS,
     ) -> None:
-        """record: as `store.json` has it."""
+        """record: as `store.json` has it. models: of searches."""
         self.id: str = record["id"]
         self.owner: str = record["owner"]
         self.name: str = record["name"]
@@ -75,6 +81,7 @@ class ClientStore:
         self._folder = folder
         self._uploads = uploads
         self._embedder = embedder
+        self._models = models
         self._lock = Lock()
         self._loop = asyncio.get_running_loop()
         self._index: ServedIndex | None = None
@@ -163,7 +170,7 @@ class ClientStore:
             place = self._place(self._number)
             if self._index is None and (place / INDEX).exists():
                 try:
-                    self._index = ServedIndex(self.id, place, self._embedder().embedder)
+                    self._index = ServedIndex(self.id, place, self._embedder().embedder, self._models)
                 except ArtefactError:
                     self._is_stale = True
                     self._loop.call_soon_threadsafe(self.update_soon)

@@ -10,7 +10,9 @@ from threading import Lock
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_value
 from bessemer.retrieval.embed import Embedder
+from bessemer.retrieval.expansion import Expander
 from bessemer.retrieval.index import INDEX, OpenIndex, open_index
+from bessemer.retrieval.rerank import Reranker
 from bessemer.retrieval.search import Hit, search
 from bessemer.retrieval.store import Filter, LanceStore, Passage
 from bessemer.serving.retrieval.annotations import ServedHit
@@ -37,15 +39,28 @@ class IndexedFile:
         return groups is None or not self.groups or not self.groups.isdisjoint(groups)
 
 
+@dataclass(frozen=True)
+class SearchModels:
+    """Models that searches ask beside the embedder (`OpenIndex`)."""
+
+    reranker: Reranker | None = None
+    expander: Expander | None = None
+
+
+#: Searches without further models.
+NO_MODELS = SearchModels()
+
+
 class ServedIndex:
     """An index in its current version, which is opened when the folder has a newer one."""
 
-    def __init__(self, name: str, folder: Path, embedder: Embedder | None = None) -> None:
+    def __init__(self, name: str, folder: Path, embedder: Embedder | None = None, models: SearchModels = NO_MODELS) -> None:
         """Raises ArtefactError as `open_index`."""
         self._name = name
         self._folder = folder
         self._lock = Lock()
-        self._open = open_index(folder, embedder)
+        self._models = models
+        self._open = open_index(folder, embedder, models.reranker, models.expander)
         self._state = self._state_now()
         self._files: Mapping[str, IndexedFile] | None = None
 
@@ -69,12 +84,13 @@ class ServedIndex:
             return self._files
 
     def _reopened(self) -> OpenIndex:
+        models = self._models.reranker, self._models.expander
         try:
             try:
-                return open_index(self._folder, self._open.embedder)
+                return open_index(self._folder, self._open.embedder, *models)
             except ArtefactError:
                 # the index may have been made anew with another embedder
-                return open_index(self._folder)
+                return open_index(self._folder, None, *models)
         except ArtefactError as error:
             reason = str(error).replace(str(self._folder), self._name)
             raise ApiError(reason, status=503, kind="server_error", headers={"Retry-After": "30"}) from None

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
 from bessemer.retrieval.embed import Embedder, open_embedder, packaged_minilm
@@ -25,7 +25,16 @@ from bessemer.retrieval.store import Filter, Passage
 from bessemer.serving.config import STORES
 from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.retrieval.client_store import RECORD, ClientStore, StoreEmbedder, StoreFile, read_record
-from bessemer.serving.retrieval.indexes import IndexedFile, ServedIndex, by_place, file_id, find, passages_of
+from bessemer.serving.retrieval.indexes import (
+    NO_MODELS,
+    IndexedFile,
+    SearchModels,
+    ServedIndex,
+    by_place,
+    file_id,
+    find,
+    passages_of,
+)
 from bessemer.serving.retrieval.protocol import Wanted
 from bessemer.serving.retrieval.uploads import Upload, Uploads, file_of_document
 from bessemer.serving.runtime.bodies import ApiError
@@ -63,10 +72,10 @@ class IndexStore:
 
     is_served = True
 
-    def __init__(self, id: str, folder: Path) -> None:
+    def __init__(self, id: str, folder: Path, models: SearchModels = NO_MODELS) -> None:
         """Raises ArtefactError as `open_index`."""
         self.id = self.name = id
-        self.index = ServedIndex(id, folder)
+        self.index = ServedIndex(id, folder, models=models)
         self._folder = folder
         self.created = int((folder / INDEX).stat().st_mtime)
         self.metadata: Mapping[str, str] = {}
@@ -93,10 +102,19 @@ class IndexStore:
 class VectorStores:
     """All stores of a server. Call it on the event loop, but for `search`."""
 
-    def __init__(self, indexes: Mapping[str, Path], folder: Path | None = None, *, takes_files: bool = True) -> None:
+    def __init__(
+        self,
+        indexes: Mapping[str, Path],
+        folder: Path | None = None,
+        *,
+        takes_files: bool = True,
+        models: SearchModels = NO_MODELS,
+    ) -> None:
         """indexes: the server's own, by name. folder: for clients' files and stores; None: a temporary one. takes_files:
-        whether clients may upload files. Raises ArtefactError as `open_index`."""
-        self.served = {name: IndexStore(name, place) for name, place in indexes.items()}
+        whether clients may upload files. models: of searches of all stores. Raises ArtefactError as
+        `open_index`."""
+        self.served = {name: IndexStore(name, place, models) for name, place in indexes.items()}
+        self._models = models
         self.takes_files = takes_files
         self._temporary: TemporaryDirectory[str] | None = None
         self._folder = folder
@@ -134,10 +152,11 @@ class VectorStores:
         if sum(store.owner == client.id for store in stores.values()) >= STORES.most:
             raise ApiError(f"{STORES.most:,} vector stores are kept for a key; delete some")
         id = f"vs_{uuid.uuid4().hex}"
-        record = {"id": id, "owner": client.id, "name": name, "created": int(time.time()), "metadata": metadata}
+        record: dict[str, Any] = {"id": id, "owner": client.id, "name": name, "created": int(time.time()), "metadata": metadata}
         place = self._root() / "stores" / id
         place.mkdir(parents=True)
-        stores[id] = ClientStore(place, uploads, self._embedder, {**record, "index": 0, "holds_deleted": False, "files": {}})
+        record |= {"index": 0, "holds_deleted": False, "files": {}}
+        stores[id] = ClientStore(place, uploads, self._embedder, record, self._models)
         stores[id].save()
         return stores[id]
 
@@ -237,7 +256,7 @@ class VectorStores:
             uploads = Uploads(root / "files")
             paths = sorted((root / "stores").glob(f"*/{RECORD}"))
             records = [(path.parent, read_record(path)) for path in paths]
-            stores = [ClientStore(place, uploads, self._embedder, record) for place, record in records]
+            stores = [ClientStore(place, uploads, self._embedder, record, self._models) for place, record in records]
             self._opened = uploads, {store.id: store for store in sorted(stores, key=lambda store: store.created)}
         return self._opened
 
