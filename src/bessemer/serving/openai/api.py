@@ -200,6 +200,7 @@ def _chat(body: ChatRequest, caller: Caller, sources: Sequence[ServedHit] | None
         cache_salt=body.cache_salt,
         priority=caller.client.priority(body.priority),
         sources=sources,
+        continues=body.continue_final_message is not False,
     )
 
 
