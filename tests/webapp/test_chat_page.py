@@ -59,7 +59,7 @@ def test_markdown_formulas_and_code_are_drawn_and_nothing_of_them_runs(page, sta
         "https://example.org/x.png",
     ]
     assert shown.locator("img, script, b").count() == 0 and "<script>alert(1)</script>" in shown.inner_text()
-    assert page.evaluate("document.fonts.check('12px KaTeX_Main')")
+    page.wait_for_function("document.fonts.check('12px KaTeX_Main')")
     whole = shown.inner_html()
     page.reload()
     page.wait_for_selector("pre code .hljs-keyword")
@@ -101,6 +101,12 @@ def test_an_answer_goes_on_while_another_conversation_is_read_and_back_leads_to_
     page.wait_for_selector("article.assistant:not(.working) >> text=one two three")
 
 
+def answer_of(page):
+    """The one answer of the one conversation, as it is kept."""
+    (conversation,) = page.evaluate("import('./static/store.js').then((store) => store.all())")
+    return next(node for node in conversation["nodes"].values() if node["role"] == "assistant")
+
+
 def test_a_cut_answer_goes_on_and_says_its_model_settings_and_place_in_the_context(page, start):
     page.set_viewport_size({"width": 400, "height": 800})
     opened(page, start())
@@ -114,20 +120,19 @@ def test_a_cut_answer_goes_on_and_says_its_model_settings_and_place_in_the_conte
     page.press("#prompt", "Enter")
     page.wait_for_selector("article.assistant:not(.working)")
     # a question longer than the window is shown from its beginning
-    top = page.evaluate(
-        "document.querySelector('article.user').getBoundingClientRect().top - document.querySelector('#scroll').getBoundingClientRect().top"
-    )
-    assert abs(top) < 30
+    places = "['article.user', '#scroll'].map((one) => document.querySelector(one).getBoundingClientRect().top)"
+    question, window = page.evaluate(places)
+    assert abs(question - window) < 30
     page.wait_for_selector("article.system >> text=System message")
     said = " ".join(page.locator(".facts-of-answer").all_inner_texts())
     assert "tiny · temperature 0.2 · top p 0.9" in said and "cut at the most tokens" in said
-    before = page.inner_text("article.assistant .text")
+    before = answer_of(page)
     page.get_by_role("button", name="Continue").click()
-    page.wait_for_function(
-        "before => document.querySelector('article.assistant .text').innerText.length > before.length", arg=before
-    )
-    page.wait_for_selector("article.assistant:not(.working) .below button")
-    assert page.inner_text("article.assistant .text").startswith(before)
+    page.wait_for_selector("article.assistant.working", state="detached")
+    page.wait_for_selector("article.assistant .below button")
+    after = answer_of(page)
+    assert len(after["ids"]) > len(before["ids"]) and after["content"].startswith(before["content"])
+    assert len(after["top"]) == len(after["ids"])
     assert "of 4,096 tokens" in page.inner_text("#context")
     # the box to edit in is as wide as the conversation, and Ctrl+Enter asks
     page.locator("article.user").get_by_role("button", name="Edit").click()

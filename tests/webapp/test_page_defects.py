@@ -8,8 +8,11 @@ import httpx
 
 from bessemer.core.errors import RequestError
 from bessemer.core.records import json_lines
+from bessemer.serving.runtime.models import ModelPool
 from bessemer.webapp import xray_api
+from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.engine import FakeEngine
+from tests.serving.running import servers
 from tests.webapp.test_chat import ANSWER, ask, opened
 from tests.webapp.test_pages import requests_of, wait_for
 
@@ -72,6 +75,26 @@ def test_a_branch_is_made_by_a_model_whose_context_is_not_known(page, start):
     page.locator(".alternatives button:not([disabled])").first.click()
     page.wait_for_selector("article.assistant:not(.working) .place >> text=2 / 2")
     assert page.locator(".failure").all_inner_texts() == []
+
+
+def test_a_model_that_is_being_opened_says_so_until_it_answers(page, tmp_path):
+    may_open = threading.Event()
+
+    def open_engine(place):
+        assert may_open.wait(30)
+        return FakeEngine()
+
+    (tmp_path / "other.gguf").write_text("weights")
+    pool = ModelPool({"other": tmp_path / "other.gguf"}, open_engine, max_waiting=4)
+    with servers() as begin:
+        opened(page, begin(FakeEngine(), web_pages(WebSettings()), pool=pool))
+        page.select_option("#model-picker", "other")
+        ask(page, "hello")
+        page.wait_for_selector("article.assistant .opening >> text=/Opening other, 0.00 GiB: [0-9]+ s/")
+        may_open.set()
+        page.wait_for_selector("article.assistant:not(.working) .text >> text=user: hello")
+        assert page.locator(".opening").count() == 0
+        page.wait_for_selector("#context >> text=of 128 tokens")
 
 
 def test_an_xray_shows_what_it_has_says_how_far_it_is_and_is_cancelled(page, start, monkeypatch):

@@ -61,6 +61,7 @@ export async function* chatEvents(conversation, node, signal, says) {
     }
   }
   if (left) says(`the oldest ${left} messages no longer fit the model's context`);
+  const calls = [];
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
     if (event.prompt_token_ids) node.promptIds = event.prompt_token_ids;
@@ -70,13 +71,20 @@ export async function* chatEvents(conversation, node, signal, says) {
     if (choice?.statements) node.statements = choice.statements;
     node.ids.push(...(choice?.token_ids ?? []));
     if (choice?.logprobs) recordChat(node, choice.logprobs.content);
+    for (const { index, function: part } of choice?.delta?.tool_calls ?? []) {
+      calls[index] ??= { name: "", arguments: "" };
+      calls[index].name += part.name ?? "";
+      calls[index].arguments += part.arguments ?? "";
+    }
     yield { text: choice?.delta?.content ?? "", thinking: choice?.delta?.reasoning ?? "", reason: choice?.finish_reason, usage: event.usage };
   }
+  // the page runs no tool: it shows how one would be called
+  for (const call of calls) yield { text: `\n\n\`\`\`json\n{"name": ${JSON.stringify(call.name)}, "arguments": ${call.arguments}}\n\`\`\`\n`, thinking: "" };
 }
 
 /** The events of an answer that goes on behind the tokens that it has. */
 export async function* completionEvents(node, signal) {
-  const { reasoning_effort, response_format, ...options } = node.settings;
+  const { reasoning_effort, response_format, tools, ...options } = node.settings;
   const begun = [...node.promptIds, ...node.ids], context = await contextOf(options.model);
   const left = (context ?? begun.length + MOST_TOKENS) - begun.length;
   if (left < 1) throw new Error("the model's context ends here");

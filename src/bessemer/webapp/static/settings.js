@@ -20,7 +20,7 @@ const PRESETS = {
 const NEUTRAL = { top_k: 0, min_p: 0, repetition_penalty: 1, presence_penalty: 0, frequency_penalty: 0 };
 const NAMES = { temperature: "temperature", top_p: "top p", top_k: "top k", min_p: "min p", repetition_penalty: "repetition", presence_penalty: "presence", frequency_penalty: "frequency", seed: "seed", max_tokens: "most tokens", reasoning_effort: "thinking" };
 
-/** What a request says of the sampling, of one side. Raises an error for a schema that is no JSON. */
+/** What a request says of the sampling, of one side. Raises an error for a schema or tools that are no JSON. */
 export function sampling(side) {
   const number = (name) => (field(side, name).value === "" ? undefined : Number(field(side, name).value));
   const options = { model: field(side, "model").value || models[0]?.id };
@@ -30,19 +30,22 @@ export function sampling(side) {
   }
   if (field(side, "stop").value) options.stop = [field(side, "stop").value];
   if (field(side, "effort").value) options.reasoning_effort = field(side, "effort").value;
-  const schema = field(side, "schema").value.trim();
-  if (schema) {
-    let parsed;
-    try { parsed = JSON.parse(schema); } catch (error) { throw new Error(`the JSON schema in the settings is no JSON: ${error.message}`); }
-    options.response_format = { type: "json_schema", json_schema: { name: "answer", schema: parsed } };
-  }
+  const schema = parsed(side, "schema", "the JSON schema"), tools = parsed(side, "tools", "the tools");
+  if (schema) options.response_format = { type: "json_schema", json_schema: { name: "answer", schema } };
+  if (tools) options.tools = [tools].flat().map((tool) => (tool.type === "function" ? tool : { type: "function", function: tool }));
   return options;
+}
+
+/** The JSON of a field; undefined where it is empty. Raises an error that names it. */
+function parsed(side, name, what) {
+  const text = field(side, name).value.trim();
+  try { return text ? JSON.parse(text) : undefined; } catch (error) { throw new Error(`${what} in the settings: ${error.message}`); }
 }
 
 /** Settings of an answer in words, the model first. */
 export function inWords({ model, ...options }) {
   const parts = Object.entries(NAMES).filter(([name]) => options[name] !== undefined).map(([name, words]) => `${words} ${options[name]}`);
-  return [model, ...parts, ...(options.response_format ? ["JSON"] : [])].join(" · ");
+  return [model, ...parts, ...(options.response_format ? ["JSON"] : []), ...(options.tools ? [`${options.tools.length} tools`] : [])].join(" · ");
 }
 
 /** The context of a model in tokens; undefined where it is not known, as of one that is not loaded. */
