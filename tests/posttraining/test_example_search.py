@@ -26,6 +26,6 @@ def test_rows_with_the_longest_ending_come_first_and_say_where_it_stands(tmp_pat
     assert rows == 3
     assert [(one.file.stage, one.row, one.part, one.left, one.found, one.needle) for one in found] == [
         ("sft", 2, "rejected", "All ", "iron melts in the rain", 0),
-        ("align", 1, "completion", "It ", "melts in the rain", 1),
+        ("align", 2, "completion", "It ", "melts in the rain", 1),
     ]
     assert example_passages(files, ["furnace"])[0][0].part == "messages"

@@ -27,6 +27,7 @@ async function begin() {
   try {
     await loadModels();
     problem = null;
+    documents.loadIndexes();
   } catch (error) {
     problem = error.message;
   }
@@ -198,8 +199,7 @@ function drawBelow(entry) {
       action("Bad", "A bad answer", () => judge(entry, false), { "aria-pressed": node.thumb === false ? "true" : "false" }),
     );
     if (node.ids?.length) parts.push(action("Tokens", "The tokens of the answer by their surprise, and what else could have come", () => { documents.closeSource(); openTokens(entry, goOn); }));
-    parts.push(make("span", { class: "facts-of-answer" }, node.stats ?? ""));
-    if (node.settings && !isHidden(node)) parts.push(make("span", { class: "facts-of-answer" }, inWords(node.settings)));
+    if (!isHidden(node)) parts.push(...[node.stats, node.settings && inWords(node.settings)].map((said) => make("span", { class: "facts-of-answer" }, said ?? "")));
   }
   below.replaceChildren(...parts);
   entry.sources?.remove();
@@ -210,7 +210,7 @@ function drawBelow(entry) {
 
 /** Whether an answer was cut, and can go on behind its tokens: not within its thinking, and not in a form. */
 const canContinue = (node) => ["length", "stopped"].includes(node.reason) && node.promptIds && node.content && node.ids?.length && !node.settings.response_format && !node.sources;
-/** Whether it must not be said which settings an answer has. */
+/** Whether it must not be said what made an answer, its speed included. */
 const isHidden = (node) => Boolean(pair?.blind && pair.ids.includes(node.id));
 
 function edit(entry, label, done) {
@@ -561,7 +561,7 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   });
 }
 
-begin().then(documents.loadIndexes);
+begin();
 store.all().catch(() => []).then((kept) => { conversations = kept; open(fromAddress(), false); store.onOthers(takeOthers); });
 addEventListener("popstate", () => { const wanted = fromAddress(); if (wanted.id !== current.id && (Object.keys(wanted.nodes).length || Object.keys(current.nodes).length)) open(wanted, false); });
 toggleList(matchMedia("(min-width: 64rem)").matches);
