@@ -238,7 +238,7 @@ def test_an_answer_has_one_label_the_last_and_none_once_it_is_taken_back(start, 
         row = {"prompt": prompt, "completion": "Here.", "label": label, "id": identity}
         assert httpx.post(url + "/feedback", json=row).status_code == 200
     assert [(row["id"], row["label"]) for row in json_lines(labels.read_text())] == [("b", True), ("a-1", False)]
-    assert [example.label for example in read_examples(labels, as_labelled)] == [True, False]
+    assert [example.is_desirable for example in read_examples(labels, as_labelled)] == [True, False]
     assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": True}
     assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": False}
     assert [row["id"] for row in json_lines(labels.read_text())] == ["b"]

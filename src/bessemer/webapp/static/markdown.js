@@ -4,6 +4,8 @@
 import { make } from "./page.js";
 import MarkdownIt from "./vendor/markdown-it.js";
 
+/** A line that says where references lead. */
+const DEFINITION = /^ {0,3}\[[^\]\n]+\]:/m;
 /** What is nested deeper, and longer lines, are shown as they are written. */
 const DEEPEST = 60, LONGEST = 50_000;
 /** Longer code is not coloured. */
@@ -208,7 +210,8 @@ export class MarkdownView {
     this.text += more.replace(/\r\n?/g, "\n");
     if (this.code && !begun.endsWith("\n") && !/[\r\n`~]/.test(more)) { this.code.append(more); return; }
     const text = this.text.slice(this.start);
-    this.env.cite = this.cite;
+    // what defines a reference may be cut: only the whole text says what is referred to
+    this.env = { cite: this.cite };
     const blocks = blocksOf(markdown.parse(text, this.env));
     this.open?.remove();
     this.open = this.code = null;
@@ -225,8 +228,7 @@ export class MarkdownView {
 
   /** Draw what depends on the whole text, once no more comes. */
   finish() {
-    // a reference may be used before it is defined
-    if (Object.keys(this.env.references ?? {}).length) {
+    if (DEFINITION.test(this.text)) {
       this.node.replaceChildren();
       const text = this.text;
       Object.assign(this, { text: "", start: 0, open: null, code: null });
