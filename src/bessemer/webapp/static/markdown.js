@@ -175,7 +175,7 @@ function formula(text, isDisplay) {
   setting.then((katex) => {
     const set = make("span");
     try {
-      katex.render(text, set, { displayMode: isDisplay, throwOnError: true, trust: false, strict: "ignore", maxSize: 20, maxExpand: 500 });
+      katex.render(text, set, { displayMode: isDisplay, throwOnError: true, trust: false, strict: "ignore", errorColor: "var(--bad)", maxSize: 20, maxExpand: 500 });
       node.replaceChildren(...set.childNodes);
     } catch { /* stays as it is written */ }
   });

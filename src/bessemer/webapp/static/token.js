@@ -176,9 +176,11 @@ function build() {
 function drawNumbers(found) {
   const { entry, place, settings } = open, id = entry.node.ids[place], own = open.places[place];
   if (!own && !found) { byId("token-numbers").replaceChildren(make("p", { class: "soft" }, "Reading …")); byId("token-alternatives").replaceChildren(); return; }
-  const drawn = own && drawnFrom(own, settings), computed = new Map((found?.alternatives ?? []).map((one) => [one.id, one]));
+  const drawn = own && drawnFrom(own, settings), computed = new Map([...(found?.alternatives ?? []), ...(found ? [found.token] : [])].map((one) => [one.id, one]));
   const sampled = (one) => (drawn ? (drawn.shares.get(one) ?? (drawn.kept === null ? undefined : 0)) : computed.get(one)?.sampled);
-  const alternatives = own ? own.alternatives.map((one) => ({ ...one, piece: pieceOf(one.id), sampled: sampled(one.id) })) : found.alternatives;
+  // the token that came stands last where it is not among the likeliest
+  const recordedOnes = own && (own.rank === null ? [...own.alternatives, { id, probability: own.probability }] : own.alternatives);
+  const alternatives = own ? recordedOnes.map((one) => ({ ...one, piece: pieceOf(one.id), sampled: sampled(one.id) })) : found.alternatives;
   const probability = own?.probability ?? found.token.probability, rank = own?.rank ?? found?.token.rank;
   const entropy = found ? `${found.entropy_bits.toFixed(2)} bits` : `≥ ${leastEntropy(own).toFixed(2)} bits`;
   const kept = drawn?.kept ?? found?.kept, fact = (name, value) => make("div", {}, make("dt", {}, name), make("dd", {}, value));
