@@ -100,7 +100,11 @@ def test_the_page_shows_one_prompt_at_a_time_and_takes_only_its_own_forms(folder
     )
     token = re.search(r'name="token" value="([^"]+)"', page)[1]
     form = {"token": token, "id": "id0", "do": "rank", "rank0": "2", "rank1": "1", "rank2": "3"}
-    assert client.post("/", data=form | {"token": "another"}).status_code == 403
+    for other in ("another", "é"):
+        assert client.post("/", data=form | {"token": other}).status_code == 403
+    # Python reads no whole number of more than 4,300 digits
+    for rank in ("1" * 4400, "²"):
+        assert client.post("/", data=form | {"rank1": rank}).status_code == 400
     refused = client.post("/", data=form | {"rank2": ""})
     assert refused.status_code == 400 and "Give every answer a rank" in refused.text
     after = client.post("/", data=form)

@@ -223,6 +223,17 @@ def test_a_chat_that_ends_with_the_assistant_is_gone_on_with(start, tokenizer, m
     assert engine.prompts[0].endswith("user\nhéllo\nassistant\nIt is")
 
 
+def test_a_chat_that_ends_with_the_assistant_is_answered_anew_where_that_is_asked_for(start, tokenizer):
+    engine = ScriptedEngine(tokenizer, "Again.")
+    said = [*HELLO, {"role": "assistant", "content": "It is"}]
+    url = start(engine) + "/v1/chat/completions"
+    answer = httpx.post(url, json=body(messages=said, continue_final_message=False)).json()
+    assert answer["choices"][0]["message"]["content"] == "Again."
+    assert engine.prompts[0].endswith("assistant\nIt is\nassistant\n")
+    nothing = body(messages=said, continue_final_message=False, add_generation_prompt=False)
+    assert httpx.post(url, json=nothing).json()["error"]["param"] == "add_generation_prompt"
+
+
 def test_what_changes_nothing_here_is_accepted(start):
     engine = FakeEngine()
     url = start(engine) + "/v1/chat/completions"

@@ -11,16 +11,19 @@ import time
 import httpx
 import pytest
 import torch
+from fastapi import FastAPI
 
+from bessemer.core.records import json_lines
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.inspection.inspect import inspect
 from bessemer.inspection.recording import logit_lens, record
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.storage.folder import load_model
 from bessemer.posttraining.data.examples import read_examples
-from bessemer.posttraining.data.formats import as_pair
+from bessemer.posttraining.data.formats import as_labelled, as_pair
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
+from bessemer.serving.runtime.bodies import without_places
 from bessemer.webapp import xray_api
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.running import servers
@@ -49,12 +52,15 @@ def test_pages_and_their_files_need_no_key_and_all_that_they_ask_does(engine, st
         assert httpx.post(url + path, json={}).status_code == 401
 
 
+MODULES = ("page", "store", "markdown", "token", "chat", "settings", "answers", "sampled", "comparisons", "documents")
+
+
 def test_nothing_in_the_pages_is_from_elsewhere_or_parses_what_others_say(start):
     url = start()
     for page in ("/", "/xray"):
         text = httpx.get(url + page).text
         files = re.findall(r'(?:src|href)="(static/[^"]+)"', text)
-        modules = [httpx.get(f"{url}/static/{name}.js").text for name in ("page", "store", "markdown", "token")]
+        modules = [httpx.get(f"{url}/static/{name}.js").text for name in MODULES]
         for content in (text, *(httpx.get(f"{url}/{file}").text for file in files), *modules):
             for forbidden in ("innerHTML", "outerHTML =", "insertAdjacentHTML", "document.write", "eval(", "@import", "//cdn"):
                 assert forbidden not in content
@@ -124,6 +130,22 @@ def test_an_xray_is_an_inspection_and_a_silenced_head_changes_what_is_said(start
     wrong = httpx.post(url + "/inspect/xray", json={"text": "the end", "query": "nowhere"}, timeout=60)
     assert wrong.status_code == 400 and "no token of the text" in wrong.json()["error"]["message"]
     assert httpx.post(url + "/inspect/xray", json={"text": "a " * 2000}).status_code == 400
+
+
+def test_an_xray_comes_in_parts_and_the_last_is_the_whole(start):
+    url = start()
+    asked = {"text": "the end in the thin"}
+    whole = httpx.post(url + "/inspect/xray", json=asked, timeout=60).json()
+    with httpx.stream("POST", url + "/inspect/xray", json=asked | {"stream": True}, timeout=60) as answer:
+        told = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: ")]
+    progress = [one["progress"] for one in told if "progress" in one]
+    first, last = (one for one in told if "sections" in one)
+    assert progress == sorted(progress) and progress[0] == 0 and last == whole
+    assert {one["name"] for one in last["sections"]} - {one["name"] for one in first["sections"]} == {"ablation"}
+    refused = httpx.post(url + "/inspect/xray", json={"text": "a " * 2000, "stream": True})
+    assert refused.status_code == 400
+    with httpx.stream("POST", url + "/inspect/xray", json=asked | {"stream": True, "query": "nowhere"}, timeout=60) as answer:
+        assert "no token of the text" in answer.read().decode()
 
 
 def test_xrays_take_no_thread_of_the_server_and_stop_when_their_clients_leave(start, monkeypatch):
@@ -206,3 +228,30 @@ def test_feedback_becomes_rows_that_post_training_reads(start, tmp_path):
     ):
         assert httpx.post(url + "/feedback", json=wrong).status_code == 400
     assert httpx.post(start() + "/feedback", json=pair).status_code == 403
+
+
+def test_an_answer_has_one_label_the_last_and_none_once_it_is_taken_back(start, tmp_path):
+    url, labels = start(web={"feedback": tmp_path}), tmp_path / "labels.jsonl"
+    # a line separator ends no line of JSON
+    prompt = [{"role": "user", "content": "Where\u2028is it?"}]
+    for identity, label in (("a-1", True), ("b", True), ("a-1", False)):
+        row = {"prompt": prompt, "completion": "Here.", "label": label, "id": identity}
+        assert httpx.post(url + "/feedback", json=row).status_code == 200
+    assert [(row["id"], row["label"]) for row in json_lines(labels.read_text())] == [("b", True), ("a-1", False)]
+    assert [example.is_desirable for example in read_examples(labels, as_labelled)] == [True, False]
+    assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": True}
+    assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": False}
+    assert [row["id"] for row in json_lines(labels.read_text())] == ["b"]
+
+
+def test_the_description_of_the_api_has_the_routes_of_the_pages(start, engine, model_folder):
+    app = create_app(engine, "tiny", ServingConfig(), web_pages(WebSettings(model_folder)))
+    routes = FastAPI.openapi(app)["paths"]
+    described = httpx.get(start() + "/openapi.json").json()["paths"]
+    wanted = {(re.sub(r":path\}", "}", path), method) for path, methods in routes.items() for method in methods}
+    assert wanted - {("/", "head"), ("/", "get")} == {(path, method) for path in described for method in described[path]}
+
+
+def test_where_files_lie_is_not_said(tmp_path):
+    text = f"{tmp_path}/a/config.json and {tmp_path}/model.gguf: no; POST /v1/chat/completions, 1/2 and https://a.org/b/c"
+    assert without_places(text) == "config.json and model.gguf: no; POST /v1/chat/completions, 1/2 and https://a.org/b/c"

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from bessemer.inference.engine import Engine
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, write_keys
 from bessemer.serving.runtime.models import ModelPool
 from bessemer.webapp.app import WebSettings, web_pages
+from bessemer.webapp.lineage_api import _example_files
 from tests.serving.running import servers
 from tests.webapp.test_accessibility import faults
 
@@ -307,3 +309,24 @@ def test_these_pages_have_no_serious_fault_for_those_who_do_not_see_them(page, u
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(200)
     assert faults(page) == []
+
+
+def test_examples_of_a_run_are_those_that_its_stages_kept_or_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sft/conversations/train.jsonl", "judged/preferences.jsonl", "pairs.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n", encoding="utf-8")
+    recipe = {
+        "name": "r",
+        "sft": {"data": ["chats.jsonl"]},
+        "judged": {"kind": "ai_preferences"},
+        "align": {"kind": "preference", "data": ["pairs.jsonl", "made/preferences", "gone.jsonl"]},
+        "reward": {"data": ["pairs.jsonl"]},
+    }
+    stages = {name: tmp_path / name for name in ("sft", "judged", "align")}
+    run = SimpleNamespace(record=lambda: {"recipe": recipe}, stages=lambda: stages)
+    assert [(one.stage, one.kind, one.path.name, one.is_split) for one in _example_files(run)] == [
+        ("sft", "sft", "train.jsonl", True),
+        ("judged", "ai_preferences", "preferences.jsonl", False),
+        ("align", "preference", "pairs.jsonl", False),
+    ]

@@ -6,7 +6,7 @@ lead from query and keys to the weighted sum of values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -110,11 +110,13 @@ def without_heads(model: Decoder, heads: Sequence[tuple[int, int]]) -> Iterator[
         yield
 
 
-def head_losses(model: Decoder, tokens_T: np.ndarray) -> tuple[float, np.ndarray]:
+def head_losses(
+    model: Decoder, tokens_T: np.ndarray, on_layer: Callable[[int, int], None] | None = None
+) -> tuple[float, np.ndarray]:
     """The model's mean loss on a text, and by how much it rises without each head, (L, H), nats per token.
 
     One head at a time; NaN where a layer has fewer heads than others. The heads of a layer are rows of one batch, which is
-    expanded from one row at that layer.
+    expanded from one row at that layer. on_layer: called before each layer with its number and how many there are.
     """
     tokens_T = np.asarray(tokens_T)
     counts = [block.attention.output[1] for block in model.blocks]
@@ -122,6 +124,8 @@ def head_losses(model: Decoder, tokens_T: np.ndarray) -> tuple[float, np.ndarray
     whole = _losses(model, tokens_T)[0]
     changes_LH = np.full((len(counts), max(counts)), np.nan)
     for layer, (block, count) in enumerate(zip(model.blocks, counts, strict=True)):
+        if on_layer is not None:
+            on_layer(layer, len(counts))
         for first in range(0, count, at_once):
             heads = range(first, min(first + at_once, count))
             part = block.register_forward_pre_hook(partial(_repeat_row, len(heads)))

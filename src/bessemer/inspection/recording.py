@@ -105,7 +105,7 @@ def read(model: Decoder, tokens: Sequence[int] | np.ndarray) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        return model.hidden(torch.from_numpy(ids).to(model.head_weight.device))
+        return model.hidden(torch.from_numpy(ids).to(model.device))
     finally:
         model.train(was_training)
 
@@ -189,5 +189,4 @@ def logit_lens(model: Decoder, recording: Recording, tokens_T: np.ndarray, top: 
 @torch.no_grad()
 def lens_logits(model: Decoder, hidden_TD: np.ndarray) -> Tensor:
     """The logits that the model's last norm and head make of states of the residual stream, (T, V)."""
-    head = model.head_weight
-    return model.logits(model.norm(torch.from_numpy(hidden_TD).to(head.device, head.dtype)))
+    return model.logits(model.norm(torch.from_numpy(hidden_TD).to(model.device, model.dtype)))

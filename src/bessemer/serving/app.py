@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version as package_version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -45,16 +45,21 @@ from bessemer.serving.runtime.served import Served
 from bessemer.serving.runtime.streams import as_api_error
 from bessemer.serving.runtime.worker import Worker
 
+if TYPE_CHECKING:
+    from bessemer.serving.openapi import Operation
+
 #: Seconds between two checks of the file of keys.
 _REFRESH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Routes of another package. public: those of their paths that need no key."""
+    """Routes of another package. public: those of their paths that need no key. operations: gives their descriptions for
+    `/openapi.json`, by path and method."""
 
     routers: Sequence[APIRouter] = ()
     public: Collection[str] = ()
+    operations: Callable[[], Mapping[tuple[str, str], Operation]] | None = None
 
 
 def no_pages(served: Served) -> Pages:
@@ -153,7 +158,7 @@ def create_app(
 
     @app.get("/openapi.json")
     async def describe() -> dict[str, Any]:
-        return described()
+        return described(other_pages.operations)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -177,11 +182,11 @@ def create_app(
 
 
 @cache
-def described() -> dict[str, Any]:
-    """The OpenAPI document, made at the first request."""
+def described(more: Callable[[], Mapping[tuple[str, str], Operation]] | None = None) -> dict[str, Any]:
+    """The OpenAPI document, made at the first request. more: `Pages.operations`."""
     from bessemer.serving.openapi import description
 
-    return description()
+    return description(None if more is None else more())
 
 
 async def _close_idle_models(pool: ModelPool | None) -> None:

@@ -44,7 +44,7 @@ def _one_of(*values: str) -> dict[str, Any]:
 
 _USAGE = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT)
 _FINISH = {"enum": ["stop", "length", "tool_calls", "content_filter", None]}
-_MODEL = _object(id=_TEXT, object=_one_of("model"), created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT)
+_MODEL = _object(id=_TEXT, object=_one_of("model"), created=_COUNT, owned_by=_TEXT, max_model_len={"type": ["integer", "null"]})
 _HEALTH = _object(status=_TEXT, model=_TEXT)
 
 #: The body of an error.
@@ -329,14 +329,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/ready", "get"): Operation("Whether new requests should come here.", _HEALTH, tag="Server", error=_HEALTH),
     ("/version", "get"): Operation("Of the package.", _object(version=_TEXT), tag="Server"),
     ("/metrics", "get"): Operation("Counts and times for Prometheus.", None, tag="Server"),
+    ("/openapi.json", "get"): Operation("This description.", _object(openapi=_TEXT, paths=_ANY), tag="Server"),
 }
 
 
-def description() -> dict[str, Any]:
-    """The document, in OpenAPI 3.1."""
+def description(more: Mapping[tuple[str, str], Operation] | None = None) -> dict[str, Any]:
+    """The document, in OpenAPI 3.1. more: routes of the server's pages."""
     schemas: dict[str, Any] = {}
     paths: dict[str, Any] = {}
-    for (path, method), operation in OPERATIONS.items():
+    for (path, method), operation in {**OPERATIONS, **(more or {})}.items():
         name = f"{method}{path.replace('/', '_').replace('{', '').replace('}', '')}"
         paths.setdefault(path, {})[method] = operation.described(name, schemas)
     return {

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.pipeline import run_names
-from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.bodies import ApiError, without_places
 from bessemer.serving.runtime.clients import caller_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ async def off_the_loop(work: Callable[[], Result]) -> Result:
     try:
         return await asyncio.to_thread(work)
     except (ArtefactError, RequestError) as error:
-        raise ApiError(str(error), status=404, code="not_available") from None
+        raise ApiError(without_places(str(error)), status=404, code="not_available") from None
     except ModuleNotFoundError as error:
         # a server may lack the extras of data and reports
         raise ApiError(install_advice(module_of(error)), status=404, code="not_available") from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
@@ -24,6 +24,9 @@ from bessemer.webapp.lineage_api import LineageApi
 from bessemer.webapp.runs_api import RunsApi
 from bessemer.webapp.token_api import TokenApi
 from bessemer.webapp.xray_api import XrayApi
+
+if TYPE_CHECKING:
+    from bessemer.serving.openapi import Operation
 
 #: An example body for each route on the page of the API.
 _EXAMPLES: dict[str, dict[str, Any]] = {
@@ -79,8 +82,8 @@ def _shown(document: Mapping[str, Any], path: str, method: str, operation: Mappi
 
 #: Content-Security-Policy: scripts and styles are files of this server, never inline.
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 #: Pages by path: template, title, script.
 _PAGES = {
@@ -90,6 +93,8 @@ _PAGES = {
     "/data": ("data.html.jinja", "Data", "data.js"),
     "/api": ("api.html.jinja", "API", "api.js"),
 }
+#: Media types that machines' own tables name otherwise, or lack.
+_KINDS = {".js": "text/javascript", ".woff2": "font/woff2"}
 #: Style sheets that the pages share with the report.
 _VIEWS = ("style.css", "inspection.css")
 
@@ -111,6 +116,13 @@ class WebSettings:
     makes_xrays: bool = True
 
 
+def operations() -> Mapping[tuple[str, str], Operation]:
+    """The descriptions of the routes that the pages call."""
+    from bessemer.webapp.operations import OPERATIONS
+
+    return OPERATIONS
+
+
 def public_paths() -> list[str]:
     """The pages and their files, which need no key."""
     return [*_PAGES, *_files()]
@@ -129,7 +141,7 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
             DataApi(served, settings.runs),
             FeedbackApi(settings.feedback),
         )
-        return Pages([site.router(), *(api.router() for api in apis)], public_paths())
+        return Pages([site.router(), *(api.router() for api in apis)], public_paths(), operations)
 
     return pages
 
@@ -137,8 +149,9 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
 @cache
 def _files() -> dict[str, bytes]:
     """Scripts, styles and pictures by their paths."""
-    static = (resources.files("bessemer.webapp") / "static").iterdir()
-    own = {file.name: file.read_bytes() for file in static if file.is_file()}
+    static = resources.files("bessemer.webapp") / "static"
+    own = {file.name: file.read_bytes() for file in static.iterdir() if file.is_file()}
+    own |= {f"vendor/{file.name}": file.read_bytes() for file in (static / "vendor").iterdir()}
     shared = {f"report-{name}": (resources.files("bessemer.views") / name).read_bytes() for name in _VIEWS}
     return {f"/static/{name}": content for name, content in sorted((own | shared).items())}
 
@@ -170,7 +183,7 @@ class _Site:
             script=f"static/{script}",
             navigation=[(other, name) for other, (_, name, _) in _PAGES.items()],
             given=given,
-            tags=operations_by_tag(described(), self._served.model_name) if path == "/api" else (),
+            tags=operations_by_tag(described(operations), self._served.model_name) if path == "/api" else (),
         )
 
     def router(self) -> APIRouter:
@@ -195,5 +208,5 @@ class _Site:
         headers = {"ETag": self._etags[path], "Cache-Control": "no-cache"}
         if request.headers.get("if-none-match") == self._etags[path]:
             return Response(status_code=304, headers=headers)
-        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        kind = _KINDS.get(Path(path).suffix) or mimetypes.guess_type(path)[0] or "application/octet-stream"
         return Response(self.files[path], media_type=kind, headers=headers)

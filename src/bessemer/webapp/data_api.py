@@ -13,6 +13,7 @@ from bessemer.core.environment import install_advice
 from bessemer.core.errors import ConfigError
 from bessemer.data.corpus.reader import SIDES, history, is_document_id
 from bessemer.data.corpus.search import Query, SearchResult, duplicate_groups, facets, ranked, search, sides_of
+from bessemer.serving.runtime.bodies import without_places
 from bessemer.serving.runtime.served import Served
 from bessemer.tokenization.measure import shown_tokens
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -130,7 +131,7 @@ class DataApi:
         try:
             explanation = _explained(run, text, first["url"])
         except ConfigError as error:
-            problem = str(error)
+            problem = without_places(str(error))
         except ModuleNotFoundError as error:
             problem = install_advice(module_of(error))
         tokenizer = self._tokenizer(run)

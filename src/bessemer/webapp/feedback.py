@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
+from bessemer.core.store import write_text
 from bessemer.serving.runtime.bodies import ApiError, Body, misfit, read_body
 
 #: Files below the folder: rows of `preference` and of KTO, in TRL's conversational form.
 PAIRS, LABELS = "pairs.jsonl", "labels.jsonl"
+FeedbackId = Annotated[str, Field(pattern=r"^[0-9a-zA-Z-]{1,64}$")]
 
 
 class FeedbackMessage(Body):
@@ -24,13 +26,15 @@ class FeedbackMessage(Body):
 
 
 class Feedback(Body):
-    """Either a pair of answers, one better than the other, or one answer with a label."""
+    """Either a pair of answers, one better than the other, or one answer with a label. id: of the answer, whose label takes the
+    place of an earlier one."""
 
     prompt: Annotated[list[FeedbackMessage], Field(min_length=1, max_length=1000)]
     chosen: str | None = Field(None, min_length=1)
     rejected: str | None = None
     completion: str | None = Field(None, min_length=1)
     label: bool | None = None
+    id: FeedbackId | None = None
 
     @model_validator(mode="after")
     def _is_one_of_two(self) -> Self:
@@ -47,7 +51,8 @@ class Feedback(Body):
         prompt = [message.model_dump() for message in self.prompt]
         if self.chosen is not None:
             return {"prompt": prompt, "chosen": _answer(self.chosen), "rejected": _answer(self.rejected or "")}
-        return {"prompt": prompt, "completion": _answer(self.completion or ""), "label": self.label}
+        named = {} if self.id is None else {"id": self.id}
+        return {"prompt": prompt, "completion": _answer(self.completion or ""), "label": self.label, **named}
 
 
 class FeedbackApi:
@@ -60,18 +65,51 @@ class FeedbackApi:
     def router(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/feedback", self.take, methods=["POST"])
+        router.add_api_route("/feedback/{identity}", self.withdraw, methods=["DELETE"])
         return router
 
     async def take(self, request: Request) -> dict[str, str]:
         body = await read_body(Feedback, request)
-        if self._folder is None:
-            raise ApiError("this server keeps no feedback; start it with --feedback FOLDER", status=403, code="not_allowed")
+        folder = self._kept_in()
         name = PAIRS if body.chosen is not None else LABELS
         with self._lock:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / name).open("a", encoding="utf-8") as stream:
+            folder.mkdir(parents=True, exist_ok=True)
+            if name == LABELS and body.id is not None:
+                _remove(folder / LABELS, body.id)
+            with (folder / name).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(body.row(), ensure_ascii=False) + "\n")
         return {"kept": name}
+
+    async def withdraw(self, identity: str) -> dict[str, bool]:
+        folder = self._kept_in()
+        with self._lock:
+            return {"deleted": _remove(folder / LABELS, identity)}
+
+    def _kept_in(self) -> Path:
+        """The folder. Raises ApiError (403) where nothing is kept."""
+        if self._folder is None:
+            raise ApiError("this server keeps no feedback; start it with --feedback FOLDER", status=403, code="not_allowed")
+        return self._folder
+
+
+def _remove(path: Path, identity: str) -> bool:
+    """Remove the rows of an answer from a file of labels. Returns whether there were any."""
+    if not path.is_file():
+        return False
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # a line that another program wrote stays as it is
+    staying = [line for line in lines if identity not in line or _id_of(line) != identity]
+    if len(staying) < len(lines):
+        write_text(path, "\n".join(staying))
+    return len(staying) < len(lines)
+
+
+def _id_of(line: str) -> Any:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row.get("id") if isinstance(row, dict) else None
 
 
 def _answer(text: str) -> list[dict[str, str]]:

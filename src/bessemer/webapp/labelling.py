@@ -27,6 +27,8 @@ _POLICY = (
 )
 #: Most bytes that are read of a form.
 _LONGEST_FORM = 10_000
+#: Most digits of a rank.
+_RANK_DIGITS = 4
 
 
 def create_label_app(labels: Labels, folder: Path, hosts: Sequence[str] = ()) -> FastAPI:
@@ -57,7 +59,7 @@ class _Page:
     async def judge(self, request: Request) -> Response:
         body = await request.body()
         form = {name: values[-1] for name, values in parse_qs(body[:_LONGEST_FORM].decode("utf-8", "replace")).items()}
-        if not secrets.compare_digest(form.get("token", ""), self._token):
+        if not secrets.compare_digest(form.get("token", "").encode(), self._token.encode()):
             return self._page("This form is of another page; judge the answers again.", status=403)
         id = form.get("id", "")
         if id not in self._labels.answers:
@@ -68,7 +70,7 @@ class _Page:
         ranks: list[int] = []
         if form.get("do") != "skip":
             values = [form.get(f"rank{index}", "") for index in range(len(self._labels.answers[id].answers))]
-            if not all(value.isdecimal() for value in values):
+            if not all(value.isdecimal() and len(value) <= _RANK_DIGITS for value in values):
                 return self._page("Give every answer a rank, or skip the prompt.", status=400)
             ranks = [int(value) for value in values]
         try:

@@ -20,7 +20,10 @@ from bessemer.inspection.inspect import piece_of
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.model_config import read_model_config
-from bessemer.serving.runtime.bodies import ApiError, Body, read_body
+from bessemer.posttraining.data.hub import is_hub_dataset
+from bessemer.posttraining.data.made import is_data_name
+from bessemer.posttraining.data.search import ExampleFile, ExamplePassage, example_passages
+from bessemer.serving.runtime.bodies import ApiError, Body, read_body, without_places
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served
 from bessemer.webapp.access import check_owner, missing, named_run, off_the_loop
@@ -94,13 +97,26 @@ class LineageApi:
                 ((name, folder) for name, folder in reversed(run.stages().items()) if holds_documents(folder / "documents")),
                 (None, None),
             )
-            if folder is None:
-                raise missing(f"the run {run.name!r} has no documents")
-            if not needles:
-                return {"run": run.name, "stage": stage, "passages": [], "looked_at": 0, "documents": 0}
-            places, looked_at, documents = passages(folder / "documents", needles, split=TRAIN)
-            described = [_described(passage) for passage in places]
-            return {"run": run.name, "stage": stage, "passages": described, "looked_at": looked_at, "documents": documents}
+            files = list(_example_files(run))
+            if folder is None and not files:
+                raise missing(f"the run {run.name!r} has neither documents nor examples")
+            places: list[Passage] = []
+            examples: list[ExamplePassage] = []
+            looked_at = documents = rows = 0
+            if needles and folder is not None:
+                places, looked_at, documents = passages(folder / "documents", needles, split=TRAIN)
+            if needles:
+                examples, rows = example_passages(files, needles)
+            return {
+                "run": run.name,
+                "stage": stage,
+                "passages": [_described(passage) for passage in places],
+                "looked_at": looked_at,
+                "documents": documents,
+                "examples": [_described_example(passage) for passage in examples],
+                "rows": rows,
+                "example_stages": list(dict.fromkeys(file.stage for file in files)),
+            }
 
         return await off_the_loop(search)
 
@@ -129,7 +145,7 @@ class LineageApi:
         try:
             model = load_model(earlier.folder) if earlier.step is None else _of_checkpoint(earlier.folder)
         except BessemerError as error:
-            return {**prediction, "problem": str(error)}
+            return {**prediction, "problem": without_places(str(error))}
         tokens = body.before[-min(_LONGEST, model.config.max_position_embeddings) :]
         if max(*tokens, body.token) >= model.config.vocab_size:
             return {**prediction, "problem": "it has another vocabulary"}
@@ -171,6 +187,50 @@ def _of_checkpoint(checkpoint: Path) -> Decoder:
 def _writes_text(model: Path) -> bool:
     """Whether it is a language model, not a reward model."""
     return not read_model_config(model).num_scores
+
+
+#: Kinds of stages that learn from rows, and the rows that stages make for them, below their folders.
+_EXAMPLE_KINDS = ("sft", "distillation", "preference", "reward", "rl")
+_CONVERSATIONS = Path("conversations", "train.jsonl")
+_MADE_ROWS = ("revisions.jsonl", "synthetic.jsonl", "preferences.jsonl", "honesty.jsonl")
+
+
+def _example_files(run: RunFolder) -> Iterator[ExampleFile]:
+    """The rows that the run's stages have learnt from and made: the conversations that a stage kept of them, or the files that
+    its settings name, where they still are."""
+    stages = run.stages()
+    for name, section in run.record()["recipe"].items():
+        settings = section if isinstance(section, dict) else {"data": section}
+        kind, folder = str(settings.get("kind", name)), stages.get(name)
+        if folder is None:
+            continue
+        for made in _MADE_ROWS:
+            if (folder / made).is_file():
+                yield ExampleFile(name, kind, folder / made)
+        if (folder / _CONVERSATIONS).is_file():
+            yield ExampleFile(name, kind, folder / _CONVERSATIONS, is_split=True)
+        elif kind in _EXAMPLE_KINDS:
+            data = settings.get("data")
+            for given in data if isinstance(data, list) else ():
+                # relative to where the recipe ran, as the settings of `clean` are
+                if isinstance(given, str) and is_data_name(given) and not is_hub_dataset(given) and Path(given).is_file():
+                    yield ExampleFile(name, kind, Path(given))
+
+
+def _described_example(passage: ExamplePassage) -> dict[str, Any]:
+    file = passage.file
+    return {
+        "stage": file.stage,
+        "kind": file.kind,
+        # a file's own name: where it lies is not for clients
+        "file": file.path.name,
+        "split": TRAIN if file.is_split else None,
+        "row": passage.row,
+        "part": passage.part,
+        "left": passage.left,
+        "found": passage.found,
+        "right": passage.right,
+    }
 
 
 def _described(passage: Passage) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 from typing import Annotated, Any
 
 import torch
@@ -11,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from torch import Tensor
 
-from bessemer.core.errors import RequestError
+from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.capture import Capture, Captured
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.distribution import truncated_logits
@@ -71,7 +72,20 @@ class TokenApi:
         router = APIRouter(prefix="/inspect")
         router.add_api_route("/pieces", self.pieces, methods=["POST"])
         router.add_api_route("/token", self.token, methods=["POST"])
+        router.add_api_route("/opening/{name:path}", self.opening, methods=["GET"])
         return router
+
+    async def opening(self, name: str) -> dict[str, Any]:
+        """Whether a model is open, loading (`seconds`, `bytes`), or closed."""
+        self._served.check_model(name)
+        pool = self._served.pool
+        if pool is None or not self._served.is_additional(name) or name in (model.name for model in pool.open_models):
+            return {"state": "open", "seconds": None, "bytes": None}
+        seconds = pool.loading_seconds(name)
+        with suppress(OSError, BessemerError):
+            size = await asyncio.to_thread(pool.size, name)
+            return {"state": "closed" if seconds is None else "loading", "seconds": seconds, "bytes": size}
+        return {"state": "closed" if seconds is None else "loading", "seconds": seconds, "bytes": None}
 
     async def pieces(self, request: Request) -> dict[str, Any]:
         body = await read_body(PiecesRequest, request)

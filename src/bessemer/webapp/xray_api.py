@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,23 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from bessemer.core.environment import free_memory_bytes
-from bessemer.core.errors import RequestError
+from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inspection.heads import without_heads
-from bessemer.inspection.inspect import inspect
+from bessemer.inspection.heads import head_losses, without_heads
+from bessemer.inspection.inspect import Inspection, inspect
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.tuned_folder import load_whole
 from bessemer.serving.runtime.bodies import ApiError, Body, overloaded, read_body
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served
-from bessemer.serving.runtime.streams import client_left_response, until_client_leaves
+from bessemer.serving.runtime.streams import (
+    EventStream,
+    as_api_error,
+    client_left_response,
+    server_sent_event,
+    until_client_leaves,
+)
 from bessemer.webapp.access import without_styles
 
 #: Most tokens of a sentence: attention is drawn as tokens × tokens.
@@ -56,6 +63,7 @@ class XrayRequest(Body):
     neighbours: list[str] = Field(default_factory=list, max_length=8)
     analogies: list[str] = Field(default_factory=list, max_length=4)
     ablate: bool = True
+    stream: bool = False
 
 
 class WithoutRequest(Body):
@@ -88,7 +96,12 @@ class XrayApi:
     async def xray(self, request: Request) -> Response:
         body = await read_body(XrayRequest, request)
         self._served.check_unguarded()
-        return await self._run(request, body.text, lambda model, _: self._drawn(body, model))
+        if not body.stream:
+            return await self._run(request, body.text, lambda model, _: self._drawn(body, model))
+        events = self._events(request, body)
+        # refuses what is wrong before the response begins
+        await anext(events)
+        return EventStream(events)
 
     async def without(self, request: Request) -> Response:
         body = await read_body(WithoutRequest, request)
@@ -97,6 +110,73 @@ class XrayApi:
 
     async def _run(self, request: Request, text: str, work: _Work) -> Response:
         """Run work on the copy, one at a time. It stops when the client leaves."""
+        has_left = threading.Event()
+
+        async def answer() -> Response:
+            try:
+                # cancelled while it waits, if the client leaves
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._thread, lambda: JSONResponse(self._on_copy(work, has_left))
+                )
+            except RequestError as error:
+                raise ApiError(str(error), code="invalid_value") from None
+            finally:
+                has_left.set()
+
+        async with self._admitted(request, text):
+            return await until_client_leaves(request.receive, answer()) or client_left_response()
+
+    async def _events(self, request: Request, body: XrayRequest) -> AsyncGenerator[str, None]:
+        """An X-ray in parts: what is being done and how far it is (`progress`, 0 … 1), then all sections but the one of the
+        heads' losses, then that one. The first item is "", once nothing is refused; closing the generator ends the work."""
+        loop, has_left = asyncio.get_running_loop(), threading.Event()
+        waiting: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+        def tell(event: dict[str, Any] | None) -> None:
+            loop.call_soon_threadsafe(waiting.put_nowait, event)
+
+        def work(model: Decoder, check: Callable[[], None]) -> dict[str, Any]:
+            tell({"what": "reading the sentence", "progress": 0.05})
+            inspection = self._inspection(body, model, ablate=False)
+            tell(_described(inspection))
+            if body.ablate and len(inspection.tokens.ids) > 1:
+
+                def on_layer(layer: int, layers: int) -> None:
+                    check()
+                    tell({"what": f"without each head of layer {layer}", "progress": 0.1 + 0.9 * layer / layers})
+
+                changes_LH = head_losses(model, inspection.tokens.ids, on_layer)[1]
+                tell(_described(replace(inspection, head_changes_LH=changes_LH)))
+            return {}
+
+        def run() -> None:
+            try:
+                tell({"what": "copying the model", "progress": 0.0})
+                self._on_copy(work, has_left)
+            except _ClientLeftError:
+                pass
+            except (BessemerError, ApiError) as error:
+                tell(as_api_error(error).body())
+            except Exception:
+                # a bug, which the server's log shows in full
+                tell(ApiError("the server failed; its log says why", status=500, kind="server_error").body())
+                raise
+            finally:
+                tell(None)
+
+        async with self._admitted(request, body.text):
+            yield ""
+            working = loop.run_in_executor(self._thread, run)
+            try:
+                while (event := await waiting.get()) is not None:
+                    yield server_sent_event(event)
+            finally:
+                has_left.set()
+                working.cancel()
+
+    @asynccontextmanager
+    async def _admitted(self, request: Request, text: str) -> AsyncGenerator[None, None]:
+        """Holds a place for an X-ray of a text. Raises ApiError where none is made."""
         if not self._is_offered:
             raise ApiError(
                 "this server makes no X-rays: it listens to other machines, and asks for no key", status=403, code="not_allowed"
@@ -105,26 +185,6 @@ class XrayApi:
             raise ApiError("this server knows no folder of its model", status=404, code="not_available")
         if self._under_way >= _MOST_AT_ONCE:
             raise overloaded(f"{self._under_way} X-rays are under way; try again in a moment", retry_after=5)
-        has_left = threading.Event()
-
-        def check() -> None:
-            if has_left.is_set():
-                raise _ClientLeftError
-
-        def run() -> Response:
-            model = self._model
-            with _stopped(model, check):
-                return JSONResponse(work(model, check))
-
-        async def answer() -> Response:
-            try:
-                # cancelled while it waits, if the client leaves
-                return await asyncio.get_running_loop().run_in_executor(self._thread, run)
-            except RequestError as error:
-                raise ApiError(str(error), code="invalid_value") from None
-            finally:
-                has_left.set()
-
         self._under_way += 1
         try:
             count = len(await asyncio.to_thread(self._served.engine.tokenizer.encode, text))
@@ -134,9 +194,21 @@ class XrayApi:
                 )
             caller_of(request).spend(prompt=count)
             with self._served.worker.admit(1):
-                return await until_client_leaves(request.receive, answer()) or client_left_response()
+                yield
         finally:
             self._under_way -= 1
+
+    def _on_copy(self, work: _Work, has_left: threading.Event) -> dict[str, Any]:
+        """Work's result with the copy of the model. Raises _ClientLeftError once the client has left."""
+
+        def check() -> None:
+            if has_left.is_set():
+                raise _ClientLeftError
+
+        check()
+        model = self._model
+        with _stopped(model, check):
+            return work(model, check)
 
     @cached_property
     def _model(self) -> Decoder:
@@ -152,10 +224,10 @@ class XrayApi:
         return load_whole(self._folder).float()
 
     def _drawn(self, body: XrayRequest, model: Decoder) -> dict[str, Any]:
-        # heavy to load
-        from bessemer.views.inspection import inspection_sections, key_figures
+        return _described(self._inspection(body, model, ablate=body.ablate))
 
-        inspection = inspect(
+    def _inspection(self, body: XrayRequest, model: Decoder, *, ablate: bool) -> Inspection:
+        return inspect(
             model,
             self._served.engine.tokenizer,
             body.text,
@@ -165,19 +237,8 @@ class XrayApi:
             key=body.key,
             neighbours_of=body.neighbours,
             analogies=body.analogies,
-            ablate=body.ablate,
+            ablate=ablate,
         )
-        config = model.config
-        return {
-            "figures": [{"name": name, "value": value} for name, value in key_figures(inspection)],
-            "sections": [
-                {"name": name, "title": title, "html": without_styles(str(html))}
-                for name, title, html in inspection_sections(inspection)
-            ],
-            "layers": config.num_hidden_layers,
-            "heads": config.num_attention_heads,
-            "hurts_most": _hurts_most(inspection.head_changes_LH),
-        }
 
     def _answers(self, body: WithoutRequest, model: Decoder, check: Callable[[], None]) -> dict[str, Any]:
         params = SamplingParams(max_tokens=body.max_tokens, temperature=0.0)
@@ -204,6 +265,23 @@ def _stopped(model: Decoder, check: Callable[[], None]) -> Generator[None, None,
         for block in model.blocks:
             hooks.callback(block.register_forward_pre_hook(lambda *_: check()).remove)
         yield
+
+
+def _described(inspection: Inspection) -> dict[str, Any]:
+    """An inspection as the page shows it."""
+    # heavy to load
+    from bessemer.views.inspection import inspection_sections, key_figures
+
+    return {
+        "figures": [{"name": name, "value": value} for name, value in key_figures(inspection)],
+        "sections": [
+            {"name": name, "title": title, "html": without_styles(str(html))}
+            for name, title, html in inspection_sections(inspection)
+        ],
+        "layers": inspection.config.num_hidden_layers,
+        "heads": inspection.config.num_attention_heads,
+        "hurts_most": _hurts_most(inspection.head_changes_LH),
+    }
 
 
 def _hurts_most(changes_LH: np.ndarray | None) -> dict[str, int] | None:

@@ -201,6 +201,7 @@ def _chat(body: ChatRequest, caller: Caller, sources: Sequence[ServedHit] | None
         priority=caller.client.priority(body.priority),
         sources=sources,
         takes_server_tools=body.tool_choice != "none",
+        continues=body.continue_final_message is not False,
     )
 
 

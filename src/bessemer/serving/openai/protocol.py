@@ -205,6 +205,7 @@ class GenerationRequest(_ServedSettings):
     cache_salt: str | None = Field(None, min_length=1)
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -311,11 +312,10 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _continues(self) -> Self:
-        is_continued = self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls
-        if self.continue_final_message is not None and self.continue_final_message != is_continued:
-            reason = "is gone on with" if is_continued else "is not the assistant's"
-            raise misfit("continue_final_message", f"the last message {reason}; leave continue_final_message out")
-        if not (self.add_generation_prompt or is_continued):
+        may_be_continued = self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls
+        if self.continue_final_message and not may_be_continued:
+            raise misfit("continue_final_message", "the last message is not the assistant's; leave continue_final_message out")
+        if not self.add_generation_prompt and (not may_be_continued or self.continue_final_message is False):
             raise misfit("add_generation_prompt", "add_generation_prompt: false leaves the assistant nothing to go on with")
         return self
 

@@ -35,10 +35,10 @@ from bessemer.tokenization.tokenizer import Tokenizer
 _LOWEST = -9999.0
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
+def token_text(tokenizer: Tokenizer, token: int, as_id: bool = False) -> str:
     r"""A token in a response: its text, `bytes:\xe6` for a part of a character (as OpenAI writes it), and `token_id:7` for an
-    id beyond the tokenizer's vocabulary."""
-    content = _token_bytes(tokenizer, token)
+    id beyond the tokenizer's vocabulary, or for any with `as_id`."""
+    content = None if as_id else _token_bytes(tokenizer, token)
     if content is None:
         return f"token_id:{token}"
     try:
@@ -47,16 +47,18 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def chat_log_probs(tokenizer: Tokenizer, sampled: Sequence[Sampled]) -> dict[str, Any]:
-    """The `logprobs` of a chat choice, or of one event of its stream."""
-    return {"content": [_chat_token(tokenizer, token) for token in sampled], "refusal": None}
+def chat_log_probs(tokenizer: Tokenizer, sampled: Sequence[Sampled], as_ids: bool = False) -> dict[str, Any]:
+    """The `logprobs` of a chat choice, or of one event of its stream. as_ids: tokens are written as in `token_text`."""
+    return {"content": [_chat_token(tokenizer, token, as_ids) for token in sampled], "refusal": None}
 
 
 class CompletionLogProbs:
     """The `logprobs` of a plain completion's choice. A stream gives them in several parts, whose text offsets continue."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        """as_ids: tokens are written as in `token_text`."""
         self._tokenizer = tokenizer
+        self._as_ids = as_ids
         self._decoder = StreamingDecoder(tokenizer)
         self._length = 0
 
@@ -64,7 +66,7 @@ class CompletionLogProbs:
         """Of an echoed prompt. Its first token has no log-probability: nothing comes before it."""
         assert len(sampled) == len(prompt) - 1, "every token of the prompt but the first has its log-probability"
         first: dict[str, list[Any]] = {
-            "tokens": [token_text(self._tokenizer, prompt[0])],
+            "tokens": [token_text(self._tokenizer, prompt[0], self._as_ids)],
             "token_logprobs": [None],
             "top_logprobs": [None],
             "text_offset": [self._offset(prompt[0])],
@@ -76,10 +78,10 @@ class CompletionLogProbs:
         part: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, log_probs in sampled:
             assert log_probs is not None, "the request has log-probabilities"
-            text = token_text(self._tokenizer, token)
+            text = token_text(self._tokenizer, token, self._as_ids)
             top: dict[str, float] = {}
             for id, value in log_probs.top:
-                top.setdefault(token_text(self._tokenizer, id), _finite(value))
+                top.setdefault(token_text(self._tokenizer, id, self._as_ids), _finite(value))
             top.setdefault(text, _finite(log_probs.token))
             part["tokens"].append(text)
             part["token_logprobs"].append(_finite(log_probs.token))
@@ -100,16 +102,16 @@ def joined(first: dict[str, list[Any]], second: dict[str, list[Any]]) -> dict[st
     return {name: first[name] + second[name] for name in first}
 
 
-def _chat_token(tokenizer: Tokenizer, sampled: Sampled) -> dict[str, Any]:
+def _chat_token(tokenizer: Tokenizer, sampled: Sampled, as_id: bool) -> dict[str, Any]:
     assert sampled.log_probs is not None, "the request has log-probabilities"
-    own = _entry(tokenizer, sampled.token, sampled.log_probs.token)
-    return own | {"top_logprobs": [_entry(tokenizer, token, value) for token, value in sampled.log_probs.top]}
+    own = _entry(tokenizer, sampled.token, sampled.log_probs.token, as_id)
+    return own | {"top_logprobs": [_entry(tokenizer, token, value, as_id) for token, value in sampled.log_probs.top]}
 
 
-def _entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, Any]:
+def _entry(tokenizer: Tokenizer, token: int, value: float, as_id: bool) -> dict[str, Any]:
     content = _token_bytes(tokenizer, token)
     return {
-        "token": token_text(tokenizer, token),
+        "token": token_text(tokenizer, token, as_id),
         "logprob": _finite(value),
         "bytes": None if content is None else list(content),
     }
@@ -208,7 +210,7 @@ class CompletionReply(_OpenAIReply):
         self._n = body.n
         choices = range(len(prompts) * body.n)
         self._completion_tokens = 0
-        self._log_probs = [CompletionLogProbs(tokenizer) for _ in choices]
+        self._log_probs = [CompletionLogProbs(tokenizer, body.return_tokens_as_token_ids) for _ in choices]
         #: Choices of which nothing was sent: their first part has the echo, and the ids of the prompt.
         self._without_echo = set(choices)
         self._without_prompt_ids = set(choices if body.return_token_ids else ())
@@ -345,13 +347,16 @@ class ChatReply(_OpenAIReply):
                 ]
             if choice.citations is not None:
                 message["annotations"] = choice.citations.annotations
-            log_probs = chat_log_probs(self._tokenizer, choice.sampled) if self._body.wants_log_probs else None
+            log_probs = self._log_probs(choice.sampled) if self._body.wants_log_probs else None
             ids = {"token_ids": choice.token_ids} if self._body.return_token_ids else {}
             shown = {"index": index, "message": message, "logprobs": log_probs, "finish_reason": choice.finish_reason, **ids}
             choices.append(shown | _statements(choice))
         prompt = {"prompt_token_ids": self._turns.prompt_ids} if self._body.return_token_ids else {}
         body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage(), **prompt}
         return body if self._sources is None else {**body, "retrieval": self._retrieval()}
+
+    def _log_probs(self, sampled: Sequence[Sampled]) -> dict[str, Any]:
+        return chat_log_probs(self._tokenizer, sampled, self._body.return_tokens_as_token_ids)
 
     def _retrieval(self) -> dict[str, Any]:
         """The sources of the answers."""
@@ -366,7 +371,7 @@ class ChatReply(_OpenAIReply):
                 choice.has_begun = True
                 yield self._event(index, {"role": "assistant", "content": ""})
             # the first event has the log-probabilities of all
-            log_probs = chat_log_probs(self._tokenizer, sampled) if sampled and self._body.wants_log_probs else None
+            log_probs = self._log_probs(sampled) if sampled and self._body.wants_log_probs else None
             for delta in self._deltas(choice, events):
                 yield self._event(index, delta, log_probs)
                 log_probs = None

@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -95,6 +96,20 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.parameter, "code": self.code}}
+
+
+#: An absolute path of at least two parts, which is no part of an address.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w/.:-])/[^\s/:,;'\"`()\[\]{}]+(?:/[^\s/:,;'\"`()\[\]{}]*)+")
+
+
+def without_places(text: str) -> str:
+    """A text in which every path of this machine is its last name: where files lie is not for clients."""
+
+    def name_alone(path: re.Match[str]) -> str:
+        # a route of the API has the form of a path too
+        return Path(path[0]).name if Path("/", path[0].split("/")[1]).is_dir() else path[0]
+
+    return _ABSOLUTE_PATH.sub(name_alone, text)
 
 
 def overloaded(reason: str, retry_after: int = 1, headers: Mapping[str, str] | None = None) -> ApiError:

@@ -21,7 +21,7 @@ from bessemer.core.errors import BessemerError
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
 from bessemer.serving.runtime.admission import NO_QUEUE, RETRY_SECONDS, QueueLimits
-from bessemer.serving.runtime.bodies import ApiError, overloaded
+from bessemer.serving.runtime.bodies import ApiError, overloaded, without_places
 from bessemer.serving.runtime.worker import Worker
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.tokenization.trained_template import check_trained_template
@@ -81,6 +81,8 @@ class ModelPool:
         self._opening = asyncio.Lock()
         self.is_draining = False
         self.is_closed = False
+        #: The model that is being loaded, and since when.
+        self._loading: tuple[str, float] | None = None
         #: Requests that wait for their model to be loaded.
         self._awaited = 0
         #: Whether the first of them waits for a model to be idle, and what tells it that one may be.
@@ -100,6 +102,16 @@ class ModelPool:
     @property
     def open_models(self) -> list[OpenModel]:
         return list(self._open.values())
+
+    def loading_seconds(self, name: str) -> float | None:
+        """For how long a model has been loading; None: it is not."""
+        if self._loading is None or self._loading[0] != name:
+            return None
+        return self._clock() - self._loading[1]
+
+    def size(self, name: str) -> int:
+        """Bytes of a model's weights on disk. Raises OSError and BessemerError where they cannot be found."""
+        return size_of(self._places[name])
 
     @property
     def requests(self) -> int:
@@ -210,6 +222,7 @@ class ModelPool:
     async def _opened(self, name: str) -> OpenModel:
         """Load a model whose turn it is."""
         place = self._places[name]
+        self._loading = name, self._clock()
         try:
             with self._opening_errors(name):
                 while self._withdrawn:
@@ -223,6 +236,7 @@ class ModelPool:
             self._open[name] = model
             return model
         finally:
+            self._loading = None
             self._opening.release()
 
     @contextmanager
@@ -232,7 +246,7 @@ class ModelPool:
             yield
         except (BessemerError, OSError, RuntimeError, MemoryError) as error:
             raise ApiError(
-                f"the model '{name}' cannot be opened: {_without_place(error, self._places[name])}",
+                f"the model '{name}' cannot be opened: {_without_places(error, self._places[name])}",
                 status=503,
                 kind="server_error",
                 headers={"Retry-After": "30"},
@@ -300,9 +314,9 @@ def size_of(place: Path) -> int:
     return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
 
 
-def _without_place(error: Exception, place: Path) -> str:
-    """The error's text without the path of the model, which is not for clients."""
-    return str(error).replace(str(place), place.name)
+def _without_places(error: Exception, place: Path) -> str:
+    """The error's text without paths, which are not for clients. place: of the model, which may hold spaces."""
+    return without_places(str(error).replace(str(place), place.name))
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class Chat:
     messages: in the form of chat completions. params_of: gives the sampling settings for a number of tokens of the answer.
     parameter_of: gives the request's parameter that an error's text is about. token_limit: the client's most tokens of an
     answer. priority: lower is more urgent. sources: passages that the answer is drawn from, the best first; None: of a chat
-    without retrieval. takes_server_tools: whether the server's own tools may be called.
+    without retrieval. takes_server_tools: whether the server's own tools may be called. continues: whether an assistant's message
+    at the end is the beginning of the answer.
     """
 
     caller: Caller
@@ -62,6 +63,7 @@ class Chat:
     priority: int = 0
     sources: Sequence[ServedHit] | None = None
     takes_server_tools: bool = True
+    continues: bool = True
 
     @property
     def last_question(self) -> str:
@@ -319,7 +321,8 @@ class Served:
         """The messages for the chat template, and the beginning of the answer: the assistant's message at the end, as in
         Anthropic's API, and in vLLM's with `continue_final_message`."""
         messages = as_messages(chat.messages)
-        prefix = messages.pop() if messages[-1].role == "assistant" and not messages[-1].calls else None
+        is_begun = chat.continues and messages[-1].role == "assistant" and not messages[-1].calls
+        prefix = messages.pop() if is_begun else None
         messages = with_call_ids(with_system_in_place(messages, self.engine.tokenizer))
         return messages, prefix if prefix is not None and prefix.text else None
 

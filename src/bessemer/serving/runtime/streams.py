@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Send
 
 from bessemer.core.errors import BessemerError, LostProcessError
-from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.bodies import ApiError, without_places
 
 Result = TypeVar("Result")
 #: nginx's status for a client that left before its response; it is never received.
@@ -229,4 +229,4 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     status, kind = (503, "server_error") if isinstance(error, LostProcessError) else (400, "invalid_request_error")
-    return ApiError(str(error), status=status, kind=kind)
+    return ApiError(without_places(str(error)), status=status, kind=kind)

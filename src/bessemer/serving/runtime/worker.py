@@ -25,7 +25,7 @@ from bessemer.inference.sampling.sampler import Sampled
 from bessemer.serving.config import OTHERS_SHARE
 from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.runtime.admission import NO_QUEUE, Admission, QueueLimits
-from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.bodies import ApiError, without_places
 from bessemer.serving.runtime.clients import Caller
 
 
@@ -84,7 +84,7 @@ class Worker(Admission):
             raise
         except Exception as error:
             if error is self._driver.failure:
-                raise ApiError(str(error), status=503, kind="server_error") from None
+                raise ApiError(without_places(str(error)), status=503, kind="server_error") from None
             if isinstance(error, BessemerError):
                 raise
             raise ApiError("the server failed; its log says why", status=500, kind="server_error") from None

@@ -1,14 +1,21 @@
 // The chat: conversations that are kept in the browser, branches, two answers side by side, and what is said of an answer.
-import { byId, download, events, given, json, make, pause, percent, Refused, request, savePage, say, whole } from "./page.js";
+import { byId, download, given, make, pause, request, savePage, say, whole } from "./page.js";
+import { chatEvents, completionEvents, described, watchOpening } from "./answers.js";
 import { MarkdownView } from "./markdown.js";
+import { drawComparisons, record } from "./comparisons.js";
+import { contextOf, inWords, loadModels, models, sampling, settings } from "./settings.js";
 import * as store from "./store.js";
 import { closeToken, openTokens } from "./token.js";
 import * as documents from "./documents.js";
 
-const log = byId("log"), scroll = byId("scroll"), prompt = byId("prompt"), send = byId("send"), settings = byId("settings");
-let models = [], conversations = [], current = store.newConversation();
-/** Answers that are being made: a node's id to what stops it. */
+const log = byId("log"), scroll = byId("scroll"), prompt = byId("prompt"), send = byId("send");
+let conversations = [], current = store.newConversation();
+/** Why there are no models; null: there are, or will be. */
+let problem = null;
+/** Answers that are being made: a node's id to what stops it, and to its conversation. */
 const running = new Map();
+const isRunning = (conversation = current) => [...running.values()].some((one) => one.conversation === conversation);
+const start = (node, conversation = current) => running.set(node.id, { stop: new AbortController(), conversation });
 /** Elements and views of the messages that are shown, by their node's id. */
 const shown = new Map();
 /** The message whose answers stand side by side, and these. */
@@ -16,52 +23,15 @@ let pair = null;
 /** Whether a question is about to be sent. */
 let asking = false;
 
-// --- settings -------------------------------------------------------------------------------------------------------
-
-const sides = { first: settings.querySelector("[data-side=first]"), second: settings.querySelector("[data-side=second]") };
-const field = (side, name) => sides[side].querySelector(`[name=${name}]`);
-
-/** What a request says of the sampling, of one side. */
-function sampling(side) {
-  const number = (name) => (field(side, name).value === "" ? undefined : Number(field(side, name).value));
-  const options = { temperature: number("temperature"), top_p: number("top_p"), top_k: number("top_k"), max_tokens: number("max_tokens"), seed: number("seed") };
-  if (field(side, "stop").value) options.stop = [field(side, "stop").value];
-  if (!options.top_k) delete options.top_k;
-  return { model: field(side, "model").value || models[0]?.id, ...options };
-}
-
-const SETTINGS = "bessemer-settings";
-function saveSettings() {
-  const values = Object.fromEntries(Object.keys(sides).map((side) => [side, Object.fromEntries([...sides[side].querySelectorAll("input, select")].map((input) => [input.name, input.value]))]));
-  localStorage.setItem(SETTINGS, JSON.stringify(values));
-}
-function loadSettings() {
-  let values = {};
-  try { values = JSON.parse(localStorage.getItem(SETTINGS)) ?? {}; } catch { /* from another version */ }
-  for (const side of Object.keys(sides)) {
-    for (const input of sides[side].querySelectorAll("input, select")) {
-      const value = values[side]?.[input.name];
-      if (typeof value === "string" && (input.tagName !== "SELECT" || [...input.options].some((option) => option.value === value))) input.value = value;
-      const output = input.closest("label").querySelector("output");
-      if (!output) continue;
-      const tell = () => (output.textContent = Number(input.value).toFixed(2));
-      input.oninput = tell;
-      tell();
-    }
-  }
-}
-
-async function loadModels() {
+async function begin() {
   try {
-    models = (await json("v1/models")).data;
+    await loadModels();
+    problem = null;
+    documents.loadIndexes();
   } catch (error) {
-    log.replaceChildren(make("p", { class: "failure" }, error.message));
-    return;
+    problem = error.message;
   }
-  for (const side of Object.values(sides)) {
-    side.querySelector("[name=model]").replaceChildren(...models.map((model) => make("option", { value: model.id }, model.id)));
-  }
-  loadSettings();
+  if (!Object.keys(current.nodes).length) drawLog();
   updateSend();
 }
 
@@ -82,7 +52,7 @@ async function save(conversation = current) {
 /** Draw what another tab has said in a conversation, unless something is being done here. */
 function showNews(conversation) {
   if (!byId("conversations").querySelector("input")) drawConversations();
-  if (conversation !== current || running.size || asking || pair || !byId("side").hidden || log.querySelector(".editing")) return;
+  if (conversation !== current || isRunning() || asking || pair || !byId("side").hidden || log.querySelector(".editing")) return;
   byId("system").value = current.system;
   drawDocuments();
   if (current.leaf) store.showBranch(current, current.leaf);
@@ -122,6 +92,7 @@ function rename(conversation) {
 
 async function drop(conversation) {
   if (!confirm(`Delete “${titleOf(conversation)}”?`)) return;
+  stopAll(conversation);
   conversations = conversations.filter((other) => other !== conversation);
   await store.remove(conversation.id);
   documents.forget(conversation);
@@ -129,8 +100,10 @@ async function drop(conversation) {
   else drawConversations();
 }
 
-function open(conversation) {
-  for (const stop of running.values()) stop.abort();
+/** Show a conversation. Answers of others go on. isNew: whether the browser's way back leads to the one before. */
+function open(conversation, isNew = true) {
+  const address = Object.keys(conversation.nodes).length ? `#c=${conversation.id}` : "#";
+  if (isNew && (location.hash || "#") !== address) history.pushState(null, "", address);
   current = conversation;
   pair = null;
   byId("system").value = current.system;
@@ -139,7 +112,6 @@ function open(conversation) {
   drawLog();
   drawConversations();
   toBottom();
-  history.replaceState(null, "", Object.keys(current.nodes).length ? `#c=${current.id}` : "#");
   if (matchMedia("(max-width: 50rem)").matches) toggleList(false);
   prompt.focus();
 }
@@ -155,7 +127,7 @@ function drawLog() {
   shown.clear();
   const path = store.pathTo(current, current.leaf);
   if (!path.length) { log.replaceChildren(welcome()); updateSend(); return; }
-  const parts = [];
+  const parts = current.system ? [make("article", { class: "system" }, make("details", {}, make("summary", {}, "System message"), make("p", { class: "text" }, current.system)))] : [];
   for (const node of path) {
     if (pair && node.parent === pair.parent) { parts.push(drawPair()); break; }
     parts.push(drawMessage(node));
@@ -166,6 +138,10 @@ function drawLog() {
 
 function welcome() {
   const offered = given.suggestions.map((text) => make("button", { type: "button", onclick: () => ask(text) }, text));
+  if (problem) {
+    return make("div", { id: "welcome" }, make("h1", {}, "A chat window"), make("p", { class: "failure", role: "alert" }, problem),
+      make("button", { class: "strong", type: "button", onclick: begin }, "Try again"));
+  }
   return make("div", { id: "welcome" }, make("h1", {}, "A chat window"),
     make("p", {}, "Ask something. Answers come from the model that this server holds; conversations stay in this browser."),
     make("div", { id: "suggestions" }, ...offered));
@@ -174,13 +150,14 @@ function welcome() {
 function drawMessage(node) {
   const text = make("div", { class: "text" }), below = make("div", { class: "below" });
   const article = make("article", { class: node.role, data: { node: node.id } });
-  const entry = { node, article, text, below, view: null, thinking: null };
+  const entry = { node, article, text, below, view: null, thinking: null, taken: node.content.length, thought: node.thinking?.length ?? 0 };
   shown.set(node.id, entry);
   if (node.role === "user") text.textContent = node.content;
   else {
     if (node.thinking) growThinking(entry, node.thinking);
     entry.view = new MarkdownView(text, node.content, citer(node));
     if (running.has(node.id)) article.classList.add("working");
+    else entry.view.finish();
   }
   article.append(text, below);
   drawBelow(entry);
@@ -213,6 +190,7 @@ function drawBelow(entry) {
   if (running.has(node.id)) { below.replaceChildren(...parts); return; }
   if (node.role === "user") parts.push(action("Edit", "Ask something else here; what was said stays as a branch", () => edit(entry, "Ask", (said) => ask(said, node.parent))));
   else {
+    if (canContinue(node)) parts.push(action("Continue", "Go on where the answer was cut", () => proceed(node)));
     parts.push(
       action("Copy", "Copy the answer", async (event) => { await navigator.clipboard.writeText(node.content); event.target.textContent = "Copied"; setTimeout(() => (event.target.textContent = "Copy"), 1200); }),
       action("Again", "Another answer; this one stays as a branch", () => answerTo(node.parent)),
@@ -220,8 +198,8 @@ function drawBelow(entry) {
       action("Good", "A good answer", () => judge(entry, true), { "aria-pressed": node.thumb === true ? "true" : "false" }),
       action("Bad", "A bad answer", () => judge(entry, false), { "aria-pressed": node.thumb === false ? "true" : "false" }),
     );
-    if (node.ids?.length) parts.push(action("Tokens", "The tokens of the answer, and what else could have come", () => { documents.closeSource(); openTokens(entry, goOn); }));
-    parts.push(make("span", { class: "facts-of-answer" }, node.stats ?? ""));
+    if (node.ids?.length) parts.push(action("Tokens", "The tokens of the answer by their surprise, and what else could have come", () => { documents.closeSource(); openTokens(entry, goOn); }));
+    if (!isHidden(node)) parts.push(...[node.stats, node.settings && inWords(node.settings)].map((said) => make("span", { class: "facts-of-answer" }, said ?? "")));
   }
   below.replaceChildren(...parts);
   entry.sources?.remove();
@@ -230,27 +208,34 @@ function drawBelow(entry) {
   if (node.failure) below.append(make("span", { class: "failure" }, node.failure));
 }
 
+/** Whether an answer was cut, and can go on behind its tokens: not within its thinking, and not in a form. */
+const canContinue = (node) => ["length", "stopped"].includes(node.reason) && node.promptIds && node.content && node.ids?.length && !node.settings.response_format && !node.sources;
+/** Whether it must not be said what made an answer, its speed included. */
+const isHidden = (node) => Boolean(pair?.blind && pair.ids.includes(node.id));
+
 function edit(entry, label, done) {
   const area = make("textarea", { "aria-label": "Text", rows: String(Math.min(20, entry.node.content.split("\n").length + 1)) });
   area.value = entry.node.content;
   const cancel = () => { entry.text.hidden = false; form.remove(); };
   const form = make("form", { class: "editing", onsubmit: (event) => { event.preventDefault(); if (area.value.trim()) done(area.value); } },
     area, make("div", { class: "row" }, make("button", { class: "strong" }, label), action("Cancel", "", cancel)));
-  area.addEventListener("keydown", (event) => { if (event.key === "Escape") { event.stopPropagation(); cancel(); } });
+  area.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") { event.stopPropagation(); cancel(); }
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
+  });
   entry.text.hidden = true;
   entry.text.after(form);
   area.focus();
 }
 
 /** The conversation before a message, as post-training reads it. */
-function before(node) {
-  const said = store.pathTo(current, node.parent).map(({ role, content }) => ({ role, content }));
-  return [...(current.system ? [{ role: "system", content: current.system }] : []), ...said];
-}
+const before = (node) => store.messagesTo(current, node.parent);
 
-async function tell(row) {
+/** What is told is kept in the order in which it was said. */
+let telling = Promise.resolve();
+function tell(row, path = "feedback", method = "POST") {
   if (!given.feedback) return;
-  try { await request("feedback", { body: row }); } catch (error) { say(error.message); }
+  telling = telling.then(() => request(path, { body: row, method })).catch((error) => say(error.message));
 }
 
 function judge(entry, isGood) {
@@ -259,7 +244,10 @@ function judge(entry, isGood) {
   store.touch(node);
   drawBelow(entry);
   save();
-  if (node.thumb !== null && node.content) tell({ prompt: before(node), completion: node.content, label: node.thumb });
+  if (!node.content) return;
+  // the server keeps one label of an answer, the last
+  if (node.thumb === null) tell(undefined, `feedback/${node.id}`, "DELETE");
+  else tell({ prompt: before(node), completion: node.content, label: node.thumb, id: node.id });
 }
 
 function correct(node, text) {
@@ -274,17 +262,41 @@ function correct(node, text) {
 // --- two answers side by side -----------------------------------------------------------------------------------------
 
 function drawPair() {
-  const columns = pair.ids.map((id) => {
+  const columns = pair.ids.map((id, place) => {
     const node = current.nodes[id];
-    return make("div", { class: "column" }, make("h2", {}, node.side), drawMessage(node), action("Keep this one", "Go on with this answer", () => keep(id)));
+    return make("div", { class: "column" }, make("h2", {}, pair.blind ? `Answer ${"AB"[place]}` : node.side), drawMessage(node), pair.blind ? null : action("Keep this one", "Go on with this answer", () => keep(id)));
   });
-  return make("div", { class: "pair" }, ...columns);
+  const drawn = make("div", { class: "pair" }, ...columns);
+  if (pair.blind) drawn.append(make("div", { id: "verdicts", class: "row", role: "group", "aria-label": "Which answer is better" }));
+  setTimeout(drawVerdicts);
+  return drawn;
+}
+
+/** What can be said of two answers whose names are hidden, once both are there. */
+function drawVerdicts() {
+  const place = byId("verdicts");
+  if (!place || !pair?.blind) return;
+  if (pair.ids.some((id) => running.has(id))) { place.replaceChildren(make("span", { class: "soft" }, "Read both, then say which is better; their names come after that.")); return; }
+  const [first, second] = pair.ids;
+  place.replaceChildren(
+    action("A is better", "The first answer is better", () => decide(first)), action("B is better", "The second answer is better", () => decide(second)),
+    action("As good", "Neither is better", () => decide(null)), action("Skip", "Nothing is recorded", () => keep(first, false)));
+}
+
+/** Record which of two answers with hidden names is better, show the names, and go on with it. id: null for neither. */
+function decide(id) {
+  const [first, second] = pair.ids.map((each) => current.nodes[each]);
+  record({ settings: [first.settings, second.settings].map(inWords), winner: id === null ? null : pair.ids.indexOf(id) });
+  const names = pair.ids.map((each, place) => `${"AB"[place]}: ${inWords(current.nodes[each].settings)}`).join("\n");
+  keep(id ?? first.id, id !== null);
+  drawComparisons();
+  say(names);
 }
 
 /** Go on with one of two answers. isChosen: it was said to be the better one; who only types on has said nothing. */
 function keep(id, isChosen = true) {
   const [chosen, rejected] = [id, ...pair.ids.filter((other) => other !== id)].map((each) => current.nodes[each]);
-  for (const other of pair.ids) running.get(other)?.abort();
+  for (const other of pair.ids) running.get(other)?.stop.abort();
   if (isChosen && chosen.content && rejected.content && chosen.content !== rejected.content) tell({ prompt: before(chosen), chosen: chosen.content, rejected: rejected.content });
   pair = null;
   current.leaf = id;
@@ -297,7 +309,7 @@ function keep(id, isChosen = true) {
 
 async function ask(text, parent = current.leaf) {
   if (asking || !models.length || !text.trim()) return;
-  if (running.size) { say("an answer is still being made"); return; }
+  if (isRunning()) { say("an answer is still being made"); return; }
   if (pair) keep(pair.ids[0], false);
   if (parent === current.leaf && current.nodes[parent]?.role === "user") parent = current.nodes[parent].parent;
   const node = store.addNode(current, parent, "user", text);
@@ -307,127 +319,97 @@ async function ask(text, parent = current.leaf) {
   asking = true;
   await pause();
   asking = false;
-  answerTo(node.id);
+  await answerTo(node.id);
   await pause();
   drawConversations();
 }
 
 async function answerTo(parent) {
-  if (running.size) return;
+  if (isRunning()) return;
   const asked = byId("beside").checked ? ["first", "second"] : ["first"];
-  const nodes = asked.map((side) => {
-    const options = sampling(side), node = store.addNode(current, parent, "assistant");
-    node.settings = options;
-    node.side = side === "first" ? options.model : `${options.model} (beside)`;
-    running.set(node.id, new AbortController());
+  let options;
+  try { options = asked.map(sampling); } catch (error) { toggleSettings(true); say(error.message); alert(error.message); return; }
+  const conversation = current;
+  const nodes = asked.map((side, place) => {
+    const node = store.addNode(conversation, parent, "assistant");
+    node.settings = options[place];
+    node.side = side === "first" ? node.settings.model : `${node.settings.model} (beside)`;
+    start(node);
     return node;
   });
-  current.leaf = nodes[0].id;
-  pair = nodes.length > 1 ? { parent, ids: nodes.map((node) => node.id) } : null;
+  const blind = nodes.length > 1 && byId("blind").checked;
+  // who sees the sides must not know them by their order
+  const shuffled = blind && Math.random() < 0.5 ? [...nodes].reverse() : nodes;
+  conversation.leaf = shuffled[0].id;
+  pair = nodes.length > 1 ? { parent, ids: shuffled.map((node) => node.id), blind } : null;
   drawLog();
   await pause();
-  toBottom();
-  history.replaceState(null, "", `#c=${current.id}`);
-  for (const node of nodes) makeAnswer(node, (signal, says) => chatEvents(node, signal, says));
+  showQuestion(parent);
+  if (location.hash !== `#c=${conversation.id}`) history.replaceState(null, "", `#c=${conversation.id}`);
+  for (const node of nodes) makeAnswer(node, (signal, says) => chatEvents(conversation, node, signal, says));
 }
 
 /** Another answer that begins as one does, up to a token, and goes on from another one. */
 function goOn(node, place, id, beginning) {
-  if (running.size) return;
+  if (isRunning()) return;
   const branch = store.addNode(current, node.parent, "assistant");
   branch.settings = node.settings;
   branch.promptIds = node.promptIds;
   branch.sources = node.sources;
   branch.ids = [...node.ids.slice(0, place), id];
+  if (node.top?.[place]) {
+    const [, ids, logProbs] = node.top[place];
+    branch.top = [...node.top.slice(0, place), ids.includes(id) ? [logProbs[ids.indexOf(id)], ids, logProbs] : null];
+  }
   branch.content = beginning;
-  running.set(branch.id, new AbortController());
+  proceed(branch);
+}
+
+/** Go on behind the tokens of an answer. */
+function proceed(node) {
+  if (isRunning()) return;
+  start(node);
+  delete node.failure;
   pair = null;
   drawLog();
-  makeAnswer(branch, (signal) => completionEvents(branch, signal));
-}
-
-// A small model's context fills soon: the oldest turns are left out until the request fits, and the answer says so.
-async function* chatEvents(node, signal, says) {
-  const path = store.pathTo(current, node.parent).map((each) => ({ role: each.role, content: each.content }));
-  const system = current.system ? [{ role: "system", content: current.system }] : [];
-  const options = { ...node.settings }, stores = await documents.storesOf(current);
-  if (stores.length) options.retrieval = { vector_store_ids: stores };
-  let left = 0, response;
-  for (;;) {
-    const body = { ...options, stream: true, stream_options: { include_usage: true }, return_token_ids: true, messages: [...system, ...path.slice(left)] };
-    try {
-      response = await request("v1/chat/completions", { body, signal });
-      // fewer tokens than were asked for: the oldest turns make room for them
-      if (!response.headers.has("x-max-tokens") || path.length - left <= 2) break;
-      response.body.cancel();
-      left += 2;
-    } catch (error) {
-      if (!(error instanceof Refused) || error.code !== "context_length_exceeded") throw error;
-      if (path.length - left > 2) left += 2;
-      else if (options.max_tokens) delete options.max_tokens;
-      else throw error;
-    }
-  }
-  if (left) says(`the oldest ${left} messages no longer fit the model's context`);
-  for await (const event of events(response)) {
-    if (event.error) throw new Error(event.error.message);
-    if (event.prompt_token_ids) node.promptIds = event.prompt_token_ids;
-    if (event.retrieval) { node.sources = event.retrieval.sources; node.annotations = []; }
-    const choice = event.choices[0];
-    for (const one of choice?.delta?.annotations ?? []) node.annotations.push(one);
-    if (choice?.statements) node.statements = choice.statements;
-    yield { text: choice?.delta?.content ?? "", thinking: choice?.delta?.reasoning ?? "", ids: choice?.token_ids ?? [], reason: choice?.finish_reason, usage: event.usage };
-  }
-}
-
-async function* completionEvents(node, signal) {
-  const { model, temperature, top_p, top_k, max_tokens, stop } = node.settings;
-  const begun = [...node.promptIds, ...node.ids];
-  const left = (models.find((one) => one.id === model)?.max_model_len ?? 0) - begun.length;
-  if (left < 1) throw new Error("the model's context ends here");
-  const body = { model, temperature, top_p, top_k, stop, max_tokens: Math.min(max_tokens ?? left, left), prompt: begun, stream: true, stream_options: { include_usage: true }, return_token_ids: true };
-  for await (const event of events(await request("v1/completions", { body, signal }))) {
-    if (event.error) throw new Error(event.error.message);
-    const choice = event.choices[0];
-    yield { text: choice?.text ?? "", thinking: "", ids: choice?.token_ids ?? [], reason: choice?.finish_reason, usage: event.usage };
-  }
+  makeAnswer(node, (signal) => completionEvents(node, signal));
 }
 
 /** Take an answer as it comes, and draw it once a frame. */
 async function makeAnswer(node, source) {
-  const stop = running.get(node.id), started = performance.now(), conversation = current;
+  const { stop, conversation } = running.get(node.id), started = performance.now();
   let first = 0, last = 0, usage = null, reason = null, note = "";
-  let text = "", thinking = "", frame = 0, saved = started;
+  let frame = 0, saved = started;
   node.ids ??= [];
   const flush = () => {
     frame = 0;
     const entry = shown.get(node.id);
     if (entry) {
-      const follows = atBottom();
-      if (thinking) growThinking(entry, thinking);
+      const follows = atBottom(), thinking = node.thinking ?? "";
+      entry.article.querySelector(".opening")?.remove();
+      if (thinking.length > entry.thought) growThinking(entry, thinking.slice(entry.thought));
       // the first event says whether it is an answer from sources
       entry.view.cite ??= citer(node);
-      entry.view.append(text);
+      entry.view.append(node.content.slice(entry.taken));
+      entry.thought = thinking.length;
+      entry.taken = node.content.length;
       if (follows) toBottom();
     }
-    text = thinking = "";
     if (performance.now() - saved > 1500) { saved = performance.now(); store.touch(node); save(conversation); }
   };
   // a tab that is not shown has no frames
   const soon = () => { frame ||= document.hidden ? setTimeout(flush, 250) : requestAnimationFrame(flush); };
   updateSend();
+  if (models.find((one) => one.id === node.settings.model)?.max_model_len === null) watchOpening(node.settings.model, (state) => drawOpening(node, state), () => first || !running.has(node.id));
   try {
     for await (const news of source(stop.signal, (said) => (note = said))) {
       usage = news.usage ?? usage;
       reason = news.reason ?? reason;
-      for (const id of news.ids) node.ids.push(id);
       if (!news.text && !news.thinking) continue;
       first ||= performance.now();
       last = performance.now();
       node.content += news.text;
       if (news.thinking) node.thinking = (node.thinking ?? "") + news.thinking;
-      text += news.text;
-      thinking += news.thinking;
       soon();
     }
   } catch (error) {
@@ -435,34 +417,33 @@ async function makeAnswer(node, source) {
     else node.failure = error.message;
   }
   flush();
+  shown.get(node.id)?.view.finish();
   await pause();
+  node.reason = reason;
   node.stats = [described(usage, last - first, first - started, reason, node.content, note), documents.support(node)].filter(Boolean).join(" · ");
   store.touch(node);
   conversation.updated = Date.now();
   // before it is shown as done, so that a page that is loaded again then has it
   await save(conversation);
   running.delete(node.id);
+  // a model that was opened for it says by now how long its context is
+  if (models.find((one) => one.id === node.settings.model)?.max_model_len === null) contextOf(node.settings.model).then(drawContext, () => {});
   const entry = shown.get(node.id);
   if (entry) { entry.article.classList.remove("working"); drawBelow(entry); }
+  if (pair?.ids.includes(node.id)) drawVerdicts();
   updateSend();
   await pause();
   drawConversations();
   say(node.failure ?? "the answer is there");
 }
 
-function described(usage, streaming, wait, reason, content, note) {
-  const parts = [];
-  if (usage) {
-    const count = usage.completion_tokens, seconds = (streaming > 50 ? streaming : streaming + wait) / 1000;
-    parts.push(`${count} token${count === 1 ? "" : "s"}`);
-    if (content && seconds > 0) parts.push(`${whole(count / seconds)} tokens/s`);
-    if (usage.prompt_tokens_details?.cached_tokens) parts.push(`${percent(usage.prompt_tokens_details.cached_tokens / usage.prompt_tokens)} of the prompt remembered`);
-  }
-  if (reason === "length") parts.push("cut at the most tokens");
-  if (reason === "stopped") parts.push("stopped");
-  if (reason === "stop" && !content) parts.push("the model said nothing");
-  if (note) parts.push(note);
-  return parts.join(" · ");
+/** How far a model is that is being opened: as far as it was after this time when it was opened last. */
+function drawOpening(node, { seconds, bytes, usual }) {
+  const entry = shown.get(node.id);
+  if (!entry) return;
+  const size = bytes ? `, ${(bytes / 2 ** 30).toFixed(bytes < 2 ** 30 ? 2 : 1)} GiB` : "", share = usual ? Math.min(0.99, seconds / usual) : undefined;
+  const line = entry.article.querySelector(".opening") ?? entry.text.appendChild(make("p", { class: "opening soft" }));
+  line.replaceChildren(`Opening ${node.settings.model}${size}: ${Math.round(seconds)} s${usual ? ` of about ${Math.round(usual)} s` : ""} `, make("progress", { max: "1", value: share, "aria-label": "Opening the model" }));
 }
 
 /** Code that runs for the first time is slow: it runs once on what nobody sees, while nothing else is to be done. */
@@ -487,25 +468,46 @@ function documentsChanged(conversation) {
 function attachFiles(files) { if (files.length) documents.attach(current, [...files], documentsChanged(current)); }
 
 function atBottom() { return scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80; }
-function toBottom() { scroll.scrollTop = scroll.scrollHeight; }
+function toBottom() { scroll.scrollTop = scroll.scrollHeight; drawEnd(); }
+function drawEnd() { byId("to-end").hidden = atBottom(); }
+/** Scroll so that a question can be read: its end at the bottom, or its beginning where it is longer than the window. What is above has
+ *  no exact height until it was drawn, so once more when it is. */
+function showQuestion(id) {
+  const show = () => {
+    toBottom();
+    const article = shown.get(id)?.article;
+    if (article && article.getBoundingClientRect().top < scroll.getBoundingClientRect().top) article.scrollIntoView({ block: "start" });
+    drawEnd();
+  };
+  show();
+  requestAnimationFrame(show);
+}
 function updateSend() {
-  send.textContent = running.size ? "Stop" : "Send";
-  send.disabled = !running.size && (!models.length || !prompt.value.trim());
+  send.textContent = isRunning() ? "Stop" : "Send";
+  send.disabled = !isRunning() && (!models.length || !prompt.value.trim());
+  drawContext();
+}
+/** How much of the model's context the last answer and what came before it take. */
+function drawContext() {
+  const last = store.pathTo(current, current.leaf).findLast((node) => node.promptIds), context = models.find((one) => one.id === last?.settings.model)?.max_model_len;
+  const meter = byId("context"), used = last ? last.promptIds.length + last.ids.length : 0;
+  meter.hidden = !context;
+  if (context) meter.replaceChildren(make("meter", { min: "0", max: String(context), high: String(0.85 * context), value: String(used), "aria-label": "Context used" }), ` ${whole(used)} of ${whole(context)} tokens`);
 }
 function grow() { prompt.style.height = "auto"; prompt.style.height = `${prompt.scrollHeight}px`; updateSend(); }
-function stopAll() { for (const stop of running.values()) stop.abort(); }
+function stopAll(conversation = current) { for (const one of running.values()) if (one.conversation === conversation) one.stop.abort(); }
 function toggleSettings(open = settings.hidden) { settings.hidden = !open; byId("show-settings").setAttribute("aria-expanded", String(open)); }
 function toggleList(open = !document.body.classList.contains("with-list")) {
   document.body.classList.toggle("with-list", open);
   byId("show-list").setAttribute("aria-expanded", String(open));
 }
 
-byId("composer").addEventListener("submit", (event) => { event.preventDefault(); if (running.size) stopAll(); else ask(prompt.value); });
-settings.addEventListener("submit", (event) => event.preventDefault());
-settings.addEventListener("change", saveSettings);
+byId("composer").addEventListener("submit", (event) => { event.preventDefault(); if (isRunning()) stopAll(); else ask(prompt.value); });
+scroll.addEventListener("scroll", drawEnd, { passive: true });
+byId("to-end").addEventListener("click", toBottom);
 prompt.addEventListener("input", grow);
 prompt.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!running.size) ask(prompt.value); }
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!isRunning()) ask(prompt.value); }
   if (event.key === "ArrowUp" && !prompt.value) {
     const asked = store.pathTo(current, current.leaf).findLast((node) => node.role === "user");
     const entry = asked && shown.get(asked.id);
@@ -514,7 +516,7 @@ prompt.addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
-    if (running.size) stopAll();
+    if (isRunning()) stopAll();
     else if (!settings.hidden) toggleSettings(false);
     else closeSides();
   }
@@ -526,8 +528,12 @@ byId("new").addEventListener("click", () => open(store.newConversation()));
 byId("search").addEventListener("input", drawConversations);
 byId("show-settings").addEventListener("click", () => toggleSettings());
 byId("show-list").addEventListener("click", () => toggleList());
-byId("system").addEventListener("change", () => { current.system = byId("system").value.trim(); store.touch(current); save(); });
-byId("beside").addEventListener("change", () => (sides.second.hidden = !byId("beside").checked));
+byId("system").addEventListener("change", () => {
+  current.system = byId("system").value.trim();
+  store.touch(current);
+  save();
+  if (!isRunning() && !pair && !log.querySelector(".editing")) drawLog();
+});
 byId("export-one").addEventListener("click", () => download("conversation.json", "application/json", JSON.stringify({ bessemer: "conversations", conversations: [current] }, null, 1)));
 byId("export-all").addEventListener("click", () => download("conversations.json", "application/json", JSON.stringify({ bessemer: "conversations", conversations }, null, 1)));
 byId("export-page").addEventListener("click", () => savePage(log, titleOf(current)));
@@ -555,7 +561,8 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   });
 }
 
-loadModels().then(documents.loadIndexes);
-store.all().catch(() => []).then((kept) => { conversations = kept; open(fromAddress()); store.onOthers(takeOthers); });
-addEventListener("hashchange", () => { const wanted = fromAddress(); if (wanted.id !== current.id && Object.keys(wanted.nodes).length) open(wanted); });
+begin();
+store.all().catch(() => []).then((kept) => { conversations = kept; open(fromAddress(), false); store.onOthers(takeOthers); });
+addEventListener("popstate", () => { const wanted = fromAddress(); if (wanted.id !== current.id && (Object.keys(wanted.nodes).length || Object.keys(current.nodes).length)) open(wanted, false); });
 toggleList(matchMedia("(min-width: 64rem)").matches);
+drawComparisons();

@@ -1,194 +1,264 @@
-// Markdown to nodes. Text only ever enters the page as text nodes; HTML in it is shown as it is written.
+// Markdown to nodes: markdown-it reads it (CommonMark, tables, struck text), and its tokens become elements here. Text only ever
+// enters the page as text nodes; HTML in it is shown as it is written. Formulas are set by KaTeX, code is coloured by highlight.js:
+// both are loaded when the first of them comes.
 import { make } from "./page.js";
+import MarkdownIt from "./vendor/markdown-it.js";
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)[ \t]*#*[ \t]*$/;
-const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])[ \t]+(.*)$/;
-const QUOTE = /^ {0,3}>[ \t]?(.*)$/;
-const TABLE_RULE = /^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)+\|?[ \t]*$/;
-/** Longer paragraphs are shown as they are written. */
-const LONGEST = 20_000;
+/** A line that says where references lead. */
+const DEFINITION = /^ {0,3}\[[^\]\n]+\]:/m;
+/** What is nested deeper, and longer lines, are shown as they are written. */
+const DEEPEST = 60, LONGEST = 50_000;
+/** Longer code is not coloured. */
+const LONGEST_COLOURED = 100_000;
 
-/** The blocks of a text from a place on: their kind, where they start, their lines, and of code whether its end has come. */
-export function blocksOf(text, from = 0) {
-  const lines = [];
-  for (let start = from; start <= text.length;) {
-    const end = text.indexOf("\n", start);
-    lines.push({ start, text: text.slice(start, end < 0 ? undefined : end) });
-    if (end < 0) break;
-    start = end + 1;
+const markdown = new MarkdownIt({ html: false, linkify: true, breaks: false, maxNesting: DEEPEST });
+markdown.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
+markdown.inline.ruler.before("escape", "formula", formulaInLine);
+markdown.inline.ruler.before("link", "citation", citation);
+markdown.block.ruler.before("fence", "formula", formulaInLines, { alt: ["paragraph", "reference", "blockquote", "list"] });
+
+// --- what Markdown lacks --------------------------------------------------------------------------------------------------
+
+/** `$…$`, `$$…$$`, `\(…\)` and `\[…\]` in a line. A dollar before a blank, or with a digit behind the second, is money. */
+function formulaInLine(state, silent) {
+  const { src, pos } = state;
+  const opening = ["$$", "$", "\\(", "\\["].find((one) => src.startsWith(one, pos));
+  if (!opening) return false;
+  const closing = { "$$": "$$", $: "$", "\\(": "\\)", "\\[": "\\]" }[opening], start = pos + opening.length;
+  let end = src.indexOf(closing, start);
+  while (opening === "$" && end > 0 && src[end - 1] === "\\") end = src.indexOf(closing, end + 1);
+  if (end <= start || end >= state.posMax) return false;
+  if (opening === "$" && (/\s/.test(src[start]) || /\s/.test(src[end - 1]) || /\d/.test(src[end + 1] ?? "") || src.slice(start, end).includes("\n\n"))) return false;
+  if (!silent) {
+    const token = state.push("formula", "", 0);
+    token.content = src.slice(start, end);
+    token.meta = opening === "$$" || opening === "\\[";
   }
-  const blocks = [];
-  let at = 0;
-  const take = (kind, count, more = {}) => { blocks.push({ kind, start: lines[at].start, lines: lines.slice(at, at + count).map((line) => line.text), ...more }); at += count; };
-  while (at < lines.length) {
-    const line = lines[at].text;
-    if (!line.trim()) { at += 1; continue; }
-    const fence = FENCE.exec(line);
-    if (fence) {
-      let end = at + 1;
-      const isEnd = (text) => { const closes = FENCE.exec(text); return closes && !closes[2] && closes[1][0] === fence[1][0] && closes[1].length >= fence[1].length; };
-      while (end < lines.length && !isEnd(lines[end].text)) end += 1;
-      const closed = end < lines.length, body = lines.slice(at + 1, end).map((each) => each.text).join("\n");
-      take("code", end - at + (closed ? 1 : 0), { language: fence[2], body, closed });
-    } else if (HEADING.test(line)) take("heading", 1);
-    else if (RULE.test(line)) take("rule", 1);
-    else if (line.includes("|") && TABLE_RULE.test(lines[at + 1]?.text ?? "")) {
-      let end = at + 2;
-      while (end < lines.length && lines[end].text.includes("|")) end += 1;
-      take("table", end - at);
-    } else if (QUOTE.test(line)) {
-      let end = at + 1;
-      while (end < lines.length && lines[end].text.trim() && !FENCE.test(lines[end].text)) end += 1;
-      take("quote", end - at);
-    } else if (ITEM.test(line)) {
-      const [, indent, mark] = ITEM.exec(line);
-      let end = at + 1;
-      // a list ends where items of the other kind begin, and behind a blank line where what follows is neither an item nor indented
-      for (; end < lines.length; end += 1) {
-        const next = lines[end].text, item = ITEM.exec(next);
-        if (item ? item[1].length <= indent.length && /\d/.test(item[2]) !== /\d/.test(mark) : next.trim() && !lines[end - 1].text.trim() && !/^\s{2,}/.test(next)) break;
-      }
-      while (end > at + 1 && !lines[end - 1].text.trim()) end -= 1;
-      take("list", end - at);
-    } else {
-      let end = at + 1;
-      while (end < lines.length && lines[end].text.trim() && !FENCE.test(lines[end].text) && !HEADING.test(lines[end].text) && !ITEM.test(lines[end].text)) end += 1;
-      take("paragraph", end - at);
-    }
-  }
-  return blocks;
+  state.pos = end + closing.length;
+  return true;
 }
 
-const PARTS = [
-  "(?<ticks>`+)(?<code>.+?)\\k<ticks>(?!`)",
-  "\\*\\*(?<strong>[^\\s*](?:.*?[^\\s])?)\\*\\*",
-  "\\*(?<em>[^\\s*](?:[^*]*[^\\s*])?)\\*",
-  "(?<!\\w)_(?<under>[^\\s_](?:[^_]*[^\\s_])?)_(?!\\w)",
-  "~~(?<gone>[^~]+)~~",
-  "!?\\[(?<label>[^\\]]*)\\]\\((?<target>[^\\s()]+)(?:[ \\t]+\"[^\"]*\")?\\)",
-  "(?<url>https?://[^\\s<>\"']*[^\\s<>\"'.,;:!?)\\]])",
-  "\\\\(?<escaped>[\\\\`*_{}\\[\\]()#+\\-.!~|>])",
-];
-const INLINE = new RegExp(PARTS.join("|"), "s");
-/** The same of an answer from sources, whose numbers in brackets are citations, whatever follows them. */
-const INLINE_CITING = new RegExp(["\\[(?<cited>[0-9]{1,4})\\]", ...PARTS].join("|"), "s");
-/** Makes the element of a citation while a view of such an answer is drawn: of its number, or null where it names no source. */
-let cite = null;
-
-function inline(node, text) {
-  if (text.length > LONGEST) { node.append(text); return node; }
-  let rest = text;
-  for (;;) {
-    const found = (cite ? INLINE_CITING : INLINE).exec(rest);
-    if (!found) break;
-    if (found.index) node.append(rest.slice(0, found.index));
-    const { cited, code, strong, em, under, gone, label, target, url, escaped } = found.groups;
-    if (cited !== undefined) node.append(cite(Number(cited)) ?? found[0]);
-    else if (code !== undefined) node.append(make("code", {}, code.trim() ? code.replace(/^ (.*) $/s, "$1") : code));
-    else if (strong !== undefined) node.append(inline(make("strong"), strong));
-    else if (em ?? under) node.append(inline(make("em"), em ?? under));
-    else if (gone !== undefined) node.append(inline(make("s"), gone));
-    else if (target !== undefined) node.append(link(target, label || target));
-    else if (url !== undefined) node.append(link(url, url));
-    else node.append(escaped);
-    rest = rest.slice(found.index + found[0].length);
+/** A formula that stands in lines of its own. */
+function formulaInLines(state, first, last, silent) {
+  const text = (line) => state.src.slice(state.bMarks[line] + state.tShift[line], state.eMarks[line]);
+  const opening = ["$$", "\\["].find((one) => text(first).startsWith(one));
+  if (!opening || state.sCount[first] - state.blkIndent >= 4) return false;
+  const closing = opening === "$$" ? "$$" : "\\]", parts = [];
+  for (let line = first; line < last; line += 1) {
+    if (line > first && state.sCount[line] < state.blkIndent) return false;
+    const rest = line === first ? text(line).slice(opening.length) : text(line), end = rest.indexOf(closing);
+    if (end < 0) { parts.push(rest); continue; }
+    // text behind it belongs to a paragraph, with the formula in its line
+    if (rest.slice(end + closing.length).trim()) return false;
+    if (silent) return true;
+    parts.push(rest.slice(0, end));
+    const token = state.push("formula", "", 0);
+    token.content = parts.join("\n").trim();
+    token.meta = true;
+    token.map = [first, line + 1];
+    state.line = line + 1;
+    return true;
   }
-  if (rest) node.append(rest);
-  return node;
+  return false;
+}
+
+/** The number of a source in brackets, in an answer from sources, whatever follows it. */
+function citation(state, silent) {
+  const found = state.env.cite && /^\[([0-9]{1,4})\]/.exec(state.src.slice(state.pos, state.pos + 6));
+  if (!found) return false;
+  if (!silent) state.push("citation", "", 0).content = found[1];
+  state.pos += found[0].length;
+  return true;
+}
+
+// --- tokens to nodes ------------------------------------------------------------------------------------------------------
+
+const TAGS = { paragraph: "p", blockquote: "blockquote", bullet_list: "ul", ordered_list: "ol", list_item: "li", table: "table", thead: "thead", tbody: "tbody", tr: "tr", th: "th", td: "td", strong: "strong", em: "em", s: "s" };
+
+function draw(tokens, parent, env) {
+  const open = [parent];
+  for (const token of tokens) {
+    const node = open.at(-1);
+    if (token.nesting < 0) { if (!token.hidden) open.pop(); continue; }
+    if (token.nesting > 0) { if (!token.hidden) { const child = opened(token); node.append(child); open.push(child.querySelector("table") ?? child); } continue; }
+    node.append(...alone(token, node, env));
+  }
+}
+
+/** The element that an opening token begins. */
+function opened(token) {
+  const kind = token.type.replace("_open", "");
+  switch (kind) {
+    case "heading": return make(`h${Math.min(6, Number(token.tag.slice(1)) + 2)}`);
+    case "link": return link(token.attrGet("href"));
+    case "table": return make("div", { class: "scroll" }, make("table"));
+    case "ordered_list": return make("ol", { start: token.attrGet("start") ?? undefined });
+    case "th": return make("th", { scope: "col", class: aligned(token) });
+    case "td": return make("td", { class: aligned(token) });
+    default: return make(TAGS[kind] ?? "span");
+  }
+}
+
+const aligned = (token) => /text-align:(right|center)/.exec(token.attrGet("style") ?? "")?.[1];
+
+/** What a token without an end becomes. */
+function alone(token, node, env) {
+  switch (token.type) {
+    case "inline": return inline(token, node, env);
+    case "text": case "text_special": return [token.content];
+    case "softbreak": return ["\n"];
+    case "hardbreak": return [make("br")];
+    case "code_inline": return [make("code", {}, token.content)];
+    case "fence": return [drawCode(token.content, token.info.trim().split(/\s+/)[0])];
+    case "code_block": return [drawCode(token.content, "")];
+    case "hr": return [make("hr")];
+    // pictures from elsewhere are never loaded: what they show stands in a link to them
+    case "image": { const shown = link(token.attrGet("src")); shown.append(token.content || token.attrGet("src")); return [shown]; }
+    case "citation": return [env.cite(Number(token.content)) ?? `[${token.content}]`];
+    case "formula": return [formula(token.content, token.meta)];
+    default: return [token.content];
+  }
+}
+
+function inline(token, node, env) {
+  if (token.content.length > LONGEST) return [token.content];
+  const children = [...token.children], item = node.closest("li");
+  const isFirst = item && !node.hasChildNodes() && (node === item || item.firstChild === node);
+  const task = isFirst && /^\[([ xX])\] /.exec(children[0]?.type === "text" ? children[0].content : "");
+  const box = make("span");
+  if (task) {
+    item.classList.add("task");
+    children[0] = Object.assign(Object.create(Object.getPrototypeOf(children[0])), children[0], { content: children[0].content.slice(4) });
+    box.append(make("input", { type: "checkbox", disabled: true, checked: task[1] !== " ", "aria-label": task[1] === " " ? "to do" : "done" }), " ");
+  }
+  draw(children, box, env);
+  return [...box.childNodes];
 }
 
 /** A link that is followed only when it is pressed, and tells nothing of this page; other targets than the web's are text. */
-function link(target, label) {
-  if (!/^(https?:|mailto:)/i.test(target)) return label === target ? label : `${label} (${target})`;
-  return make("a", { href: target, rel: "noopener noreferrer nofollow", target: "_blank" }, label);
+function link(target) {
+  if (!/^(https?:|mailto:)/i.test(target ?? "")) return make("span", { title: target });
+  return make("a", { href: target, rel: "noopener noreferrer nofollow", target: "_blank" });
 }
 
-function drawList(lines) {
-  const first = ITEM.exec(lines[0]);
-  const depth = first[1].length, ordered = /\d/.test(first[2]);
-  const list = make(ordered ? "ol" : "ul", ordered && parseInt(first[2], 10) !== 1 ? { start: String(parseInt(first[2], 10)) } : {});
-  let body = null;
-  const finish = () => { if (body) list.append(drawItem(body)); };
-  for (const line of lines) {
-    const item = ITEM.exec(line);
-    if (item && item[1].length <= depth) { finish(); body = [item[3]]; }
-    else body.push(line.slice(0, depth + 2).trim() ? line.trimStart() : line.slice(depth + 2));
-  }
-  finish();
-  return list;
-}
-
-function drawItem(lines) {
-  const node = make("li");
-  const blocks = blocksOf(lines.join("\n"));
-  // one paragraph stands in the item itself
-  if (blocks[0]?.kind === "paragraph") inline(node, blocks.shift().lines.join("\n"));
-  node.append(...blocks.map((block) => drawBlock(block)));
-  return node;
-}
-
-function cells(line) {
-  return line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replace(/\\\|/g, "|"));
-}
-
-function drawTable(lines) {
-  const head = make("tr", {}, ...cells(lines[0]).map((cell) => inline(make("th", { scope: "col" }), cell)));
-  const rows = lines.slice(2).map((line) => make("tr", {}, ...cells(line).map((cell) => inline(make("td"), cell))));
-  return make("div", { class: "scroll" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
-}
-
-function drawCode(block) {
+function drawCode(text, language) {
   const copy = make("button", { class: "quiet", type: "button", onclick: async () => {
     await navigator.clipboard.writeText(code.textContent);
     copy.textContent = "Copied";
     setTimeout(() => (copy.textContent = "Copy"), 1200);
   } }, "Copy");
-  const code = make("code", {}, block.body);
-  return make("figure", { class: "code" }, make("figcaption", {}, make("span", {}, block.language || "text"), copy), make("pre", { tabindex: "0" }, code));
+  const code = make("code", {}, text.replace(/\n$/, ""));
+  return make("figure", { class: "code" }, make("figcaption", {}, make("span", {}, language || "text"), copy), make("pre", { tabindex: "0" }, code));
 }
 
-function drawBlock(block) {
-  switch (block.kind) {
-    case "code": return drawCode(block);
-    case "heading": { const [, marks, text] = HEADING.exec(block.lines[0]); return inline(make(`h${Math.min(6, marks.length + 2)}`), text); }
-    case "rule": return make("hr");
-    case "table": return drawTable(block.lines);
-    case "quote": return make("blockquote", {}, ...blocksOf(block.lines.map((line) => QUOTE.exec(line)?.[1] ?? line).join("\n")).map(drawBlock));
-    case "list": return drawList(block.lines);
-    default: return inline(make("p"), block.lines.join("\n"));
+let colouring = null;
+/** Colour the code in a block whose end has come, where its language is known. */
+function colourAll(node) { for (const figure of node.matches("figure.code") ? [node] : node.querySelectorAll("figure.code")) colour(figure); }
+
+async function colour(figure) {
+  const code = figure.querySelector("code"), language = figure.querySelector("figcaption span").textContent.toLowerCase();
+  if (language === "text" || code.childElementCount || code.textContent.length > LONGEST_COLOURED) return;
+  colouring ??= import("./vendor/highlight.js");
+  const { default: highlight } = await colouring;
+  if (!highlight.getLanguage(language)) return;
+  const spans = ({ children }) => children.map((part) => typeof part === "string" ? part : make("span", { class: classOf(part.scope) }, ...spans(part)));
+  code.replaceChildren(...spans(highlight.highlight(code.textContent, { language, ignoreIllegals: true })._emitter.root));
+}
+/** The class of what a grammar calls `title.function`: that of the first part. */
+const classOf = (scope) => (scope ? `hljs-${scope.split(".")[0]}` : undefined);
+
+let setting = null;
+/** A formula: as it is written until KaTeX has come, and where it cannot be set. */
+function formula(text, isDisplay) {
+  const node = make("span", { class: isDisplay ? "formula display" : "formula" }, make("code", {}, text));
+  setting ??= loadKatex();
+  setting.then((katex) => {
+    const set = make("span");
+    try {
+      katex.render(text, set, { displayMode: isDisplay, throwOnError: true, trust: false, strict: "ignore", errorColor: "var(--bad)", maxSize: 20, maxExpand: 500 });
+      node.replaceChildren(...set.childNodes);
+    } catch { /* stays as it is written */ }
+  });
+  return node;
+}
+
+async function loadKatex() {
+  document.head.append(make("link", { rel: "stylesheet", href: new URL("./vendor/katex.css", import.meta.url).href }));
+  return (await import("./vendor/katex.js")).default;
+}
+
+// --- a text that grows ----------------------------------------------------------------------------------------------------
+
+/** The tokens of each block at the top, with the line it begins in. */
+function blocksOf(tokens) {
+  const blocks = [];
+  for (const token of tokens) {
+    if (token.level === 0 && token.nesting >= 0) blocks.push({ line: token.map?.[0] ?? 0, end: token.map?.[1] ?? 0, tokens: [] });
+    blocks.at(-1).tokens.push(token);
   }
+  return blocks;
 }
 
-/** A text that grows. Only its last block is drawn again when more comes; code that only grows is added to. */
+/** A text that grows. Only its last block is read and drawn again when more comes; code that only grows is added to. */
 export class MarkdownView {
-  /** cite: of an answer from sources; see above. */
-  constructor(node, text = "", cite = null) { this.node = node; this.text = ""; this.start = 0; this.open = null; this.code = null; this.cite = cite; this.append(text); }
+  /** cite: makes the element of a citation, of its number, or null where it names no source; of an answer from sources. */
+  constructor(node, text = "", cite = null) { this.node = node; this.text = ""; this.start = 0; this.open = null; this.code = null; this.cite = cite; this.env = {}; this.append(text); }
 
   append(more) {
     if (!more) return;
-    cite = this.cite;
-    try { this.draw(more); } finally { cite = null; }
+    const begun = this.text;
+    this.text += more.replace(/\r\n?/g, "\n");
+    if (this.code && !begun.endsWith("\n") && !/[\r\n`~]/.test(more)) { this.code.append(more); return; }
+    const text = this.text.slice(this.start);
+    // what defines a reference may be cut: only the whole text says what is referred to
+    this.env = { cite: this.cite };
+    const blocks = blocksOf(markdown.parse(text, this.env));
+    this.open?.remove();
+    this.open = this.code = null;
+    for (const block of blocks) {
+      const node = this.drawn(block, text);
+      this.node.append(node);
+      if (block !== blocks.at(-1)) { colourAll(node); continue; }
+      const [only] = block.tokens;
+      this.open = node;
+      this.start += placeOf(text, block.line);
+      if (only.type === "fence" && !isClosed(only, text)) this.code = node.querySelector("code");
+    }
   }
 
-  draw(more) {
-    this.text += more;
-    const blocks = blocksOf(this.text, this.start);
-    const last = blocks.at(-1);
-    if (!last) return;
-    if (blocks.length === 1 && this.code && last.kind === "code" && !last.closed && last.body.startsWith(this.code.data)) {
-      this.code.appendData(last.body.slice(this.code.data.length));
-      return;
+  /** Draw what depends on the whole text, once no more comes. */
+  finish() {
+    if (DEFINITION.test(this.text)) {
+      this.node.replaceChildren();
+      const text = this.text;
+      Object.assign(this, { text: "", start: 0, open: null, code: null });
+      this.append(text);
     }
-    this.open?.remove();
-    for (const block of blocks) {
-      const node = drawBlock(block);
-      this.node.append(node);
-      if (block !== last) continue;
-      this.open = node;
-      this.start = block.start;
-      this.code = block.kind === "code" ? (node.querySelector("code").firstChild ?? node.querySelector("code").appendChild(document.createTextNode(""))) : null;
-    }
+    if (this.open) colourAll(this.open);
   }
+
+  drawn(block, text) {
+    const box = make("div");
+    if (block.tokens.some((token) => token.level >= DEEPEST - 2)) {
+      box.append(make("p", {}, text.slice(placeOf(text, block.line), placeOf(text, block.end)).trimEnd()));
+    } else draw(block.tokens, box, this.env);
+    return box.childNodes.length === 1 && box.firstElementChild ? box.firstElementChild : box;
+  }
+}
+
+/** Where a line of a text begins. */
+function placeOf(text, line) {
+  let place = 0;
+  for (let number = 0; number < line; number += 1) {
+    const end = text.indexOf("\n", place);
+    if (end < 0) return text.length;
+    place = end + 1;
+  }
+  return place;
+}
+
+/** Whether a block of code has its end. */
+function isClosed(token, text) {
+  const lines = text.slice(0, placeOf(text, token.map[1])).trimEnd().split("\n"), last = lines.at(-1).trim();
+  return token.map[1] - token.map[0] > 1 && last.length >= token.markup.length && last === token.markup[0].repeat(last.length);
 }

@@ -22,17 +22,23 @@ export function say(text) { byId("said").textContent = text; }
 
 const KEY = "bessemer-key";
 
-/** Ask for a key until one is given; the dialog may be closed without one. */
-function askForKey() {
-  const dialog = byId("key-dialog");
-  if (dialog.open) return new Promise((resolve) => dialog.addEventListener("close", () => resolve(sessionStorage.getItem(KEY)), { once: true }));
-  byId("key").value = "";
-  dialog.showModal();
-  return new Promise((resolve) => dialog.addEventListener("close", () => {
-    const key = byId("key").value.trim();
-    if (key) sessionStorage.setItem(KEY, key);
-    resolve(key || null);
-  }, { once: true }));
+let asked = null;
+/** Ask for a key, once for all requests that wait for one; resolves to whether one was given. isWrong: whether the last one was not
+ *  accepted. The dialog may be closed without one. */
+function askForKey(isWrong) {
+  asked ??= new Promise((resolve) => {
+    const dialog = byId("key-dialog");
+    byId("key").value = dialog.returnValue = "";
+    byId("key-wrong").hidden = !isWrong;
+    dialog.showModal();
+    dialog.addEventListener("close", () => {
+      asked = null;
+      const key = dialog.returnValue === "use" ? byId("key").value.trim() : "";
+      if (key) sessionStorage.setItem(KEY, key);
+      resolve(Boolean(key));
+    }, { once: true });
+  });
+  return asked;
 }
 
 /** An error that the server explains. */
@@ -40,9 +46,9 @@ export class Refused extends Error {
   constructor(message, status, code) { super(message); this.status = status; this.code = code; }
 }
 
-/** A request of the API, of JSON or of a form; asks for a key once where the server wants one. Raises Refused, or an error in plain words. */
+/** A request of the API, of JSON or of a form; asks for a key where the server wants one, until it is right. Raises Refused, or an error in plain words. */
 export async function request(path, { body, method = body === undefined ? "GET" : "POST", signal } = {}) {
-  for (let attempt = 0; ; attempt += 1) {
+  for (;;) {
     const key = sessionStorage.getItem(KEY);
     const isForm = body instanceof FormData;
     const headers = { ...(body === undefined || isForm ? {} : { "Content-Type": "application/json" }), ...(key ? { Authorization: `Bearer ${key}` } : {}) };
@@ -54,7 +60,11 @@ export async function request(path, { body, method = body === undefined ? "GET" 
       throw new Error("the server does not answer");
     }
     if (response.ok) return response;
-    if (response.status === 401 && attempt < 2 && await askForKey()) continue;
+    if (response.status === 401) {
+      if (key !== null && key === sessionStorage.getItem(KEY)) sessionStorage.removeItem(KEY);
+      // another request may have been given one meanwhile
+      if (sessionStorage.getItem(KEY) !== null || await askForKey(key !== null)) continue;
+    }
     let said = {};
     try { said = (await response.json()).error ?? {}; } catch { /* not JSON */ }
     throw new Refused(said.message ?? `the server answers ${response.status}`, response.status, said.code);
@@ -122,6 +132,9 @@ export async function savePage(view, title) {
   const copy = view.cloneNode(true);
   const pictures = [...view.querySelectorAll("canvas")].map((canvas) => make("img", { src: canvas.toDataURL(), alt: canvas.closest("[aria-label]")?.getAttribute("aria-label") ?? "" }));
   copy.querySelectorAll("canvas").forEach((canvas, number) => canvas.replaceWith(pictures[number]));
+  // without KaTeX's fonts, browsers draw a formula from what it says for those who do not see it
+  copy.querySelectorAll(".katex-html").forEach((node) => node.remove());
+  copy.querySelectorAll(".katex-mathml").forEach((node) => node.classList.remove("katex-mathml"));
   copy.querySelectorAll(".cite, .sources button").forEach((node) => node.replaceWith(node.matches(".cite") ? `[${node.textContent}]` : node.textContent));
   copy.querySelectorAll("button, form, select, textarea, [hidden]").forEach((node) => node.remove());
   download(`${title.replace(/[^\w-]+/g, "-").slice(0, 60) || "page"}.html`, "text/html", `<!doctype html>

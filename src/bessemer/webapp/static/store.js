@@ -99,6 +99,18 @@ export function pathTo(conversation, id) {
   return path.reverse();
 }
 
+/** The conversation up to a message, as a model reads it: without answers that never came. Questions without an answer are one with
+ *  the next, since templates want the two sides in turn. */
+export function messagesTo(conversation, id) {
+  const said = [];
+  for (const { role, content } of pathTo(conversation, id)) {
+    if (role === "assistant" && !content.trim()) continue;
+    if (said.at(-1)?.role === role) said.at(-1).content += `\n\n${content}`;
+    else said.push({ role, content });
+  }
+  return conversation.system ? [{ role: "system", content: conversation.system }, ...said] : said;
+}
+
 /** Messages that answer the same one, oldest first. */
 export function siblings(conversation, node) {
   return Object.values(conversation.nodes).filter((other) => other.parent === node.parent).sort((one, two) => one.at - two.at);

@@ -1,0 +1,182 @@
+"""Reading and writing in the chat: Markdown, what is shown of an answer, and the way through conversations."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.serving.engine import FakeEngine
+from tests.webapp.test_accessibility import faults
+from tests.webapp.test_chat import ANSWER, ask, opened
+
+MARKDOWN = r"""Title
+=====
+
+***both*** and ~~gone~~, `$x$` and \(E = mc^2\), for $5 or $6.
+
+- [x] done
+- [ ] to do
+
+| a | b |
+|:--|--:|
+| 1 | $\frac{a}{b}$ |
+
+$$
+\int_0^1 x\,dx = \frac12
+$$
+
+See [the book][1] and ![a picture](https://example.org/x.png).
+
+[1]: https://example.org/book
+
+[bad](javascript:alert(1)) <script>alert(1)</script> $\href{javascript:alert(1)}{x}$
+
+```python
+def f(x): return "<b>"
+```
+"""
+
+
+def test_markdown_formulas_and_code_are_drawn_and_nothing_of_them_runs(page, start):
+    opened(page, start(served=FakeEngine(lambda _: iter(MARKDOWN), context_length=10**6)))
+    page.evaluate("document.querySelector('[name=max_tokens]').value = ''")
+    ask(page, "show")
+    page.wait_for_selector(ANSWER)
+    shown = page.locator("article.assistant > .text")
+    page.wait_for_selector(".formula.display .katex-html")
+    page.wait_for_selector("pre code .hljs-keyword")
+    assert [shown.locator(one).first.inner_text() for one in ("h3", "em strong", "s", "p code")] == [
+        "Title",
+        "both",
+        "gone",
+        "$x$",
+    ]
+    assert [box.is_checked() for box in shown.locator("li.task input").all()] == [True, False]
+    assert "$5 or $6" in shown.inner_text() and shown.locator("td.right .katex").count() == 1
+    assert [one.get_attribute("href") for one in shown.locator("a").all()] == [
+        "https://example.org/book",
+        "https://example.org/x.png",
+    ]
+    assert shown.locator("img, script, b").count() == 0 and "<script>alert(1)</script>" in shown.inner_text()
+    page.wait_for_function("document.fonts.check('12px KaTeX_Main')")
+    whole = shown.inner_html()
+    page.reload()
+    page.wait_for_selector("pre code .hljs-keyword")
+    page.wait_for_selector(".formula.display .katex-html")
+    assert page.locator("article.assistant > .text").inner_html() == whole
+
+
+@pytest.mark.parametrize("text", [">" * 3000 + " deep", "*" * 3000 + "a", "[" * 3000, "- " * 3000 + "a", "$" * 3001])
+def test_what_is_nested_a_thousand_times_is_shown_and_stops_nothing(page, start, text):
+    opened(page, start(served=FakeEngine(lambda _: iter([text, "\n\nafter it"]), context_length=10**6)))
+    ask(page, "show")
+    page.wait_for_selector("article.assistant:not(.working) .text >> text=after it")
+
+
+def test_an_answer_goes_on_while_another_conversation_is_read_and_back_leads_to_it(page, start):
+    may_end = threading.Event()
+
+    def reply(prompt):
+        yield from ("one ", "two ")
+        while not may_end.wait(0.01):
+            yield "."
+        yield "three"
+
+    url = start(served=FakeEngine(reply, context_length=10**9))
+    opened(page, url)
+    page.evaluate("document.querySelector('[name=max_tokens]').value = ''")
+    ask(page, "first")
+    page.wait_for_selector("article.assistant.working >> text=one two")
+    page.keyboard.press("Alt+n")
+    page.wait_for_selector("#welcome")
+    ask(page, "second")
+    page.wait_for_selector("article.assistant.working >> text=one two")
+    page.go_back()
+    page.wait_for_selector("article.user >> text=first")
+    page.wait_for_selector("article.assistant.working >> text=one two")
+    may_end.set()
+    page.wait_for_selector("article.assistant:not(.working)")
+    assert page.inner_text("article.assistant .text").endswith("three") and "stopped" not in page.inner_text("#log")
+    page.go_forward()
+    page.wait_for_selector("article.user >> text=second")
+    page.wait_for_selector("article.assistant:not(.working) >> text=three")
+
+
+def answer_of(page):
+    """The one answer of the one conversation, as it is kept."""
+    (conversation,) = page.evaluate("import('./static/store.js').then((store) => store.all())")
+    return next(node for node in conversation["nodes"].values() if node["role"] == "assistant")
+
+
+def test_a_cut_answer_goes_on_and_says_its_model_settings_and_place_in_the_context(page, start):
+    page.set_viewport_size({"width": 400, "height": 800})
+    opened(page, start())
+    page.click("#show-settings")
+    page.fill("#system", "Be brief.")
+    page.select_option("[data-side=first] [name=preset]", "precise")
+    page.evaluate("document.querySelector('[name=max_tokens]').value = 6")
+    page.keyboard.press("Escape")
+    question = "the end of the thin line\n" * 60
+    page.fill("#prompt", question)
+    page.press("#prompt", "Enter")
+    page.wait_for_selector("article.assistant:not(.working)")
+    # a question longer than the window is shown from its beginning
+    places = "['article.user', '#scroll'].map((one) => document.querySelector(one).getBoundingClientRect().top)"
+    question, window = page.evaluate(places)
+    assert abs(question - window) < 30
+    page.wait_for_selector("article.system >> text=System message")
+    said = " ".join(page.locator(".facts-of-answer").all_inner_texts())
+    assert "tiny · temperature 0.2 · top p 0.9" in said and "cut at the most tokens" in said
+    before = answer_of(page)
+    page.get_by_role("button", name="Continue").click()
+    page.wait_for_selector("article.assistant.working", state="detached")
+    page.wait_for_selector("article.assistant .below button")
+    after = answer_of(page)
+    assert len(after["ids"]) > len(before["ids"]) and after["content"].startswith(before["content"])
+    assert len(after["top"]) == len(after["ids"])
+    assert "of 4,096 tokens" in page.inner_text("#context")
+    # the box to edit in is as wide as the conversation, and Ctrl+Enter asks
+    page.locator("article.user").get_by_role("button", name="Edit").click()
+    width = page.evaluate(
+        "document.querySelector('.editing textarea').clientWidth / document.querySelector('#log').clientWidth"
+    )
+    assert width > 0.85
+    page.fill("article.user textarea", "the end")
+    page.press("article.user textarea", "Control+Enter")
+    page.wait_for_selector("article.user .place >> text=2 / 2")
+    page.wait_for_selector("article.assistant:not(.working) .below button")
+    # every token can be reached beside the panel
+    page.get_by_role("button", name="Tokens").click()
+    page.wait_for_selector("#token-lens table")
+    for button in page.locator(".tokens.pressable button").all():
+        button.click(timeout=2000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert faults(page) == []
+
+
+def test_two_answers_are_compared_without_their_names_and_nothing_is_kept_until_it_is_said(page, start, tmp_path):
+    answers = iter(["one answer", "another answer"] * 2)
+    url = start(web={"feedback": tmp_path}, served=FakeEngine(lambda _: iter(next(answers)), context_length=1000))
+    opened(page, url)
+    page.click("#show-settings")
+    page.check("#beside")
+    page.check("#blind")
+    page.evaluate("document.querySelector('[data-side=second] [name=temperature]').value = 0.1")
+    page.keyboard.press("Escape")
+    ask(page, "first")
+    page.wait_for_selector("#verdicts >> text=A is better")
+    assert page.locator(".pair h2").all_inner_texts() == ["Answer A", "Answer B"]
+    assert "temperature" not in page.inner_text(".pair") and not list(tmp_path.iterdir())
+    page.get_by_role("button", name="Skip").click()
+    ask(page, "second")
+    page.wait_for_selector("#verdicts >> text=A is better")
+    assert not list(tmp_path.iterdir()) and page.evaluate("localStorage.getItem('bessemer-comparisons')") is None
+    better = page.locator(".pair .text").nth(1).inner_text()
+    with page.expect_response("**/feedback"):
+        page.get_by_role("button", name="B is better").click()
+    assert f'"content": "{better}"' in (tmp_path / "pairs.jsonl").read_text().split("rejected")[0]
+    page.click("#show-settings")
+    (row,) = page.locator("#comparisons tbody tr").all_inner_texts()
+    # Wilson's interval of one win of one, or of none
+    assert "(21 % – 100 %)" in row or "(0 % – 79 %)" in row
