@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,19 @@ def write_model_config(
     quantization: its `quantization_config`, where weights are quantised.
     """
     if tokenizer is not None and tokenizer.resolve() != folder.resolve():
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).exists():
-                shutil.copyfile(tokenizer / name, folder / name)
+        copy_tokenizer(tokenizer, folder)
     tokenizer_file = folder / "tokenizer.json"
     ours = {"format": MODEL_FORMAT, "tokenizer_hash": hash_file(tokenizer_file) if tokenizer_file.exists() else None}
     values = huggingface_config(config, str(dtype).removeprefix("torch."))
     quantised = {QUANTIZATION: dict(quantization)} if quantization else {}
     write_json(folder / CONFIG, values | quantised | {"bessemer": ours})
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path, others: Sequence[str] = ()) -> None:
+    """Copy a folder's tokenizer and generation settings, and `others` of its files, as far as it has them."""
+    for name in (*TOKENIZER_FILES, *others):
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, folder / name)
 
 
 def huggingface_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
