@@ -49,6 +49,7 @@ class BatchFields(ctypes.Structure):
         ("kept_begins", ctypes.c_void_p),
         ("kept_rows", ctypes.c_void_p),
         ("kept_states", ctypes.c_void_p),
+        ("given", ctypes.c_void_p),
     )
 
 
@@ -83,7 +84,15 @@ class _KernelBatch(NamedTuple):
         widths = array("q", [width for _, width in tables])
         inputs = (tokens, positions_N, starts, table_addresses, widths)
         fields = BatchFields(len(tokens), batch.sequences, *[numbers.buffer_info()[0] for numbers in inputs])
-        return cls(fields, (*inputs, tables))
+        if not batch.given:
+            return cls(fields, (*inputs, tables))
+        vectors, addresses = [part.vectors_MD.float().contiguous() for part in batch.given], array("Q", bytes(8 * len(tokens)))
+        for part, vectors_MD in zip(batch.given, vectors, strict=True):
+            assert vectors_MD.device.type == "cpu", vectors_MD.device
+            for place, row in enumerate(part.rows):
+                addresses[row] = vectors_MD[place].data_ptr()
+        fields.given = addresses.buffer_info()[0]
+        return cls(fields, (*inputs, tables, vectors, addresses))
 
 
 class _Kept(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +43,7 @@ class ImageSpan:
     prepared: Prepared = field(repr=False)
 
 
-@dataclass(frozen=True)
-class ImagePrompt:
+class ImagePrompt(NamedTuple):
     """A prompt whose image tokens have become as many as its pictures have vectors."""
 
     ids: list[int]
@@ -79,7 +79,7 @@ class PictureReader:
         """The token that stands for a picture in a prompt."""
         return self.vision.config.image_token_id
 
-    def expand(self, ids: Sequence[int], pictures: Sequence[Picture]) -> ImagePrompt:
+    def expand(self, ids: Sequence[int], pictures: Sequence[Picture | Prepared]) -> ImagePrompt:
         """The prompt with a picture in place of each image token. Raises RequestError where there are more or fewer."""
         image, count = self.image_token_id, sum(id == self.image_token_id for id in ids)
         if count != len(pictures):
@@ -91,7 +91,8 @@ class PictureReader:
             if id != image:
                 expanded.append(id)
                 continue
-            prepared = self.preprocessor.prepare(next(waiting))
+            given = next(waiting)
+            prepared = given if isinstance(given, Prepared) else self.preprocessor.prepare(given)
             tokens, start = self.tokens(prepared), len(expanded)
             expanded += tokens
             places = [start + place for place, token in enumerate(tokens) if token == image]
