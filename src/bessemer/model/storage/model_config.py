@@ -15,6 +15,7 @@ from bessemer.core.store import check_format, read_json, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import FAMILIES, family_of, read_config, write_config
 from bessemer.model.quantisation.storage import OWN_FORM, QUANTIZATION, read_settings
+from bessemer.model.vision.config import ARCHITECTURES
 
 #: Format number of a model folder, under `bessemer` in its config.json.
 MODEL_FORMAT = 1
@@ -83,6 +84,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     if "auto_map" in values:
         raise ArtefactError(f"{path}: it asks to run code that comes with the model ('auto_map'); bessemer runs no such code")
     family = FAMILIES.get(values.get("model_type", ""))
+    if values.get("model_type") in ARCHITECTURES:
+        raise ArtefactError(f"{path}: this model reads pictures: it is served and generates; nothing else is done with it yet")
     if family is None:
         known = ", ".join(FAMILIES)
         raise ArtefactError(f"{path}: unknown architecture {values.get('model_type')!r}; supported: {known}")
