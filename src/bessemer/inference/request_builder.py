@@ -254,8 +254,6 @@ class RequestBuilder:
         if spans:
             assert self.pictures is not None
             images = RequestImages(spans, self.pictures.vectors)
-            if params.beam_width:
-                raise RequestError("beam_width: beam search reads no pictures; leave it out")
         for index in range(params.best_of or params.n):
             sequence = self._sequence(ids, limit, priority, salt, computed_from)
             if images is not None:

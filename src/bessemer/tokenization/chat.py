@@ -391,7 +391,9 @@ def _checked_parts(parts: Sequence[Any], role: Any, where: str) -> str | list[di
     """A content of parts: texts and the places of pictures; one text where it has no picture."""
     checked: list[dict[str, Any]] = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if not isinstance(part, Mapping):
+            raise RequestError(f"{where}: the content must be text, got {type(parts).__name__}")
+        kind = part.get("type")
         if kind not in ("text", "image") or (kind == "text" and not isinstance(part.get("text"), str)):
             raise RequestError(f"{where}: a part of a content is a text or an image, got {kind!r}")
         if kind == "image" and role != "user":

@@ -86,11 +86,13 @@ class _KernelBatch(NamedTuple):
         fields = BatchFields(len(tokens), batch.sequences, *[numbers.buffer_info()[0] for numbers in inputs])
         if not batch.given:
             return cls(fields, (*inputs, tables))
-        vectors, addresses = [part.vectors_MD.float().contiguous() for part in batch.given], array("Q", bytes(8 * len(tokens)))
+        vectors = [part.vectors_MD.float().contiguous() for part in batch.given]
+        addresses = array("Q", bytes(8 * len(tokens)))
         for part, vectors_MD in zip(batch.given, vectors, strict=True):
             assert vectors_MD.device.type == "cpu", vectors_MD.device
+            first, stride = vectors_MD.data_ptr(), vectors_MD.shape[1] * vectors_MD.itemsize
             for place, row in enumerate(part.rows):
-                addresses[row] = vectors_MD[place].data_ptr()
+                addresses[row] = first + place * stride
         fields.given = addresses.buffer_info()[0]
         return cls(fields, (*inputs, tables, vectors, addresses))
 

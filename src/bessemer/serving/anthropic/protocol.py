@@ -10,14 +10,14 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.config import MESSAGES, TOOLS
 from bessemer.serving.openai.protocol import Stops
 from bessemer.serving.openai.tools import ToolName, checked_tools, in_json
-from bessemer.serving.runtime.bodies import ApiError, Body, Name, misfit
+from bessemer.serving.runtime.bodies import Body, Name, misfit
 from bessemer.serving.runtime.pictures import ImageData, image_of_base64
 
 #: Fields that are ignored in any object: marks of the prompt cache, which is automatic here, and fields about the client or
@@ -54,7 +54,7 @@ class ImageSource(AnthropicBody):
 
     type: Literal["base64"]
     media_type: Literal["image/png", "image/jpeg", "image/webp", "image/gif"]
-    data: str
+    data: Annotated[ImageData, BeforeValidator(image_of_base64), WithJsonSchema({"type": "string"})]
 
     @field_validator("type", mode="before")
     @classmethod
@@ -69,14 +69,6 @@ class ImageBlock(AnthropicBody):
 
     type: Literal["image"]
     source: ImageSource
-
-    @property
-    def image(self) -> ImageData:
-        """Its data. Raises ApiError for what is not base64."""
-        try:
-            return image_of_base64(self.source.data)
-        except ValueError as error:
-            raise ApiError(str(error), parameter="messages", code="invalid_value") from None
 
 
 class ThinkingBlock(AnthropicBody):
@@ -127,7 +119,7 @@ class AnthropicMessage(AnthropicBody):
                     is_next = bool(parts) and parts[-1]["type"] == "text"
                     parts.append({"type": "text", "text": f"\n\n{block.text}" if is_next else block.text})
                 case ImageBlock():
-                    parts.append({"type": "image", "image": block.image})
+                    parts.append({"type": "image", "image": block.source.data})
                 case ThinkingBlock():
                     thinking.append(block.thinking)
                 case ToolUseBlock():

@@ -41,8 +41,10 @@ def image_of_uri(uri: Any) -> ImageData:
     return image_of_base64(uri[match.end() :])
 
 
-def image_of_base64(text: str) -> ImageData:
+def image_of_base64(text: Any) -> ImageData:
     """The data of a text in base64. Raises ValueError."""
+    if not isinstance(text, str):
+        raise ValueError(f"a picture's data is a text in base64, got {type(text).__name__}")
     try:
         return ImageData(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError):
