@@ -3,6 +3,7 @@
 import pytest
 
 from bessemer.core.errors import RequestError
+from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.picture_files import write_picture_tokenizer
 from tests.model.tokenizers import write_small_tokenizer
@@ -26,15 +27,10 @@ def test_a_template_of_parts_writes_pictures_and_texts(tokenizer):
 
 
 def test_it_writes_contents_that_are_one_text(tokenizer):
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-    ]
-    text = rendered(tokenizer, [*messages, *ASKED])
-    assert (
-        "System: Be brief.<end_of_utterance>\nUser: a<end_of_utterance>\nAssistant: b<end_of_utterance>\nUser:<image>" in text
-    )
+    said = [("system", "Be brief."), ("user", "a"), ("assistant", "b")]
+    text = rendered(tokenizer, [*({"role": role, "content": content} for role, content in said), *ASKED])
+    end = "<end_of_utterance>\n"
+    assert f"System: Be brief.{end}User: a{end}Assistant: b{end}User:<image>" in text
     parts = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "text"}]}]
     assert rendered(tokenizer, parts) == rendered(tokenizer, [{"role": "user", "content": "one text"}])
 
@@ -55,10 +51,8 @@ def test_marks_that_somebody_typed_are_text(tokenizer, typed):
 
 
 def test_a_template_of_texts_has_no_place_for_pictures(tmp_path):
-    from bessemer.tokenization.chat_templates import TEMPLATES
-
     folder = write_small_tokenizer(tmp_path)
-    (folder / "chat_template.jinja").write_text(next(iter(TEMPLATES.values())))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES["chatml"])
     with pytest.raises(RequestError, match="the chat template has no place for pictures"):
         load_tokenizer(folder).apply_chat_template(ASKED, add_generation_prompt=True)
 

@@ -102,7 +102,8 @@ class ChatTemplate:
     @cached_property
     def writes_system(self) -> bool:
         """Whether the template writes a system message; Gemma's refuses it, others leave it out."""
-        messages = [{"role": "system", "content": "first words"}, {"role": "user", "content": "a question"}]
+        said = [{"role": "system", "content": "first words"}, {"role": "user", "content": "a question"}]
+        messages = self.with_contents(said)
         variables = {**self._variables, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
             return "first words" in self._template.render(variables, ("", ""))
