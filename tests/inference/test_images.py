@@ -86,7 +86,7 @@ def test_answers_are_the_models_own_and_depend_on_the_picture(engine):
 
 
 def test_a_prompt_that_is_read_in_chunks_gives_the_same(open_engine):
-    engine = open_engine(max_num_batched_tokens=7, block_size=4, prefix_cache=False)
+    engine = open_engine(max_num_batched_tokens=7, max_num_seqs=4, block_size=4, prefix_cache=False)
     prompt = asked(engine, picture(1))
     agrees(engine.generate([prompt], GREEDY)[0], expected(engine, prompt))
 

@@ -246,7 +246,7 @@ def read_preprocessor(folder: Path) -> Preprocessor:
             continue
         try:
             return preprocessor_of(values)
-        except (ConfigError, KeyError, TypeError, ValueError) as error:
+        except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtefactError(f"{path}: {error}") from None
     raise ArtefactError(f"{folder}: nothing says how pictures are prepared: {PREPROCESSOR} is missing")
 
