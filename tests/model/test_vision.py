@@ -86,7 +86,8 @@ def test_a_saved_model_is_opened_by_transformers_and_by_us(pair, tmp_path):
     expected = theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
     opened, loading = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    assert torch.equal(opened(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits, expected)
+    logits = opened(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    assert (logits - expected).abs().max() < TOLERANCE / 10
     assert torch.equal(again(tokens_BT, Pixels(pixels)), ours(tokens_BT, Pixels(pixels)))
 
 
@@ -136,7 +137,7 @@ def test_an_encoder_alone_equals_that_of_transformers(encoders, tmp_path):
     save_vision_encoder(ours, tmp_path)
     opened, loading = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    assert torch.equal(both(opened, ours)[0], states)
+    assert (both(opened, ours)[0] - states).abs().max() < TOLERANCE / 10
 
 
 @torch.no_grad()
