@@ -94,8 +94,10 @@ def test_a_model_of_text_and_other_roles_take_no_pictures(engine, start):
     assert "pictures are of a message of role 'user'" in httpx.post(url, json=body).json()["error"]["message"]
 
 
-def test_more_pictures_than_the_context_holds_are_refused(engine, connected):
+def test_more_pictures_than_are_read_or_the_context_holds_are_refused(engine, connected):
     client = connected(openai.OpenAI, engine, "/v1")
+    with pytest.raises(openai.BadRequestError, match="the conversation has 17 pictures, at most 16 are read"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": [part(uri())] * 17}], max_tokens=1)
     large = uri(encoded(drawn(64, 64)))
     with pytest.raises(openai.BadRequestError, match="this model's context is 512 tokens, and the first 6 pictures take"):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": [part(large)] * 8}], max_tokens=1)
