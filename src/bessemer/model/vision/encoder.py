@@ -67,7 +67,7 @@ class PatchEmbeddings(nn.Module):
             assert pixels.shapes is not None, "patches come with the shapes of their pictures"
             positions_NLD = resized_positions(table.unflatten(0, (config.grid, -1)), pixels.shapes, values.shape[1])
             return cast(Tensor, self.patch_embedding(values)) + positions_NLD
-        patches = self.patch_embedding(values)
+        patches: Tensor = self.patch_embedding(values)
         rows, columns = patches.shape[-2:]
         embedded_NLD = patches.flatten(2).transpose(1, 2)
         if config.has_class_token:
@@ -180,7 +180,8 @@ class PoolingHead(nn.Module):
         probe_N1D = self.probe.expand(len(hidden_NLD), -1, -1)
         padding = None if mask_NL is None else ~mask_NL
         pooled_N1D, _ = self.attention(probe_N1D, hidden_NLD, hidden_NLD, key_padding_mask=padding, need_weights=False)
-        return (pooled_N1D + cast(Tensor, self.mlp(self.layernorm(pooled_N1D))))[:, 0]
+        pooled_ND: Tensor = (pooled_N1D + self.mlp(self.layernorm(pooled_N1D)))[:, 0]
+        return pooled_ND
 
 
 class LayerStack(nn.Module):

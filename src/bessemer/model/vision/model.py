@@ -108,6 +108,7 @@ class VisionLanguageModel(nn.Module):
         """Logits of the token after each, (B, T, V). pixels: of all pictures or tiles of the rows, in their order; the other
         arguments as for `Decoder.hidden`. Raises as `embedded_rows`."""
         embedded = None if pixels is None else self.embedded_rows(tokens_BT, pixels)
-        return self.decoder(
+        logits_BTV: Tensor = self.decoder(
             tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache, embedded=embedded
         )
+        return logits_BTV

@@ -118,7 +118,8 @@ class PictureReader:
         """The vectors of a picture's image tokens, (M, D), in the type of the encoder's weights."""
         pixels = self.preprocessor.pixels(prepared)
         place = self.vision.encoder.post_layernorm.weight
-        return self.vision(pixels._replace(values=pixels.values.to(place.device, place.dtype))).flatten(0, 1)
+        vectors_NMD: Tensor = self.vision(pixels._replace(values=pixels.values.to(place.device, place.dtype)))
+        return vectors_NMD.flatten(0, 1)
 
     @cached_property
     def _new_lines(self) -> tuple[list[int], list[int]]:
