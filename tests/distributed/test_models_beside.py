@@ -67,7 +67,7 @@ def run(stage, model, teacher, data, out):
     }
     config = kind.parse({**common, **own}, stage)
     options = {"device": "cpu", "progress": Silent(), "folder": data}
-    whole, model_folders._read_weights = model_folders._read_weights, refused
+    whole, model_folders.read_weights = model_folders.read_weights, refused
     try:
         if function is None:
             prepare_run(config, model, out, **options)
@@ -76,7 +76,7 @@ def run(stage, model, teacher, data, out):
         else:
             function(config, model, out, seed=3, **options)
     finally:
-        model_folders._read_weights = whole
+        model_folders.read_weights = whole
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ class FakeAnswer:
     made: list[Chunk] = field(default_factory=list)
     prompt_log_probs: tuple = ()
     cached_tokens: int = 0
+    images: None = None
 
     def go_on(self) -> None:
         """One token, or the end."""
@@ -114,6 +115,7 @@ class FakeEngine:
         self.stopped = threading.Event()
         self.failure: BessemerError | None = None
         self.context_shift = None
+        self.pictures = None
         self.steps = 0
         self._under_way: list[FakeAnswer] = []
 

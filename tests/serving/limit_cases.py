@@ -51,6 +51,13 @@ def _sent(path: str, body: dict[str, Any], times: int = 1) -> Sent:
     return Sent(path, json.dumps(body).encode(), times)
 
 
+def _with_images(count: int) -> list[dict[str, Any]]:
+    """One message with pictures of one pixel."""
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{pixel}"}}
+    return [{"role": "user", "content": [part] * count}]
+
+
 def _words(characters: int) -> str:
     draw = random.Random(7)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randrange(2, 9))) for _ in range(1000)]
@@ -109,6 +116,7 @@ CASES: dict[str, Callable[[str, int], Sent]] = {
     "STOP_CHARACTERS": lambda model, count: _completion(model, stop=["a" * (count // 64 - 1) + chr(65 + n) for n in range(64)]),
     "STOP_TOKENS": lambda model, count: _completion(model, stop_token_ids=[1] * count),
     "TOKEN_RULES": lambda model, count: _completion(model, n=64, allowed_token_ids=list(range(9, 60)) * (count // 51)),
+    "IMAGES": lambda model, count: _sent("/v1/chat/completions", _chat(model, messages=_with_images(count))),
     "EMBEDDED": lambda model, count: _sent("/v1/embeddings", {"model": model, "input": ["a b"] * count}),
     "ENCODED": lambda model, count: _sent("/tokenize", {"model": model, "prompt": _words(count)}),
     "METADATA": lambda model, count: _response(model, {f"x{place}": "x" for place in range(count)}),

@@ -20,11 +20,13 @@ _UNTRUSTED: tuple[Origin, ...] = ("document", "tool", "memory")
 
 @dataclass(frozen=True)
 class MessagePart:
-    """A part of a message. source: id of a document, or name of a tool."""
+    """A part of a message. source: id of a document, or name of a tool. is_image: whether it is the place of a picture, which
+    has no text; the pictures themselves are beside the conversation, in the order of their places."""
 
     text: str
     origin: Origin
     source: str = ""
+    is_image: bool = False
 
     @property
     def is_tainted(self) -> bool:
@@ -88,6 +90,10 @@ class Message:
     def as_template_input(self) -> dict[str, Any]:
         """The message in the form of chat completions, for a chat template or an API."""
         message: dict[str, Any] = {"role": self.role, "content": self.text}
+        if any(part.is_image for part in self.parts):
+            message["content"] = [
+                {"type": "image"} if part.is_image else {"type": "text", "text": part.text} for part in self.parts
+            ]
         if self.thinking:
             message["reasoning_content"] = self.thinking
         if self.calls:
@@ -105,7 +111,7 @@ class Message:
 def as_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Messages in the form of chat completions: `role`, `content`, `reasoning_content`, `tool_calls`, `tool_call_id`.
 
-    Each becomes one part, whose origin is the role. Raises RequestError for a malformed one.
+    Each becomes one part, whose origin is the role, or of a content of parts as many. Raises RequestError for a malformed one.
     """
     return [_as_message(message) for message in checked_messages(given)]
 
@@ -197,11 +203,15 @@ def with_system_first(messages: Sequence[Message]) -> list[Message]:
 def _as_message(given: Mapping[str, Any]) -> Message:
     role: Role = given["role"]
     name = str(given.get("name", ""))
-    text = given.get("content", "")
+    content = given.get("content", "")
+    if isinstance(content, list):
+        parts = tuple(MessagePart(part.get("text", ""), role, is_image=part["type"] == "image") for part in content)
+    else:
+        parts = (MessagePart(content, role, name if role == "tool" else ""),) if content else ()
     calls = [_as_call(call) for call in given.get("tool_calls", ())]
     return Message(
         role,
-        (MessagePart(text, role, name if role == "tool" else ""),) if text else (),
+        parts,
         str(given.get("reasoning_content", "")),
         tuple(calls),
         str(given.get("tool_call_id", "")),

@@ -32,6 +32,10 @@ def generate(
         str | None,
         typer.Option(help="Fill in the text between the prompt and this one (a model trained with pretrain.fim_rate)."),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture that the prompt asks about, as a turn of a chat; may be repeated."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 128,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -55,7 +59,8 @@ def generate(
     from bessemer.cli.named import find_served, given_options, named_numbers, option_of, sampling_options, speculation
     from bessemer.cli.watermark import watermark_of
     from bessemer.core.errors import ConfigError
-    from bessemer.inference.engine import Engine, EngineConfig
+    from bessemer.inference.engine import Engine, EngineConfig, Prompt
+    from bessemer.inference.images import chat_prompt
     from bessemer.tokenization.prompts import infill_prompt
 
     given = speculation(speculate, runs) | named_numbers("parallel", parallel)
@@ -64,10 +69,15 @@ def generate(
         given["watermark"] = watermark_of(watermark)
     config = EngineConfig.parse(given, option_of("generate"))
     params_for = sampling_options(context)
+    if image and suffix is not None:
+        raise ConfigError("--image: pictures go with a question, and not with --suffix")
     with Engine(find_served(model, runs), device=device, config=config) as engine:
         if adapter is not None:
             engine.load_adapter(adapter, adapter)
-        input_text = prompt if suffix is None else infill_prompt(engine.tokenizer, prompt, suffix)
+        input_text: Prompt = prompt if suffix is None else infill_prompt(engine.tokenizer, prompt, suffix)
+        if image:
+            parts = [*({"type": "image", "image": path} for path in image), {"type": "text", "text": prompt}]
+            input_text = chat_prompt(engine.tokenizer, [{"role": "user", "content": parts}])
         params = params_for(engine)
         if config.watermark is not None and not params.can_carry(config.watermark):
             raise ConfigError("--watermark: gumbel marks what is drawn; give --temperature, or a key of --method green")

@@ -351,6 +351,7 @@ EXTRAS = {
     "datasets": "hub", "trafilatura": "trafilatura", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az",
     "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize", "sentencepiece": "tokenize", "gguf": "tokenize",
     "torch": "train", "safetensors": "train", "huggingface_hub": "train", "regex": "train",
+    "PIL": "train",
     "fastapi": "serve", "uvicorn": "serve", "httpx": "serve", "matplotlib": "report", "tensorboard": "track",
     "mcp": "agents", "mcp_types": "agents",
     "lancedb": "retrieval", "docx": "retrieval", "pptx": "retrieval", "pdfplumber": "retrieval",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.layout import Layout, balanced_stages
-from bessemer.model.decoder import Decoder
+from bessemer.model.decoder import Decoder, EmbeddedRows
 from bessemer.model.layers.cache import Cache
 
 #: Members of a decoder that only the first or the last stage has, and those without weights that every stage has.
@@ -98,7 +98,9 @@ class DecoderStage(Decoder):
         real: list[int] | None,
         keep: Callable[[int, Tensor], None] | None = None,
         visible_to_BT: Tensor | None = None,
+        embedded: EmbeddedRows | None = None,
     ) -> Tensor:
+        assert embedded is None, "the stages of a pipeline read tokens alone"
         rows, self._rows = self._rows, None
         inputs = (tokens_BT, positions_BT, document_ids_BT, visible_to_BT)
         if rows is None or any(
@@ -114,7 +116,7 @@ class DecoderStage(Decoder):
             )
         return super()._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real, keep, visible_to_BT)
 
-    def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+    def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None, embedded: EmbeddedRows | None = None) -> Tensor:
         received_BTD, self._received_BTD = self._received_BTD, None
         return super()._embedded(tokens_BT, positions_BT) if received_BTD is None else received_BTD
 

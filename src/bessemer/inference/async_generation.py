@@ -21,6 +21,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from bessemer.core.errors import BessemerError, RequestError
+from bessemer.inference.images import chat_prompt
 from bessemer.inference.request import Chunk, Completion, Prompt, Prompts, Request, check_streamed, completion_of, prompt_calls
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.tokenization.chat import Message, Tool
@@ -362,7 +363,7 @@ class AsyncGeneration(ABC):
         check_streamed(params)
 
         def prepare() -> Request:
-            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)
+            prompt = chat_prompt(self.tokenizer, messages, tools)
             return self.prepare(prompt, params, adapter=adapter, cache_salt=cache_salt)
 
         return self._chunks(prepare)

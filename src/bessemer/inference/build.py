@@ -68,6 +68,8 @@ from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.library import find_kept
 from bessemer.model.storage.model_config import read_end_tokens, read_sampling_settings
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
+from bessemer.model.vision.folder import is_vision_folder, load_vision_language
+from bessemer.model.vision.prompts import PictureReader, open_picture_reader
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 #: Share of the free memory that weights in float32 may take.
@@ -80,7 +82,8 @@ class OpenedModel(NamedTuple):
     is_served: whether it was opened to be served, and is not one in memory that may be in training. sampling_settings: what
     the model's folder says of how it is sampled. adapter: of a fine-tuning, the folder of what was tuned beside its base; None
     where it was merged, as it is into weights in float32 in one process. identity: of the files that were opened, of which
-    another state has another one; None for a model in memory and for shards.
+    another state has another one; None for a model in memory and for shards. pictures: of a model that reads pictures, what
+    prepares and encodes them; `model` is its decoder.
     """
 
     model: Decoder
@@ -91,6 +94,7 @@ class OpenedModel(NamedTuple):
     sampling_settings: Mapping[str, Any] = MappingProxyType({})
     adapter: Path | None = None
     identity: str | None = None
+    pictures: PictureReader | None = None
 
 
 def open_model(
@@ -121,6 +125,8 @@ def open_model(
     path, own = tuned_model(named) or TunedModel(named, None)
     if choose_device(device).type == "cpu":
         _check_size(path)
+    if is_vision_folder(path):
+        return _open_vision(path, tokenizer, choose_device(device), config, has_adapter=adapter is not None)
     if config.processes > 1:
         sharded = ShardedModel.open(path, device, config)
         try:
@@ -150,6 +156,30 @@ def open_model(
     settings = read_sampling_settings(path)
     ends = _ends(path, tokenizer)
     return OpenedModel(whole, tokenizer, ends, sampling_settings=settings, adapter=own, identity=identity)
+
+
+def _open_vision(
+    path: Path, tokenizer: Tokenizer | None, device: torch.device, config: EngineConfig, *, has_adapter: bool
+) -> OpenedModel:
+    """A model that reads pictures."""
+    if config.processes > 1:
+        raise ConfigError(f"parallel: {path} reads pictures, and such a model is served by one process")
+    if has_adapter:
+        raise ConfigError(f"{path}: adapters of models that read pictures are not read")
+    whole = load_vision_language(path, device)
+    tokenizer = tokenizer or load_tokenizer(path)
+    decoder = _in_fast_dtype(whole.decoder, config)
+    # an encoder runs once a picture: where a dtype is slow, it is slow for all of its patches
+    is_slow = device.type == "cpu" and not is_fast(decoder.dtype, device)
+    vision = whole.vision.requires_grad_(False).to(torch.float32 if is_slow else decoder.dtype)
+    return OpenedModel(
+        decoder,
+        tokenizer,
+        _ends(path, tokenizer),
+        sampling_settings=read_sampling_settings(path),
+        identity=_identity(path),
+        pictures=open_picture_reader(vision, path, tokenizer),
+    )
 
 
 def _check_size(path: Path) -> None:

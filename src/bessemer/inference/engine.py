@@ -21,6 +21,7 @@ from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.build import model_length
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.execution.weights import LoadedAdapters, WeightsStamp
+from bessemer.inference.images import PicturePrompt, chat_prompt
 from bessemer.inference.offline import (
     LogProbsMode,
     Reading,
@@ -48,6 +49,7 @@ from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.statistics import EngineStatistics
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.model_config import GENERATION_CONFIG
+from bessemer.model.vision.prompts import PictureReader
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -105,6 +107,7 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
             context_name,
             shared=self._sharded is not None,
             watermark=self.config.watermark,
+            pictures=opened.pictures,
         )
         self.core, self._cache_size = assemble(
             self.model,
@@ -159,6 +162,11 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
     def context_shift(self) -> ContextShift | None:
         """How a text that outgrows the context goes on; None where it ends there."""
         return self._builder.shift
+
+    @property
+    def pictures(self) -> PictureReader | None:
+        """What prepares pictures for the model; None for one that reads none."""
+        return self._builder.pictures
 
     @property
     def default_params(self) -> SamplingParams:
@@ -273,9 +281,10 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
     ) -> Completion:
         """The assistant's answer to a conversation; with tools it may be a call of one, as the chat template writes it.
 
-        Raises RequestError as `generate`, and for a malformed message or tool.
+        A content of parts may hold pictures: `{"type": "image", "image": …}`, a `Picture`, a path or a file's bytes. Raises
+        RequestError as `generate`, and for a malformed message, picture or tool.
         """
-        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)
+        prompt = chat_prompt(self.tokenizer, messages, tools)
         return self.generate([prompt], params, adapter=adapter, cache_salt=cache_salt)[0]
 
     def stream_chat(
@@ -288,7 +297,7 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
         cache_salt: str | None = None,
     ) -> Generator[Chunk, None, None]:
         """The assistant's answer token by token. Raises RequestError at once, as `chat`."""
-        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)
+        prompt = chat_prompt(self.tokenizer, messages, tools)
         return self.stream(prompt, params, adapter=adapter, cache_salt=cache_salt)
 
     # -- for a caller with a loop of its own
@@ -315,9 +324,13 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
         Raises RequestError for whatever is known to be wrong before anything is computed.
         """
         loaded = self._adapters.of(adapter)
-        shifts = self._builder.may_shift(params, capture)
-        ids = self._builder.prompt_ids(prompt, least=min(1, params.max_tokens), shifts=shifts)
-        request = self._builder.request(ids, params, priority, loaded, cache_salt, capture, streams=streams)
+        least = min(1, params.max_tokens)
+        if isinstance(prompt, PicturePrompt):
+            ids, spans = self._builder.picture_prompt(prompt, least)
+        else:
+            shifts = self._builder.may_shift(params, capture)
+            ids, spans = self._builder.prompt_ids(prompt, least=least, shifts=shifts), ()
+        request = self._builder.request(ids, params, priority, loaded, cache_salt, capture, streams=streams, spans=spans)
         self.core.scheduler.check(request.sequence.limit)
         return request
 

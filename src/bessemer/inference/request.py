@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
+from bessemer.inference.images import PicturePrompt, RequestImages
 from bessemer.inference.sampling.distribution import log_probs
 from bessemer.inference.sampling.params import SamplingParams, StopStrings
 from bessemer.inference.sampling.sampler import Sampled, SamplingState
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 #: Ends the sequence of a request that samples nothing; it is never read.
 _PLACEHOLDER = 0
 
-#: A text, or token ids.
-Prompt = str | Sequence[int]
+#: A text, or token ids; or either with pictures.
+Prompt = str | Sequence[int] | PicturePrompt
 #: What a method that takes many prompts is given: a prompt alone is one prompt, never a list of letters or ids.
 Prompts = Prompt | Sequence[Prompt]
 
@@ -52,7 +53,7 @@ def prompt_calls(
 
 def as_prompts(prompts: Prompts) -> list[Prompt]:
     """The prompts that are meant: a text, or token ids, alone are one prompt."""
-    if isinstance(prompts, str | bytes | bytearray | Mapping):
+    if isinstance(prompts, str | bytes | bytearray | Mapping | PicturePrompt):
         return [prompts]  # type: ignore[list-item]  # what is no prompt, `RequestBuilder.prompt_ids` refuses
     if len(prompts) and (isinstance(prompts[0], Integral) or getattr(prompts[0], "ndim", None) == 0):
         return [prompts]  # type: ignore[list-item]
@@ -177,6 +178,8 @@ class ScheduledRequest:
         self.sequence = sequence
         self.adapter = adapter
         self.recorder = recorder
+        #: The pictures of its prompt; None where it has none.
+        self.images: RequestImages | None = None
         self.error: BessemerError | None = None
         #: When it was given to the engine core, its first step began, and its first and last tokens came, on
         #: `time.perf_counter`; 0 before.

@@ -17,6 +17,7 @@ from torch import Tensor
 from bessemer.core.errors import RequestError
 from bessemer.inference.capture import Capture, Recorder
 from bessemer.inference.execution.weights import LoadedAdapter
+from bessemer.inference.images import PicturePrompt, RequestImages
 from bessemer.inference.request import Completion, CompletionText, LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams, WatermarkConfig
@@ -24,6 +25,7 @@ from bessemer.inference.sampling.sampler import SamplingState, no_token
 from bessemer.inference.scheduling.sequence import TokenSequence, tokens_to_drop
 from bessemer.inference.scores import CaptureRequest, ScoreItem, ScoreRequest
 from bessemer.model.config import ModelConfig
+from bessemer.model.vision.prompts import ImagePrompt, ImageSpan, PictureReader
 from bessemer.tokenization.prompts import encode_continuations
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -151,9 +153,11 @@ class RequestBuilder:
         *,
         shared: bool,
         watermark: WatermarkConfig | None = None,
+        pictures: PictureReader | None = None,
     ) -> None:
         """context_name: what limits the length, in the words of an error: the model's context, or a setting. shared: whether
-        several processes share the model. watermark: of requests that have none and can carry it."""
+        several processes share the model. watermark: of requests that have none and can carry it. pictures: reads those of
+        prompts."""
         self._tokenizer = tokenizer
         self._vocab_size = config.vocab_size
         self._config = config
@@ -166,6 +170,8 @@ class RequestBuilder:
         self._grammars = GrammarCompiler(tokenizer, config.vocab_size, end_tokens)
         #: None where a text ends with the context.
         self.shift: ContextShift | None = None
+        #: Reads the pictures of prompts; None for a model that reads none.
+        self.pictures = pictures
 
     def prompt_ids(self, prompt: Prompt, least: int = 1, *, shifts: bool = False) -> list[int]:
         """The tokens of a prompt. least: tokens that must fit behind it. shifts: whether one that is too long is shortened, as
@@ -174,19 +180,37 @@ class RequestBuilder:
             raise RequestError(
                 f"a prompt is a text or token ids, got {type(prompt).__name__}; decode bytes, and give messages to chat"
             )
+        if isinstance(prompt, PicturePrompt):
+            raise RequestError("pictures are answered alone: not by beam search, and not where a text is scored or embedded")
+        ids = self._encoded(prompt)
+        if shifts and self.shift is not None:
+            keep = self.shift.keep
+            del ids[keep : keep + self.shift.dropped(len(ids))]
+        self._check_length(ids, least)
+        return ids
+
+    def picture_prompt(self, prompt: PicturePrompt, least: int) -> ImagePrompt:
+        """The tokens of a prompt with pictures, as many for each as it has vectors. Raises RequestError as `prompt_ids`, for a
+        model that reads none, and for more or fewer pictures than image tokens."""
+        if self.pictures is None:
+            raise RequestError("this model reads no pictures; leave them out, or take a model that does")
+        expanded = self.pictures.expand(self._encoded(prompt.prompt), prompt.pictures)
+        self._check_length(expanded.ids, least)
+        return expanded
+
+    def _encoded(self, prompt: str | Sequence[int]) -> list[int]:
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
         self._check_ids(ids, "the prompt")
-        if shifts and self.shift is not None:
-            keep = self.shift.keep
-            del ids[keep : keep + self.shift.dropped(len(ids))]
+        return ids
+
+    def _check_length(self, ids: Sequence[int], least: int) -> None:
         if len(ids) + least > self._context_length:
             raise RequestError(
                 f"the prompt has {len(ids):,} tokens and {self._context_name} is {self._context_length:,}, answer included; "
                 "shorten the prompt"
             )
-        return ids
 
     def may_shift(self, params: SamplingParams, capture: Capture | None) -> bool:
         """Whether the text of a request may lose a part: not where something is said of each of its tokens."""
@@ -203,10 +227,12 @@ class RequestBuilder:
         capture: Capture | None = None,
         *,
         streams: bool = True,
+        spans: Sequence[ImageSpan] = (),
     ) -> Request:
         """A request for a completion of token ids, with the other completions of the same prompt as its `siblings`.
 
-        streams: as in `Request`. Raises RequestError for parameters that cannot be served.
+        streams: as in `Request`. spans: pictures among the ids, of `picture_prompt`. Raises RequestError for parameters that
+        cannot be served.
         """
         params = self._with_watermark(params)
         limit = self._limit(ids, params)
@@ -224,16 +250,24 @@ class RequestBuilder:
             params = params.with_changes(logprobs=0, logprobs_mode="raw")
         end_tokens = self._ends(params) | frozenset(params.stop_token_ids)
         requests: list[Request] = []
+        images = None
+        if spans:
+            assert self.pictures is not None
+            images = RequestImages(spans, self.pictures.vectors)
         for index in range(params.best_of or params.n):
             sequence = self._sequence(ids, limit, priority, salt, computed_from)
-            if self.shift is not None and self.may_shift(params, capture):
+            if images is not None:
+                sequence.images = images.marks
+            elif self.shift is not None and self.may_shift(params, capture):
                 sequence.limit = min(len(ids) + params.max_tokens, self.shift.capacity)
                 sequence.overflow = len(ids) + params.max_tokens - sequence.limit
                 sequence.keep = min(self.shift.keep, len(ids))
             sampling = self._sampling(ids, params, index, first=requests[0].sampling if requests else None)
             recorder = None if capture is None else Recorder(capture, len(ids))
             adapter = loaded and loaded.adapter
-            requests.append(Request(sequence, sampling, self._tokenizer, end_tokens, adapter, recorder, streams=streams))
+            request = Request(sequence, sampling, self._tokenizer, end_tokens, adapter, recorder, streams=streams)
+            request.images = images
+            requests.append(request)
         first, *others = requests
         first.siblings = others
         return first

@@ -7,7 +7,7 @@ The config decides what each part does, so one class is every architecture of `f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,18 @@ from bessemer.model.layers.norms import make_last_norm
 from bessemer.model.layers.positions import RotaryPositions, Rotation, SinusoidalPositions
 from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised
 
-# Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
+# Shapes: B batch, T time, D hidden, V vocabulary, H query heads, M tokens with vectors of their own.
+
+
+class EmbeddedRows(NamedTuple):
+    """Tokens that are given as vectors, in place of their rows of the embedding table: those of a picture.
+
+    rows_M: their places among all B · T tokens, counted along the rows. vectors_MD: as they are, without the embedding
+    multiplier.
+    """
+
+    rows_M: Tensor
+    vectors_MD: Tensor
 
 
 class Embedding(nn.Embedding):
@@ -170,9 +181,13 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
+        embedded: EmbeddedRows | None = None,
     ) -> Tensor:
         """Logits of the token after each, (B, T, V), or scores. Arguments as for `hidden`."""
-        return self.logits(self.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache))
+        hidden_BTD = self.hidden(
+            tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache, embedded=embedded
+        )
+        return self.logits(hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """What `hidden` gives as logits, (…, V), or as scores, (…, num_scores)."""
@@ -201,6 +216,7 @@ class Decoder(nn.Module):
         visible_to_BT: Tensor | None = None,
         cache: Cache | None = None,
         real: list[int] | None = None,
+        embedded: EmbeddedRows | None = None,
     ) -> Tensor:
         """States after the last norm, (B, T, D), which `logits` turns into logits.
 
@@ -211,17 +227,28 @@ class Decoder(nn.Module):
         whose attention goes by distance, or is linear, cannot (`shares_prefixes`). None: each token is its own document's.
         cache: holds the tokens before these and is extended by them; not together with the other three.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
+        embedded: tokens that are given as vectors.
         """
         return self.normed(
-            self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real, visible_to_BT=visible_to_BT)
+            self._pre_norm_hidden(
+                tokens_BT, positions_BT, document_ids_BT, cache, real, visible_to_BT=visible_to_BT, embedded=embedded
+            )
         )
 
-    def pre_norm_hidden(self, tokens_BT: Tensor, *, cache: Cache, keep: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def pre_norm_hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        cache: Cache,
+        keep: Callable[[int, Tensor], None] | None = None,
+        embedded: EmbeddedRows | None = None,
+    ) -> Tensor:
         """States after the last block, before the last norm, (B, T, D): what the MTP modules read.
 
-        keep: receives the states before each layer, (B, T, D), with the layer's number, and those after the last.
+        keep: receives the states before each layer, (B, T, D), with the layer's number, and those after the last. embedded:
+        tokens that are given as vectors.
         """
-        return self._pre_norm_hidden(tokens_BT, None, None, cache, None, keep)
+        return self._pre_norm_hidden(tokens_BT, None, None, cache, None, keep, embedded=embedded)
 
     def attend(self, layer: int, hidden_BTD: Tensor, *, cache: Cache) -> None:
         """Let a layer's attention read the states before that layer of tokens that a cache makes room for.
@@ -244,6 +271,7 @@ class Decoder(nn.Module):
         real: list[int] | None,
         keep: Callable[[int, Tensor], None] | None = None,
         visible_to_BT: Tensor | None = None,
+        embedded: EmbeddedRows | None = None,
     ) -> Tensor:
         """States after the last block, before the last norm, (B, T, D)."""
         length = tokens_BT.shape[1]
@@ -252,7 +280,7 @@ class Decoder(nn.Module):
             assert positions_BT is None and document_ids_BT is None, "a cache keeps its own positions, one document a row"
             positions_BT = slots_BT = cache.extend(length, real)
             keys = cache.live
-        hidden_BTD = self._embedded(tokens_BT, positions_BT)
+        hidden_BTD = self._embedded(tokens_BT, positions_BT, embedded)
         if cache is None or cache.masked:
             aligned = cache is None or cache.aligned
             masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT)
@@ -319,11 +347,14 @@ class Decoder(nn.Module):
             rotation = self._rotations(positions_BT, cache.live, merged_BTD.dtype)[kind]
         return module.block(merged_BTD, rotation, AttentionMask(), cache)
 
-    def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+    def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None, embedded: EmbeddedRows | None = None) -> Tensor:
         """Embedded tokens, with what tells their places where that is added to them."""
         config, hidden_BTD = self.config, self.embed_tokens(tokens_BT)
         if config.embedding_multiplier != 1:
             hidden_BTD = hidden_BTD * torch.tensor(config.embedding_multiplier, dtype=hidden_BTD.dtype)
+        if embedded is not None:
+            vectors_MD = embedded.vectors_MD.to(hidden_BTD.dtype)
+            hidden_BTD = hidden_BTD.flatten(0, 1).index_copy(0, embedded.rows_M, vectors_MD).view_as(hidden_BTD)
         if config.position_type in ("learned", "sinusoidal"):
             if positions_BT is None:
                 positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]

@@ -102,12 +102,48 @@ class ChatTemplate:
     @cached_property
     def writes_system(self) -> bool:
         """Whether the template writes a system message; Gemma's refuses it, others leave it out."""
-        messages = [{"role": "system", "content": "first words"}, {"role": "user", "content": "a question"}]
+        said = [{"role": "system", "content": "first words"}, {"role": "user", "content": "a question"}]
+        messages = self.with_contents(said)
         variables = {**self._variables, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
             return "first words" in self._template.render(variables, ("", ""))
         except TemplateError:
             return False
+
+    @cached_property
+    def takes_text(self) -> bool:
+        """Whether the template writes a content that is one text. Those of some models that read pictures write parts alone."""
+        return "first words" in self._rendered_user("first words")
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template writes a content of parts, texts and pictures. Others print the list as it is."""
+        rendered = self._rendered_user([{"type": "text", "text": "first words"}])
+        return "first words" in rendered and "'type'" not in rendered and '"type"' not in rendered
+
+    def _rendered_user(self, content: Any) -> str:
+        """What the template makes of one message; "" where it refuses it."""
+        messages = [{"role": "user", "content": content}]
+        variables = {**self._variables, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
+        try:
+            return self._template.render(variables, ("", ""))
+        except TemplateError:
+            return ""
+
+    def with_contents(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with contents in the form that the template takes. Raises RequestError for pictures in a template that
+        has no place for them."""
+        has_parts = any(isinstance(message.get("content"), list) for message in messages)
+        if has_parts and not self.takes_parts:
+            raise RequestError(f"{self._where}: the chat template has no place for pictures")
+        if self.takes_text or not self.takes_parts:
+            return messages
+        return [
+            message | {"content": [{"type": "text", "text": content}]}
+            if isinstance(content := message.get("content"), str)
+            else message
+            for message in messages
+        ]
 
     def with_thinking(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with `reasoning_content` under the name `thinking` too, where the template reads that one, as that of
@@ -289,6 +325,7 @@ class EscapedConversation:
         rendered, tools = given["messages"][:messages], given["tools"]
         if not self._of.takes_tools:
             rendered, tools = with_tools_in_words(rendered, tools, in_system=self._of.writes_system), None
+        rendered = self._of.with_contents(rendered)
         variables = {
             **self._of._variables,
             "messages": rendered,
@@ -335,6 +372,8 @@ def _checked_message(message: Message, where: str) -> dict[str, Any]:
         raise RequestError(f"{where}: must be an object with a role and a content, got {type(message).__name__}")
     given = {key: value for key, value in message.items() if value is not None}
     role, content, calls = given.get("role"), given.get("content"), given.get("tool_calls")
+    if isinstance(content, list | tuple):
+        content = given["content"] = _checked_parts(content, role, where)
     if role not in ROLES:
         raise RequestError(f"{where}: the role must be one of {', '.join(ROLES)}, got {role!r}")
     if calls is not None:
@@ -344,9 +383,26 @@ def _checked_message(message: Message, where: str) -> dict[str, Any]:
             raise RequestError(
                 f'{where}: tool_calls must be a list of {{"type": "function", "function": {{"name": …, "arguments": {{…}}}}}}'
             )
-    if not isinstance(content, str) and not (content is None and calls):
+    if not isinstance(content, str | list) and not (content is None and calls):
         raise RequestError(f"{where}: the content must be text, got {type(content).__name__}")
     return _plain(given, where)
+
+
+def _checked_parts(parts: Sequence[Any], role: Any, where: str) -> str | list[dict[str, Any]]:
+    """A content of parts: texts and the places of pictures; one text where it has no picture."""
+    checked: list[dict[str, Any]] = []
+    for part in parts:
+        if not isinstance(part, Mapping):
+            raise RequestError(f"{where}: the content must be text, got {type(parts).__name__}")
+        kind = part.get("type")
+        if kind not in ("text", "image") or (kind == "text" and not isinstance(part.get("text"), str)):
+            raise RequestError(f"{where}: a part of a content is a text or an image, got {kind!r}")
+        if kind == "image" and role != "user":
+            raise RequestError(f"{where}: pictures are of the user's messages, not of the role {role!r}")
+        checked.append({"type": "image"} if kind == "image" else {"type": "text", "text": part["text"]})
+    if all(part["type"] == "text" for part in checked):
+        return "".join(part["text"] for part in checked)
+    return checked
 
 
 def _is_call(call: Any) -> bool:

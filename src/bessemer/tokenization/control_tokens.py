@@ -57,7 +57,8 @@ def control_tokens(chat_template: str, reserved: int = 0, fill_in_the_middle: bo
 
 #: Words of the protocol, never escaped: templates compare with them and may build control tokens from them.
 _PROTOCOL_WORDS = frozenset(
-    {"system", "user", "assistant", "tool", "function", "object", "array", "string", "number", "integer", "boolean", "null"}
+    {"system", "user", "assistant", "tool", "text", "image"}
+    | {"function", "object", "array", "string", "number", "integer", "boolean", "null"}
 )
 
 

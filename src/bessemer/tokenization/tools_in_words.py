@@ -40,14 +40,17 @@ def with_tools_in_words(
             continue
         results = None
         calls = [_call_in_words(call) for call in message.get("tool_calls") or ()]
-        content = "\n".join(filter(None, [message.get("content"), *calls]))
+        content = message.get("content")
+        # parts, with pictures, are of the user alone
+        if not isinstance(content, list):
+            content = "\n".join(filter(None, [content, *calls]))
         placed.append({**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content})
     if tools:
         described = TOOLS_IN_WORDS.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
         if placed and placed[0]["role"] == "system":
             placed[0]["content"] += f"\n\n{described}"
         elif not in_system:
-            placed[:1] = [{**first, "content": f"{described}\n\n{first['content']}"} for first in placed[:1]]
+            placed[:1] = [{**first, "content": _behind(f"{described}\n\n", first["content"])} for first in placed[:1]]
         else:
             placed.insert(0, {"role": "system", "content": described})
     return placed
@@ -59,3 +62,7 @@ def _call_in_words(call: Mapping[str, Any]) -> str:
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     name = json.dumps(function.get("name"), ensure_ascii=False)
     return f'<tool_call>\n{{"name": {name}, "arguments": {written}}}\n</tool_call>'
+
+
+def _behind(text: str, content: Any) -> Any:
+    return [{"type": "text", "text": text}, *content] if isinstance(content, list) else text + content

@@ -18,8 +18,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from bessemer.inference.images import GivenRows, RequestImages
 from bessemer.inference.scheduling.sequence import ScheduledChunk
 from bessemer.model.adapters import Adapter
+from bessemer.model.decoder import EmbeddedRows
 
 # Shapes: N new tokens, S sequences.
 
@@ -28,6 +30,7 @@ class BatchedRequest(Protocol):
     """What a batch reads of a request."""
 
     adapter: Adapter | None
+    images: RequestImages | None
 
     def wanted_rows(self, chunk: ScheduledChunk) -> range:
         """Which tokens of a chunk, counted from 0, it wants the logits of."""
@@ -45,7 +48,8 @@ class Batch:
 
     states: rows whose hidden states are kept, in rising order, by layer: before layer 0, 1, …, and after the last. routings:
     rows whose choices of experts are kept, by layer. pending: rows whose token was sampled in the step before and is not on the
-    host yet, which `tokens` holds a placeholder for; by row, the token's place among those sampled.
+    host yet, which `tokens` holds a placeholder for; by row, the token's place among those sampled. given: rows that are
+    vectors of pictures and not tokens.
     """
 
     tokens: list[int]
@@ -61,6 +65,7 @@ class Batch:
     states: dict[int, list[int]] = field(default_factory=dict)
     routings: dict[int, list[int]] = field(default_factory=dict)
     pending: dict[int, int] = field(default_factory=dict)
+    given: list[GivenRows] = field(default_factory=list)
 
     @classmethod
     def empty(cls, num_groups: int) -> Batch:
@@ -73,6 +78,9 @@ class Batch:
         tokens = sequence.tokens[chunk.start : chunk.start + chunk.count - chunk.drafts]
         if chunk.drafts:
             tokens += sequence.draft[: chunk.drafts]
+        if request.images is not None:
+            begin = len(self.tokens)
+            self.given += [part.within(0, chunk.count, begin) for part in request.images.of_chunk(chunk)]
         return self.append_tokens(
             tokens,
             chunk.start,
@@ -187,10 +195,20 @@ class Batch:
             slot=self.slots[sequence] if self.slots else None,
             snapshots=self.snapshots[sequence] if self.snapshots else None,
         )
+        moved = (part.within(start, end, begin - start) for part in self.given)
+        other.given += [part for part in moved if part.rows]
         other.pending |= {row - start + begin: place for row, place in self.pending.items() if start <= row < end}
         for kept, of_other in ((self.states, other.states), (self.routings, other.routings)):
             for layer, rows in kept.items():
                 of_other.setdefault(layer, []).extend(row - start + begin for row in rows if start <= row < end)
+
+
+def embedded_rows(given: Sequence[GivenRows], inputs: StepInputs, device: torch.device) -> EmbeddedRows | None:
+    """The rows of a batch that are vectors, for a decoder; None where all are tokens. Before the inputs are copied."""
+    if not given:
+        return None
+    rows_M = inputs.put([row for part in given for row in part.rows])
+    return EmbeddedRows(rows_M, torch.cat([part.vectors_MD for part in given]).to(device))
 
 
 def padded_tables(tables: Sequence[Sequence[int]]) -> tuple[array, int]:

@@ -49,6 +49,7 @@ class BatchFields(ctypes.Structure):
         ("kept_begins", ctypes.c_void_p),
         ("kept_rows", ctypes.c_void_p),
         ("kept_states", ctypes.c_void_p),
+        ("given", ctypes.c_void_p),
     )
 
 
@@ -83,7 +84,17 @@ class _KernelBatch(NamedTuple):
         widths = array("q", [width for _, width in tables])
         inputs = (tokens, positions_N, starts, table_addresses, widths)
         fields = BatchFields(len(tokens), batch.sequences, *[numbers.buffer_info()[0] for numbers in inputs])
-        return cls(fields, (*inputs, tables))
+        if not batch.given:
+            return cls(fields, (*inputs, tables))
+        vectors = [part.vectors_MD.float().contiguous() for part in batch.given]
+        addresses = array("Q", bytes(8 * len(tokens)))
+        for part, vectors_MD in zip(batch.given, vectors, strict=True):
+            assert vectors_MD.device.type == "cpu", vectors_MD.device
+            first, stride = vectors_MD.data_ptr(), vectors_MD.shape[1] * vectors_MD.itemsize
+            for place, row in enumerate(part.rows):
+                addresses[row] = first + place * stride
+        fields.given = addresses.buffer_info()[0]
+        return cls(fields, (*inputs, tables, vectors, addresses))
 
 
 class _Kept(NamedTuple):

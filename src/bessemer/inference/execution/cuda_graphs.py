@@ -133,6 +133,7 @@ class StaticSteps:
             and not any(batch.drafts)
             and not batch.states
             and not batch.routings
+            and not batch.given
             and all(adapter is None for adapter in batch.adapters)
         )
         return range(rows if fits else 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.inference.execution.backend import Backend, Observed, ReadPages, StatesKeeper, StepContext, routings_kept
-from bessemer.inference.execution.batch import Batch, StepInputs, TokensToHost, fill_pending
+from bessemer.inference.execution.batch import Batch, StepInputs, TokensToHost, embedded_rows, fill_pending
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.tensor_parallel.sharded_model import Command, Workers, decode, together
 from bessemer.inference.execution.weights import (
@@ -330,6 +330,7 @@ class Runner:
         kept_states = {layer: inputs.put(own) for layer, own in batch.states.items() if own}
         kept_routings = {layer: inputs.put(own) for layer, own in batch.routings.items()}
         pending_2P = inputs.put([[*batch.pending], [*batch.pending.values()]]) if batch.pending else None
+        embedded = embedded_rows(batch.given, inputs, self.model.device)
         if context.rows is not None:
             context.rows.place(inputs.put)
         inputs.copy()
@@ -342,7 +343,7 @@ class Runner:
             keeping_packed_weights(self._packed_weights),
             routings_kept(self.model, kept_routings, self.observed.routings),
         ):
-            pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache, keep=keep)[0]
+            pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache, keep=keep, embedded=embedded)[0]
         if self.keeps_pre_norm:
             self.pre_norm_ND = pre_norm_ND
         return self.model.normed(pre_norm_ND[wanted_R])

@@ -8,6 +8,14 @@ from typing import Literal, NamedTuple
 Status = Literal["waiting", "running", "finished"]
 
 
+class ImageMark(NamedTuple):
+    """A picture in a prompt, the tokens start : end, and a digest of its pixels: equal tokens stand for other pictures."""
+
+    start: int
+    end: int
+    digest: bytes
+
+
 @dataclass(eq=False, slots=True)
 class TokenSequence:
     """A prompt and the tokens made so far. Fields with `init=False` are written only by the scheduler.
@@ -17,7 +25,8 @@ class TokenSequence:
     and which requests may share them. logits_from: the position from which on the logits of every token are wanted; None:
     those of the last known token alone. computed_from: the position from which on tokens are computed, and not found in the
     prefix cache; those whose logits are wanted are in any case. overflow: tokens that come yet when the limit is reached, after
-    a context shift that keeps the first `keep`; 0: it ends there.
+    a context shift that keeps the first `keep`; 0: it ends there. images: pictures among the tokens, which have none of such
+    shifts.
     """
 
     identity: int
@@ -30,6 +39,7 @@ class TokenSequence:
     computed_from: int | None = None
     overflow: int = 0
     keep: int = 0
+    images: tuple[ImageMark, ...] = ()
     #: draft tokens: verified at the next step as many as the step has tokens for, cleared by its commit
     draft: list[int] = field(default_factory=list)
     #: tokens whose keys are in the KV cache
@@ -77,6 +87,7 @@ class TokenSequence:
 
     def drop_middle(self) -> None:
         """Drop tokens behind the first `keep`, so that the text can go on. What is left is treated as a prompt."""
+        assert not self.images, "pictures keep their places"
         dropped = tokens_to_drop(len(self.tokens), self.limit, self.keep)
         del self.tokens[self.keep : self.keep + dropped]
         self.prompt_length = len(self.tokens)

@@ -163,6 +163,10 @@ void Step::embed(int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
         const int64_t token = batch_.tokens[row], start = token * width;
         float* hidden = hidden_.held<float>() + row * width;
+        if (batch_.given && batch_.given[row]) {
+            std::copy_n(batch_.given[row], width, hidden);
+            continue;
+        }
         switch (embedding.type) {
             case TABLE_PACKED: read_row(*static_cast<const Matrix*>(embedding.table), token, hidden); break;
             case TABLE_F32: std::copy_n(static_cast<const float*>(embedding.table) + start, width, hidden); break;

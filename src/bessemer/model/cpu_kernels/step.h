@@ -82,6 +82,8 @@ struct Batch {
     // kept_begins[i + 1] - 1], one below the other; null: none.
     const int64_t *kept_begins, *kept_rows;
     float* kept_states;  // [kept][hidden]
+    // Of each row, the vector that takes the place of its token's embedding (a picture's), or null; null: of none.
+    const float* const* given;
 };
 
 // Several tokens of every row of a batch, each drawn from the logits after the one before. See draw.h.

@@ -8,7 +8,7 @@ the last norm, stored as `score.weight`, as in Hugging Face's `…ForSequenceCla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -37,7 +37,6 @@ from bessemer.model.storage.weights import (
     DTYPES,
     EMBEDDING,
     Entry,
-    StoredTensors,
     WeightsFile,
     find_tensors,
     opening,
@@ -112,7 +111,9 @@ def load_model(
     settings = read_settings(read_json(folder / CONFIG), folder / CONFIG)
     layout, schemes = read_layout(config, settings, folder / CONFIG) if settings else (None, {})
     on_disk = find_tensors(folder, config, layout)
-    weights = _read_weights(on_disk, torch.device(device), dtype)
+    weights = read_weights(on_disk.files, on_disk.shapes, torch.device(device), dtype)
+    if on_disk.second_head is not None:
+        on_disk.check_second_head(weights[EMBEDDING])
     if not on_disk.config.num_nextn_predict_layers:
         schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith("mtp.")}
     model = replace_with_quantised_modules(empty_decoder(on_disk.config), schemes)
@@ -122,14 +123,19 @@ def load_model(
     return fill(model, weights).to(device)
 
 
-def _read_weights(on_disk: StoredTensors, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Every tensor of the decoder by our name.
+def read_weights(
+    files: Mapping[Path, Mapping[str, Stored | StoredPart]],
+    shapes: dict[str, tuple[int, ...]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Every tensor of a model by our name. files, shapes: as of `StoredTensors`.
 
     A tensor that the file holds as ours is taken as it is; one that is spread or packed there is filled piece by piece,
     so that nothing is in memory twice.
     """
     weights: dict[str, Tensor] = {}
-    for path, tensors in on_disk.files.items():
+    for path, tensors in files.items():
         with opening(path):
             file = WeightsFile(path)
             for name, stored in tensors.items():
@@ -139,9 +145,7 @@ def _read_weights(on_disk: StoredTensors, device: torch.device, dtype: torch.dty
                 _, kind = file.describe(name)
                 as_it_is = stored.is_whole and device.type == "cpu" and (dtype is None or DTYPES.get(dtype) == kind)
                 tensor = file.kept(name) if as_it_is else file.passing(name)
-                _take(stored, tensor, weights, on_disk.shapes, device, dtype)
-    if on_disk.second_head is not None:
-        on_disk.check_second_head(weights[EMBEDDING])
+                _take(stored, tensor, weights, shapes, device, dtype)
     return weights
 
 

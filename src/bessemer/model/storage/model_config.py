@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bessemer.core.store import check_format, read_json, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import FAMILIES, family_of, read_config, write_config
 from bessemer.model.quantisation.storage import OWN_FORM, QUANTIZATION, read_settings
+from bessemer.model.vision.config import ARCHITECTURES
 
 #: Format number of a model folder, under `bessemer` in its config.json.
 MODEL_FORMAT = 1
@@ -45,14 +46,19 @@ def write_model_config(
     quantization: its `quantization_config`, where weights are quantised.
     """
     if tokenizer is not None and tokenizer.resolve() != folder.resolve():
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).exists():
-                shutil.copyfile(tokenizer / name, folder / name)
+        copy_tokenizer(tokenizer, folder)
     tokenizer_file = folder / "tokenizer.json"
     ours = {"format": MODEL_FORMAT, "tokenizer_hash": hash_file(tokenizer_file) if tokenizer_file.exists() else None}
     values = huggingface_config(config, str(dtype).removeprefix("torch."))
     quantised = {QUANTIZATION: dict(quantization)} if quantization else {}
     write_json(folder / CONFIG, values | quantised | {"bessemer": ours})
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path, others: Sequence[str] = ()) -> None:
+    """Copy a folder's tokenizer and generation settings, and `others` of its files, as far as it has them."""
+    for name in (*TOKENIZER_FILES, *others):
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, folder / name)
 
 
 def huggingface_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -78,6 +84,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     if "auto_map" in values:
         raise ArtefactError(f"{path}: it asks to run code that comes with the model ('auto_map'); bessemer runs no such code")
     family = FAMILIES.get(values.get("model_type", ""))
+    if values.get("model_type") in ARCHITECTURES:
+        raise ArtefactError(f"{path}: this model reads pictures: it is served and generates; nothing else is done with it yet")
     if family is None:
         known = ", ".join(FAMILIES)
         raise ArtefactError(f"{path}: unknown architecture {values.get('model_type')!r}; supported: {known}")

@@ -207,7 +207,7 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
     files: dict[Path, dict[str, Stored | StoredPart]] = {}
     missing = dict.fromkeys((*wanted, *(name for name, part in coded.items() if part.unpack)))
     second_head: Path | None = None
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         here: dict[str, Stored | StoredPart] = {}
         with opening(path):
             file = WeightsFile(path)
@@ -225,7 +225,7 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
                     if any(re.fullmatch(pattern, disk_name) for pattern in family.ignored):
                         continue
                     raise ArtefactError(f"{path}: unexpected tensor {disk_name!r}; config.json describes no such part")
-                _check_plain(stored.shape_in(shapes), disk_name, file, path)
+                check_plain(stored.shape_in(shapes), disk_name, file, path)
                 here[disk_name] = stored
                 missing.pop(stored.name, None)
         files[path] = here
@@ -249,7 +249,8 @@ def opening(path: Path) -> Iterator[None]:
         raise ArtefactError(f"{path}: this is not a whole safetensors file ({error}); fetch or make it again") from None
 
 
-def _check_plain(expected: tuple[int, ...], name: str, file: WeightsFile, path: Path) -> None:
+def check_plain(expected: tuple[int, ...], name: str, file: WeightsFile, path: Path) -> None:
+    """Raise ArtefactError for a tensor of another shape, or whose numbers are no plain ones."""
     shape, kind = file.describe(name)
     if shape != expected:
         raise ArtefactError(f"{path}: {name!r} has shape {shape}, config.json asks for {expected}")
@@ -265,7 +266,7 @@ def _check_codes(part: StoredPart, file: WeightsFile, path: Path) -> None:
         raise ArtefactError(f"{path}: {part.name!r} is {kind} of shape {shape}, config.json asks for {wanted} of {part.shape}")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: one, or the shards that an index names."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]

@@ -362,6 +362,8 @@ def messages_of(value: Any, key: str) -> tuple[Message, ...]:
     messages = checked_messages([_without_null(one) for one in messages_in(value, key)], first=1)
     for number, (before, message) in enumerate(zip([None, *messages], messages, strict=False), start=1):
         role = message["role"]
+        if isinstance(message.get("content"), list):
+            raise ValueError(f"{key}: message {number}: the content must be text; pictures are not trained on")
         if role == "system" and before is not None:
             raise ValueError(f"{key}: message {number}: a system message stands at the beginning")
         if message.get("weight", 1) not in (0, 1):

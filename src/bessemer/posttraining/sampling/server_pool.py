@@ -15,6 +15,7 @@ import torch
 from bessemer.core.concurrency import DaemonThreads
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.http_client import ApiError, TransientError, wait_before
+from bessemer.inference.images import PicturePrompt
 from bessemer.inference.offline import LogProbsMode, Rollouts, params_of_prompts
 from bessemer.inference.request import Prompts, as_prompts
 from bessemer.inference.sampling.params import SamplingParams
@@ -145,7 +146,7 @@ class ServerPool:
         assert logprobs_mode == "temperature", "servers give log-probabilities at the temperature of the samples"
         listed = as_prompts(prompts)
         each = params_of_prompts(params, len(listed), n, logprobs_mode)
-        ids = [list(map(int, prompt)) for prompt in listed if not isinstance(prompt, str)]
+        ids = [list(map(int, prompt)) for prompt in listed if not isinstance(prompt, str | PicturePrompt)]
         assert len(ids) == len(listed), "servers are sent token ids"
         calls: list[Future[list[ServedCompletion]]] = [
             self._threads.submit(lambda prompt=prompt, own=own: self.complete(prompt, n, own))  # type: ignore[misc]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.inference.sampling.params import SamplingParams
@@ -18,6 +18,7 @@ from bessemer.serving.config import MESSAGES, TOOLS
 from bessemer.serving.openai.protocol import Stops
 from bessemer.serving.openai.tools import ToolName, checked_tools, in_json
 from bessemer.serving.runtime.bodies import Body, Name, misfit
+from bessemer.serving.runtime.pictures import ImageData, image_of_base64
 
 #: Fields that are ignored in any object: marks of the prompt cache, which is automatic here, and fields about the client or
 #: Anthropic's own servers.
@@ -48,6 +49,28 @@ class TextBlock(AnthropicBody):
     text: str
 
 
+class ImageSource(AnthropicBody):
+    """A picture's data. Addresses and files of an account are refused by their types."""
+
+    type: Literal["base64"]
+    media_type: Literal["image/png", "image/jpeg", "image/webp", "image/gif"]
+    data: Annotated[ImageData, BeforeValidator(image_of_base64), WithJsonSchema({"type": "string"})]
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _is_sent(cls, given: Any) -> Any:
+        if given in ("url", "file"):
+            raise ValueError(f"a picture is sent as base64; this server fetches no {given}")
+        return given
+
+
+class ImageBlock(AnthropicBody):
+    """A picture."""
+
+    type: Literal["image"]
+    source: ImageSource
+
+
 class ThinkingBlock(AnthropicBody):
     """What an earlier answer thought, or that it did: the signature is not read."""
 
@@ -75,7 +98,7 @@ class ToolResultBlock(AnthropicBody):
     is_error: bool = False
 
 
-Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+Block = Annotated[TextBlock | ImageBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
 
 
 class AnthropicMessage(AnthropicBody):
@@ -88,10 +111,15 @@ class AnthropicMessage(AnthropicBody):
         """In the form of chat completions, where each result of a call is a message of its own."""
         blocks = [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
         texts, thinking, calls = [], [], []
+        parts: list[dict[str, Any]] = []
         for block in blocks:
             match block:
                 case TextBlock():
                     texts.append(block.text)
+                    is_next = bool(parts) and parts[-1]["type"] == "text"
+                    parts.append({"type": "text", "text": f"\n\n{block.text}" if is_next else block.text})
+                case ImageBlock():
+                    parts.append({"type": "image", "image": block.source.data})
                 case ThinkingBlock():
                     thinking.append(block.thinking)
                 case ToolUseBlock():
@@ -99,12 +127,13 @@ class AnthropicMessage(AnthropicBody):
                     calls.append({"id": block.id, "type": "function", "function": function})
                 case ToolResultBlock():
                     yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _joined(block.content)}
-        message: dict[str, Any] = {"role": self.role, "content": "\n\n".join(texts)}
+        has_images = any(part["type"] == "image" for part in parts)
+        message: dict[str, Any] = {"role": self.role, "content": parts if has_images else "\n\n".join(texts)}
         if any(thinking):
             message["reasoning_content"] = "".join(thinking)
         if calls:
             message["tool_calls"] = calls
-        if texts or calls or not blocks:
+        if parts or calls or not blocks:
             yield message
 
 

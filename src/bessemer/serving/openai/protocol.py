@@ -32,22 +32,33 @@ from bessemer.serving.openai.tools import (
 )
 from bessemer.serving.retrieval.protocol import RetrievalRequest
 from bessemer.serving.runtime.bodies import ApiError, Body, Name, misfit
+from bessemer.serving.runtime.pictures import ImageData, image_of_uri, text_of
 
 #: Tokens of a plain completion when the client sets no limit, as OpenAI documents it.
 _COMPLETION_TOKENS = 16
 
 
-def _text(content: Any) -> Any:
-    """A message's content as one string; text parts are joined."""
+def _content(content: Any) -> Any:
+    """A message's content as one string; with pictures, a list of texts and pictures in their order."""
     if not isinstance(content, list):
         return content
-    texts = []
+    parts: list[dict[str, Any]] = []
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"only text parts are served, got {kind!r}")
-        texts.append(part["text"])
-    return "".join(texts)
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind == "image_url":
+            parts.append({"type": "image", "image": _image(part.get("image_url"))})
+        else:
+            raise ValueError(f"only texts and pictures (image_url) are served, got {kind!r}")
+    return parts if any(part["type"] == "image" for part in parts) else text_of(parts)
+
+
+def _image(given: Any) -> ImageData:
+    """A picture of `image_url`. Its `detail` changes nothing: a model takes pictures in one way."""
+    if isinstance(given, dict) and (unknown := given.keys() - {"url", "detail"}):
+        raise ValueError(f"image_url has no {min(unknown)!r}")
+    return image_of_uri(given.get("url") if isinstance(given, dict) else given)
 
 
 def prompts_of(prompt: Any) -> Any:
@@ -114,7 +125,7 @@ class Message(Body):
     """One message of a conversation."""
 
     role: str = Field(pattern="^(system|developer|user|assistant|tool)$")
-    content: Annotated[str, BeforeValidator(_text)] = ""
+    content: Annotated[str | list[dict[str, Any]], BeforeValidator(_content)] = ""
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -133,6 +144,8 @@ class Message(Body):
             raise misfit("tool_call_id", "a message of role 'tool' answers a call; say which by tool_call_id")
         if not (self.tool_calls or "content" in self.model_fields_set):
             raise misfit("content", f"a message of role '{self.role}' needs content")
+        if self.role != "user" and isinstance(self.content, list):
+            raise misfit("content", f"pictures are of a message of role 'user', and this is of role '{self.role}'")
         return self
 
     def as_template_input(self) -> dict[str, Any]:
@@ -338,7 +351,7 @@ class ChatRequest(GenerationRequest):
     @property
     def last_question(self) -> str:
         """The user's last message; "" where there is none."""
-        return next((message.content for message in reversed(self.messages) if message.role == "user"), "")
+        return next((text_of(message.content) for message in reversed(self.messages) if message.role == "user"), "")
 
     def _budgets(self) -> list[int]:
         """The thinking budgets, from all parameters that may give one."""

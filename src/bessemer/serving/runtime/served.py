@@ -16,14 +16,17 @@ from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import RequestError
 from bessemer.inference.async_generation import ChoiceChunk
 from bessemer.inference.engine import Engine
+from bessemer.inference.images import PicturePrompt
 from bessemer.inference.request import Completion, Request
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.model.vision.preprocessing import Prepared
 from bessemer.retrieval.answer import citation_form, grounded, most_sources
 from bessemer.serving.config import ASIDE, ENCODED
 from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller
 from bessemer.serving.runtime.models import ModelPool, OpenModel
+from bessemer.serving.runtime.pictures import prepared_pictures, text_of
 from bessemer.serving.runtime.streams import unless_left
 from bessemer.serving.runtime.worker import Turns, Worker
 
@@ -45,8 +48,8 @@ class Chat:
     messages: in the form of chat completions. params_of: gives the sampling settings for a number of tokens of the answer.
     parameter_of: gives the request's parameter that an error's text is about. token_limit: the client's most tokens of an
     answer. priority: lower is more urgent. sources: passages that the answer is drawn from, the best first; None: of a chat
-    without retrieval. takes_server_tools: whether the server's own tools may be called. continues: whether an assistant's message
-    at the end is the beginning of the answer.
+    without retrieval. takes_server_tools: whether the server's own tools may be called. continues: whether an assistant's
+    message at the end is the beginning of the answer.
     """
 
     caller: Caller
@@ -68,7 +71,7 @@ class Chat:
     @property
     def last_question(self) -> str:
         """The user's last message; "" where there is none."""
-        return next((message["content"] or "" for message in reversed(self.messages) if message["role"] == "user"), "")
+        return next((text_of(message["content"]) for message in reversed(self.messages) if message["role"] == "user"), "")
 
 
 class Served:
@@ -234,8 +237,10 @@ class Served:
         """
         sources: Sequence[ServedHit] | None = None
         chat = self._with_server_tools(chat)
+        pictures: list[Prepared] = []
 
         def params_of(prompt_tokens: int) -> SamplingParams:
+            prompt_tokens += self._added_tokens(pictures)
             params = chat.params_of(self.most_tokens("messages", prompt_tokens, chat.token_limit, chat.caller))
             # a form that the client asks for takes the place of the citations'
             return params if sources is None or params.grammar else params.with_changes(**citation_form(sources))
@@ -244,11 +249,13 @@ class Served:
 
         def prepare(tokens: Sequence[int], params: SamplingParams) -> Request:
             adapter, priority = self.adapter(chat.model), chat.priority
-            return self.engine.prepare(list(tokens), params, priority=priority, adapter=adapter, cache_salt=salt)
+            prompt = PicturePrompt(list(tokens), pictures) if pictures else list(tokens)
+            return self.engine.prepare(prompt, params, priority=priority, adapter=adapter, cache_salt=salt)
 
         turns, begun = [], []
         try:
             messages, answer_prefix = self._read(chat)
+            pictures += prepared_pictures(chat.messages, self.engine)
             self._check_conversation(chat, messages)
             if chat.sources is not None:
                 messages, sources = self._grounded(chat, messages, chat.sources)
@@ -307,7 +314,13 @@ class Served:
         inputs = [message.as_template_input() for message in messages]
         tokenizer = self.engine.tokenizer
         prefix_ids = [] if answer_prefix is None else tokenizer.encode(answer_prefix.text, add_bos=False)
-        return len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools)) + len(prefix_ids)
+        tokens = len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools)) + len(prefix_ids)
+        return tokens + self._added_tokens(prepared_pictures(chat.messages, self.engine))
+
+    def _added_tokens(self, pictures: Sequence[Prepared]) -> int:
+        """Tokens that pictures take beyond the one that stands for each in a rendered conversation."""
+        reader = self.engine.pictures
+        return 0 if reader is None else sum(len(reader.tokens(one)) - 1 for one in pictures)
 
     def _with_server_tools(self, chat: Chat) -> Chat:
         """The chat with the tools that the server runs, apart from those whose name a client's tool has."""

@@ -152,7 +152,8 @@ class Turns:
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.prompt_ids)
+        # a picture is one token of a conversation, and many of the prompt
+        return len(self.prompt_ids) if self._first.images is None else self._first.prompt_tokens
 
     @property
     def cached_tokens(self) -> int:

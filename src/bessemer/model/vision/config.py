@@ -1,0 +1,286 @@
+"""Settings of picture encoders, and of models that join one to a decoder, in Hugging Face's `config.json`. No PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bessemer.core.errors import ConfigError
+from bessemer.model.config import ModelConfig
+from bessemer.model.families import FAMILIES, family_of, read_config, write_config
+
+Values = Mapping[str, Any]
+
+#: The kinds of encoders by `model_type`, and the architecture of each alone; None where no published folder holds it alone.
+ENCODER_KINDS: dict[str, str | None] = {
+    "siglip_vision_model": "SiglipVisionModel",
+    "siglip2_vision_model": "Siglip2VisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "idefics3_vision": None,
+    "smolvlm_vision": None,
+}
+#: Whole models, whose encoder is one of them.
+_WITH_TEXT = {"siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model", "clip": "clip_vision_model"}
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "relu", "silu")
+#: The models that join an encoder to a decoder, and their architectures.
+ARCHITECTURES = {
+    "llava": "LlavaForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "siglip_vision_model": {"image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "siglip2_vision_model": {"num_patches": 256, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "clip_vision_model": {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "idefics3_vision": {"image_size": 224, "patch_size": 32, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+}
+_DEFAULTS["smolvlm_vision"] = _DEFAULTS["idefics3_vision"]
+_SIZES: dict[str, dict[str, int]] = {
+    "siglip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "idefics3_vision": {
+        "hidden_size": 1152,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+    },
+}
+_SIZES["siglip2_vision_model"] = _SIZES["clip_vision_model"] = _SIZES["siglip_vision_model"]
+_SIZES["smolvlm_vision"] = _SIZES["idefics3_vision"]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of a picture encoder.
+
+    grid: patches along a side of the square that the learnt positions are of. has_head: whether it pools its states into one
+    vector (SigLIP's attention pooling).
+    """
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: int
+    grid: int
+    hidden_act: str
+    layer_norm_eps: float
+    num_channels: int = 3
+    has_head: bool = False
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square that the learnt positions are of."""
+        return self.grid * self.patch_size
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a learnt token stands before the patches."""
+        return self.model_type == "clip_vision_model"
+
+    @property
+    def takes_patches(self) -> bool:
+        """Whether it reads patches of a picture in its own shape, and not a square of pixels."""
+        return self.model_type == "siglip2_vision_model"
+
+
+@dataclass(frozen=True)
+class VisionLanguageConfig:
+    """A model that reads pictures: an encoder, a projector, a decoder.
+
+    image_token_id: the token whose embedding a picture's vectors take the place of. scale_factor: patches along a side that
+    pixel shuffle joins into one token; 0: a two-layer perceptron projects each patch (LLaVA). feature_layers: of LLaVA, the
+    encoder's layers whose states are projected, counted as Python counts, where 0 are the embeddings. drops_class: whether the
+    token before the patches is left out.
+    """
+
+    model_type: str
+    vision: VisionConfig
+    text: ModelConfig
+    image_token_id: int
+    scale_factor: int = 0
+    feature_layers: tuple[int, ...] = ()
+    feature_layer_is_list: bool = False
+    drops_class: bool = False
+    projector_act: str = "gelu"
+    projector_bias: bool = True
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Tokens of the decoder that one square of `image_size` pixels takes."""
+        patches = self.vision.grid**2
+        if self.scale_factor:
+            return patches // self.scale_factor**2
+        return patches + (self.vision.has_class_token and not self.drops_class)
+
+
+def read_vision_config(values: Values) -> VisionConfig:
+    """An encoder's settings from its `config.json`, or from that of a whole SigLIP. Raises ConfigError for what is not read."""
+    kind = str(values.get("model_type", ""))
+    if kind in _WITH_TEXT:
+        kind, values = _WITH_TEXT[kind], values.get("vision_config") or {}
+    if kind not in ENCODER_KINDS:
+        raise ConfigError(f"picture encoders of the type {kind!r} are not read; known are {', '.join(ENCODER_KINDS)}")
+    return _vision_config(kind, values)
+
+
+def _vision_config(kind: str, values: Values) -> VisionConfig:
+    given = {**_SIZES[kind], **_DEFAULTS[kind], **{name: value for name, value in values.items() if value is not None}}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+    sizes = {name: _whole(given, name) for name in (*names, "num_patches" if kind == "siglip2_vision_model" else "image_size")}
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise ConfigError(f"hidden_size {sizes['hidden_size']} is not divided by {sizes['num_attention_heads']} heads")
+    if given["hidden_act"] not in ACTIVATIONS:
+        raise ConfigError(f"the activation {given['hidden_act']!r} is not known; known are {', '.join(ACTIVATIONS)}")
+    if kind == "siglip2_vision_model":
+        grid = math.isqrt(sizes["num_patches"])
+        if grid**2 != sizes["num_patches"]:
+            raise ConfigError(f"num_patches: {sizes['num_patches']} is not a square")
+    else:
+        grid = sizes["image_size"] // sizes["patch_size"]
+    if grid < 1:
+        raise ConfigError(f"a picture of {given['image_size']} pixels has no patch of {sizes['patch_size']}")
+    return VisionConfig(
+        model_type=kind,
+        grid=grid,
+        hidden_act=given["hidden_act"],
+        layer_norm_eps=float(given["layer_norm_eps"]),
+        num_channels=int(given.get("num_channels", 3)),
+        has_head=kind.startswith("siglip") and bool(given.get("vision_use_head", True)),
+        **{name: sizes[name] for name in names},
+    )
+
+
+def _whole(values: Values, name: str) -> int:
+    value = values[name]
+    if isinstance(value, list | tuple) and len(set(value)) == 1:
+        value = value[0]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}: a whole number above 0 is needed, got {values[name]!r}")
+    return value
+
+
+def write_vision_config(config: VisionConfig) -> dict[str, Any]:
+    """`config.json` of an encoder, or a part of another model's. Everything is explicit."""
+    size = {"num_patches": config.grid**2} if config.takes_patches else {"image_size": config.image_size}
+    head = {"vision_use_head": config.has_head} if config.model_type.startswith("siglip") else {}
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_channels": config.num_channels,
+        "patch_size": config.patch_size,
+        **size,
+        **head,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "attention_dropout": 0.0,
+    }
+
+
+def read_vision_language_config(values: Values) -> VisionLanguageConfig:
+    """The settings in the `config.json` of a model that reads pictures. Raises ConfigError for what is not read."""
+    kind = str(values.get("model_type", ""))
+    if kind not in ARCHITECTURES:
+        raise ConfigError(f"models with pictures of the type {kind!r} are not read; known are {', '.join(ARCHITECTURES)}")
+    if "vision_config" not in values or "text_config" not in values:
+        raise ConfigError("a model with pictures needs a vision_config and a text_config")
+    of_text = {"model_type": "llama", **values["text_config"]}
+    tied = values.get("tie_word_embeddings") or of_text.get("tie_word_embeddings")
+    text = _text_config(of_text | {"tie_word_embeddings": bool(tied)})
+    if kind == "llava":
+        return _llava(values, text)
+    vision = _vision_config(f"{kind}_vision", values["vision_config"])
+    scale, token = values.get("scale_factor", 2), values.get("image_token_id", 128257)
+    if not isinstance(scale, int) or scale < 1 or vision.grid % scale:
+        raise ConfigError(f"scale_factor: {scale!r} does not divide a side of {vision.grid} patches")
+    return VisionLanguageConfig(kind, vision, text, _token(token, text), scale_factor=scale)
+
+
+def _llava(values: Values, text: ModelConfig) -> VisionLanguageConfig:
+    of_vision = values["vision_config"]
+    # nothing reads what SigLIP pools
+    vision = replace(_vision_config(_encoder_of_llava(of_vision), of_vision), has_head=False)
+    layer = values.get("vision_feature_layer", -2)
+    layers = tuple(layer) if isinstance(layer, list | tuple) else (layer,)
+    count = vision.num_hidden_layers + 1
+    if not layers or not all(isinstance(one, int) and -count <= one < count for one in layers):
+        raise ConfigError(f"vision_feature_layer: {layer!r} is not among {vision.num_hidden_layers} layers")
+    strategy = values.get("vision_feature_select_strategy", "default")
+    if strategy not in ("default", "full"):
+        raise ConfigError(f"vision_feature_select_strategy: one of default, full is needed, got {strategy!r}")
+    if strategy == "default" and not vision.has_class_token:
+        raise ConfigError("vision_feature_select_strategy: 'default' drops a class token; this encoder has none: set 'full'")
+    act = values.get("projector_hidden_act", "gelu")
+    if act not in ACTIVATIONS:
+        raise ConfigError(f"projector_hidden_act: {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
+    return VisionLanguageConfig(
+        "llava",
+        vision,
+        text,
+        _token(values.get("image_token_index", values.get("image_token_id", 32000)), text),
+        feature_layers=layers,
+        feature_layer_is_list=isinstance(layer, list | tuple),
+        drops_class=strategy == "default",
+        projector_act=act,
+        projector_bias=bool(values.get("multimodal_projector_bias", True)),
+    )
+
+
+def _encoder_of_llava(values: Values) -> str:
+    kind = str(values.get("model_type", "clip_vision_model"))
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        raise ConfigError(f"vision_config: LLaVA's encoder is CLIP's or SigLIP's, one of the type {kind!r} is not read")
+    return kind
+
+
+def _text_config(values: Values) -> ModelConfig:
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None:
+        raise ConfigError(f"text_config: unknown architecture {values.get('model_type')!r}; supported: {', '.join(FAMILIES)}")
+    try:
+        config = read_config(family, values)
+    except KeyError as error:
+        raise ConfigError(f"text_config: {error.args[0]!r} is missing") from None
+    if config.embedding_multiplier != 1 and family.model_type == "granite":
+        raise ConfigError("text_config: a decoder that multiplies its embeddings as Granite does is not joined to an encoder")
+    return config
+
+
+def _token(value: Any, text: ModelConfig) -> int:
+    if not isinstance(value, int) or not 0 <= value < text.vocab_size:
+        raise ConfigError(f"the image token {value!r} is not in the vocabulary of {text.vocab_size:,} tokens")
+    return value
+
+
+def write_vision_language_config(config: VisionLanguageConfig) -> dict[str, Any]:
+    """`config.json` of a model that reads pictures, but for what is the same in all files."""
+    family = family_of(config.text)
+    text = {"model_type": family.model_type, **write_config(family, config.text), "use_cache": True}
+    values: dict[str, Any] = {
+        "model_type": config.model_type,
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "text_config": text,
+        "vision_config": write_vision_config(config.vision),
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+    }
+    if config.model_type != "llava":
+        return values | {"image_token_id": config.image_token_id, "scale_factor": config.scale_factor}
+    layers = config.feature_layers
+    return values | {
+        "image_token_index": config.image_token_id,
+        "image_seq_length": config.tokens_per_tile,
+        "vision_feature_layer": list(layers) if config.feature_layer_is_list else layers[0],
+        "vision_feature_select_strategy": "default" if config.drops_class else "full",
+        "projector_hidden_act": config.projector_act,
+        "multimodal_projector_bias": config.projector_bias,
+    }

@@ -1,0 +1,261 @@
+"""Models that read pictures on disk, in Hugging Face's form: LLaVA, Idefics3 and SmolVLM, and encoders alone.
+
+The spelling of tensors has changed over the versions of `transformers`: `language_model.model.…` of published LLaVAs is
+`model.language_model.…` within it, and `vision_tower.vision_model.…` lacks its middle in new files. Both are read, the
+published one is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.store import read_json, write_json
+from bessemer.model.families import family_of
+from bessemer.model.families.layout import Stored, TensorView
+from bessemer.model.initialisation import initial_weight
+from bessemer.model.quantisation.storage_parts import StoredPart
+from bessemer.model.storage.folder import read_weights
+from bessemer.model.storage.model_config import CONFIG, copy_tokenizer
+from bessemer.model.storage.weights import (
+    EMBEDDING,
+    HEAD,
+    Entry,
+    WeightsFile,
+    check_plain,
+    opening,
+    weight_files,
+    write_weights,
+)
+from bessemer.model.vision.config import (
+    ARCHITECTURES,
+    ENCODER_KINDS,
+    VisionLanguageConfig,
+    read_vision_config,
+    read_vision_language_config,
+    write_vision_config,
+    write_vision_language_config,
+)
+from bessemer.model.vision.encoder import VisionEncoder
+from bessemer.model.vision.model import VisionLanguageModel
+
+#: Prefixes of our tensors' names.
+_DECODER, _ENCODER, _PROJECTOR = "decoder.", "vision.encoder.", "vision.projector."
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+#: Files of a folder that say how pictures and prompts are prepared.
+PROCESSOR_FILES = (PREPROCESSOR, PROCESSOR)
+#: Tensors of files that are read past: places counted from 0, and parts of a whole SigLIP or CLIP that reads text.
+_IGNORED = re.compile(r".*position_ids|text_model\..*|logit_(bias|scale)|(visual|text)_projection\..*")
+_POOLING = re.compile(r"(model\.)?vision_tower\.(vision_model\.)?head\..*")
+
+
+def is_vision_folder(folder: Path) -> bool:
+    """Whether a folder holds a model that reads pictures and writes text."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return False
+    values = read_json(path, "model config")
+    return isinstance(values, Mapping) and values.get("model_type") in ARCHITECTURES
+
+
+def read_vision_language(folder: Path) -> VisionLanguageConfig:
+    """The settings of a folder's model. Raises ArtefactError for what is missing, damaged or not known."""
+    path = folder / CONFIG
+    values = read_json(path, "model config")
+    if not isinstance(values, Mapping):
+        raise ArtefactError(f"{path}: this model config is damaged (not a mapping)")
+    try:
+        return read_vision_language_config(values)
+    except ConfigError as error:
+        raise ArtefactError(f"{path}: {error}") from None
+
+
+def load_vision_language(
+    folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> VisionLanguageModel:
+    """The model of a folder, for reading; in the stored type where `dtype` is None. Raises ArtefactError as `load_model`."""
+    folder = Path(folder)
+    config = read_vision_language(folder)
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    stored = list(_stored(config, list(model.state_dict())))
+    spellings = {one.name: list(_spellings(config, one.name)) for one in stored}
+    shapes = _shapes(model)
+    files, second_head = _find(folder, stored, spellings, shapes, _is_ignored(config), config.text.tie_word_embeddings)
+    weights = read_weights(files, shapes, torch.device(device), dtype)
+    if second_head is not None:
+        _check_second_head(*second_head, weights[_DECODER + EMBEDDING])
+    _fill(model, weights)
+    # the tables of rotary positions are no part of the weights
+    model.decoder.to(device)
+    return model.eval()
+
+
+def save_vision_language(model: VisionLanguageModel, folder: Path, *, processor: Path | None) -> None:
+    """Write a folder that `transformers` opens too. processor: a folder whose tokenizer and settings of pictures go with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    stored = list(_stored(model.config, list(ours)))
+    _write(folder, stored, ours)
+    dtype = str(model.decoder.dtype).removeprefix("torch.")
+    values = write_vision_language_config(model.config) | {"dtype": dtype, "torch_dtype": dtype}
+    write_json(folder / CONFIG, values)
+    if processor is not None and processor.resolve() != folder.resolve():
+        copy_tokenizer(processor, folder, PROCESSOR_FILES)
+
+
+def load_vision_encoder(
+    folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> VisionEncoder:
+    """An encoder alone, or that of a whole SigLIP, SigLIP2 or CLIP. Raises ArtefactError."""
+    folder = Path(folder)
+    path = folder / CONFIG
+    try:
+        config = read_vision_config(read_json(path, "model config"))
+    except ConfigError as error:
+        raise ArtefactError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        encoder = VisionEncoder(config)
+    stored = [Stored(f"vision_model.{name}", (TensorView(name),)) for name in encoder.state_dict()]
+    spellings = {one.name: [one.name, one.name.removeprefix("vision_model.")] for one in stored}
+    shapes = _shapes(encoder)
+    files, _ = _find(folder, stored, spellings, shapes, _IGNORED.fullmatch)
+    _fill(encoder, read_weights(files, shapes, torch.device(device), dtype))
+    return encoder.eval()
+
+
+def save_vision_encoder(encoder: VisionEncoder, folder: Path) -> None:
+    """Write an encoder alone, as `transformers` opens it. Raises ConfigError for one that only lies within other models."""
+    architecture = ENCODER_KINDS[encoder.config.model_type]
+    if architecture is None:
+        raise ConfigError(f"an encoder of the type {encoder.config.model_type} is stored within its model alone")
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
+    _write(folder, [Stored(f"vision_model.{name}", (TensorView(name),)) for name in ours], ours)
+    dtype = str(next(iter(ours.values())).dtype).removeprefix("torch.")
+    write_json(
+        folder / CONFIG,
+        {"architectures": [architecture], **write_vision_config(encoder.config), "dtype": dtype, "torch_dtype": dtype},
+    )
+
+
+@torch.no_grad()
+def initial_vision_language(config: VisionLanguageConfig, seed: int) -> VisionLanguageModel:
+    """A new model: the decoder as `initial_decoder`, the encoder and the projector by the same rule, norms 1, biases 0."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    weights = {}
+    for name, shape in _shapes(model).items():
+        is_norm = "norm" in name and name.endswith(".weight") and not name.startswith(_DECODER)
+        weights[name] = torch.ones(shape) if is_norm else initial_weight(name.removeprefix(_DECODER), shape, config.text, seed)
+    _fill(model, weights)
+    return model.eval()
+
+
+# -- inside
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.load_state_dict(weights, assign=True)
+
+
+def _check_second_head(path: Path, name: str, embedding: Tensor) -> None:
+    with opening(path):
+        head = WeightsFile(path).kept(name)
+    if not torch.equal(head.to(embedding.device, embedding.dtype), embedding):
+        raise ArtefactError(f"{path}: tensor {name!r} differs from the embedding that config.json ties it to")
+
+
+def _stored(config: VisionLanguageConfig, names: Sequence[str]) -> Iterator[Stored]:
+    """The tensors of a model's files under their published names."""
+    ours = [name.removeprefix(_DECODER) for name in names if name.startswith(_DECODER)]
+    for one in family_of(config.text).stored(config.text, ours):
+        views = tuple(replace(view, name=_DECODER + view.name) for view in one.views)
+        yield replace(one, name=_text_name(config, one.name), views=views)
+    is_llava = config.model_type == "llava"
+    encoder = "vision_tower.vision_model." if is_llava else "model.vision_model."
+    projector = "multi_modal_projector." if is_llava else "model.connector.modality_projection."
+    for name in names:
+        if name.startswith(_ENCODER):
+            yield Stored(encoder + name.removeprefix(_ENCODER), (TensorView(name),))
+        elif name.startswith(_PROJECTOR):
+            yield Stored(projector + name.removeprefix(_PROJECTOR), (TensorView(name),))
+
+
+def _text_name(config: VisionLanguageConfig, name: str) -> str:
+    if config.model_type == "llava":
+        return f"language_model.{name}"
+    return name if not name.startswith("model.") else f"model.text_model.{name.removeprefix('model.')}"
+
+
+def _spellings(config: VisionLanguageConfig, name: str) -> Iterator[str]:
+    """The names under which a file may hold a tensor that is published as `name`."""
+    yield name
+    if config.model_type != "llava":
+        return
+    shorter = name.replace("vision_tower.vision_model.", "vision_tower.")
+    yield shorter
+    yield f"model.{name}"
+    yield f"model.{shorter}"
+    yield name.replace("language_model.model.", "model.language_model.")
+    if name == f"language_model.{HEAD}":
+        yield HEAD
+
+
+def _is_ignored(config: VisionLanguageConfig) -> Callable[[str], object]:
+    return lambda name: _IGNORED.fullmatch(name) or (config.model_type == "llava" and _POOLING.fullmatch(name))
+
+
+def _find(
+    folder: Path,
+    stored: Sequence[Stored],
+    spellings: Mapping[str, Sequence[str]],
+    shapes: dict[str, tuple[int, ...]],
+    is_ignored: Callable[[str], object],
+    is_tied: bool = False,
+) -> tuple[dict[Path, dict[str, Stored | StoredPart]], tuple[Path, str] | None]:
+    """The place of each tensor in the files, and where these hold the tied embedding a second time, as the head.
+
+    Raises ArtefactError for a missing or an unexpected tensor, or one of another shape.
+    """
+    by_name = {name: one for one in stored for name in spellings[one.name]}
+    missing = {one.name for one in stored}
+    files: dict[Path, dict[str, Stored | StoredPart]] = {}
+    second_head = None
+    for path in weight_files(folder):
+        here: dict[str, Stored | StoredPart] = {}
+        with opening(path):
+            file = WeightsFile(path)
+            for name in file.names():
+                one = by_name.get(name)
+                if one is None:
+                    if is_tied and name.endswith(HEAD):
+                        second_head = (path, name)
+                    elif not is_ignored(name):
+                        raise ArtefactError(f"{path}: unexpected tensor {name!r}; config.json describes no such part")
+                    continue
+                check_plain(one.shape_in(shapes), name, file, path)
+                here[name] = one
+                missing.discard(one.name)
+        files[path] = here
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ArtefactError(f"{folder}: tensor {min(missing)!r}{more} is missing from the weights")
+    return files, second_head
+
+
+def _write(folder: Path, stored: Sequence[Stored], ours: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    entries = [Entry(one.name, one.shape_in(shapes), ours[one.views[0].name].dtype) for one in stored]
+    write_weights(folder, entries, (one.pack(ours) for one in stored))

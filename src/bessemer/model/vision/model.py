@@ -1,0 +1,114 @@
+"""A model that reads pictures: an encoder, a projector, and a decoder that takes the projected vectors in place of embeddings.
+
+A picture takes a fixed number of tokens of the prompt, each the model's image token; their embeddings are replaced by the
+picture's vectors, and everything behind is the decoder's own (LLaVA, Liu et al. 2023).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.core.errors import RequestError
+from bessemer.model.decoder import Decoder, EmbeddedRows
+from bessemer.model.layers.cache import Cache
+from bessemer.model.vision.config import VisionLanguageConfig
+from bessemer.model.vision.encoder import ACTIVATIONS, Pixels, VisionEncoder
+
+# Shapes: N pictures or tiles, L patches, M image tokens, B batch, T time, D hidden, V vocabulary.
+
+
+def pixel_shuffle(hidden_NLD: Tensor, factor: int) -> Tensor:
+    """Each square of factor · factor patches as one vector, row by row: (N, L / factor², D · factor²).
+
+    (Shi et al. 2016, the inverse; Laurençon et al. 2024, section 2.2.2.) The patches are those of a square picture.
+    """
+    side = round(hidden_NLD.shape[1] ** 0.5)
+    squares = hidden_NLD.unflatten(1, (side // factor, factor, side // factor, factor))
+    return squares.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+class ShuffleProjector(nn.Module):
+    """Idefics3's: pixel shuffle, and one matrix without bias."""
+
+    def __init__(self, config: VisionLanguageConfig) -> None:
+        super().__init__()
+        self.factor = config.scale_factor
+        self.proj = nn.Linear(config.vision.hidden_size * self.factor**2, config.text.hidden_size, bias=False)
+
+    def forward(self, hidden_NLD: Tensor) -> Tensor:
+        return cast(Tensor, self.proj(pixel_shuffle(hidden_NLD, self.factor)))
+
+
+class MlpProjector(nn.Module):
+    """LLaVA's: two layers over each patch, of the states of one or more of the encoder's layers side by side."""
+
+    def __init__(self, config: VisionLanguageConfig) -> None:
+        super().__init__()
+        size, inner = config.text.hidden_size, config.vision.hidden_size * len(config.feature_layers)
+        self.linear_1 = nn.Linear(inner, size, bias=config.projector_bias)
+        self.linear_2 = nn.Linear(size, size, bias=config.projector_bias)
+        self._activation = ACTIVATIONS[config.projector_act]
+
+    def forward(self, hidden_NLD: Tensor) -> Tensor:
+        return cast(Tensor, self.linear_2(self._activation(self.linear_1(hidden_NLD))))
+
+
+class Vision(nn.Module):
+    """What a decoder sees pictures with: an encoder and a projector."""
+
+    def __init__(self, config: VisionLanguageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = VisionEncoder(config.vision)
+        self.projector: nn.Module = ShuffleProjector(config) if config.scale_factor else MlpProjector(config)
+
+    def forward(self, pixels: Pixels) -> Tensor:
+        """Vectors of the decoder's width for each picture or tile, (N, tokens, D)."""
+        config = self.config
+        if config.scale_factor:
+            return cast(Tensor, self.projector(self.encoder(pixels)))
+        states = self.encoder.states(pixels, config.feature_layers)
+        if config.drops_class:
+            states = [hidden_NLD[:, 1:] for hidden_NLD in states]
+        return cast(Tensor, self.projector(torch.cat(states, dim=-1)))
+
+
+class VisionLanguageModel(nn.Module):
+    """An encoder, a projector and a decoder."""
+
+    def __init__(self, config: VisionLanguageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = Vision(config)
+        self.decoder = Decoder(config.text)
+
+    def embedded_rows(self, tokens_BT: Tensor, pixels: Pixels) -> EmbeddedRows:
+        """The vectors of pictures, and the places of the image tokens that they are for, in the order of the rows.
+
+        Raises RequestError where there are more or fewer image tokens than vectors.
+        """
+        vectors_MD = self.vision(pixels).flatten(0, 1)
+        rows_M = (tokens_BT.flatten() == self.config.image_token_id).nonzero()[:, 0]
+        if len(rows_M) != len(vectors_MD):
+            raise RequestError(f"the pictures take {len(vectors_MD):,} tokens, and the text has places for {len(rows_M):,}")
+        return EmbeddedRows(rows_M, vectors_MD)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        pixels: Pixels | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits of the token after each, (B, T, V). pixels: of all pictures or tiles of the rows, in their order; the other
+        arguments as for `Decoder.hidden`. Raises as `embedded_rows`."""
+        embedded = None if pixels is None else self.embedded_rows(tokens_BT, pixels)
+        logits_BTV: Tensor = self.decoder(
+            tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache, embedded=embedded
+        )
+        return logits_BTV

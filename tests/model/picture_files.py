@@ -1,0 +1,126 @@
+"""Pictures as people send them, drawn here: files of many kinds, and what is wrong with some."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image
+
+from bessemer.model.vision.config import VisionLanguageConfig, read_vision_language_config
+from bessemer.model.vision.folder import initial_vision_language, save_vision_language
+from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.model.tokenizers import write_small_tokenizer
+
+#: What Idefics3's prompts consist of besides text.
+MARKS = (
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
+)
+#: SmolVLM's chat template.
+TEMPLATE = (
+    "<|endoftext|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def drawn(width, height, seed=0, mode="RGB"):
+    """A picture with edges and gradients, and noise."""
+    random = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    values = np.stack(
+        [columns * 255 // max(1, width - 1), rows * 255 // max(1, height - 1), (rows // 3 + columns // 5) % 2 * 200]
+    )
+    values = (values.transpose(1, 2, 0) + random.integers(0, 40, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def encoded(image, kind="PNG", **options):
+    """The bytes of a file."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def png_header(width, height, depth=8):
+    """A PNG that says a size and holds no such pixels."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+
+
+def write_picture_tokenizer(folder):
+    """The small tokenizer with Idefics3's marks and SmolVLM's template; returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_small_tokenizer(folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(MARKS))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
+#: Pictures in tiles of 16 pixels, at most 4 along a side.
+TILES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 16}}
+
+
+def small_config(tokenizer, **changes) -> VisionLanguageConfig:
+    """A tiny SmolVLM for a tokenizer: a tile takes 4 tokens."""
+    values = {
+        "model_type": "smolvlm",
+        "scale_factor": 2,
+        "image_token_id": tokenizer.control_id("<image>"),
+        "vision_config": {
+            "hidden_size": 24,
+            "intermediate_size": 36,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+        },
+    }
+    return read_vision_language_config(values | changes)
+
+
+@torch.no_grad()
+def write_picture_model(folder, **changes):
+    """A folder with a tiny SmolVLM of random weights whose answers depend on its pictures; returns the model."""
+    write_picture_tokenizer(folder)
+    model = initial_vision_language(small_config(load_tokenizer(folder), **changes), seed=3)
+    generator = torch.Generator().manual_seed(4)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            weight.normal_(0.0, 1.5 * weight[0].numel() ** -0.5, generator=generator)
+            if "embed_tokens" in name:
+                weight.normal_(0.0, 1.0, generator=generator)
+    save_vision_language(model, folder, processor=None)
+    settings = {"image_processor_type": "SmolVLMImageProcessor", "do_image_splitting": True, **TILES}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return model

@@ -1,0 +1,236 @@
+"""Encoders, projectors and decoders with pictures, beside `transformers` on tiny random models."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from bessemer.core.errors import ArtefactError, RequestError
+from bessemer.model.layers.cache import DecoderCache
+from bessemer.model.vision.encoder import Pixels, spread_positions
+from bessemer.model.vision.folder import (
+    initial_vision_language,
+    is_vision_folder,
+    load_vision_encoder,
+    load_vision_language,
+    read_vision_language,
+    save_vision_encoder,
+    save_vision_language,
+)
+from bessemer.model.vision.model import pixel_shuffle
+from tests.model.vision_models import ENCODERS, MODELS, TOKENS, make, pictures, row
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def pair(request, tmp_path_factory):
+    """A `transformers` model, ours loaded from its folder, and how many tokens a picture takes."""
+    theirs = make(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, load_vision_language(folder), TOKENS[request.param]
+
+
+def their_pixels(theirs, pixels):
+    """Pixels as the model takes them: Idefics3's have a dimension of the pictures of each text."""
+    return pixels if isinstance(theirs, transformers.LlavaForConditionalGeneration) else pixels[None]
+
+
+@torch.no_grad()
+def test_logits_equal_those_of_transformers(pair):
+    theirs, ours, tokens = pair
+    assert ours.config.tokens_per_tile == tokens
+    pixels, tokens_BT = pictures(2), row(tokens, images=2)
+    expected = theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    assert expected.std() > 0.2
+    assert (ours(tokens_BT, Pixels(pixels)) - expected).abs().max() < TOLERANCE
+    blind = theirs(tokens_BT).logits
+    assert (blind - expected).abs().max() > 0.05
+    assert (ours(tokens_BT) - blind).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_batch_equals_each_row_alone(pair):
+    _, ours, tokens = pair
+    pixels = pictures(2)
+    rows = torch.cat([row(tokens, seed=seed) for seed in (3, 4)])
+    together = ours(rows, Pixels(pixels))
+    alone = torch.cat([ours(rows[index : index + 1], Pixels(pixels[index : index + 1])) for index in range(2)])
+    assert (together - alone).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_cached_equals_fresh_wherever_the_picture_is_cut(pair):
+    _, ours, tokens = pair
+    pixels, tokens_BT = pictures(1), row(tokens)
+    fresh, embedded = ours(tokens_BT, Pixels(pixels)), ours.embedded_rows(tokens_BT, Pixels(pixels))
+    length, cache = tokens_BT.shape[1], DecoderCache(ours.config.text, 1, tokens_BT.shape[1])
+    start, cut = 0, []
+    for size in (3 + tokens // 2, tokens - tokens // 2, length - 3 - tokens):
+        within = (embedded.rows_M >= start) & (embedded.rows_M < start + size)
+        part = embedded._replace(rows_M=embedded.rows_M[within] - start, vectors_MD=embedded.vectors_MD[within])
+        cut.append(ours.decoder(tokens_BT[:, start : start + size], cache=cache, embedded=part))
+        start += size
+    assert (torch.cat(cut, dim=1) - fresh).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_saved_model_is_opened_by_transformers_and_by_us(pair, tmp_path):
+    theirs, ours, tokens = pair
+    save_vision_language(ours, tmp_path, processor=None)
+    again = load_vision_language(tmp_path)
+    assert again.config == ours.config
+    pixels, tokens_BT = pictures(1), row(tokens)
+    expected = theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    opened, loading = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    logits = opened(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    assert (logits - expected).abs().max() < TOLERANCE / 10
+    assert torch.equal(again(tokens_BT, Pixels(pixels)), ours(tokens_BT, Pixels(pixels)))
+
+
+def test_gradients_of_a_projector_equal_those_of_transformers(pair):
+    theirs, ours, tokens = pair
+    pixels, tokens_BT = pictures(1), row(tokens)
+    with torch.enable_grad():
+        theirs.zero_grad()
+        ours.requires_grad_(False)
+        ours.vision.projector.requires_grad_(True).zero_grad()
+        theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits.square().mean().backward()
+        ours(tokens_BT, Pixels(pixels)).square().mean().backward()
+    grads = {name: weight.grad for name, weight in theirs.named_parameters()}
+    for name, weight in ours.vision.projector.named_parameters():
+        expected = next(grad for key, grad in grads.items() if key.endswith(name) and "projec" in key)
+        assert (weight.grad - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+@pytest.fixture(scope="module", params=sorted(ENCODERS))
+def encoders(request, tmp_path_factory):
+    """A `transformers` encoder, and ours loaded from its folder."""
+    theirs = make(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, load_vision_encoder(folder)
+
+
+def both(theirs, ours):
+    """States and pooled vectors of both, of two pictures."""
+    if not ours.config.takes_patches:
+        out, pixels = theirs(pictures(2)), Pixels(pictures(2))
+    else:
+        values = torch.randn(2, 20, 48, generator=torch.Generator().manual_seed(5))
+        shapes = torch.tensor([[2, 7], [6, 3]])
+        mask = torch.arange(20) < shapes.prod(1, keepdim=True)
+        out = theirs(values, pixel_attention_mask=mask.long(), spatial_shapes=shapes)
+        pixels = Pixels(values, mask, shapes)
+    return out.last_hidden_state, out.pooler_output, ours(pixels), ours.pooled(pixels)
+
+
+@torch.no_grad()
+def test_an_encoder_alone_equals_that_of_transformers(encoders, tmp_path):
+    theirs, ours = encoders
+    states, pooled, our_states, our_pooled = both(theirs, ours)
+    assert (our_states - states).abs().max() < TOLERANCE
+    assert (our_pooled - pooled).abs().max() < TOLERANCE
+    save_vision_encoder(ours, tmp_path)
+    opened, loading = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert (both(opened, ours)[0] - states).abs().max() < TOLERANCE / 10
+
+
+@torch.no_grad()
+def test_the_encoder_of_a_whole_siglip_is_read(tmp_path):
+    tiny = make("siglip").config.to_dict()
+    text = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = transformers.SiglipModel(transformers.SiglipConfig(vision_config=tiny, text_config=text | {"projection_size": 24}))
+    whole.eval().save_pretrained(tmp_path)
+    expected = whole.vision_model(pictures(1)).last_hidden_state
+    assert (load_vision_encoder(tmp_path)(Pixels(pictures(1))) - expected).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_padded_pictures_of_idefics3_equal_those_of_transformers():
+    theirs = make("idefics3")
+    mask = torch.zeros(1, 2, 16, 16, dtype=torch.long)
+    mask[0, 0, :8, :12] = 1
+    mask[0, 1] = 1
+    expected = theirs.model.get_image_features(pictures(2)[None], mask).pooler_output[0]
+    from bessemer.model.vision.model import Vision
+
+    config = _config_of(theirs)
+    ours = Vision(config)
+    weights = theirs.state_dict()
+    ours.encoder.load_state_dict(_below(weights, "model.vision_model."))
+    ours.projector.load_state_dict(_below(weights, "model.connector.modality_projection."))
+    patches = mask[0].unfold(1, 4, 4).unfold(2, 4, 4).sum((-1, -2)) > 0
+    assert (ours(Pixels(pictures(2), patches)).flatten(0, 1) - expected).abs().max() < TOLERANCE
+
+
+def _config_of(theirs):
+    from bessemer.model.vision.config import read_vision_language_config
+
+    return read_vision_language_config(theirs.config.to_dict())
+
+
+def _below(weights, prefix):
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def test_pixel_shuffle_puts_each_square_of_patches_into_one_vector():
+    patches = torch.arange(16.0).reshape(1, 16, 1)
+    assert pixel_shuffle(patches, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_positions_spread_over_fewer_patches_than_the_square_has():
+    mask = torch.tensor([[[True, True], [True, True]]])
+    assert spread_positions(mask, 4).tolist() == [[0, 2, 8, 10]]
+
+
+def test_text_with_too_few_places_for_a_picture_is_refused(pair):
+    _, ours, tokens = pair
+    with pytest.raises(RequestError, match=f"take {2 * tokens} tokens, and the text has places for {tokens}"):
+        ours(row(tokens), Pixels(pictures(2)))
+
+
+def test_new_models_are_drawn_from_a_seed(pair):
+    _, ours, tokens = pair
+    first, same, other = (initial_vision_language(ours.config, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(one, two) for one, two in zip(first.parameters(), same.parameters(), strict=True))
+    drawn, drawn_otherwise = (next(model.vision.projector.parameters()) for model in (first, other))
+    assert not torch.equal(drawn, drawn_otherwise)
+    assert torch.isfinite(first(row(tokens), Pixels(pictures(1)))).all()
+
+
+BAD = {
+    "scale": ({"scale_factor": 3}, "scale_factor: 3 does not divide a side of 4 patches"),
+    "token": ({"image_token_id": 97}, "the image token 97 is not in the vocabulary of 97 tokens"),
+    "text": ({"text_config": {"model_type": "mamba"}}, "text_config: unknown architecture 'mamba'"),
+    "no text": ({"text_config": None}, "needs a vision_config and a text_config"),
+    "heads": ({"vision_config": {"hidden_size": 24, "num_attention_heads": 5}}, "hidden_size 24 is not divided by 5 heads"),
+    "act": ({"vision_config": {"hidden_act": "swoosh"}}, "the activation 'swoosh' is not known"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_settings_that_make_no_model_are_named(case, tmp_path):
+    changes, message = BAD[case]
+    values = make("idefics3").config.to_dict()
+    values |= changes
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    assert is_vision_folder(tmp_path)
+    with pytest.raises(ArtefactError, match=message):
+        read_vision_language(tmp_path)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    model = make("idefics3")
+    model.save_pretrained(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.connector.modality_projection.proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ArtefactError, match=r"tensor 'model\.connector\.modality_projection\.proj\.weight' is missing"):
+        load_vision_language(tmp_path)
