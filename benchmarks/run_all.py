@@ -38,6 +38,7 @@ class Benchmark(NamedTuple):
 BENCH = [
     Benchmark("quickstart"),
     Benchmark("inference"),
+    Benchmark("inference", ("--model", "1b")),
     Benchmark("capture"),
     Benchmark("evaluation"),
     Benchmark("evaluation_agreement"),
@@ -72,6 +73,8 @@ BENCH = [
     Benchmark("pretraining_gpu"),
 ]
 STUDIES = [
+    Benchmark("inference", ("--model", "3b")),
+    Benchmark("inference", ("--model", "8b")),
     Benchmark("speculation"),
     Benchmark("architectures"),
     Benchmark("optimizers"),

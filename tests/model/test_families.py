@@ -190,3 +190,18 @@ def test_any_part_of_a_tensor_is_read_alone(pair):
     for name, tensor in ours.state_dict().items():
         for part in parts[name]:
             assert torch.equal(part.tensor, tensor[part.box]), (name, part.box)
+
+
+@torch.no_grad()
+def test_llama_4_has_a_context_in_which_chunks_and_temperatures_do_not_count(tmp_path):
+    changed = {"attention_chunk_size": 16, "floor_scale": 12, "attn_scale": 4.0}
+    theirs, tokens_BT = make("llama4_text", **changed), tokens(2, 12)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    assert (ours(tokens_BT[:, :11]) - theirs(tokens_BT[:, :11]).logits).abs().max() < TOLERANCE
+    with pytest.raises(ValueError, match="12 tokens exceed the model's max_position_embeddings of 11"):
+        ours(tokens_BT)
+    # the next token is the first whose queries are warmer
+    even = make("llama4_text", **changed, attn_temperature_tuning=False)
+    apart = (even(tokens_BT).logits - theirs(tokens_BT).logits).abs().amax((0, 2))
+    assert apart[:11].max() < TOLERANCE < apart[11]

@@ -137,7 +137,7 @@ def test_every_family_is_tested_or_refused_by_name(tmp_path):
     assert {case.split("-")[0].replace("gemma3", "gemma3_text") for case in CASES} == set(BY_MODEL_TYPE)
     from tests.model.family_models import make
 
-    assert set(FAMILIES) - set(BY_MODEL_TYPE) == {"glm", "qwen3_next", "bessemer"}
+    assert set(FAMILIES) - set(BY_MODEL_TYPE) == {"glm", "llama4_text", "qwen3_next", "bessemer"}
     make("qwen3_next").save_pretrained(tmp_path)
     with pytest.raises(
         ArtefactError,

@@ -224,7 +224,9 @@ def test_a_file_in_k_types_is_opened_with_its_own_blocks_and_has_the_logits_of_t
     torch.testing.assert_close(logits(opened.model, tokens_BT), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("number", [6, 7, 12, 13, 14], ids=["Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize(
+    "number", [6, 7, 12, 13, 14, 20, 23, 39], ids=["Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+)
 def test_blocks_of_a_file_go_through_the_engines_pack_and_out_to_gguf_again_without_a_change(number, tmp_path):
     path = in_types(tmp_path, random_decoder(WIDE), number, number)
     model = load_model(path)
@@ -238,7 +240,7 @@ def test_blocks_of_a_file_go_through_the_engines_pack_and_out_to_gguf_again_with
     assert before and all(torch.equal(again[name].codes, codes) for name, codes in before.items())
 
 
-@pytest.mark.parametrize("number", [39, 10, 20, 23], ids=["MXFP4", "Q2_K", "IQ4_NL", "IQ4_XS"])
+@pytest.mark.parametrize("number", [10, 11, 40], ids=["Q2_K", "Q3_K", "NVFP4"])
 def test_a_file_in_a_type_without_a_scheme_is_opened_in_codes_of_8_bits_and_says_so(number, tmp_path):
     path = in_types(tmp_path, random_decoder(WIDE), number, number)
     opened = gguf_open.open_gguf(path)

@@ -150,9 +150,11 @@ def test_every_kind_of_positions_runs_alike_in_onnx_runtime(position_type, tmp_p
     equal_everywhere(model, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize("inputs", [False, True], ids=["outputs weighted", "inputs weighted"])
 @torch.no_grad()
-def test_all_experts_weighted_by_their_choice_equal_the_chosen_ones():
+def test_all_experts_weighted_by_their_choice_equal_the_chosen_ones(inputs):
     shape = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "expert_bias": True, "router_bias": True}
+    shape["expert_input_scores"] = inputs
     mlp = random_decoder(LIGHT.with_changes(**shape)).blocks[0].mlp
     hidden_ND = torch.randn(11, 32, generator=torch.Generator().manual_seed(1))
     routing = mlp.router(hidden_ND)

@@ -66,7 +66,10 @@ class Architecture(Config):
     num_attention_heads: int = setting(4, "query heads of each block", ge=1)
     num_key_value_heads: int = setting(2, "key and value heads, each shared by a group of query heads", ge=1)
     head_dim: int = setting(32, "width of one head; even, because rotary positions turn pairs", unit="channels", ge=2)
-    qk_norm: Literal["none", "head", "full"] = setting("head", "norm of queries and keys: of each head, or over all heads")
+    qk_norm: Literal["none", "head", "full", "unit"] = setting(
+        "head",
+        "norm of queries and keys: of each head, over all heads, or of each head that is turned, without a weight (Llama 4)",
+    )
     attention_bias: bool = setting(False, "biases of the query, key and value projections")
     attention_output_bias: bool = setting(False, "bias of the output projection")
     attention_output_gate: bool = setting(False, "a sigmoid gate on what attention returns (Qwen3-Next)")
@@ -122,6 +125,7 @@ class Architecture(Config):
     mlp_only_layers: tuple[int, ...] = setting(default_factory=tuple, description="layers that stay dense, counted from 0")
     scoring_func: Literal["softmax", "sigmoid"] = setting("softmax", "what turns router logits into scores")
     norm_topk_prob: bool = setting(True, "the chosen experts' scores are divided by their sum")
+    expert_input_scores: bool = setting(False, "a score multiplies what goes into its expert, not what comes out (Llama 4)")
     routed_scaling_factor: float = setting(1.0, "factor on the experts' weights", gt=0)
     n_group: int = setting(1, "groups of experts; a token chooses among the best groups' experts", ge=1)
     topk_group: int = setting(1, "groups that each token may choose from", ge=1)

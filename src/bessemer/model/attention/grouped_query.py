@@ -37,7 +37,7 @@ class GroupedQuery(AttentionVariant):
         if config.attention_sinks:
             shapes.append((config.num_attention_heads,))
         parts = [ModelPart("attention", tuple(shapes))]
-        if config.qk_norm != "none":
+        if config.qk_norm in ("head", "full"):
             widths = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (query, key_value)
             parts.append(ModelPart("query and key norm", tuple((width,) for width in widths), replicated=True))
         return parts
@@ -54,7 +54,7 @@ class GroupedQuery(AttentionVariant):
     def activations(self, config: DecoderShape, visible: int, numerics: Numerics, *, fused: bool) -> StoredActivations:
         query, key_value = _widths(config)
         stored = numerics.matmul_inputs(config, 3)
-        if config.qk_norm == "head":
+        if config.qk_norm in ("head", "unit"):
             heads = ((query, config.num_attention_heads), (key_value, config.num_key_value_heads))
             stored += StoredActivations(heads=sum(numerics.norm_bytes(config, width, rows=rows) for width, rows in heads))
         elif config.qk_norm == "full":

@@ -150,6 +150,53 @@ void write_q6_k(const Block& block, uint8_t* p) {
     put_half(p + 208, block.scale);
 }
 
+// Of 32 codes the low halves of 16 bytes, then the high ones.
+inline void read_halves(const uint8_t* q, uint8_t* codes) {
+    for (int i = 0; i < 16; ++i) codes[i] = q[i] & 15, codes[i + 16] = q[i] >> 4;
+}
+inline void write_halves(const uint8_t* codes, uint8_t* q) {
+    for (int i = 0; i < 16; ++i) q[i] = uint8_t(codes[i] | codes[i + 16] << 4);
+}
+
+void read_mxfp4(const uint8_t* p, Block& block) {
+    block.scale = p[0];
+    read_halves(p + 1, block.codes);
+}
+void write_mxfp4(const Block& block, uint8_t* p) {
+    p[0] = uint8_t(block.scale);
+    write_halves(block.codes, p + 1);
+}
+
+void read_iq4_nl(const uint8_t* p, Block& block) {
+    block.scale = half_at(p);
+    read_halves(p + 2, block.codes);
+}
+void write_iq4_nl(const Block& block, uint8_t* p) {
+    put_half(p, block.scale);
+    write_halves(block.codes, p + 2);
+}
+
+// A part's scale plus 32, 6 bits: the low four in the halves of four bytes behind two with the upper ones.
+void read_iq4_xs(const uint8_t* p, Block& block) {
+    block.scale = half_at(p);
+    for (int part = 0; part < 8; ++part) {
+        const int low = p[4 + part / 2] >> (part % 2 * 4) & 15, high = p[2 + part / 4] >> (part % 4 * 2) & 3;
+        block.parts[part][0] = uint8_t((low | high << 4) - 32);
+        block.parts[part][1] = 0;
+        read_halves(p + 8 + 16 * part, block.codes + 32 * part);
+    }
+}
+void write_iq4_xs(const Block& block, uint8_t* p) {
+    put_half(p, block.scale);
+    std::memset(p + 2, 0, 6);
+    for (int part = 0; part < 8; ++part) {
+        const int scale = int8_t(block.parts[part][0]) + 32;
+        p[4 + part / 2] |= uint8_t((scale & 15) << (part % 2 * 4));
+        p[2 + part / 4] |= uint8_t(scale >> 4 << (part % 4 * 2));
+        write_halves(block.codes + 32 * part, p + 8 + 16 * part);
+    }
+}
+
 // A number type: values and bytes of a block, and what reads and writes one.
 struct PackedType {
     int64_t values, bytes;
@@ -159,84 +206,125 @@ struct PackedType {
 
 const PackedType* packed_type(int32_t type) {
     static constexpr PackedType Q5_0{32, 22, read_q5_0, write_q5_0}, Q5_1{32, 24, read_q5_1, write_q5_1},
-        Q4_K{256, 144, read_q4_k, write_q4_k}, Q5_K{256, 176, read_q5_k, write_q5_k}, Q6_K{256, 210, read_q6_k, write_q6_k};
+        Q4_K{256, 144, read_q4_k, write_q4_k}, Q5_K{256, 176, read_q5_k, write_q5_k}, Q6_K{256, 210, read_q6_k, write_q6_k},
+        MXFP4{32, 17, read_mxfp4, write_mxfp4}, IQ4_NL{32, 18, read_iq4_nl, write_iq4_nl}, IQ4_XS{256, 136, read_iq4_xs, write_iq4_xs};
     switch (type) {
         case 6: return &Q5_0;
         case 7: return &Q5_1;
         case 12: return &Q4_K;
         case 13: return &Q5_K;
         case 14: return &Q6_K;
+        case 20: return &IQ4_NL;
+        case 23: return &IQ4_XS;
+        case 39: return &MXFP4;
         default: return nullptr;
     }
 }
 
-// Where a matrix keeps an output's part and group.
+// Where a matrix keeps an output's part and group, from the first part on.
 struct Place {
-    uint8_t *codes, *parts;
+    uint8_t *codes, *parts, *exponent;
     uint16_t *scale, *offset;
+    int64_t step, parts_of_group, part = 0;
 
-    Place(const Matrix& matrix, int64_t output, int64_t part) {
+    Place(const Matrix& matrix, int64_t output) {
         const int64_t block = output / WIDTH, lane = output % WIDTH, all = padded(matrix.k) / GROUP;
-        const int64_t group = (block * (padded(matrix.k) / matrix.group) + part * GROUP / matrix.group) * WIDTH + lane;
-        const int64_t at = block * all + part;
-        codes = static_cast<uint8_t*>(const_cast<void*>(matrix.codes)) + at * GROUP * WIDTH * bits_of(matrix.kind) / 8 + 4 * lane;
-        parts = matrix.parts ? const_cast<uint8_t*>(matrix.parts) + at * 2 * WIDTH + lane : nullptr;
-        scale = const_cast<uint16_t*>(matrix.scales) + group;
+        parts_of_group = matrix.group / GROUP;
+        step = GROUP * WIDTH * bits_of(matrix.kind) / 8;
+        const int64_t group = block * (all / parts_of_group) * WIDTH + lane;
+        codes = static_cast<uint8_t*>(const_cast<void*>(matrix.codes)) + block * all * step + 4 * lane;
+        parts = matrix.parts ? const_cast<uint8_t*>(matrix.parts) + block * all * 2 * WIDTH + lane : nullptr;
+        exponent = matrix.kind == MX4 ? const_cast<uint8_t*>(matrix.zeros) + group : nullptr;
+        scale = matrix.scales ? const_cast<uint16_t*>(matrix.scales) + group : nullptr;
         offset = matrix.offsets ? const_cast<uint16_t*>(matrix.offsets) + group : nullptr;
+    }
+
+    void next() {
+        codes += step;
+        if (parts) parts += 2 * WIDTH;
+        if (++part % parts_of_group) return;
+        if (exponent) exponent += WIDTH;
+        if (scale) scale += WIDTH;
+        if (offset) offset += WIDTH;
     }
 };
 
 constexpr uint32_t EACH_BYTE = 0x01010101;
 
-// The codes of a part as words of four neighbours, to and from a lane of the matrix.
-void put_codes(const uint8_t* codes, int64_t upper, uint8_t* lane) {
+// The codes of a part as words of four neighbours, to and from a lane of the matrix. UPPER: bits of a code above the four low ones.
+template <int UPPER>
+inline void put_codes(const uint8_t* codes, uint8_t* lane) {
     uint32_t fours[8], planes[2] = {};
     std::memcpy(fours, codes, 32);
-    for (int j = 0; j < 8; ++j) planes[j * upper / 8] |= (fours[j] >> 4 & 3 * EACH_BYTE) << ((j * upper + 4) % 8);
+    if constexpr (UPPER > 0)
+        for (int j = 0; j < 8; ++j) planes[j * UPPER / 8] |= (fours[j] >> 4 & 3 * EACH_BYTE) << ((j * UPPER + 4) % 8);
     for (int j = 0; j < 4; ++j) {
         const uint32_t low = (fours[2 * j] & 15 * EACH_BYTE) | (fours[2 * j + 1] & 15 * EACH_BYTE) << 4;
         std::memcpy(lane + 64 * j, &low, 4);
     }
-    for (int64_t i = 0; i < upper; ++i) std::memcpy(lane + 64 * (4 + i), planes + i, 4);
+    for (int i = 0; i < UPPER; ++i) std::memcpy(lane + 64 * (4 + i), planes + i, 4);
 }
-void take_codes(const uint8_t* lane, int64_t upper, uint8_t* codes) {
-    const uint32_t mask = ((1u << upper) - 1) * EACH_BYTE;
+template <int UPPER>
+inline void take_codes(const uint8_t* lane, uint8_t* codes) {
     for (int j = 0; j < 8; ++j) {
         uint32_t low, plane = 0;
         std::memcpy(&low, lane + 64 * (j / 2), 4);
-        if (upper) std::memcpy(&plane, lane + 64 * (4 + j * upper / 8), 4);
-        const uint32_t four = (low >> (j % 2 * 4) & 15 * EACH_BYTE) | (plane >> ((j * upper + 4) % 8) & mask) << 4;
+        if constexpr (UPPER > 0) std::memcpy(&plane, lane + 64 * (4 + j * UPPER / 8), 4);
+        const uint32_t upper = plane >> ((j * UPPER + 4) % 8) & ((1u << UPPER) - 1) * EACH_BYTE;
+        const uint32_t four = (low >> (j % 2 * 4) & 15 * EACH_BYTE) | upper << 4;
         std::memcpy(codes + 4 * j, &four, 4);
     }
 }
 
+template <int UPPER>
 void pack_row(const PackedType& type, const uint8_t* blocks, const Matrix& matrix, int64_t output) {
     Block block;
-    const int64_t upper = bits_of(matrix.kind) - 4;
+    Place place(matrix, output);
     for (int64_t first = 0; first < matrix.k; first += type.values, blocks += type.bytes) {
         type.read(blocks, block);
-        for (int64_t part = 0; part < type.values / GROUP; ++part) {
-            const Place place(matrix, output, first / GROUP + part);
-            put_codes(block.codes + GROUP * part, upper, place.codes);
-            *place.scale = block.scale;
+        for (int64_t part = 0; part < type.values / GROUP; ++part, place.next()) {
+            put_codes<UPPER>(block.codes + GROUP * part, place.codes);
+            if (place.exponent) *place.exponent = uint8_t(block.scale);
+            else *place.scale = block.scale;
             if (place.offset) *place.offset = block.offset;
             if (place.parts) place.parts[0] = block.parts[part][0], place.parts[WIDTH] = block.parts[part][1];
         }
     }
 }
 
+template <int UPPER>
 void unpack_row(const PackedType& type, const Matrix& matrix, int64_t output, uint8_t* blocks) {
     Block block;
-    const int64_t upper = bits_of(matrix.kind) - 4;
+    Place place(matrix, output);
     for (int64_t first = 0; first < matrix.k; first += type.values, blocks += type.bytes) {
-        for (int64_t part = 0; part < type.values / GROUP; ++part) {
-            const Place place(matrix, output, first / GROUP + part);
-            take_codes(place.codes, upper, block.codes + GROUP * part);
-            block.scale = *place.scale;
+        for (int64_t part = 0; part < type.values / GROUP; ++part, place.next()) {
+            take_codes<UPPER>(place.codes, block.codes + GROUP * part);
+            block.scale = place.exponent ? *place.exponent : *place.scale;
             if (place.offset) block.offset = *place.offset;
             if (place.parts) block.parts[part][0] = place.parts[0], block.parts[part][1] = place.parts[WIDTH];
         }
         type.write(block, blocks);
+    }
+}
+
+// Four bytes, each the low half of one of four halves of bytes, in their order.
+inline uint32_t spread(uint32_t halves) {
+    halves = (halves | halves << 8) & 0x00ff00ff;
+    return (halves | halves << 4) & 0x0f0f0f0f;
+}
+
+// Words of sixteen rows side by side. Of nibbles a word holds eight neighbours: the first four become low halves, the others high ones.
+template <bool NIBBLES>
+void pack_words(const uint8_t* rows, int64_t outputs, int64_t row_bytes, int64_t words, uint32_t flip, uint8_t* packed) {
+    for (int64_t j = 0; j < words; ++j, packed += 4 * WIDTH) {
+        uint32_t lanes[WIDTH] = {};
+        const int64_t left = row_bytes - 4 * j;
+        if (left >= 4)
+            for (int64_t lane = 0; lane < outputs; ++lane) std::memcpy(lanes + lane, rows + lane * row_bytes + 4 * j, 4);
+        else if (left > 0)
+            for (int64_t lane = 0; lane < outputs; ++lane) std::memcpy(lanes + lane, rows + lane * row_bytes + 4 * j, size_t(left));
+        for (uint32_t& word : lanes) word = (NIBBLES ? spread(word & 0xffff) | spread(word >> 16) << 4 : word) ^ flip;
+        std::memcpy(packed, lanes, sizeof lanes);
     }
 }
 
@@ -245,16 +333,28 @@ void unpack_row(const PackedType& type, const Matrix& matrix, int64_t output, ui
 
 using namespace bessemer;
 
+void bessemer_pack_codes(int32_t bits, const uint8_t* codes, int64_t n, int64_t k, int32_t flipped, uint8_t* packed, int32_t threads) {
+    const int64_t row_bytes = k * bits / 8, words = padded(k) * bits / 32, all = bessemer::blocks(n);
+    const int64_t parts = std::min<int64_t>(all, 8 * threads);
+    run_parts(threads, parts, [&](int64_t part) {
+        for (int64_t block = all * part / parts; block < all * (part + 1) / parts; ++block)
+            (bits == 4 ? pack_words<true> : pack_words<false>)(
+                codes + block * WIDTH * row_bytes, std::min(WIDTH, n - block * WIDTH), row_bytes, words, uint32_t(flipped) * EACH_BYTE,
+                packed + block * words * 4 * WIDTH);
+    });
+}
+
 int32_t bessemer_pack_blocks(int32_t type, const uint8_t* blocks, const Matrix* matrix, int32_t threads) {
     const PackedType* found = packed_type(type);
     if (!found) return 0;
     const int64_t row_bytes = matrix->k / found->values * found->bytes;
     // outputs of one block share lines of memory
-    const int64_t all = bessemer::blocks(matrix->n), parts = std::min<int64_t>(all, 8 * threads);
+    const int64_t all = bessemer::blocks(matrix->n), parts = std::min<int64_t>(all, 8 * threads), upper = bits_of(matrix->kind) - 4;
+    const auto pack = upper == 0 ? pack_row<0> : upper == 1 ? pack_row<1> : pack_row<2>;
     run_parts(threads, parts, [&](int64_t part) {
         const int64_t last = std::min(all * (part + 1) / parts * WIDTH, matrix->n);
         for (int64_t output = all * part / parts * WIDTH; output < last; ++output)
-            pack_row(*found, blocks + output * row_bytes, *matrix, output);
+            pack(*found, blocks + output * row_bytes, *matrix, output);
     });
     return 1;
 }
@@ -263,6 +363,8 @@ int32_t bessemer_unpack_blocks(int32_t type, const Matrix* matrix, const int64_t
     const PackedType* found = packed_type(type);
     if (!found) return 0;
     const int64_t row_bytes = matrix->k / found->values * found->bytes;
-    for (int64_t i = 0; i < count; ++i) unpack_row(*found, *matrix, outputs[i], blocks + i * row_bytes);
+    const int64_t upper = bits_of(matrix->kind) - 4;
+    const auto unpack = upper == 0 ? unpack_row<0> : upper == 1 ? unpack_row<1> : unpack_row<2>;
+    for (int64_t i = 0; i < count; ++i) unpack(*found, *matrix, outputs[i], blocks + i * row_bytes);
     return 1;
 }

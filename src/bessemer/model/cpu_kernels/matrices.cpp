@@ -122,6 +122,15 @@ void read_row(const Matrix& matrix, int64_t output, float* out) {
     const int64_t groups = K / matrix.group;
     for (int64_t i = 0; i < k; ++i) {
         const int64_t group = (block * groups + i / matrix.group) * WIDTH + lane;
+        if (matrix.kind == MX4) {
+            out[i] = exponent_to_float(matrix.zeros[group]) * float(MX4_TABLE[code_at(MX4, codes, i)] - ZERO_OF_MX4);
+            continue;
+        }
+        if (matrix.kind == IQ4) {
+            const float step = half_to_float(matrix.scales[group]) * (parts ? float(int8_t(parts[i / 32 * 32])) : 1.0f);
+            out[i] = step * float(IQ4_TABLE[code_at(IQ4, codes, i)] - ZERO_OF_IQ4);
+            continue;
+        }
         const int zero = matrix.zeros ? matrix.zeros[group] : matrix.offsets ? 0 : 1 << (bits_of(matrix.kind) - 1);
         float scale = half_to_float(matrix.scales[group]), offset = matrix.offsets ? half_to_float(matrix.offsets[group]) : 0.0f;
         if (parts && matrix.kind == Q6) {

@@ -8,17 +8,17 @@
 
 namespace bessemer {
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3, Q5 = 4, Q6 = 5, F8 = 6 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3, Q5 = 4, Q6 = 5, F8 = 6, MX4 = 7, IQ4 = 8 };
 
 constexpr int64_t WIDTH = 16;  // outputs side by side: one block of outputs
 constexpr int64_t GROUP = 32;  // neighbours along k that share a scale of the activations; k is padded to a multiple of it
 
 inline int64_t padded(int64_t k) { return (k + GROUP - 1) / GROUP * GROUP; }
 inline int64_t blocks(int64_t n) { return (n + WIDTH - 1) / WIDTH; }
-// Whether weights are whole numbers, which meet activations of 8 bits.
-inline bool is_coded(Kind kind) { return kind >= Q8 && kind <= Q6; }
+// Whether weights are whole numbers times scales, which meet activations of 8 bits.
+inline bool is_coded(Kind kind) { return kind >= Q8 && kind != F8; }
 // Bits of a code.
-inline int64_t bits_of(Kind kind) { return kind == Q8 || kind == F8 ? 8 : kind == Q4 ? 4 : kind == Q5 ? 5 : 6; }
+inline int64_t bits_of(Kind kind) { return kind == Q8 || kind == F8 ? 8 : kind == Q5 ? 5 : kind == Q6 ? 6 : 4; }
 
 // A linear layer's weight (n outputs, k inputs), packed by PackedMatrix in packed.py, which mirrors this struct.
 // For every block of 16 outputs, and K = padded(k):
@@ -30,10 +30,13 @@ inline int64_t bits_of(Kind kind) { return kind == Q8 || kind == F8 ? 8 : kind =
 //                                             neighbours 4 f … 4 f + 3 of the 32
 //   Q6    uint8    [K / 32][4 + 2][16][4]     the same with two bits a code, (2 f + 4) % 8 the lower one, f < 4 in the first 16 lanes
 //   F8    uint8    [K / 4][16][4]             numbers of the type e4m3, none of them NaN; scales float [groups][16]
+//   MX4   as Q4, codes of floats of 4 bits (e2m1); a scale is a power of two, of which zeros has the exponent + 127, and no scales
+//   IQ4   as Q4, places in a table of whole numbers (table_of)
 //   scales float16 [groups][16], zeros uint8 [groups][16] (null: 128 for Q8, 8 for Q4, 16 for Q5, 32 for Q6)
 //   offsets float16 [groups][16], Q4 and Q5 alone: a weight is scale * code + offset, and there are no zeros
 //   parts uint8    [K / 32][2][16], groups of 256: each 32 neighbours have a scale and an offset of their own, scale * the first
-//                                             number and offset * the second; in Q6 each 16 have a scale, and the numbers are int8
+//                                             number and offset * the second; in Q6 each 16 have a scale, and the numbers are int8,
+//                                             as is the first in IQ4, which has no second
 struct Matrix {
     int64_t n, k;
     Kind kind;

@@ -56,22 +56,25 @@ T* pages_at(const Tensor& tensor) {
 
 Matrix matrix_of(const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& offsets,
                  const MaybeTensor& parts, const MaybeTensor& bias, int64_t kind, int64_t outputs, int64_t inputs, int64_t group) {
-    require(kind >= F32 && kind <= F8 && outputs > 0 && inputs > 0, "a packed matrix has a kind, outputs and inputs");
+    require(kind >= F32 && kind <= IQ4 && outputs > 0 && inputs > 0, "a packed matrix has a kind, outputs and inputs");
     const int64_t lanes = blocks(outputs) * WIDTH, whole = padded(inputs);
-    const int64_t bytes[] = {4 * inputs, 2 * whole, whole, whole / 2, whole * 5 / 8, whole * 6 / 8, whole};
+    const int64_t bytes[] = {4 * inputs, 2 * whole, whole, whole / 2, whole * 5 / 8, whole * 6 / 8, whole, whole / 2, whole / 2};
     require(codes.numel() * int64_t(codes.element_size()) == lanes * bytes[kind], "the codes are not those of the matrix");
     if (kind == F8) {
         require(group == 32 || group == 64 || group == 128, "e4m3 weights have groups of 32, 64 or 128");
         require(scales && scales->scalar_type() == ScalarType::Float && scales->numel() == lanes * ((inputs + group - 1) / group),
                 "e4m3 weights have scales in float32, one for each group of a row");
     }
-    if (is_coded(Kind(kind))) {
+    if (kind == MX4) {
+        require(group == 32 && !scales && !offsets && !parts && zeros && zeros->numel() == lanes * (whole / 32),
+                "floats of 4 bits have an exponent for each 32 weights");
+    } else if (is_coded(Kind(kind))) {
         require(parts ? group == 256 : group == whole || group == 32 || group == 64 || group == 128,
                 "the kernels know groups of 32, 64, 128 and a row, and of 256 with parts");
         require(!parts || (parts->scalar_type() == ScalarType::Byte && parts->numel() == lanes * whole / 16 && !zeros),
                 "two numbers of each 32 weights belong to a group of parts, in bytes, and no zeros");
-        require(kind <= Q4 || (!zeros && (parts || group == 32)), "codes of 5 and 6 bits have groups of 32 without zeros, or parts");
-        require(!parts || (kind != Q8 && (kind == Q6) == !offsets), "parts have offsets, but for those of 6 bits");
+        require(kind <= Q4 || (!zeros && (parts || group == 32)), "codes of GGUF have groups of 32 without zeros, or parts");
+        require(!parts || (kind != Q8 && (kind == Q6 || kind == IQ4) == !offsets), "parts have offsets, but for those of 6 bits and IQ4");
         require(kind != Q6 || parts, "codes of 6 bits have parts");
         require(whole % group == 0 && scales && scales->scalar_type() == ScalarType::Half, "quantised weights have scales in float16");
         require(scales->numel() == lanes * (whole / group), "the scales are not those of the matrix");

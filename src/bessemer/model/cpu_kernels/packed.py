@@ -19,8 +19,6 @@ from bessemer.model.quantisation.quantised_layers import PACKED_TENSORS, Keeper,
 
 # as in matrices.h
 WIDTH, GROUP = 16, 32
-#: Codes packed at a time, to bound memory.
-_VALUES_AT_ONCE = 1 << 20
 
 
 class Kind(IntEnum):
@@ -33,6 +31,8 @@ class Kind(IntEnum):
     Q5 = 4
     Q6 = 5
     F8 = 6
+    MX4 = 7
+    IQ4 = 8
 
 
 #: What can be packed.
@@ -131,15 +131,17 @@ class PackedMatrix:
         lanes, parts = -(-outputs // WIDTH), inputs // GROUP
         codes = torch.zeros(lanes, parts, GROUP * WIDTH * form.bits // 8, dtype=torch.uint8)
         scales, offsets = (torch.zeros(lanes, inputs // form.values, WIDTH, dtype=torch.float16) for _ in range(2))
+        kind_of_codes = _kind(weights[0])
+        exponents = torch.zeros(scales.shape, dtype=torch.uint8) if kind_of_codes is Kind.MX4 else None
         of_parts = torch.zeros(lanes, parts, 2, WIDTH, dtype=torch.uint8) if form.has_parts else None
         bias = _bias([(weight.bias, len(weight.blocks)) for weight in weights])
         matrix = cls(
-            _kind(weights[0]),
+            kind_of_codes,
             (outputs, inputs),
             form.values,
             codes,
-            scales,
-            None,
+            scales if exponents is None else None,
+            exponents,
             offsets if form.has_offsets else None,
             of_parts,
             bias,
@@ -338,6 +340,8 @@ def refusal(layer: Layer) -> str | None:
     return None
 
 
+#: Types of GGUF whose codes are places in a table.
+_OF_TABLES = {"MXFP4": Kind.MX4, "IQ4_NL": Kind.IQ4, "IQ4_XS": Kind.IQ4}
 _FLOATS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
 
 
@@ -347,7 +351,7 @@ def _kind(weight: nn.Linear | CodedWeight | FloatWeight) -> Kind:
     if isinstance(weight, NarrowFloatWeight):
         return Kind.F8
     if isinstance(weight, BlockWeight):
-        return {4: Kind.Q4, 5: Kind.Q5, 6: Kind.Q6}[BLOCK_FORMS[weight.kind].bits]
+        return _OF_TABLES.get(weight.kind) or {4: Kind.Q4, 5: Kind.Q5, 6: Kind.Q6}[BLOCK_FORMS[weight.kind].bits]
     return Kind.Q8 if weight.codes.dtype == torch.int8 else Kind.Q4
 
 
@@ -375,38 +379,17 @@ def _pack_bfloat16(weight_NK: Tensor) -> Tensor:
 
 
 def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
-    """Codes (N, K) of 8 bits, or two of 4 bits to a byte, some blocks of outputs after the other: what is made on the way stays
-    small."""
-    pack = _pack_nibbles if kind is Kind.Q4 else _pack_bytes if kind is Kind.Q8 else _pack_lanes
-    size, width = codes_NP.shape
-    step = max(_VALUES_AT_ONCE // width // WIDTH, 1) * WIDTH
-    if size <= step:
-        return pack(codes_NP)
-    first = pack(codes_NP[:step])
-    packed = torch.empty(-(-size // WIDTH), *first.shape[1:], dtype=torch.uint8)
-    packed[: len(first)] = first
-    for row in range(step, size, step):
-        some = pack(codes_NP[row : row + step])
-        packed[row // WIDTH : row // WIDTH + len(some)] = some
+    """Codes (N, K) of 8 bits, or two of 4 bits to a byte."""
+    kernels = library()
+    assert kernels is not None, "ask library() before a matrix is packed"
+    bits = 4 if kind is Kind.Q4 else 8
+    size, inputs = codes_NP.shape[0], codes_NP.shape[1] * 8 // bits
+    words = -(-inputs // GROUP) * GROUP * bits // 32
+    packed = torch.empty(-(-size // WIDTH), words, WIDTH, 4, dtype=torch.uint8)
+    # codes of 8 bits have 128 added
+    given, flipped = codes_NP.contiguous(), 128 if kind is Kind.Q8 else 0
+    kernels.bessemer_pack_codes(bits, given.data_ptr(), size, inputs, flipped, packed.data_ptr(), torch.get_num_threads())
     return packed
-
-
-def _pack_bytes(codes_NK: Tensor) -> Tensor:
-    return _pack_lanes(codes_NK).bitwise_xor_(128)
-
-
-def _pack_lanes(codes_NK: Tensor) -> Tensor:
-    # (N / 16, 16, K / 4): each int32 holds 4 neighbouring codes
-    lanes = _blocks(codes_NK, GROUP).contiguous().view(torch.int32)
-    return lanes.transpose(1, 2).contiguous().view(torch.uint8).unflatten(-1, (WIDTH, 4))
-
-
-def _pack_nibbles(codes_NP: Tensor) -> Tensor:
-    codes_NK = torch.stack((codes_NP & 15, codes_NP >> 4), dim=-1).flatten(-2)
-    # (N / 16, 16, K / 8, low and high, 4)
-    blocks = _blocks(codes_NK, GROUP).unflatten(-1, (-1, 2, 4))
-    low, high = blocks.unbind(-2)
-    return (low | high << 4).transpose(1, 2).contiguous()
 
 
 def _pack_groups(values_NG: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ _WITHOUT_EFFECT = frozenset(
         "mlp_only_layers",
         "scoring_func",
         "norm_topk_prob",
+        "expert_input_scores",
         "routed_scaling_factor",
         "n_group",
         "topk_group",
@@ -205,6 +206,7 @@ def _unsupported_setting(config: ModelConfig) -> str | None:
         "num_experts": ("it has experts", any(config.is_sparse(layer) for layer in range(config.num_hidden_layers))),
         **{variant.noun: (f"it has {variant.noun}", not variant.in_compiled_step) for variant in variants_in(config)},
         "num_scores": ("it has a scalar head in place of the language head", bool(config.num_scores)),
+        "qk_norm": ("its queries and keys have a norm without a weight", config.qk_norm == "unit"),
         "attention_output_gate": ("its attention has an output gate", config.attention_output_gate),
         "position_type": (
             f"its positions are {config.position_type}",

@@ -30,12 +30,13 @@ constexpr bool SIGNED_BYTES = false;
 constexpr int64_t AHEAD = 4096;                 // bytes between the codes that are multiplied and those that are fetched
 constexpr int64_t NEAR_BYTES = 1 << 18;         // codes that stay in the second cache while all rows meet them
 
-enum Codes { BYTES, NIBBLES, FIVES, SIXES };  // as in a Q8, Q4, Q5 or Q6 matrix
-// Where the weight's scale comes in. OF_CODES: a part's scale and offset are numbers of `parts` times its group's; of each half of it.
-enum Scaling { WHOLE_ROW, EACH_PART, EACH_PART_OF_CODES, EACH_HALF_OF_CODES };
+enum Codes { BYTES, NIBBLES, FIVES, SIXES, FLOATS, PLACES };  // as in a Q8, Q4, Q5, Q6, MX4 or IQ4 matrix
+// Where the weight's scale comes in. OF_CODES: a part's scale and offset are numbers of `parts` times its group's; of each half of it;
+// with a sign, and no offset. A power of two has its exponent in `zeros`.
+enum Scaling { WHOLE_ROW, EACH_PART, EACH_PART_OF_CODES, EACH_HALF_OF_CODES, EACH_PART_OF_SIGNED_CODES, POWERS_OF_TWO };
 enum Zeros { ONE_FOR_ALL, EACH_GROUP, OFFSETS };
 
-constexpr int UPPER_BITS[] = {0, 0, 1, 2};  // of codes of a form, those above the four that lie in nibbles
+constexpr int UPPER_BITS[] = {0, 0, 1, 2, 0, 0};  // of codes of a form, those above the four that lie in nibbles
 // Codes of a part for a block of 16 outputs, in bytes.
 constexpr int64_t part_bytes(Codes form) { return form == BYTES ? WIDTH * GROUP : (4 + UPPER_BITS[form]) * 4 * WIDTH; }
 
@@ -69,22 +70,43 @@ inline void load_pair(const uint8_t* codes, int j, Bytes& upper, Bytes& first, B
         second = joined<BITS>(second, upper);
         upper = down<BITS>(upper);
     }
+    if constexpr (form == FLOATS || form == PLACES) {
+        const uint8_t* table = form == FLOATS ? MX4_TABLE : IQ4_TABLE;
+        first = looked_up(first, table);
+        second = looked_up(second, table);
+    }
 }
 
 // products[h][r][b] += codes * activations, over part h of the H equal ones of a part.
 #ifdef BESSEMER_AVX2
-constexpr int PAIRS_TOGETHER[] = {0, 4, 2, 1};  // of fours, whose products stay within 16 bits: registers_avx2.h
+constexpr int PAIRS_TOGETHER[] = {0, 4, 2, 1, 2, 1};  // of fours, whose products stay within 16 bits: registers_avx2.h
 
 template <Codes form, int H, int R, int B>
-inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8_t* activations, int64_t k, Ints (&products)[H][R][B]) {
+inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ahead, const int8_t* activations, int64_t k,
+                          Ints (&products)[H][R][B]) {
     if constexpr (form == BYTES) {
         for (int j = 0; j < 8; ++j)
             for (int b = 0; b < B; ++b) {
                 const uint8_t* place = codes + b * codes_stride + 64 * j;
-                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + AHEAD);
+                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + ahead);
                 const ByteWeights weights = byte_weights(load_bytes(place));
                 for (int r = 0; r < R; ++r)
                     products[j * H / 8][r][b] = dot(products[j * H / 8][r][b], weights, broadcast_four(activations + r * k + 4 * j));
+            }
+    } else if constexpr (form == PLACES) {
+        Bytes upper[B];
+        for (int j = 0; j < 4; ++j)
+            for (int b = 0; b < B; ++b) {
+                const uint8_t* place = codes + b * codes_stride;
+                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 * j + ahead);
+                Bytes first, second;
+                load_pair<form>(place, j, upper[b], first, second);
+                const ByteWeights weights[2] = {byte_weights(first), byte_weights(second)};
+                for (int half = 0; half < 2; ++half)
+                    for (int r = 0; r < R; ++r) {
+                        const Fours four = broadcast_four(activations + r * k + 8 * j + 4 * half);
+                        products[j * H / 4][r][b] = dot(products[j * H / 4][r][b], weights[half], four);
+                    }
             }
     } else {
         Bytes upper[B];
@@ -95,7 +117,7 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8
                     for (int b = 0; b < B; ++b) sums[r][b] = zero_pairs();
             for (int b = 0; b < B; ++b) {
                 const uint8_t* place = codes + b * codes_stride;
-                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 * j + AHEAD);
+                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 * j + ahead);
                 Bytes first, second;
                 load_pair<form>(place, j, upper[b], first, second);
                 for (int r = 0; r < R; ++r) {
@@ -111,14 +133,15 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8
 }
 #else
 template <Codes form, int H, int R, int B>
-inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8_t* activations, int64_t k, Ints (&products)[H][R][B]) {
+inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ahead, const int8_t* activations, int64_t k,
+                          Ints (&products)[H][R][B]) {
     constexpr int PER_LOAD = form == BYTES ? 1 : 2;
     Bytes upper[B];
     for (int j = 0; j < 8; j += PER_LOAD) {
         Bytes weights[PER_LOAD][B];
         for (int b = 0; b < B; ++b) {
             const uint8_t* place = codes + b * codes_stride;
-            if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 / PER_LOAD * j + AHEAD);
+            if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 / PER_LOAD * j + ahead);
             if constexpr (form == BYTES) weights[0][b] = load_bytes(place + 64 * j);
             else load_pair<form>(place, j / 2, upper[b], weights[0][b], weights[PER_LOAD - 1][b]);
         }
@@ -136,14 +159,40 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8
 template <Codes form, Scaling scaling, Zeros zeros, int R, int B>
 inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int64_t last, Floats (&total)[R][B]) {
     constexpr int H = scaling == EACH_HALF_OF_CODES ? 2 : 1;
-    constexpr bool FROM_ZERO = zeros == OFFSETS || (form == BYTES && SIGNED_BYTES);  // the sums of products
-    constexpr int32_t ZERO = form == SIXES ? 32 : form == FIVES ? 16 : 1;
+    constexpr bool FROM_ZERO = zeros == OFFSETS || ((form == BYTES || form == PLACES) && SIGNED_BYTES);  // the sums of products
+    constexpr int32_t ZERO = form == SIXES ? 32 : form == FIVES ? 16 : form == FLOATS ? ZERO_OF_MX4 : 1;
     const int64_t k = padded(rows.k), parts = k / GROUP;
     const int32_t* corrections =
         zeros == EACH_GROUP || ZERO > 1 ? rows.sums : blocks.matrix->kind == Q4 ? rows.sums_of_8 : rows.sums_of_128;
     const uint8_t* codes = blocks.codes;
+    constexpr bool OF_CODES = scaling == EACH_PART_OF_CODES || scaling == EACH_HALF_OF_CODES || scaling == EACH_PART_OF_SIGNED_CODES;
+    constexpr int64_t PARTS_AHEAD = AHEAD / part_bytes(form);
+    // parts of a group are eight where they have scales of their own, else another power of two, or all of the row
+    const int shift = OF_CODES ? 3 : blocks.parts_of_group >= parts ? 62 : __builtin_ctz(uint32_t(blocks.parts_of_group));
+    Floats group_scale[B], group_offset[B];
     for (int64_t part = first; part < last; ++part, codes += part_bytes(form)) {
-        const int64_t group = scaling == WHOLE_ROW ? 0 : part / blocks.parts_of_group * WIDTH;
+        const int64_t group = scaling == WHOLE_ROW ? 0 : (part >> shift) * WIDTH;
+        // behind a block's last part the other block lies, which is read beside it
+        const int64_t fetched = part + PARTS_AHEAD + (B == 1 || part + PARTS_AHEAD < parts ? 0 : parts);
+        if constexpr (R <= FETCHING_ROWS)
+            for (int b = 0; b < B; ++b) {
+                const int64_t place = b * blocks.groups_stride + (fetched >> shift) * WIDTH;
+                if constexpr (OF_CODES) __builtin_prefetch(blocks.parts + fetched * 2 * WIDTH + b * blocks.parts_stride);
+                if constexpr (scaling == EACH_PART) __builtin_prefetch(blocks.scales + place);
+                if constexpr (scaling == EACH_PART && zeros == OFFSETS) __builtin_prefetch(blocks.offsets + place);
+                if constexpr (scaling == POWERS_OF_TWO || zeros == EACH_GROUP) __builtin_prefetch(blocks.zeros + place);
+            }
+        if constexpr (OF_CODES) {
+            if (part == first || part % 8 == 0)
+                for (int b = 0; b < B; ++b) {
+                    const int64_t place = b * blocks.groups_stride;
+                    group_scale[b] = load_halves(blocks.scales + place + group);
+                    if constexpr (zeros == OFFSETS) group_offset[b] = load_halves(blocks.offsets + place + group);
+                    if (R > FETCHING_ROWS) continue;
+                    __builtin_prefetch(blocks.scales + place + (fetched >> 3) * WIDTH);
+                    if constexpr (zeros == OFFSETS) __builtin_prefetch(blocks.offsets + place + (fetched >> 3) * WIDTH);
+                }
+        }
         Ints products[H][R][B];
         for (int r = 0; r < R; ++r) {
             const int64_t at = r * parts + part;
@@ -155,17 +204,22 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
                         zeros == EACH_GROUP ? times_zeros(blocks.zeros + b * blocks.groups_stride + group, correction) : correction;
             }
         }
-        multiply_part<form>(codes, blocks.codes_stride, rows.codes + part * GROUP, k, products);
+        const int64_t ahead = (fetched - part) * part_bytes(form);
+        multiply_part<form>(codes, blocks.codes_stride, ahead, rows.codes + part * GROUP, k, products);
         Floats weight_scale[H][B], offset[B];
         for (int b = 0; b < B; ++b) {
-            if constexpr (scaling != WHOLE_ROW) weight_scale[0][b] = load_halves(blocks.scales + b * blocks.groups_stride + group);
-            if constexpr (zeros == OFFSETS) offset[b] = load_halves(blocks.offsets + b * blocks.groups_stride + group);
+            if constexpr (scaling == POWERS_OF_TWO) weight_scale[0][b] = powers_of_two(blocks.zeros + b * blocks.groups_stride + group);
+            else if constexpr (OF_CODES) weight_scale[0][b] = group_scale[b];
+            else if constexpr (scaling != WHOLE_ROW) weight_scale[0][b] = load_halves(blocks.scales + b * blocks.groups_stride + group);
+            if constexpr (zeros == OFFSETS) offset[b] = OF_CODES ? group_offset[b] : load_halves(blocks.offsets + b * blocks.groups_stride + group);
             const int64_t place = part * 2 * WIDTH + b * blocks.parts_stride;
             if constexpr (scaling == EACH_HALF_OF_CODES) {
                 const int8_t* halves = reinterpret_cast<const int8_t*>(blocks.parts + place);
                 weight_scale[1][b] = times(weight_scale[0][b], to_floats(widened(halves + WIDTH)));
                 weight_scale[0][b] = times(weight_scale[0][b], to_floats(widened(halves)));
             }
+            if constexpr (scaling == EACH_PART_OF_SIGNED_CODES)
+                weight_scale[0][b] = times(weight_scale[0][b], to_floats(widened(reinterpret_cast<const int8_t*>(blocks.parts + place))));
             if constexpr (scaling == EACH_PART_OF_CODES) {
                 weight_scale[0][b] = times(weight_scale[0][b], to_floats(widened(blocks.parts + place)));
                 offset[b] = times(offset[b], to_floats(widened(blocks.parts + place + WIDTH)));
@@ -212,7 +266,7 @@ inline Blocks blocks_at(const Matrix& matrix, int64_t block, int64_t part) {
     const int64_t step = WIDTH * GROUP * bits_of(matrix.kind) / 8, place = block * groups * WIDTH;
     return {static_cast<const uint8_t*>(matrix.codes) + (block * parts + part) * step,
             second * parts * step,
-            matrix.scales + place,
+            matrix.scales + (matrix.scales ? place : 0),
             matrix.zeros + (matrix.zeros ? place : 0),
             matrix.offsets + (matrix.offsets ? place : 0),
             second * groups * WIDTH,
@@ -276,6 +330,9 @@ void any_scaling(const Matrix& matrix, const Rows& rows, float* out, int64_t str
 
 void quantised_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
     if (matrix.kind == Q8) any_scaling<BYTES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
+    else if (matrix.kind == MX4) any_rows<FLOATS, POWERS_OF_TWO, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
+    else if (matrix.kind == IQ4 && matrix.parts) any_rows<PLACES, EACH_PART_OF_SIGNED_CODES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
+    else if (matrix.kind == IQ4) any_rows<PLACES, EACH_PART, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
     else if (matrix.kind == Q6) any_rows<SIXES, EACH_HALF_OF_CODES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
     else if (matrix.kind == Q5 && matrix.parts) any_rows<FIVES, EACH_PART_OF_CODES, OFFSETS>(matrix, rows, out, stride, first, last);
     else if (matrix.kind == Q5 && matrix.offsets) any_rows<FIVES, EACH_PART, OFFSETS>(matrix, rows, out, stride, first, last);

@@ -36,6 +36,14 @@ inline float e4m3_to_float(uint8_t code) {
     return value * 0x1p120f;
 }
 
+// 2^(e - 128), exactly: below the normal numbers for the smallest two.
+inline float exponent_to_float(uint8_t e) {
+    const uint32_t bits = e < 2 ? 0x00200000u << e : uint32_t(e - 1) << 23;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
 inline float bfloat_to_float(uint16_t half) {
     const uint32_t bits = uint32_t(half) << 16;
     float value;
@@ -112,6 +120,10 @@ inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(
 inline Bytes up_four(Bytes a) { return {_mm512_slli_epi16(a.v, 4)}; }
 template <int BITS>
 inline Bytes down(Bytes a) { return {_mm512_srli_epi16(a.v, BITS)}; }
+// Of codes 0 … 15 what a table of 16 bytes, aligned to them, has at their places.
+inline Bytes looked_up(Bytes codes, const uint8_t* table) {
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), codes.v)};
+}
 // The codes of low four bits, and of the bits of `upper` from the fifth on.
 template <int BITS>
 inline Bytes joined(Bytes low, Bytes upper) {
@@ -120,6 +132,12 @@ inline Bytes joined(Bytes low, Bytes upper) {
 // Sixteen bytes as numbers, without a sign and with one.
 inline Ints widened(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 inline Ints widened(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+// 2^(e - 128) of sixteen bytes e, exactly.
+inline Floats powers_of_two(const uint8_t* exponents) {
+    const __m512i e = widened(exponents).v, one = _mm512_set1_epi32(1);
+    const __m512i small = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
+    return {_mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(e, one), small, _mm512_slli_epi32(_mm512_sub_epi32(e, one), 23)))};
+}
 // The same four activations for every lane.
 struct Fours { __m512i v; };
 inline Fours broadcast_four(const int8_t* activations) {
@@ -186,6 +204,7 @@ inline Bytes high_nibbles(Bytes a) { for (auto& b : a.v) b >>= 4; return a; }
 inline Bytes up_four(Bytes a) { for (auto& b : a.v) b = uint8_t(b << 4); return a; }
 template <int BITS>
 inline Bytes down(Bytes a) { for (auto& b : a.v) b >>= BITS; return a; }
+inline Bytes looked_up(Bytes codes, const uint8_t* table) { for (auto& b : codes.v) b = table[b]; return codes; }
 template <int BITS>
 inline Bytes joined(Bytes low, const Bytes& upper) {
     for (int i = 0; i < 64; ++i) low.v[i] |= upper.v[i] & ((1 << BITS) - 1) << 4;
@@ -193,6 +212,7 @@ inline Bytes joined(Bytes low, const Bytes& upper) {
 }
 inline Ints widened(const uint8_t* p) { Ints r; EACH_LANE r.v[i] = p[i]; return r; }
 inline Ints widened(const int8_t* p) { Ints r; EACH_LANE r.v[i] = p[i]; return r; }
+inline Floats powers_of_two(const uint8_t* exponents) { Floats r; EACH_LANE r.v[i] = exponent_to_float(exponents[i]); return r; }
 struct Fours { const int8_t* v; };
 inline Fours broadcast_four(const int8_t* activations) { return {activations}; }
 inline Ints dot(Ints sum, const Bytes& weights, Fours activations) {

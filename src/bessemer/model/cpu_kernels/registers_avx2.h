@@ -71,6 +71,11 @@ inline Bytes high_nibbles(Bytes a) { return low_nibbles({_mm256_srli_epi16(a.low
 inline Bytes up_four(Bytes a) { return {_mm256_slli_epi16(a.low, 4), _mm256_slli_epi16(a.high, 4)}; }
 template <int BITS>
 inline Bytes down(Bytes a) { return {_mm256_srli_epi16(a.low, BITS), _mm256_srli_epi16(a.high, BITS)}; }
+// Of codes 0 … 15 what a table of 16 bytes, aligned to them, has at their places.
+inline Bytes looked_up(Bytes codes, const uint8_t* table) {
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
+    return {_mm256_shuffle_epi8(both, codes.low), _mm256_shuffle_epi8(both, codes.high)};
+}
 // The codes of low four bits, and of the bits of `upper` from the fifth on.
 template <int BITS>
 inline Bytes joined(Bytes low, Bytes upper) {
@@ -86,6 +91,15 @@ inline Ints widened(const int8_t* p) {
     const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
     return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
 }
+// 2^(e - 128) of sixteen bytes e, exactly.
+inline Floats powers_of_two(const uint8_t* exponents) {
+    const Ints wide = widened(exponents);
+    auto power = [](__m256i e) {
+        const __m256i one = _mm256_set1_epi32(1), small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+        return _mm256_castsi256_ps(_mm256_blendv_epi8(small, _mm256_slli_epi32(_mm256_sub_epi32(e, one), 23), _mm256_cmpgt_epi32(e, one)));
+    };
+    return {power(wide.low), power(wide.high)};
+}
 // The same four activations for every lane.
 struct Fours { __m256i v; };
 inline Fours broadcast_four(const int8_t* activations) {
@@ -97,7 +111,8 @@ inline Fours broadcast_four(const int8_t* activations) {
 // What 32 bytes of a lane are multiplied into. An instruction multiplies bytes without a sign by bytes with one and adds two products
 // in 16 bits, where those of codes of 8 bits overflow. So these lose the 128 that was added to them, |c| meets the activation with
 // the sign of c, two products are at most 2 · 128 · 127, and pairs are added in 32 bits at once. Codes of fewer bits meet activations
-// as they are, and several pairs stay within 16 bits: 8 · 2 · 15 · 127, 4 · 2 · 31 · 127, 2 · 2 · 63 · 127.
+// as they are, and several pairs stay within 16 bits: 8 · 2 · 15 · 127, 4 · 2 · 31 · 127, 2 · 2 · 63 · 127; doubled floats of 4
+// bits, up to 24, as those of 5 bits.
 struct ByteWeights { Bytes codes, magnitudes; };
 inline ByteWeights byte_weights(Bytes a) {
     const __m256i middle = _mm256_set1_epi8(char(128));

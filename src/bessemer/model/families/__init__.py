@@ -22,7 +22,7 @@ from bessemer.model.families.dense import (
     SMOLLM3,
 )
 from bessemer.model.families.fused import GLM, GLM4, PHI3
-from bessemer.model.families.sparse import DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_NEXT
+from bessemer.model.families.sparse import DEEPSEEK_V3, GPT_OSS, LLAMA4, MIXTRAL, QWEN3_MOE, QWEN3_NEXT
 
 #: The form of a decoder that no published family can hold: our own settings and names. Only Bessemer opens it.
 OWN = Family(
@@ -54,6 +54,7 @@ FAMILIES: dict[str, Family] = {
         MIXTRAL,
         GPT_OSS,
         DEEPSEEK_V3,
+        LLAMA4,
         QWEN3_NEXT,
         GPT2,
         OWN,

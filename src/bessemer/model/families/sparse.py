@@ -1,4 +1,4 @@
-"""The families with experts: Mixtral, Qwen3-MoE, gpt-oss, DeepSeek-V3, and Qwen3-Next with its linear attention."""
+"""The families with experts: Mixtral, Qwen3-MoE, gpt-oss, DeepSeek-V3, Llama 4, and Qwen3-Next with its linear attention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bessemer.model.families.base import (
     write_windows,
 )
 from bessemer.model.families.dense import read_mistral_window, read_qwen3, write_qwen3
-from bessemer.model.families.layout import Stored, TensorView, each_expert
+from bessemer.model.families.layout import Stored, TensorView, each_expert, whole
 
 # -------------------------------------------------------------------------------------------------------- Mixtral
 
@@ -199,6 +199,70 @@ def _stored_gpt_oss(config: ModelConfig, names: Sequence[str]) -> Iterator[Store
 
 
 GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, SIZES_AND_HEAD)
+
+# -------------------------------------------------------------------------------------------------------- Llama 4
+
+
+def _read_llama4(values: Values) -> dict[str, Any]:
+    """The text model. Its context is cut to where attention in chunks and the queries' temperature begin to count, so that it
+    has neither."""
+    layers, interval = values["num_hidden_layers"], values.get("no_rope_layer_interval") or 4
+    turned = values.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(layers)]
+    chunk = values.get("attention_chunk_size", 8192)
+    contexts = [values["max_position_embeddings"], *([chunk] if chunk is not None else [])]
+    if values.get("attn_temperature_tuning", True) and not all(turned):
+        contexts.append(values.get("floor_scale", 8192) - 1)
+    step = values.get("interleave_moe_layer_step", 1)
+    sparse = values.get("moe_layers")
+    sparse = range(step - 1, layers, step) if sparse is None else sparse
+    return {
+        "max_position_embeddings": min(contexts),
+        "qk_norm": "unit" if values.get("use_qk_norm", True) else "none",
+        **read_bias(values),
+        "rope_interleave": True,
+        "no_rope_layers": None if all(turned) else tuple(turned),
+        "intermediate_size": values["intermediate_size_mlp"],
+        "num_experts": values["num_local_experts"],
+        "num_experts_per_tok": values["num_experts_per_tok"],
+        "moe_intermediate_size": values["intermediate_size"],
+        "shared_expert_intermediate_size": values["intermediate_size"],
+        "mlp_only_layers": tuple(layer for layer in range(layers) if layer not in sparse),
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": False,
+        "expert_input_scores": True,
+        "router_aux_loss_coef": values.get("router_aux_loss_coef", 0.001),
+        **read_rope(values),
+    }
+
+
+def _write_llama4(config: ModelConfig) -> dict[str, Any]:
+    layers = range(config.num_hidden_layers)
+    return {
+        "use_qk_norm": config.qk_norm == "unit",
+        "attention_bias": config.attention_bias,
+        "no_rope_layers": list(config.no_rope_layers or (1,) * len(layers)),
+        "layer_types": list(config.types),
+        "attention_chunk_size": None,
+        "attn_temperature_tuning": False,
+        "intermediate_size": config.moe_intermediate_size,
+        "intermediate_size_mlp": config.intermediate_size,
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_layers": [layer for layer in layers if config.is_sparse(layer)],
+        **same(config, "router_aux_loss_coef"),
+        **write_rope(config),
+    }
+
+
+def _stored_llama4(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:
+    for name in names:
+        view = each_expert(_by_output) if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else whole
+        yield Stored(prefixed(name).replace(".mlp.", ".feed_forward."), (TensorView(name, view),))
+
+
+LLAMA4 = Family(
+    "llama4_text", "Llama4ForCausalLM", _read_llama4, _write_llama4, _stored_llama4, (*SIZES_AND_HEAD, "intermediate_size_mlp")
+)
 
 # ---------------------------------------------------------------------------------------------------- DeepSeek-V3
 

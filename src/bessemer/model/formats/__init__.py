@@ -69,10 +69,10 @@ def _at(path: Path) -> ModelSource | None:
     with path.open("rb") as stream:
         magic = stream.read(4)
     if magic == b"GGUF":
-        from bessemer.tokenization.formats.gguf_metadata import read_head
+        from bessemer.tokenization.formats.gguf_metadata import count_tensors
 
         # a tokenizer alone has no tensors
-        return ModelSource("gguf", str(path)) if read_head(path)[1] else None
+        return ModelSource("gguf", str(path)) if count_tensors(path) else None
     if path.suffix in PICKLES:
         refuse_pickle(path)
     if path.suffix == ".safetensors":

@@ -5,9 +5,9 @@ and what turns them back: value = d·q, or d·q + m. The layouts are those of ll
 Encoding is left to the `gguf` package, which keeps llama.cpp's rounding.
 
 Q4_0, Q4_1 and Q8_0 are groups of 32 neighbours with a scale each, and Q4_1 has an offset beside it: schemes hold their codes
-as they are, and no number changes. Nor does one of Q5_0, Q5_1, Q4_K, Q5_K and Q6_K, whose blocks a scheme holds as bytes. All
-other types are encoded again in codes of 8 bits, as Q8_0 has them, and so are weights whose parts have several types in the
-file.
+as they are, and no number changes. Nor does one of Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS and MXFP4, whose blocks a
+scheme holds as bytes. All other types are encoded again in codes of 8 bits, as Q8_0 has them, and so are weights whose parts
+have several types in the file.
 """
 
 from __future__ import annotations
@@ -100,14 +100,6 @@ def _of_form(kind: str) -> Callable[[Blocks], Floats]:
     return decode
 
 
-#: The sixteen values of four-bit floats (OCP Microscaling 1.0, E2M1).
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-
-
-def _mxfp4(blocks: Blocks) -> Floats:
-    return np.ldexp(_E2M1[_nibbles(blocks["q"])], blocks["e"].astype(np.int32)[:, None] - 127)
-
-
 def _layout(*fields: tuple) -> np.dtype:
     return np.dtype(list(fields))
 
@@ -141,7 +133,9 @@ BLOCK_TYPES: dict[int, BlockType] = {
     13: BlockType("Q5_K", 256, _layout(_D, _M, _SCALES, ("high", "u1", 32), ("q", "u1", 128)), _of_form("Q5_K")),
     14: BlockType("Q6_K", 256, _layout(("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D), _of_form("Q6_K")),
     30: BlockType("BF16", 1, _layout(("d", "<u2")), _bf16),
-    39: BlockType("MXFP4", 32, _layout(("e", "u1"), _HALVES), _mxfp4),
+    39: BlockType("MXFP4", 32, _layout(("e", "u1"), _HALVES), _of_form("MXFP4")),
+    20: BlockType("IQ4_NL", 32, _layout(_D, _HALVES), _of_form("IQ4_NL")),
+    23: BlockType("IQ4_XS", 256, _layout(_D, ("scales", "u1", 6), ("q", "u1", 128)), _of_form("IQ4_XS")),
     # what few files have, and files of very few bits: decoded by the gguf package
     10: _by_package("Q2_K", 256, ("scales", "u1", 16), ("q", "u1", 64), _D, _M),
     11: _by_package("Q3_K", 256, ("high", "u1", 32), ("q", "u1", 64), _SCALES, _D),
@@ -149,10 +143,8 @@ BLOCK_TYPES: dict[int, BlockType] = {
     17: _by_package("IQ2_XS", 256, _D, ("q", "u1", 64), ("scales", "u1", 8)),
     18: _by_package("IQ3_XXS", 256, _D, ("q", "u1", 96)),
     19: _by_package("IQ1_S", 256, _D, ("q", "u1", 32), ("high", "u1", 16)),
-    20: _by_package("IQ4_NL", 32, _D, _HALVES),
     21: _by_package("IQ3_S", 256, _D, ("q", "u1", 104), ("scales", "u1", 4)),
     22: _by_package("IQ2_S", 256, _D, ("q", "u1", 72), ("scales", "u1", 8)),
-    23: _by_package("IQ4_XS", 256, _D, ("scales", "u1", 6), ("q", "u1", 128)),
     29: _by_package("IQ1_M", 256, ("q", "u1", 48), ("scales", "u1", 8)),
     34: _by_package("TQ1_0", 256, ("q", "u1", 52), _D),
     35: _by_package("TQ2_0", 256, ("q", "u1", 64), _D),

@@ -106,7 +106,7 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None, *, importanc
 
 
 #: llama.cpp's number of the mixture in which most matrices have a type, where none is called as the type.
-_MIXTURES_OF = {"Q5_0": 8, "Q5_1": 9, "Q4_K": 15, "Q5_K": 17}
+_MIXTURES_OF = {"Q5_0": 8, "Q5_1": 9, "Q4_K": 15, "Q5_K": 17, "IQ4_NL": 25, "IQ4_XS": 30, "MXFP4": 38}
 
 
 def _file_type(kind: str) -> int:

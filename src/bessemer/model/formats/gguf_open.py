@@ -45,10 +45,10 @@ def open_gguf(
 ) -> OpenedModel:
     """The decoder of a GGUF file and its tokenizer.
 
-    Matrices keep their codes; those in MXFP4, and those whose parts have several types, are encoded again in 8 bits, one tensor
-    after the other. dtype: of all that is no code; when None, the file's where it holds halves, and float32 where it is
-    quantised. split: name of the tokenizer's split regex, where the file does not say. Raises ArtefactError as `import_gguf`,
-    and for a model that free memory does not hold.
+    Matrices keep their codes; those in types without a scheme, and those whose parts have several types, are encoded again
+    in 8 bits, one tensor after the other. dtype: of all that is no code; when None, the file's where it holds halves, and
+    float32 where it is quantised. split: name of the tokenizer's split regex, where the file does not say. Raises
+    ArtefactError as `import_gguf`, and for a model that free memory does not hold.
     """
     with path.open("rb") as stream:
         file = GgufFile(path, stream)

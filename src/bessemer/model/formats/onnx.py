@@ -254,7 +254,10 @@ def all_experts(experts: Experts, hidden_ND: Tensor, routing: Routing) -> Tensor
     """What `experts` gives, by sending every token through every expert: weights of those it did not choose are 0."""
     count = experts.gate_up_proj.shape[0]
     weights_NE = torch.zeros_like(hidden_ND[:, :1]).expand(-1, count).scatter(1, routing.experts_Nk, routing.weights_Nk)
-    inner_ENI = hidden_ND @ experts.gate_up_proj.transpose(1, 2)
+    # of weights that multiply inputs those of other experts still leave out what their biases give
+    into_END = hidden_ND * weights_NE.T[..., None] if experts.weighs_inputs else hidden_ND
+    weights_NE = (weights_NE > 0).to(hidden_ND.dtype) if experts.weighs_inputs else weights_NE
+    inner_ENI = into_END @ experts.gate_up_proj.transpose(1, 2)
     if experts.gate_up_bias is not None:
         inner_ENI = inner_ENI + experts.gate_up_bias[:, None]
     out_END = experts.gate(inner_ENI) @ experts.down_proj.transpose(1, 2)

@@ -108,7 +108,7 @@ class Attention(AttentionLayer):
     """softmax(q kᵀ / √C) v, where H / K query heads share a key and a value head.
 
     K = H is multi-head attention, K = 1 multi-query attention. Queries and keys may be normed (Dehghani et al. 2023), over
-    each head or over all, before they are turned.
+    each head or over all, before they are turned; or, without a weight, after (`unit`, and not where they are not turned).
     """
 
     initial: ClassVar[Mapping[str, InitialDraw]] = {"sinks": lambda shape, generator: torch.zeros(shape)}
@@ -128,6 +128,7 @@ class Attention(AttentionLayer):
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_output_bias)
         self.qk_norm = config.qk_norm
+        self.norm_eps = config.rms_norm_eps
         if config.qk_norm == "head":
             self.q_norm = make_norm(config, config.head_dim)
             self.k_norm = make_norm(config, config.head_dim)
@@ -153,6 +154,8 @@ class Attention(AttentionLayer):
         query_BHTC, key_BKTC, value_BKTC = (heads.transpose(1, 2) for heads in (query_BTHC, key_BTKC, value.view(split)))
         if rotation is not None:
             query_BHTC, key_BKTC = (rotate(heads, rotation, self.interleave) for heads in (query_BHTC, key_BKTC))
+            if self.qk_norm == "unit":
+                query_BHTC, key_BKTC = (self._unit(heads) for heads in (query_BHTC, key_BKTC))
         scores = Scores(self.scale, self.softcap, self.sinks)
         if cache is None:
             attended_BHTC = self.backend(query_BHTC, key_BKTC, value_BKTC, mask, scores)
@@ -163,6 +166,11 @@ class Attention(AttentionLayer):
         if gate is not None:
             attended = attended * torch.sigmoid(gate)
         return self.o_proj(attended)
+
+    def _unit(self, heads: Tensor) -> Tensor:
+        """Heads (…, C) with a mean square of 1."""
+        wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_eps)).to(heads.dtype)
 
     @property
     def output(self) -> tuple[nn.Linear, int]:

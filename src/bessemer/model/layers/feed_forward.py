@@ -250,6 +250,7 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(experts, hidden)) if config.expert_bias else None
         self.activation = ACTIVATIONS[config.hidden_act]
         self.limit = config.swiglu_limit
+        self.weighs_inputs = config.expert_input_scores
 
     def forward(self, hidden_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts, (N, D)."""
@@ -257,8 +258,13 @@ class Experts(nn.Module):
         by_expert = routing.experts_Nk.flatten().argsort(stable=True)
         # the token of each visit
         source = by_expert // chosen
-        visits_VD = self.visited(hidden_ND[source], visits(routing.experts_Nk, self.count))
-        weighted_VD = visits_VD * routing.weights_Nk.flatten()[by_expert, None].to(visits_VD.dtype)
+        weights_V1 = routing.weights_Nk.flatten()[by_expert, None]
+        visits_VD, sizes_E = hidden_ND[source], visits(routing.experts_Nk, self.count)
+        if self.weighs_inputs:
+            weighted_VD = self.visited(visits_VD * weights_V1.to(visits_VD.dtype), sizes_E)
+        else:
+            outputs_VD = self.visited(visits_VD, sizes_E)
+            weighted_VD = outputs_VD * weights_V1.to(outputs_VD.dtype)
         # back in the tokens' order and summed over each token's experts: the same sum whatever the grouping
         ordered_VD = torch.empty_like(weighted_VD).index_copy(0, by_expert, weighted_VD)
         return ordered_VD.unflatten(0, (tokens, chosen)).sum(1)

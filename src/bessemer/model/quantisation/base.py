@@ -97,7 +97,8 @@ class FloatWeight(NamedTuple):
 class FileTensor(NamedTuple):
     """A tensor of a matrix in a file of compressed-tensors: `NAME.` + suffix, made of one of the scheme's.
 
-    pack and unpack: from ours, (N, …), and back; unpack is None for what says nothing new.
+    pack and unpack: from ours, (N, …), and back; unpack is None for what says nothing new. within: a view of the part of ours
+    that it is made of; None: of all.
     """
 
     suffix: str
@@ -105,6 +106,7 @@ class FileTensor(NamedTuple):
     spec: TensorSpec
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor], Tensor] | None
+    within: Callable[[Tensor], Tensor] | None = None
 
 
 class CompressedForm(NamedTuple):

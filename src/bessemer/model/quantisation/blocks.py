@@ -1,24 +1,27 @@
-"""Weights as the blocks of a GGUF file: of the K types and of Q5_0 and Q5_1, as they lie in the file.
+"""Weights as the blocks of a GGUF file: of the K types, of Q5_0, Q5_1, IQ4_NL, IQ4_XS and MXFP4, as they lie in the file.
 
 A block of a K type holds 256 neighbours of a row. Each 32 of them have a scale and a minimum, codes of 6 bits that one pair of
 float16 numbers turns into numbers: weight = (d · scale) · q − (m · minimum). In Q6_K each 16 have a scale, of 8 bits, and no
-minimum: weight = (d · scale) · (q − 32). Q5_0 and Q5_1 are blocks of 32: d · (q − 16), and d · q + m. Layouts are those of
-llama.cpp's `ggml-common.h`.
+minimum: weight = (d · scale) · (q − 32). Q5_0 and Q5_1 are blocks of 32: d · (q − 16), and d · q + m. In IQ4_NL a code is
+a place in a table of 16 whole numbers, and in IQ4_XS each 32 of 256 neighbours have a scale of 6 bits more. MXFP4 has floats of
+4 bits and a power of two for each 32 (OCP Microscaling 1.0). Layouts are those of llama.cpp's `ggml-common.h`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bessemer.core.errors import ConfigError
-from bessemer.model.quantisation.base import BlockWeight, Codes, Scheme, TensorSpec
+from bessemer.model.families.layout import whole
+from bessemer.model.quantisation.base import BlockWeight, Codes, CompressedForm, FileTensor, MatrixRole, Scheme, TensorSpec
 from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.integers import pack, unpack
 
 # Shapes: N outputs, K inputs, B blocks, V values of a block; … a stack of matrices, or none.
 
@@ -98,6 +101,38 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return (scales[..., None] * (codes.to(torch.float32) - 32)).flatten(-2)
 
 
+#: The numbers of IQ4_NL's codes (kvalues_iq4nl), and twice those of floats of 4 bits (e2m1).
+_PLACES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, -0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
+
+
+def _looked_up(packed: Tensor, table: tuple[float, ...]) -> Tensor:
+    """What a table has at the places in the low halves of a block's bytes, then in the high ones."""
+    return torch.tensor(table, dtype=torch.float32, device=packed.device)[_nibbles(packed).to(torch.int64)]
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * _looked_up(blocks[..., 2:], _PLACES)
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    low = _bits(blocks[..., 4:8], 4).transpose(-1, -2).flatten(-2)
+    high = _bits(blocks[..., 2:4], 2).transpose(-1, -2).flatten(-2)
+    steps = _half(blocks, 0) * ((low | high << 4).to(torch.float32) - 32)
+    return (steps[..., None] * _looked_up(blocks[..., 8:].unflatten(-1, (8, 16)), _PLACES)).flatten(-2)
+
+
+def _mxfp4(blocks: Tensor) -> Tensor:
+    return powers_of_two(blocks[..., :1]) * _looked_up(blocks[..., 1:], _E2M1_DOUBLED)
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2^(e − 128) of bytes e, exactly, float32: half of the scale that e stands for."""
+    wide = exponents.to(torch.int32)
+    # below the normal numbers for the smallest two
+    return torch.where(wide < 2, 0x00200000 << wide.clamp(max=1), (wide - 1).clamp(min=0) << 23).view(torch.float32)
+
+
 #: By the type's name.
 BLOCK_FORMS = {
     "Q5_0": BlockForm(32, 22, 5, 6, _q5_0),
@@ -105,7 +140,53 @@ BLOCK_FORMS = {
     "Q4_K": BlockForm(256, 144, 4, 12, _q4_k, has_offsets=True, has_parts=True),
     "Q5_K": BlockForm(256, 176, 5, 13, _q5_k, has_offsets=True, has_parts=True),
     "Q6_K": BlockForm(256, 210, 6, 14, _q6_k, has_parts=True),
+    "IQ4_NL": BlockForm(32, 18, 4, 20, _iq4_nl),
+    "IQ4_XS": BlockForm(256, 136, 4, 23, _iq4_xs, has_parts=True),
+    "MXFP4": BlockForm(32, 17, 4, 39, _mxfp4),
 }
+
+
+#: Weights and bytes of a block of MXFP4.
+MXFP4_BLOCK, _MXFP4_BYTES = 32, 17
+
+
+def mxfp4_codes(blocks: Tensor) -> Tensor:
+    """The codes in rows of blocks (…, P): (…, G, 16), in the order of GGUF. A view."""
+    return blocks.unflatten(-1, (-1, _MXFP4_BYTES))[..., 1:]
+
+
+def mxfp4_exponents(blocks: Tensor) -> Tensor:
+    """The exponents of the scales in rows of blocks (…, P): (…, G). A view."""
+    return blocks.unflatten(-1, (-1, _MXFP4_BYTES))[..., 0]
+
+
+def halves_of_neighbours(packed: Tensor) -> Tensor:
+    """Codes (…, 16), two neighbours a byte, the first low, as GGUF has them: the first 16 in the low halves, the others in the
+    high ones."""
+    codes = unpack(packed)
+    return codes[..., : MXFP4_BLOCK // 2] | codes[..., MXFP4_BLOCK // 2 :] << 4
+
+
+def _neighbours_of_halves(packed: Tensor) -> Tensor:
+    return pack(_nibbles(packed))
+
+
+def float_settings(strategy: str, group: int) -> dict[str, Any]:
+    """`weights` of a group of compressed-tensors with floats of 4 bits."""
+    return {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": group,
+        "dynamic": False,
+    }
+
+
+def is_float_of_four_bits(weights: Mapping[str, Any], group: int) -> bool:
+    """Whether a group of compressed-tensors has floats of 4 bits in groups of this size."""
+    kind = (weights.get("type"), weights.get("num_bits"), weights.get("group_size"), weights.get("symmetric", True))
+    return kind == ("float", 4, group, True)
 
 
 @dataclass(frozen=True)
@@ -150,6 +231,31 @@ class GgufBlocks(Scheme):
         if values.get("scheme") != cls.name:
             return None
         return cls(**{name: str(value) for name, value in values.items() if name != "scheme"})
+
+    def compressed(self, role: MatrixRole) -> CompressedForm | None:
+        if self.kind != "MXFP4" or role != "block":
+            return None
+
+        def tensors(outputs: int, inputs: int) -> list[FileTensor]:
+            groups = inputs // MXFP4_BLOCK
+            codes, exponents = TensorSpec((outputs, inputs // 2), torch.uint8), TensorSpec((outputs, groups), torch.uint8)
+
+            def read(packed: Tensor) -> Tensor:
+                return halves_of_neighbours(packed.unflatten(-1, (groups, MXFP4_BLOCK // 2)))
+
+            def written(halves: Tensor) -> Tensor:
+                return _neighbours_of_halves(halves).flatten(-2)
+
+            return [
+                FileTensor("weight_packed", "codes", codes, written, read, mxfp4_codes),
+                FileTensor("weight_scale", "codes", exponents, Tensor.contiguous, whole, mxfp4_exponents),
+            ]
+
+        return CompressedForm("mxfp4-pack-quantized", float_settings("group", MXFP4_BLOCK), None, tensors)
+
+    @classmethod
+    def of_compressed(cls, weights: Mapping[str, Any], input_activations: Mapping[str, Any] | None) -> Self | None:
+        return cls("MXFP4") if is_float_of_four_bits(weights, MXFP4_BLOCK) else None
 
     def gguf_type(self, inputs: int) -> str | None:
         return self.kind

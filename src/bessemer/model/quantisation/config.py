@@ -75,8 +75,14 @@ SCHEMES: Registry[Any] = Registry(
             is_made=False,
         ),
         SchemePlugin(
+            "nvfp4",
+            "weights of 4 bits in floating point, a scale of 8 bits for each 16, as files have them",
+            "bessemer.model.quantisation.fp4:Nvfp4",
+            is_made=False,
+        ),
+        SchemePlugin(
             "gguf",
-            "the blocks of a GGUF file in Q5_0, Q5_1, Q4_K, Q5_K or Q6_K, as they are; no setting may name it",
+            "the blocks of a GGUF file in Q5_0, Q5_1, a K type from Q4_K on, IQ4 or MXFP4, as they are; no setting may name it",
             "bessemer.model.quantisation.blocks:GgufBlocks",
             is_made=False,
         ),

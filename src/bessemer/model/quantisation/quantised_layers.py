@@ -287,6 +287,7 @@ class QuantisedExperts(Experts):
         self.count = experts.count
         self.activation = experts.activation
         self.limit = experts.limit
+        self.weighs_inputs = experts.weighs_inputs
         self.backend = experts.backend
         weight = experts.gate_up_proj
         self.gate_up_proj = QuantisedStack(tuple(weight.shape), gate_up, weight.dtype)  # type: ignore[assignment]

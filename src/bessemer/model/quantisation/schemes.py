@@ -32,7 +32,6 @@ from bessemer.model.quantisation.integers import (
     bytes_of_words,
     int8_of_words,
     largest_group,
-    pack,
     unpack,
     words_of_bytes,
     words_of_int8,
@@ -144,8 +143,10 @@ class Int4(IntegerScheme):
             blocks["m"] = self.in_each_block(tensors, -tensors["scales"] * tensors["zeros"].to(torch.float32))
 
     def read_blocks(self, blocks: np.ndarray) -> dict[str, Tensor]:
-        halves = torch.from_numpy(blocks["q"].copy())
-        codes = pack(torch.cat((halves & 15, halves >> 4), dim=-1)).view(-1)
+        # two bytes at a time, which hold the codes i and i + 1, and i + 16 and i + 17 above them
+        pairs = blocks["q"].copy().view("<u2")
+        low, high = (pairs & 0x000F) | (pairs >> 4 & 0x00F0), (pairs >> 4 & 0x000F) | (pairs >> 8 & 0x00F0)
+        codes = torch.from_numpy(np.concatenate((low, high), axis=1).astype(np.uint8).reshape(-1))
         tensors = {"codes": codes, "scales": block_column(blocks, "d")}
         return tensors | ({"offsets": block_column(blocks, "m")} if self.zero == "offset" else {})
 

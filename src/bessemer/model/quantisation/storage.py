@@ -5,7 +5,8 @@ codes each, `pack-quantized`) or as `NAME.weight` (int8, `int-quantized` where a
 `naive-quantized`), with `NAME.weight_scale` (float16, a column a group) and, where zeros are codes of their own,
 `NAME.weight_zero_point` (int32, packed along the outputs).
 
-Folders of AutoAWQ and of GPTQ are read (`word_forms.py`), and those of 8 bits in floating point (`fp8.py`).
+Folders of AutoAWQ and of GPTQ are read (`word_forms.py`), those of 8 bits in floating point (`fp8.py`), gpt-oss's of 4 bits
+(`fp4.py`), and those of 8 bits that `bitsandbytes` makes (`llm_int8.py`).
 
 Weights of the scheme nf4 alone are in the form of `bitsandbytes` (`load_in_4bit`): `NAME.weight` (uint8, two codes a byte),
 `NAME.weight.absmax`, with `nested_absmax` where scales are codes, and `quant_state.bitsandbytes__nf4`, JSON as bytes.
@@ -21,6 +22,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +39,9 @@ from bessemer.model.families.layout import FilePatterns, Stored, whole
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.quantisation.base import CompressedForm, Scheme, first_scheme
 from bessemer.model.quantisation.config import SCHEMES
+from bessemer.model.quantisation.fp4 import MXFP4, MXFP4_FORM
 from bessemer.model.quantisation.fp8 import FP8, FP8_FORM
+from bessemer.model.quantisation.llm_int8 import LLM_INT8, is_skipped
 from bessemer.model.quantisation.nf4 import BLOCK, LEVELS, NF4, SCALE_BLOCK, dynamic_map
 from bessemer.model.quantisation.quantised_decoder import EMBEDDING, HEAD, quantisable, weight_name
 from bessemer.model.quantisation.quantised_layers import quantised_parts
@@ -63,12 +67,17 @@ def compressed_parts(one: Stored, module: str, scheme: Scheme, shape: tuple[int,
     assert form is not None, scheme
     outputs, inputs = view(torch.empty(shape, device="meta")).shape
     base = one.name.removesuffix(".weight")
-    for suffix, name, spec, pack, unpack in form.tensors(outputs, inputs):
+    for suffix, name, spec, pack, unpack, within in form.tensors(outputs, inputs):
         made_of = (f"{module}.{name}", ours[name].shape)
-        yield StoredPart(f"{base}.{suffix}", *made_of, *spec, view, pack, unpack)
+        seen = view if within is None else partial(_seen_within, view=view, within=within)
+        yield StoredPart(f"{base}.{suffix}", *made_of, *spec, seen, pack, unpack)
         # readers that tie the codes still expect scales of the head
         if name == "scales" and module == EMBEDDING and tied:
-            yield StoredPart(f"{HEAD}.{suffix}", *made_of, *spec, view, pack, None)
+            yield StoredPart(f"{HEAD}.{suffix}", *made_of, *spec, seen, pack, None)
+
+
+def _seen_within(tensor: Tensor, view: Callable[[Tensor], Tensor], within: Callable[[Tensor], Tensor]) -> Tensor:
+    return within(view(tensor))
 
 
 def own_parts(module: str, scheme: Scheme, shape: tuple[int, ...]) -> Iterator[StoredPart]:
@@ -83,7 +92,7 @@ QUANTIZATION = "quantization_config"
 COMPRESSED_TENSORS, BITSANDBYTES, OWN_FORM = "compressed-tensors", "bitsandbytes", "bessemer"
 
 #: Of forms that are only read, by `quant_method`.
-READ_FORMS: dict[str, ReadForm] = {AWQ: WORDS, GPTQ: WORDS, FP8: FP8_FORM}
+READ_FORMS: dict[str, ReadForm] = {AWQ: WORDS, GPTQ: WORDS, FP8: FP8_FORM, MXFP4: MXFP4_FORM}
 #: Bytes of the JSON that bitsandbytes keeps with each matrix, filled up with spaces.
 _STATE_BYTES = 256
 
@@ -246,16 +255,24 @@ def read_settings(values: Mapping[str, Any], path: Path) -> Mapping[str, Any] | 
     if method not in (COMPRESSED_TENSORS, BITSANDBYTES, OWN_FORM, *READ_FORMS):
         raise ArtefactError(
             f"{path}: the weights are quantised in a way that is not supported (quant_method {method!r}; supported: "
-            f"{COMPRESSED_TENSORS}, {BITSANDBYTES} with nf4, {', '.join(READ_FORMS)})"
+            f"{COMPRESSED_TENSORS}, {BITSANDBYTES} with nf4 or 8 bits, {', '.join(READ_FORMS)})"
         )
     if method in READ_FORMS:
         READ_FORMS[method].check(settings, path)
-    if method == BITSANDBYTES and not (settings.get("load_in_4bit") and settings.get("bnb_4bit_quant_type") == "nf4"):
+    nf4 = settings.get("load_in_4bit") and settings.get("bnb_4bit_quant_type") == "nf4"
+    if method == BITSANDBYTES and not nf4 and not settings.get("load_in_8bit"):
         raise ArtefactError(
             f"{path}: the weights are quantised by bitsandbytes in another way than nf4 (load_in_4bit, bnb_4bit_quant_type: "
-            "nf4), which is not read here"
+            "nf4) and LLM.int8 (load_in_8bit), which is not read here"
         )
     return settings
+
+
+def _read_form(settings: Mapping[str, Any]) -> ReadForm | None:
+    """The form of a folder that is only read; None of one that is written too."""
+    if settings["quant_method"] == BITSANDBYTES and settings.get("load_in_8bit"):
+        return LLM_INT8
+    return READ_FORMS.get(settings["quant_method"])
 
 
 def read_schemes(
@@ -272,16 +289,15 @@ def read_schemes(
             return {name: _described(values, path) for name, values in settings["modules"].items()}
         except (TypeError, AssertionError, KeyError, AttributeError):
             raise ArtefactError(f"{path}: {QUANTIZATION} is damaged") from None
-    if settings["quant_method"] == BITSANDBYTES:
-        codes, skipped = NF4(bool(settings.get("bnb_4bit_use_double_quant"))), settings.get("llm_int8_skip_modules") or [HEAD]
+    form = _read_form(settings)
+    if form is None and settings["quant_method"] == BITSANDBYTES:
+        codes = NF4(bool(settings.get("bnb_4bit_use_double_quant")))
         for one in stored:
             name, base = one.views[0].name, one.name.removesuffix(".weight")
-            # as transformers: a name, its beginning or its end
-            left = any(base == skip or base.startswith(f"{skip}.") or base.endswith(f".{skip}") for skip in skipped)
-            if name in modules and name in linear and modules[name] != HEAD and not left:
+            if name in modules and name in linear and modules[name] != HEAD and not is_skipped(settings, base):
                 schemes[modules[name]] = codes
         return schemes
-    if (form := READ_FORMS.get(settings["quant_method"])) is not None:
+    if form is not None:
         for one in stored:
             name, base = one.views[0].name, one.name.removesuffix(".weight")
             left = modules.get(name) == HEAD or form.is_left(settings, base)
@@ -334,7 +350,7 @@ def _scheme(group: Mapping[str, Any], name: str, path: Path) -> Scheme:
     if found is None or group.get("output_activations") is not None:
         raise ArtefactError(
             f"{path}: {name} is quantised in a way that is not supported; supported: int8 by channel or group, int4 by group, "
-            "and int8 with int8 activations by token"
+            "int8 with int8 activations by token, and floats of 4 bits (nvfp4, mxfp4)"
         )
     return found
 
@@ -342,13 +358,14 @@ def _scheme(group: Mapping[str, Any], name: str, path: Path) -> Scheme:
 class Layout(NamedTuple):
     """The tensors of the files: those that are as in any model, those of codes; and the settings that say so.
 
-    config: as the files give it.
+    config: as the files give it. ignored: regular expressions of tensors that are not read.
     """
 
     plain: list[Stored]
     parts: list[StoredPart]
     settings: dict[str, Any]
     config: ModelConfig
+    ignored: tuple[str, ...] = ()
 
 
 class _Names(NamedTuple):
@@ -405,8 +422,8 @@ def read_layout(config: ModelConfig, settings: Mapping[str, Any], path: Path) ->
 
 
 def _laid_out(config: ModelConfig, names: _Names, schemes: Mapping[str, Scheme], settings: dict[str, Any]) -> Layout:
-    own, packed = settings["quant_method"] == OWN_FORM, settings["quant_method"] == BITSANDBYTES
-    form = READ_FORMS.get(settings["quant_method"])
+    form = _read_form(settings)
+    own, packed = settings["quant_method"] == OWN_FORM, settings["quant_method"] == BITSANDBYTES and form is None
     plain: list[Stored] = []
     parts: list[StoredPart] = []
     for one in names.stored:
@@ -425,7 +442,9 @@ def _laid_out(config: ModelConfig, names: _Names, schemes: Mapping[str, Scheme],
     if own:
         for module, scheme in schemes.items():
             parts += own_parts(module, scheme, names.shapes[module])
-    return Layout(plain, parts, settings, config)
+    # scales of activations, which stay floats or are quantised by what they are
+    ignored = (r".*\.input_global_scale",) if settings["quant_method"] == COMPRESSED_TENSORS else ()
+    return Layout(plain, parts, settings, config, ignored)
 
 
 def schemes_of(decoder: Decoder) -> dict[str, Scheme]:

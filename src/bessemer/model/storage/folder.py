@@ -54,7 +54,7 @@ def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None, shard_by
     ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     if is_quantised(model):
-        stored, parts, settings, config = layout_of(model.config, schemes_of(model))
+        stored, parts, settings, config, _ = layout_of(model.config, schemes_of(model))
     else:
         config = model.config
         stored, parts, settings = list(family_of(config).stored(config, list(ours))), [], None

@@ -203,6 +203,7 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
     plain = layout.plain if layout else family.stored(config, list(shapes))
     wanted = {stored.name: stored for stored in plain}
     coded = {part.name: part for part in layout.parts} if layout else {}
+    ignored = (*family.ignored, *(layout.ignored if layout else ()))
     plain_embedding = any(stored.views[0].name == EMBEDDING for stored in wanted.values())
     files: dict[Path, dict[str, Stored | StoredPart]] = {}
     missing = dict.fromkeys((*wanted, *(name for name, part in coded.items() if part.unpack)))
@@ -222,7 +223,7 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
                     if disk_name == HEAD and config.tie_word_embeddings and plain_embedding:
                         second_head = path
                         continue
-                    if any(re.fullmatch(pattern, disk_name) for pattern in family.ignored):
+                    if any(re.fullmatch(pattern, disk_name) for pattern in ignored):
                         continue
                     raise ArtefactError(f"{path}: unexpected tensor {disk_name!r}; config.json describes no such part")
                 check_plain(stored.shape_in(shapes), disk_name, file, path)

@@ -21,6 +21,8 @@ from bessemer.core.errors import ArtefactError
 
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
+#: Magic, version, tensors, keys.
+_BEGIN = "<4sIQQ"
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
 
@@ -37,6 +39,15 @@ class TensorInfo(NamedTuple):
 def read_head(path: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
     """The values by key, as `read_metadata` gives them, and the tensors in the order of the file. Raises as that does."""
     return _read(path, tensors=True)
+
+
+def count_tensors(path: Path) -> int:
+    """How many tensors a file has, from its first bytes. Raises as `read_metadata`."""
+    with path.open("rb") as stream:
+        first = stream.read(struct.calcsize(_BEGIN))
+    if len(first) < struct.calcsize(_BEGIN) or not first.startswith(b"GGUF"):
+        raise ArtefactError(f"{path}: this is not a whole GGUF file (it does not begin with GGUF); fetch or make it again")
+    return int(struct.unpack(_BEGIN, first)[2])
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -65,7 +76,7 @@ class _Reader:
         self._tensors = 0
 
     def metadata(self) -> dict[str, Any]:
-        magic, version, self._tensors, keys = self._unpack("<4sIQQ")
+        magic, version, self._tensors, keys = self._unpack(_BEGIN)
         if magic != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         if version not in _VERSIONS:
@@ -96,7 +107,7 @@ class _Reader:
             return self._numbers(kind, 1)[0]
         element, length = self._unpack("<IQ")
         if element == _STRING:
-            return [self._string() for _ in range(length)]
+            return self._strings(length)
         return self._numbers(element, length)
 
     def _numbers(self, kind: int, count: int) -> Sequence[Any]:
@@ -107,6 +118,19 @@ class _Reader:
 
     def _string(self) -> str:
         return self._take(self._unpack("<Q")[0]).decode("utf-8")
+
+    def _strings(self, count: int) -> list[str]:
+        """As many strings: a vocabulary has a hundred thousand, so nothing is called for each but what has to be."""
+        content, at, end, length_at = self._content, self._at, len(self._content), struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            start = at + 8
+            at = start + length_at(content, at)[0]
+            if at > end:
+                raise ValueError(f"it ends after {end:,} bytes")
+            found.append(content[start:at].decode("utf-8"))
+        self._at = at
+        return found
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack(layout, self._take(struct.calcsize(layout)))
