@@ -166,6 +166,7 @@ def report(stages: Mapping[str, Artefact], usual: Path) -> None:
             "deduplicated": copies_left(stages["deduplicate"].folder / "documents"),
         },
         "bits_per_byte": {name: bits_per_byte(stages[name].folder) for name in ("pretrain", "deduplicated")},
+        "dtypes": {name: stages[name].manifest["metrics"].get("dtype") for name in LABELS},
         "models": models,
         "worth_of_near_copies": worth_of_near_copies(models["pretrain"]["original"]),
         "claims": held,

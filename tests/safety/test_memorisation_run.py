@@ -28,8 +28,8 @@ model:
   {preset: null, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2, head_dim: 32,
    intermediate_size: 128, max_position_embeddings: 128}
 pretrain:
-  {steps: 140, batch_size: 8, context_length: 64, learning_rate: 1e-2, dtype: float32, compile: false, threads: 1,
-   evaluate_every: 1000, diagnostics_every: 0, sample_prompts: []}
+  {steps: 200, batch_size: 8, context_length: 64, optimizer: muon, learning_rate: 1e-2, matrix_learning_rate: 5e-3,
+   dtype: float32, compile: false, threads: 1, evaluate_every: 1000, diagnostics_every: 0, sample_prompts: []}
 forgetting: {sources: [canaries], keep: 30, alike: 20, words: 24}
 unlearned:
   {kind: preference, from: {model: pretrain}, loss: npo, data: [made/forgetting], steps: 30, batch_size: 4, context_length: 128,
@@ -43,7 +43,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memorised")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        records = [{"id": f"n{number}", "text": PROSE.format(n=number)} for number in range(40)]
+        records = [{"id": f"n{number}", "text": PROSE.format(n=number)} for number in range(400)]
         Path("texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         Path("recipe.yaml").write_text(RECIPE)
         run("recipe.yaml")
@@ -62,7 +62,7 @@ def documents(stages):
 def test_what_stood_there_often_is_known_and_extracted(stages):
     entry = read_json(stages / "memorisation" / "ledger.json", "ledger")["models"]["pretrain"]["original"]
     by = {cell["repetitions"]: cell for cell in entry["by"]}
-    assert by[48]["exposure"][0] > by[1]["exposure"][0] + 1 and by[48]["extracted"] == 2
+    assert by[48]["exposure"][0] > by[1]["exposure"][0] + 1 and by[48]["extracted"] >= 1
     assert by[48]["nats"] < by[1]["nats"]
 
 
