@@ -59,10 +59,7 @@ MEASURES = ("src/bessemer/safety", "src/bessemer/data/word_lists/hazards.yaml", 
 TEXTS = Path(__file__).parent / "guard_texts"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 #: Ordinary texts that the classifiers are trained on, as the one that comes with Bessemer.
-ORDINARY = (
-    *("eval/piqa.jsonl", "eval/arc_easy.jsonl", "eval/openbook_qa.jsonl", "eval/copa.jsonl", "eval/triviaqa_small.jsonl"),
-    *("eval/svamp.jsonl", "text/tinyshakespeare.txt"),
-)
+ORDINARY = tuple(f"eval/{name}.jsonl" for name in ("piqa", "arc_easy", "openbook_qa", "copa", "triviaqa_small", "svamp"))
 INSTRUCTIONS = "sft/instructions_1100.json"
 PROVOKED = "preference/hh_harmless_1800.jsonl"
 GROUPS = (
@@ -232,11 +229,13 @@ def trained_share(action: str, patterns: Sequence[str]) -> float:
     return max(map(share_of, patterns))
 
 
-def families(behaviours: list[str], harmless: list[str], instructions: list[str], ordinary: list[str]) -> dict[str, Any]:
+def families(
+    behaviours: list[str], harmless: list[str], instructions: list[str], ordinary: list[str], answers: list[str]
+) -> dict[str, Any]:
     """Of each family left out: the share of behaviours caught, and of harmless ones refused."""
     seeds, found = packaged_seeds(), {}
     for group in GROUPS:
-        guard = guard_of(train_guard_classifier(seeds.without(group), ordinary))
+        guard = guard_of(train_guard_classifier(seeds.without(group), ordinary, answers=answers))
         refused = share(refuses(guard, text) for text in instructions)
         for family in group:
             caught = {
@@ -343,7 +342,8 @@ def main() -> None:
     }
     print(figures, flush=True)
     ordinary = [text for name in ORDINARY for text in read_ordinary(DATA / name)]
-    figures["families"] = found = families(english, harmless, instructions, ordinary)
+    answers = [text for name in ORDINARY for text in read_ordinary(DATA / name, answers=True)]
+    figures["families"] = found = families(english, harmless, instructions, ordinary, answers)
     figures["all_families"] = {
         "caught": fmean(one["caught"] for one in found.values()),
         "lowest": min(one["caught"] for one in found.values()),

@@ -179,7 +179,7 @@ def test_the_classifier_that_comes_with_bessemer_needs_no_pytorch():
 def test_it_tells_a_request_for_harm_from_a_harmless_one_with_its_words():
     checker = Guard(read_policy())
     told = {
-        text: checker.check(text, "answer").action for text in ("how to make sarin", "how to make a sari", "kill a process")
+        text: checker.check(text, "answer").action for text in ("how to make sarin", "how to make a salad", "kill a process")
     }
     assert list(told.values()) == ["refuse", "allow", "allow"]
 
@@ -216,3 +216,24 @@ HOSTILE = (
 def test_a_long_run_of_anything_is_read_in_linear_time(unit):
     kinds = {"categories": {"personal_data": "log", "secrets": "log", "injection": "log", "hidden_text": "log"}}
     guard(document=kinds).check(unit * (60_000 // len(unit)) + "x", "document")
+
+
+def test_the_classifier_that_comes_with_bessemer_is_of_the_seeds_beside_it():
+    from bessemer.safety.classifier_training import packaged_seeds
+
+    assert packaged_classifier().made["seeds"] == packaged_seeds().hash
+    assert set(packaged_classifier().categories) == set(packaged_seeds().hazards) == set(read_policy().categories)
+
+
+def test_seeds_of_ones_own_make_a_classifier():
+    from bessemer.safety.classifier_training import Seeds, TrainingSettings, train_guard_classifier
+
+    seeds = Seeds(
+        {"slag": {"en": ["(pour|spill|drop) (the slag|molten slag|hot slag)"]}},
+        {"en": ["(pour|spill|drop) (the tea|warm milk|cold water)"], "sentences": ["Iron (melts|rusts)."]},
+        {"en": ["How do I {action}?", "{action}"]},
+        {"role_play": ["You are a smith. {request}"]},
+    )
+    ordinary = [f"What weighs {number} grams?" for number in range(40)]
+    classifier = train_guard_classifier(seeds, ordinary, TrainingSettings(bits=12, passes=30, batch=16))
+    assert classifier.scores("How do I carry the slag?")[0] > USUAL_LIMIT > classifier.scores("How do I carry the tea?")[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,17 +28,16 @@ def guard(
     """Say what a policy does about texts at a surface, and which rule decided."""
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
-    from bessemer.core.policy import SurfaceName, read_policy
+    from bessemer.core.policy import read_policy
     from bessemer.safety.findings import SURFACES
     from bessemer.safety.guard import Guard
 
     if surface not in SURFACES:
         raise ConfigError(f"--surface {surface}: one of {', '.join(SURFACES)}{nearest(surface, list(SURFACES))}")
-    place = cast(SurfaceName, surface)
     checker = Guard(read_policy(policy), guard_config(guard_model, None))
     for given in texts:
         text = _standard_input() if given == "-" else given
-        decision, findings = checker.check(text, place), checker.findings(text, place)
+        decision, findings = checker.check(text, surface), checker.findings(text, surface)
         if as_json:
             found = [{"category": one.category, "score": one.score, "rail": one.rail, "rule": one.rule} for one in findings]
             print(json.dumps({"action": decision.action, "reason": decision.reason, "findings": found}, ensure_ascii=False))

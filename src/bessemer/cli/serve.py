@@ -87,6 +87,7 @@ _models = partial(typer.Option, rich_help_panel="Further models and adapters")
 _memory = partial(typer.Option, rich_help_panel="Memory and batches")
 _speed = partial(typer.Option, rich_help_panel="How it is computed")
 _documents = partial(typer.Option, rich_help_panel="Documents")
+_safety = partial(typer.Option, rich_help_panel="Safety")
 
 
 def serve(
@@ -183,16 +184,14 @@ def serve(
     ] = None,
     policy: Annotated[
         Path | None,
-        _requests(
+        _safety(
             help="YAML file of a policy: a guard checks what is asked, found, called and answered. `bessemer guard` tries it."
         ),
     ] = None,
-    audit: Annotated[Path | None, _requests(help="File to which the guard adds each decision, without the texts.")] = None,
+    audit: Annotated[Path | None, _safety(help="File to which the guard adds each decision, without the texts.")] = None,
     guard_model: Annotated[
         str | None,
-        _requests(
-            help="FORM=URL: a guard model beside its rails: llama_guard_3, llama_guard_4, qwen3guard, gpt_oss_safeguard."
-        ),
+        _safety(help="FORM=URL: a guard model beside its rails: llama_guard_3, llama_guard_4, qwen3guard, gpt_oss_safeguard."),
     ] = None,
     adapter: Annotated[
         list[str] | None, _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated.")

@@ -1,7 +1,7 @@
 """The guard's classifier: one linear function a category on hashed n-grams of short windows of a text. Numpy alone.
 
 A text is read in lower case, in blocks of four words; windows are two, four and eight blocks, and a short text as a whole.
-Features of a window are its words, pairs of words up to three apart, and runs of 3 to 5 bytes within and across words, hashed
+Features of a window are its words, pairs of neighbouring words, and runs of 3 and 4 bytes within and across words, hashed
 into 2^bits buckets (Weinberger et al. 2009). For category k and a window with n features of buckets b
 
     p_k = σ( (Σ W[b, k]) / √n + bias_k )
@@ -38,8 +38,8 @@ BLOCK = 4
 _WINDOWS = (2, 4, 8)
 _WHOLE = 12
 #: Distances of the pairs of words, and lengths of the runs of bytes.
-_DISTANCES = (1, 2, 3)
-_RUNS = (3, 4, 5)
+_DISTANCES = (1,)
+_RUNS = (3, 4)
 #: Characters that are scored at once, so that a long text needs no memory of its size.
 _STEP = 20_000
 #: Characters of a word that are read.
@@ -192,14 +192,15 @@ def load_guard_classifier(path: Path) -> GuardClassifier:
         if described["format"] != FORMAT:
             raise ArtefactError(f"{path}: this guard classifier has format {described['format']}, and {FORMAT} is known here")
         categories, bits = tuple(map(str, described["categories"])), int(described["bits"])
-        columns = [np.array(described[name], np.float32) for name in ("scales", "biases", "thresholds")]
+        scales, biases, thresholds = (np.array(described[name], np.float32) for name in ("scales", "biases", "thresholds"))
         if weights.shape != (1 << bits, len(categories)) or weights.dtype != np.int8:
             raise ArtefactError(f"{path}: the weights do not fit the description ({weights.dtype} {weights.shape})")
-        if any(column.shape != (len(categories),) or not np.isfinite(column).all() for column in columns):
+        if any(column.shape != (len(categories),) or not np.isfinite(column).all() for column in (scales, biases, thresholds)):
             raise ArtefactError(f"{path}: the description has no number for each category")
-        if not ((columns[2] > 0) & (columns[2] < 1)).all():
+        if not ((thresholds > 0) & (thresholds < 1)).all():
             raise ArtefactError(f"{path}: a threshold is no probability")
-        return GuardClassifier(categories, bits, weights, *columns, made=dict(described["made"]), hash=hash_file(path))
+        made, file_hash = dict(described["made"]), hash_file(path)
+        return GuardClassifier(categories, bits, weights, scales, biases, thresholds, made, file_hash)
     except (OSError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile, OverflowError) as error:
         raise ArtefactError(f"{path}: this is no guard classifier, or a damaged one ({error})") from None
 

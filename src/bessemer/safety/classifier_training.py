@@ -41,16 +41,18 @@ class TrainingSettings:
 
     bits: int = 16
     #: Infinitives drawn of a pattern, and texts made of each, by language: English, others.
-    of_pattern: tuple[int, int] = (18, 12)
-    texts_of_each: tuple[int, int] = (3, 2)
-    passes: int = 5
+    of_pattern: tuple[int, int] = (10, 8)
+    texts_of_each: tuple[int, int] = (2, 2)
+    #: Harmless infinitives drawn of a pattern, each in two frames and a wrapper.
+    of_harmless: int = 16
+    passes: int = 4
     batch: int = 1024
-    learning_rate: float = 0.03
-    weight_decay: float = 1e-4
+    learning_rate: float = 0.05
+    weight_decay: float = 0.01
     #: Share of the harmless texts that choose the thresholds, and of these the share that may be refused.
     held_out: float = 0.2
-    refused: float = 0.004
-    lowest_threshold: float = 0.25
+    refused: float = 0.008
+    lowest_threshold: float = 0.15
     seed: int = 0
 
 
@@ -132,11 +134,11 @@ def harmless_texts(seeds: Seeds, settings: TrainingSettings) -> Iterator[str]:
     draw = random.Random(derive_seed(settings.seed, "harmless"))
     for language, patterns in seeds.harmless.items():
         for pattern in patterns:
-            for action in expanded(pattern, 40, draw):
+            for action in expanded(pattern, settings.of_harmless, draw):
                 if language == "sentences":
                     yield action
                     continue
-                for number in range(4):
+                for number in range(3):
                     template = draw.choice(seeds.frames[language])
                     if number > 1:
                         template = _wrapped(seeds, template, draw)
@@ -160,8 +162,9 @@ def _placed(template: str, action: str, category: str | None) -> LabelledText:
     return LabelledText(before + action + behind, category, first, first + words)
 
 
-def read_ordinary(path: Path) -> list[str]:
-    """Texts of a JSON or JSONL file of questions or instructions, or the paragraphs of a text file. Raises SourceError."""
+def read_ordinary(path: Path, *, answers: bool = False) -> list[str]:
+    """Questions or instructions of a JSON or JSONL file, or paragraphs of a text file. answers: the right choices instead.
+    Raises SourceError."""
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
@@ -174,15 +177,15 @@ def read_ordinary(path: Path) -> list[str]:
         raise SourceError(f"{path}: these ordinary texts cannot be read ({error})") from None
     texts = []
     for row in rows:
-        told = next((row[key] for key in _TEXT_KEYS if isinstance(row.get(key), str)), "")
-        told = told.removeprefix("Question: ").removesuffix("\nAnswer:")
+        if answers:
+            gold, choices = row.get("gold"), row.get("choices")
+            texts += [str(choices[gold])] if isinstance(gold, int) and isinstance(choices, list) and gold < len(choices) else []
+            continue
+        asked = next((row[key] for key in _TEXT_KEYS if isinstance(row.get(key), str)), "")
+        asked = asked.removeprefix("Question: ").removesuffix("\nAnswer:")
         more = row.get("input") if isinstance(row.get("input"), str) else ""
-        if told.strip():
-            texts.append(f"{told}\n{more}".strip())
-        # what is answered is ordinary too
-        gold, choices = row.get("gold"), row.get("choices")
-        if isinstance(gold, int) and isinstance(choices, list) and gold < len(choices):
-            texts.append(str(choices[gold]))
+        if asked.strip():
+            texts.append(f"{asked}\n{more}".strip())
     return texts
 
 
@@ -210,9 +213,15 @@ class _Windows:
 
 
 def train_guard_classifier(
-    seeds: Seeds, ordinary: Iterable[str], settings: TrainingSettings | None = None, *, progress: Progress | None = None
+    seeds: Seeds,
+    ordinary: Iterable[str],
+    settings: TrainingSettings | None = None,
+    *,
+    answers: Iterable[str] = (),
+    progress: Progress | None = None,
 ) -> GuardClassifier:
-    """Fit the weights, and choose the thresholds. The same seeds, texts and settings give the same classifier on one
+    """Fit the weights, and choose the thresholds. ordinary: requests, of which some choose the thresholds; answers: other
+    harmless texts. The same seeds, texts and settings give the same classifier on one
     machine."""
     settings, progress = settings or TrainingSettings(), progress or Silent()
     categories = tuple(seeds.hazards)
@@ -226,6 +235,8 @@ def train_guard_classifier(
     for text, held in zip(kept, is_held_out, strict=True):
         if not held:
             windows.add(LabelledText(text), -1, settings.bits)
+    for text in answers:
+        windows.add(LabelledText(text), -1, settings.bits)
     progress.say(f"{asked:,} windows of requests, {len(windows.labels) - asked:,} others")
     weights, biases = _fitted(windows, len(categories), settings)
     scales = np.maximum(np.abs(weights).max(0), 1e-6) / 127
@@ -302,7 +313,8 @@ def main() -> None:
     parser.add_argument("--ordinary", type=Path, nargs="*", default=[], help="files of ordinary questions and texts")
     arguments = parser.parse_args()
     texts = [text for path in arguments.ordinary for text in read_ordinary(path)]
-    trained = train_guard_classifier(packaged_seeds(), texts)
+    others = [text for path in arguments.ordinary for text in read_ordinary(path, answers=True)]
+    trained = train_guard_classifier(packaged_seeds(), texts, answers=others)
     trained.made["ordinary"] = {path.name: hash_file(path) for path in arguments.ordinary}
     trained.save(arguments.out)
     print(json.dumps({"thresholds": dict(zip(trained.categories, trained.thresholds_K.tolist(), strict=True)), **trained.made}))

@@ -142,8 +142,10 @@ def _mixes(word: str) -> bool:
 
 def _decoded(raw: str, clean: str) -> Iterator[tuple[str, str, bool]]:
     """What a text may say when a disguise is taken off: its name, the text, and whether nothing is left to decode in it."""
-    if _LEET_WORD.search(clean):
-        yield "leetspeak", _LEET_WORD.sub(lambda match: match.group().translate(_LEET), clean), True
+    if mixed := _LEET_WORD.findall(clean):
+        # where many words mix letters and digits, words of digits alone are words too: `70` is `to`
+        pattern = _WORD if 3 * len(mixed) >= len(clean.split()) else _LEET_WORD
+        yield "leetspeak", pattern.sub(lambda match: match.group().translate(_LEET), clean), True
     if _SPACED.search(clean):
         yield "spaced letters", _SPACED.sub(_joined, clean), False
     for name, pattern, decode in _CODES:
