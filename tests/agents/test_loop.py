@@ -7,8 +7,9 @@ import json
 import pytest
 
 from bessemer.agents.approvals import Approvals, AsksFor, TerminalApprover, nobody
+from bessemer.agents.config import Budget
 from bessemer.agents.journal import Journal
-from bessemer.agents.loop import AgentTool, Budget
+from bessemer.agents.loop import AgentTool
 from bessemer.assistant.hooks import Deny, Hook
 from bessemer.assistant.messages import BadCall, Message, Returned, ToolCall
 from bessemer.assistant.tools import Tool

@@ -12,8 +12,9 @@ import httpx
 import pytest
 import uvicorn
 
+from bessemer.agents.config import McpServerConfig
 from bessemer.agents.mcp_client import McpServers
-from bessemer.agents.mcp_config import ApprovedTools, McpServerConfig
+from bessemer.agents.mcp_config import ApprovedTools
 from bessemer.agents.mcp_server import http_app, make_server
 from bessemer.core.errors import ConfigError
 from bessemer.pipeline.abilities import INSTRUCTIONS, Abilities

@@ -17,13 +17,13 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bessemer.agents.config import Budget
 from bessemer.agents.journal import BegunCall, Journal, message_as_json
 from bessemer.assistant.assistant import Assistant
 from bessemer.assistant.conversation import LOCAL, Conversation, Principal
 from bessemer.assistant.hooks import Deny, Hook, Hooks, TurnContext
 from bessemer.assistant.messages import BadCall, Called, Event, Message, Returned, ToolCall, TurnEnd
 from bessemer.assistant.tools import Tool, ToolResult, failed
-from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.inference.sampling.params import SamplingParams
@@ -32,14 +32,6 @@ from bessemer.inference.sampling.params import SamplingParams
 _SAME_RESULTS = 3
 #: Calls in a row that were refused for that, after which the agent stops.
 _REFUSALS = 3
-
-
-class Budget(Config):
-    """What a task may use. A task that is resumed goes on counting."""
-
-    steps: int = setting(20, "messages of the assistant; the calls of the last one are not made", ge=1)
-    tokens: int = setting(200_000, "tokens of all prompts and completions together", unit="tokens", ge=1)
-    seconds: float = setting(900.0, "seconds in messages and calls; a person's thinking does not count", unit="seconds", gt=0)
 
 
 @dataclass(frozen=True)

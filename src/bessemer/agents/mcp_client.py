@@ -27,7 +27,8 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
 
-from bessemer.agents.mcp_config import NAME, SEPARATOR, ApprovedTools, Definition, McpServerConfig, read_mcp_config
+from bessemer.agents.config import McpServerConfig
+from bessemer.agents.mcp_config import NAME, SEPARATOR, ApprovedTools, Definition, read_mcp_config
 from bessemer.assistant.tools import Tool, ToolResult
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import BessemerError, ConfigError
