@@ -27,7 +27,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from bessemer.agents.config import McpServerConfig
 from bessemer.agents.mcp_config import NAME, SEPARATOR, ApprovedTools, Definition, read_mcp_config
@@ -106,8 +106,8 @@ class McpServers:
             self._loop.close()
 
     def tools(self) -> list[Tool]:
-        """The approved tools of all servers that are there. A list that a server says has changed, or that is a minute old, is read
-        again."""
+        """The approved tools of all servers that are there. A list that a server says has changed, or that is a minute old, is
+        read again."""
         tools = []
         for connection in self._connections:
             if connection.is_gone:
@@ -216,7 +216,8 @@ class _Connection:
     tools: dict[str, Tool] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     definitions: Sequence[Definition] = ()
-    #: When its tools were listed last, by the monotonic clock; minus infinity once the server has said that they are others now.
+    #: When its tools were listed last, by the monotonic clock; minus infinity once the server has said that they are others
+    #: now.
     listed: float = -math.inf
     #: Why it cannot be called.
     failure: str | None = None
@@ -312,7 +313,7 @@ class _Connection:
                 self._fail("has ended" + self._last_words())
             raise McpError(f"MCP server {self.name}: {what}: {self._reason(error)}") from None
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> NoReturn:
         self._client = None
         self.failure = f"MCP server {self.name}: {reason}"
         raise McpError(self.failure) from None
