@@ -352,7 +352,7 @@ EXTRAS = {
     "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize", "sentencepiece": "tokenize", "gguf": "tokenize",
     "torch": "train", "safetensors": "train", "huggingface_hub": "train", "regex": "train",
     "fastapi": "serve", "uvicorn": "serve", "httpx": "serve", "matplotlib": "report", "tensorboard": "track",
-    "mcp": "agents", "mcp_types": "agents",
+    "mcp": "agents",
     "lancedb": "retrieval", "docx": "retrieval", "pptx": "retrieval", "pdfplumber": "retrieval",
 }  # fmt: skip
 
