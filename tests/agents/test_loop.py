@@ -105,6 +105,16 @@ def test_the_budget_of_tokens_counts_prompts_and_completions(tmp_path, tokenizer
     assert end.reason == "tokens" and sum(prompts[:-1]) < 1500 <= end.tokens and end.tokens > sum(prompts)
 
 
+def test_results_that_fill_the_context_end_the_task(tmp_path, tokenizer):
+    from tests.assistant.scripted import ScriptedModel, call_text
+
+    model = ScriptedModel(tokenizer, call_text("large", "{}"), "never")
+    tool = AgentTool(Tool("large", "Much.", function=lambda: "x" * 10_000))
+    with begin(tmp_path / "task") as journal:
+        assert ended(agent_of(model, [tool], journal)).reason == "length"
+    assert model.texts == ["never"]
+
+
 def test_the_same_call_with_the_same_result_is_refused_and_then_the_agent_stops(tmp_path):
     weather = Weather()
     with begin(tmp_path / "task") as journal:

@@ -24,6 +24,7 @@ from bessemer.assistant.conversation import LOCAL, Conversation, Principal
 from bessemer.assistant.hooks import Deny, Hook, Hooks, TurnContext
 from bessemer.assistant.messages import BadCall, Called, Event, Message, Returned, ToolCall, TurnEnd
 from bessemer.assistant.tools import Tool, ToolResult, failed
+from bessemer.assistant.turn import Turn
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.inference.sampling.params import SamplingParams
@@ -193,12 +194,19 @@ class Agent:
         bad_calls: list[BadCall] = []
         try:
             turn.begin()
+            if state.steps and self._is_full(turn):
+                turn.interrupt()
+                return "length"
             while turn.end is None:
                 generation = turn.generation
                 assert generation is not None, "a turn of one round runs no tools"
                 with closing(self._assistant.model.stream(generation)) as deltas:
                     for delta in deltas:
-                        for event in turn.take(delta):
+                        sent_back = turn.sent_back
+                        events = turn.take(delta)
+                        if turn.sent_back > sent_back:
+                            bad_calls.clear()
+                        for event in events:
                             bad_calls += [event] if isinstance(event, BadCall) else []
                             if not isinstance(event, TurnEnd | Called):
                                 yield event
@@ -231,6 +239,11 @@ class Agent:
         if turn.end.reason in ("length", "refused"):
             return "length" if turn.end.reason == "length" else "refused"
         return None if message.calls or bad_calls else "answer"
+
+    def _is_full(self, turn: Turn) -> bool:
+        """Whether what tools returned leaves no room for a message. A first prompt that is too long is the caller's mistake."""
+        context, generation = self._assistant.model.context_length, turn.generation
+        return context is not None and generation is not None and len(generation.token_ids) >= context
 
     # -- calls
 
