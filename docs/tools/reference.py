@@ -112,6 +112,7 @@ def _default(parameter: Any) -> str:
 
 def settings_page() -> str:
     """Every setting of a recipe, stage by stage, then those of the engine, of a request, of the server, and of a task file."""
+    from bessemer.agents.config import Budget, McpServerConfig
     from bessemer.assistant.conversation import AssistantConfig
     from bessemer.inference.config import EngineConfig
     from bessemer.inference.sampling.params import SamplingParams
@@ -143,6 +144,8 @@ def settings_page() -> str:
         ("The engine", "engine", EngineConfig),
         ("A request", "request", SamplingParams),
         ("A turn of the assistant", "assistant", AssistantConfig),
+        ("An agent's budget", "agent", Budget),
+        ("An MCP server", "mcp-server", McpServerConfig),
         ("The server", "server", ServingConfig),
         ("The Tinker server: what it holds", "tinker", TinkerLimits),
         ("The Tinker server: how it computes", "tinker-training", TrainingSettings),

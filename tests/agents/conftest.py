@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.agents.config import McpServerConfig
 from bessemer.agents.mcp_client import McpServers
-from bessemer.agents.mcp_config import ApprovedTools, McpServerConfig
+from bessemer.agents.mcp_config import ApprovedTools
 from tests.assistant.conftest import tokenizer  # noqa: F401
 
 SCRIPTED = str(Path(__file__).with_name("scripted_server.py"))

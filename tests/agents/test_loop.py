@@ -7,8 +7,9 @@ import json
 import pytest
 
 from bessemer.agents.approvals import Approvals, AsksFor, TerminalApprover, nobody
+from bessemer.agents.config import Budget
 from bessemer.agents.journal import Journal
-from bessemer.agents.loop import AgentTool, Budget
+from bessemer.agents.loop import AgentTool
 from bessemer.assistant.hooks import Deny, Hook
 from bessemer.assistant.messages import BadCall, Message, Returned, ToolCall
 from bessemer.assistant.tools import Tool
@@ -102,6 +103,16 @@ def test_the_budget_of_tokens_counts_prompts_and_completions(tmp_path, tokenizer
         end = ended(agent_of(model, [weather.tool()], journal, budget=Budget(tokens=1500)))
     prompts = [len(generation.token_ids) for generation in model.asked]
     assert end.reason == "tokens" and sum(prompts[:-1]) < 1500 <= end.tokens and end.tokens > sum(prompts)
+
+
+def test_results_that_fill_the_context_end_the_task(tmp_path, tokenizer):
+    from tests.assistant.scripted import ScriptedModel, call_text
+
+    model = ScriptedModel(tokenizer, call_text("large", "{}"), "never")
+    tool = AgentTool(Tool("large", "Much.", function=lambda: "x" * 10_000))
+    with begin(tmp_path / "task") as journal:
+        assert ended(agent_of(model, [tool], journal)).reason == "length"
+    assert model.texts == ["never"]
 
 
 def test_the_same_call_with_the_same_result_is_refused_and_then_the_agent_stops(tmp_path):

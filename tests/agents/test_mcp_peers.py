@@ -11,8 +11,9 @@ import time
 
 import pytest
 
+from bessemer.agents.config import McpServerConfig
 from bessemer.agents.mcp_client import McpServers
-from bessemer.agents.mcp_config import ApprovedTools, McpServerConfig
+from bessemer.agents.mcp_config import ApprovedTools
 from bessemer.agents.tool_choice import choose_tools
 
 pytestmark = pytest.mark.peer(name="mcp")

@@ -12,8 +12,9 @@ import httpx
 import pytest
 import uvicorn
 
+from bessemer.agents.config import McpServerConfig
 from bessemer.agents.mcp_client import McpServers
-from bessemer.agents.mcp_config import ApprovedTools, McpServerConfig
+from bessemer.agents.mcp_config import ApprovedTools
 from bessemer.agents.mcp_server import http_app, make_server
 from bessemer.core.errors import ConfigError
 from bessemer.pipeline.abilities import INSTRUCTIONS, Abilities
@@ -98,6 +99,8 @@ def test_a_model_writes_is_inspected_and_evaluated(abilities):
 def test_a_run_is_planned(abilities):
     plan = called(abilities, "plan_run", recipe="125m", gpus=8)
     assert plan["parameters"] == 125_856_512 and plan["gpus"] == 8
+    shallow = called(abilities, "plan_run", recipe="125m", overrides=["model.num_hidden_layers=2"])
+    assert shallow["parameters"] < plan["parameters"]
 
 
 @pytest.mark.slow  # the refinery's loops are loaded
@@ -109,6 +112,7 @@ def test_a_text_is_explained(abilities):
     ("name", "arguments", "said"),
     [
         ("plan_run", {"recipe": "/etc/passwd"}, "there is no recipe '/etc/passwd'"),
+        ("plan_run", {"recipe": "125m", "overrides": ["pretrain.objective=own.py:loss"]}, "is not model.NAME=VALUE"),
         ("evaluate", {"task": "../task.yaml"}, "there is no task"),
         ("generate", {"prompt": "x", "model": "/etc"}, "is not one of"),
         ("search_documents", {}, "'query' is a required property"),

@@ -1,4 +1,4 @@
-"""`bessemer agent`, `trace` and `launch`, with a server whose answers are scripted."""
+"""`bessemer agent`, `journal` and `launch`, with a server whose answers are scripted."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def test_a_task_is_done_with_files_and_its_trace_is_read(model, folder, capsys):
     name, server = model(("write_file", {"name": "a.txt", "text": "HELLO"}), "DONE.")
     code, out, err = bessemer(capsys, "agent", name, "Greet", "--files", "project", "--tools", "files", "--approve", "never")
     assert (code, out) == (0, "DONE.\n") and (folder / "project" / "a.txt").read_text() == "HELLO"
-    assert 'calls write_file {"name": "a.txt"' in err and "bessemer trace agents/1" in err
+    assert 'calls write_file {"name": "a.txt"' in err and "bessemer journal agents/1" in err
     system = server.requests[0][2]["messages"][0]["content"]
     assert "Write in capitals." in system and "- adding: Adds numbers." in system
     assert {tool["function"]["name"] for tool in server.requests[0][2]["tools"]} >= {"read_file", "load_skill"}
-    code, out, _ = bessemer(capsys, "trace", "agents/1")
+    code, out, _ = bessemer(capsys, "journal", "agents/1")
     assert code == 0 and "[1] assistant calls write_file" in out and "2 steps" in out.splitlines()[-1]
-    code, _, _ = bessemer(capsys, "trace", "agents/1", "--otlp", "spans.json")
+    code, _, _ = bessemer(capsys, "journal", "agents/1", "--otlp", "spans.json")
     assert code == 0 and "resourceSpans" in json.loads((folder / "spans.json").read_text())
     # a branch before the call, with another model
-    code, _, _ = bessemer(capsys, "trace", "agents/1", "--branch", "agents/other", "--at", "0")
+    code, _, _ = bessemer(capsys, "journal", "agents/1", "--branch", "agents/other", "--at", "0")
     other, _ = model("NOTHING TO DO.")
     code, out, _ = bessemer(capsys, "agent", other, "--resume", "agents/other", "--files", "project", "--tools", "files")
     assert (code, out) == (0, "NOTHING TO DO.\n")
@@ -99,6 +99,20 @@ def test_a_tool_of_an_mcp_server_is_called(model, folder, capsys):
     assert "weather" in json.loads((folder / "servers.json.approved.json").read_text())["city"]
 
 
+def test_ctrl_c_says_how_the_task_goes_on(model, folder, capsys, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bessemer.agents.approvals.nobody", pressed)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    name, _ = model(("write_file", {"name": "a.txt", "text": "x"}), "Done.")
+    options = ("--files", "project", "--tools", "files")
+    code, _, err = bessemer(capsys, "agent", name, "Greet", *options)
+    assert code == 130 and f"bessemer agent {name} --resume agents/1 goes on" in err.splitlines()[-1]
+    code, out, _ = bessemer(capsys, "agent", name, "--resume", "agents/1", "--approve", "never", *options)
+    assert (code, out) == (0, "Done.\n") and (folder / "project" / "a.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -111,8 +125,8 @@ def test_a_tool_of_an_mcp_server_is_called(model, folder, capsys):
         (["agent", "m", "--resume", "none"], "this is no folder of an agent's task"),
         (["agent", "http://127.0.0.1:9/v1", "x", "--tools", ""], "as URL#MODEL"),
         (["agent", "m", "x", "--tools", "", "--mcp-servers-config", "none.json"], "no such MCP configuration"),
-        (["trace", "none"], "this is no folder of an agent's task"),
-        (["trace", "none", "--at", "3"], "go together"),
+        (["journal", "none"], "this is no folder of an agent's task"),
+        (["journal", "none", "--at", "3"], "go together"),
         (["mcp", "--index", "a=none"], "there is no such folder"),
         (["mcp", "--http", "--host", "0.0.0.0"], "give --api-key too"),
         (["launch", "emacs"], "there is no coding agent 'emacs'"),

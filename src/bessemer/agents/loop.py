@@ -17,13 +17,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bessemer.agents.config import Budget
 from bessemer.agents.journal import BegunCall, Journal, message_as_json
 from bessemer.assistant.assistant import Assistant
 from bessemer.assistant.conversation import LOCAL, Conversation, Principal
 from bessemer.assistant.hooks import Deny, Hook, Hooks, TurnContext
 from bessemer.assistant.messages import BadCall, Called, Event, Message, Returned, ToolCall, TurnEnd
 from bessemer.assistant.tools import Tool, ToolResult, failed
-from bessemer.core.config import Config, setting
+from bessemer.assistant.turn import Turn
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.inference.sampling.params import SamplingParams
@@ -32,14 +33,6 @@ from bessemer.inference.sampling.params import SamplingParams
 _SAME_RESULTS = 3
 #: Calls in a row that were refused for that, after which the agent stops.
 _REFUSALS = 3
-
-
-class Budget(Config):
-    """What a task may use. A task that is resumed goes on counting."""
-
-    steps: int = setting(20, "messages of the assistant; the calls of the last one are not made", ge=1)
-    tokens: int = setting(200_000, "tokens of all prompts and completions together", unit="tokens", ge=1)
-    seconds: float = setting(900.0, "seconds in messages and calls; a person's thinking does not count", unit="seconds", gt=0)
 
 
 @dataclass(frozen=True)
@@ -201,12 +194,19 @@ class Agent:
         bad_calls: list[BadCall] = []
         try:
             turn.begin()
+            if state.steps and self._is_full(turn):
+                turn.interrupt()
+                return "length"
             while turn.end is None:
                 generation = turn.generation
                 assert generation is not None, "a turn of one round runs no tools"
                 with closing(self._assistant.model.stream(generation)) as deltas:
                     for delta in deltas:
-                        for event in turn.take(delta):
+                        sent_back = turn.sent_back
+                        events = turn.take(delta)
+                        if turn.sent_back > sent_back:
+                            bad_calls.clear()
+                        for event in events:
                             bad_calls += [event] if isinstance(event, BadCall) else []
                             if not isinstance(event, TurnEnd | Called):
                                 yield event
@@ -239,6 +239,11 @@ class Agent:
         if turn.end.reason in ("length", "refused"):
             return "length" if turn.end.reason == "length" else "refused"
         return None if message.calls or bad_calls else "answer"
+
+    def _is_full(self, turn: Turn) -> bool:
+        """Whether what tools returned leaves no room for a message. A first prompt that is too long is the caller's mistake."""
+        context, generation = self._assistant.model.context_length, turn.generation
+        return context is not None and generation is not None and len(generation.token_ids) >= context
 
     # -- calls
 

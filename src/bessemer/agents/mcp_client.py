@@ -15,9 +15,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -25,9 +27,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
-from bessemer.agents.mcp_config import NAME, SEPARATOR, ApprovedTools, Definition, McpServerConfig, read_mcp_config
+from bessemer.agents.config import McpServerConfig
+from bessemer.agents.mcp_config import NAME, SEPARATOR, ApprovedTools, Definition, read_mcp_config
 from bessemer.assistant.tools import Tool, ToolResult
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import BessemerError, ConfigError
@@ -43,6 +46,8 @@ CONNECT_SECONDS = 60.0
 _LONGEST_DESCRIPTION, _LONGEST_SCHEMA = 2_000, 20_000
 #: Tools of one server, and pages of their list, that are read.
 _MOST_TOOLS, _MOST_PAGES = 500, 50
+#: Seconds after which a list is read again: servers of 2026-07-28 tell only those that subscribe that it has changed.
+_LIST_SECONDS = 60.0
 #: Times that a server which ended is started again.
 _MOST_RESTARTS = 2
 
@@ -72,7 +77,6 @@ class McpServers:
             raise ConfigError(install_advice("mcp")) from None
         # every failure is in our one line; the SDK logs it with its traceback as well
         logging.getLogger("mcp").setLevel(logging.CRITICAL)
-        logging.getLogger("client").setLevel(logging.CRITICAL)
         self._report = report
         self._approved = approved
         self._connections = [_Connection(name, config, connect_seconds) for name, config in configs.items()]
@@ -98,9 +102,12 @@ class McpServers:
             connection.end()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def tools(self) -> list[Tool]:
-        """The approved tools of all servers that are there. A list that a server says has changed is read again."""
+        """The approved tools of all servers that are there. A list that a server says has changed, or that is a minute old, is
+        read again."""
         tools = []
         for connection in self._connections:
             if connection.is_gone:
@@ -169,9 +176,11 @@ class McpServers:
         """Raises what `_Connection` raises, which becomes a failed result."""
         if connection.failure is not None:
             connection.restart(self._loop)
-            connection.is_stale = True
+            connection.listed = -math.inf
         if connection.is_stale:
             self._read_tools(connection, approve=False)
+        if connection.failure is not None:
+            raise McpError(connection.failure)
         if reason := connection.refused.get(definition.name):
             raise RefusedToolError(f"the tool {reason} since it was approved, and is not called")
         if definition.name not in connection.tools:
@@ -207,8 +216,9 @@ class _Connection:
     tools: dict[str, Tool] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     definitions: Sequence[Definition] = ()
-    #: Whether the server has said that its tools are others now.
-    is_stale: bool = False
+    #: When its tools were listed last, by the monotonic clock; minus infinity once the server has said that they are others
+    #: now.
+    listed: float = -math.inf
     #: Why it cannot be called.
     failure: str | None = None
     _restarts: int = 0
@@ -218,6 +228,11 @@ class _Connection:
     _held: Future[None] | None = None
     _stop: asyncio.Event | None = None
     _errors: IO[str] | None = None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its list of tools has to be read again."""
+        return time.monotonic() - self.listed > _LIST_SECONDS
 
     @property
     def is_gone(self) -> bool:
@@ -264,7 +279,8 @@ class _Connection:
 
     def list_tools(self) -> Sequence[Definition]:
         """Raises McpError."""
-        self.is_stale = False
+        # before it is asked: what changes meanwhile is heard of
+        self.listed = time.monotonic()
         self.definitions = self._ask(self._list_tools, self.connect_seconds, "its tools cannot be listed")
         return self.definitions
 
@@ -297,7 +313,7 @@ class _Connection:
                 self._fail("has ended" + self._last_words())
             raise McpError(f"MCP server {self.name}: {what}: {self._reason(error)}") from None
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> NoReturn:
         self._client = None
         self.failure = f"MCP server {self.name}: {reason}"
         raise McpError(self.failure) from None
@@ -345,7 +361,7 @@ class _Connection:
 
     async def _take_message(self, message: Any) -> None:
         if getattr(message, "method", "") == "notifications/tools/list_changed":
-            self.is_stale = True
+            self.listed = -math.inf
 
     async def _list_tools(self, client: Client) -> Sequence[Definition]:
         definitions: list[Definition] = []

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bessemer.core.config import Config, nearest, setting
+from bessemer.agents.config import McpServerConfig
+from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.store import read_json, write_json
@@ -20,19 +21,6 @@ SEPARATOR = "__"
 #: What servers and tools may be called.
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-
-
-class McpServerConfig(Config):
-    """A server of the file `mcpServers`: a command, or a URL."""
-
-    command: str | None = setting(None, "program of a server that talks over standard input and output")
-    args: list[str] = setting(default_factory=list, description="arguments of the program")
-    env: dict[str, str] = setting(default_factory=dict, description="environment variables beside PATH, HOME and the like")
-    cwd: str | None = setting(None, "folder in which the program runs")
-    url: str | None = setting(None, "address of a server that talks over HTTP")
-    headers: dict[str, str] = setting(default_factory=dict, description="headers of every request, such as Authorization")
-    timeout: float = setting(60.0, "seconds for one call", unit="seconds", gt=0)
-    disabled: bool = setting(False, "leave the server out")
 
 
 def read_mcp_config(path: Path) -> dict[str, McpServerConfig]:

@@ -1,4 +1,4 @@
-"""`bessemer agent`: a task for an assistant with tools; `bessemer trace`: what it did."""
+"""`bessemer agent`: a task for an assistant with tools; `bessemer journal`: what it did."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def agent(
 ) -> None:
     """Let a model work on a task with tools, within budgets, with a journal from which a killed task goes on."""
     from bessemer.agents.approvals import Approvals, AsksFor, approver_here
-    from bessemer.agents.loop import Agent, Budget
+    from bessemer.agents.config import Budget
+    from bessemer.agents.loop import Agent
     from bessemer.agents.toolbox import check_kinds
     from bessemer.assistant.assistant import Assistant
     from bessemer.assistant.messages import Message
@@ -80,25 +81,29 @@ def agent(
         if resume is None:
             about = {"model": model, "tools": [tool.tool.name for tool in chosen], "budget": budget.model_dump()}
             messages = [Message.system(_system(files)), Message.user(task or "")]
-            journal = stack.enter_context(_new_journal(out, messages, about))
+            opened_journal = stack.enter_context(_new_journal(out, messages, about))
         else:
-            journal = stack.enter_context(_resumed_journal(resume, task))
+            opened_journal = stack.enter_context(_resumed_journal(resume, task))
         opened, params = stack.enter_context(_open_model(model, max_tokens, key_variable, device, runs))
         approver = _EventApprover() if as_json else approver_here()
         worker = Agent(
             Assistant(opened, params),
             chosen,
-            journal,
+            opened_journal,
             budget=budget,
             params=params,
             hooks=[Approvals(asks_for, approver)],
         )
-        print(f"journal: {journal.folder}", file=sys.stderr)
-        for event in worker.run():
-            _print_json(event) if as_json else _print(event, str(journal.folder))
+        print(f"journal: {opened_journal.folder}", file=sys.stderr)
+        try:
+            for event in worker.run():
+                _print_json(event) if as_json else _print(event, str(opened_journal.folder))
+        except KeyboardInterrupt:
+            print(f"\nstopped; bessemer agent {model} --resume {opened_journal.folder} goes on", file=sys.stderr)
+            sys.exit(130)
 
 
-def trace(
+def journal(
     folder: Annotated[Path, typer.Argument(help="The folder of an agent's task.")],
     otlp: Annotated[Path | None, typer.Option(help="Write its spans to this file, as OpenTelemetry's OTLP in JSON.")] = None,
     branch: Annotated[
@@ -269,7 +274,7 @@ def _print(event: AgentEvent, folder: str) -> None:
             )
         case AgentEnd(reason):
             used = f"{event.steps} steps, {event.tokens:,} tokens, {event.seconds:.1f} s"
-            print(f"({REASONS[reason]}; {used}; bessemer trace {folder})", file=sys.stderr)
+            print(f"({REASONS[reason]}; {used}; bessemer journal {folder})", file=sys.stderr)
 
 
 def _print_json(event: AgentEvent) -> None:

@@ -117,7 +117,7 @@ def chat(
         calls = None
         if mcp_servers_config is not None:
             tools_for = stack.enter_context(mcp_tools(mcp_servers_config, tool_tokens, approve=approve_tools))
-            calls = ToolCalls(tools_for, Approvals(asks_for, approver_here()))
+            calls = ToolCalls(tools_for, [Approvals(asks_for, approver_here())])
         converse(
             engine,
             params_for(engine),
@@ -132,10 +132,10 @@ def chat(
 
 @dataclass(frozen=True)
 class ToolCalls:
-    """Tools that the assistant may call. tools_for: those to offer for a question. hook: decides before each call."""
+    """Tools that the assistant may call. tools_for: those to offer for a question. hooks: decide before each call."""
 
     tools_for: Callable[[str], Sequence[Tool]]
-    hook: Hook
+    hooks: Sequence[Hook]
 
 
 def _is_base(folder: Path) -> bool:
@@ -224,7 +224,7 @@ def _answer(
 ) -> None:
     """Print the answer to the last message. start: messages that are never forgotten."""
     tools = [] if calls is None else calls.tools_for(question)
-    hooks = [] if calls is None else [calls.hook]
+    hooks = [] if calls is None else calls.hooks
     while True:
         try:
             _print_turn(assistant, conversation, speed, tools, hooks)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from bessemer import __version__
-from bessemer.cli.agent import agent, trace
+from bessemer.cli.agent import agent, journal
 from bessemer.cli.bench import bench
 from bessemer.cli.chat import chat, demo
 from bessemer.cli.compare import compare
@@ -124,9 +124,9 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
     "Act": {
         agent: (
             "bessemer agent smollm2 'Add up the amounts in costs.csv' --files accounts",
-            "bessemer agent http://127.0.0.1:8000/v1#qwen 'What time is it in Oslo?' --mcp-servers-config servers.json",
+            "bessemer agent smollm2 'What time is it in Oslo?' --mcp-servers-config servers.json",
         ),
-        trace: ("bessemer trace agents/1", "bessemer trace agents/1 --branch agents/other --at 2"),
+        journal: ("bessemer journal agents/1", "bessemer journal agents/1 --branch agents/other --at 2"),
         launch: ("bessemer launch claude --url http://127.0.0.1:8000", "bessemer launch codex -- exec 'Fix the test'"),
         mcp: ("bessemer mcp --model smollm2 --index python=python.index", "bessemer mcp --model smollm2 --http --port 8010"),
     },

@@ -353,7 +353,7 @@ EXTRAS = {
     "torch": "train", "safetensors": "train", "huggingface_hub": "train", "regex": "train",
     "PIL": "train",
     "fastapi": "serve", "uvicorn": "serve", "httpx": "serve", "matplotlib": "report", "tensorboard": "track",
-    "mcp": "agents", "mcp_types": "agents",
+    "mcp": "agents",
     "lancedb": "retrieval", "docx": "retrieval", "pptx": "retrieval", "pdfplumber": "retrieval",
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ cannot have other files read.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ INSTRUCTIONS = (
 )
 #: Seconds for a call: a model on a processor takes its time.
 _SECONDS = 600.0
+#: Settings that a client may change in a plan: numbers and words, no paths and no code.
+_OVERRIDE = re.compile(r"(model|pretrain)(\.[a-z_]+)+=[A-Za-z0-9_.+-]*")
 _MOST_QUESTIONS, _MOST_TOKENS, _LONGEST_INSPECTED = 200, 2_048, 64
 
 
@@ -105,7 +108,7 @@ class Abilities:
                 recipe=_text("name of a recipe, such as quickstart, 125m or 1b"),
                 gpus=_number("number of cards", 1, 100_000),
                 gpu=_text("kind of card, such as h100, a100, rtx4090 or cpu"),
-                overrides={"type": "array", "items": {"type": "string"}, "description": "settings as KEY=VALUE"},
+                overrides={"type": "array", "items": {"type": "string"}, "description": "settings, as model.hidden_size=512"},
             ),
             _tool(
                 self.explain_document,
@@ -215,6 +218,8 @@ class Abilities:
 
         if recipe not in (known := shipped_recipes()):
             raise RequestError(f"there is no recipe {recipe!r}{nearest(recipe, list(known))}")
+        if wrong := next((one for one in overrides if not _OVERRIDE.fullmatch(one) or ".py" in one), None):
+            raise RequestError(f"overrides: {wrong!r} is not model.NAME=VALUE or pretrain.NAME=VALUE, a number or a word")
         training, card = training_plan(recipe, list(overrides)), find_card(gpu)
         job = PlannedJob(training.model, training.settings, card)
         layouts = plans(job, gpus, count=1)
