@@ -59,9 +59,7 @@ def test_a_servers_reranker_orders_what_its_searches_find(engine, start, tmp_pat
         url = start(engine, reranker=reranker, indexes=indexes, uploads=tmp_path / "kept")
         with httpx.Client(base_url=url + "/v1") as client:
             found = client.post("/vector_stores/metals/search", json={"query": "is the iron"}).json()["data"]
-            file = client.post(
-                "/files", files={"file": ("all.md", "# A\n\niron\n\n# B\n\nthe iron is hot in the furnace\n")}
-            )
+            file = client.post("/files", files={"file": ("all.md", "# A\n\niron\n\n# B\n\nthe iron is hot in the furnace\n")})
             own = client.post("/vector_stores", json={"name": "own", "file_ids": [file.json()["id"]]}).json()["id"]
             while client.get(f"/vector_stores/{own}").json()["status"] != "completed":
                 pass

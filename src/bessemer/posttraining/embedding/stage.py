@@ -59,7 +59,10 @@ def embedder(
     cost = None if validation is None else RunCost(validation.tokens_BT.numel(), 0)
     job = TrainingJob.open(config, model, run, description="embedder", cost=cost, only_resolve=only_resolve)
     config = job.config
-    hooks = TrainingHooks() if validation is None else TrainingHooks(lambda decoder: validation_on(validation, config))
+    hooks = TrainingHooks()
+    if validation is not None:
+        on_step_end = validation_on(validation, config)
+        hooks = TrainingHooks(lambda decoder: on_step_end)
     summary = job.train(
         PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=ContrastiveObjective(config.temperature),
