@@ -42,7 +42,7 @@ def read_access(path: Path) -> tuple[AccessRule, ...]:
     placed = read_yaml(path)
     rules = []
     for pattern, value in placed.values.items():
-        groups = [] if value == EVERYBODY else [value] if isinstance(value, str) else value
+        groups: Any = [] if value == EVERYBODY else [value] if isinstance(value, str) else value
         is_list = isinstance(groups, list) and all(isinstance(one, str) and _GROUP.fullmatch(one) for one in groups)
         if not is_list or (not groups and value != EVERYBODY):
             raise ConfigError(f"{placed.place((pattern,))}: {pattern}: name groups, as [hr, managers], or {EVERYBODY}")

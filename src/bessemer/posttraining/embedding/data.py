@@ -67,7 +67,8 @@ def pack_questions(questions: Sequence[QuestionRow], tokenizer: Tokenizer, conte
         one = questions[place]
         parts = [(one.question, QUERY), (one.text, POSITIVE), *((text, NEGATIVE) for text in one.negatives)]
         same = numbers.setdefault(one.text, len(numbers) + 1)
-        texts, taken = [], 0
+        texts: list[tuple[np.ndarray, int, int, int]] = []
+        taken = 0
         for text, role in parts:
             ids = np.array(tokenizer.encode(text or " ")[:longest], np.int64)
             if taken + len(ids) <= context_length:

@@ -7,7 +7,7 @@ states that were trained here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -19,8 +19,9 @@ from bessemer.posttraining.data.splitting import split_examples
 from bessemer.posttraining.embedding.config import EmbedderConfig
 from bessemer.posttraining.embedding.data import QuestionRow, pack_questions, read_questions
 from bessemer.posttraining.embedding.objective import ContrastiveObjective
-from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import RunCost
+from bessemer.training.data.batch import Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 
 
@@ -51,18 +52,17 @@ def embedder(
         rows += read_questions(place, config.negatives)
     training, held_out = split_examples(rows, lambda row: row.question, config.validation_share, run.seed)
     packed = pack_questions(training, tokenizer, config.context_length, run.seed)
-    try:
-        validation = pack_questions(held_out, tokenizer, config.context_length, run.seed)
-    except SourceError:
-        # too few are held out to be told apart
-        validation = None
+    validation = _held_out(held_out, tokenizer, config, run.seed)
     run.progress.say(f"  {packed.questions:,} questions in {packed.rows:,} rows, {packed.questions / packed.rows:.1f} in each")
     if config.steps is None:
         config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * packed.rows)))
-    cost = None if validation is None else RunCost(validation.batch.tokens_BT.numel(), 0)
+    cost = None if validation is None else RunCost(validation.tokens_BT.numel(), 0)
     job = TrainingJob.open(config, model, run, description="embedder", cost=cost, only_resolve=only_resolve)
     config = job.config
-    hooks = TrainingHooks() if validation is None else TrainingHooks(lambda _: validation_on(validation.batch, config))
+    hooks = TrainingHooks()
+    if validation is not None:
+        on_step_end = validation_on(validation, config)
+        hooks = TrainingHooks(lambda decoder: on_step_end)
     summary = job.train(
         PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=ContrastiveObjective(config.temperature),
@@ -70,7 +70,15 @@ def embedder(
     )
     return {
         "questions": packed.questions,
-        "held_out": 0 if validation is None else validation.questions,
+        "held_out": len(held_out) if validation is not None else 0,
         "rows": packed.rows,
         **{name: value for name, value in summary.items() if name != "parameters"},
     }
+
+
+def _held_out(rows: Sequence[QuestionRow], tokenizer: Tokenizer, config: EmbedderConfig, seed: int) -> Batch | None:
+    """The held-out questions in rows; None where they are too few to be told apart."""
+    try:
+        return pack_questions(rows, tokenizer, config.context_length, seed).batch
+    except SourceError:
+        return None
