@@ -30,8 +30,8 @@ class ExampleFile:
 
 @dataclass(frozen=True)
 class ExamplePassage:
-    """A place in a row. part: the key of the row that holds it, such as `chosen`. row: its number, that of its line where it has
-    one. needle: which of the needles it is, by its number."""
+    """A place in a row. part: the key of the row that holds it, such as `chosen`. row: its number, that of its line where it
+    has one. needle: which of the needles it is, by its number."""
 
     file: ExampleFile
     row: int
