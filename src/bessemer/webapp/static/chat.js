@@ -346,6 +346,8 @@ async function answerTo(parent) {
   await pause();
   showQuestion(parent);
   if (location.hash !== `#c=${conversation.id}`) history.replaceState(null, "", `#c=${conversation.id}`);
+  // kept from the beginning: another conversation may be read before anything of the answer is there
+  save(conversation);
   for (const node of nodes) makeAnswer(node, (signal, says) => chatEvents(conversation, node, signal, says));
 }
 
