@@ -17,7 +17,7 @@ from tests.model.picture_files import drawn, encoded, write_picture_model
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, logprobs=0, ignore_eos=True)
 #: By compiled kernels and by the model's modules.
-KERNELS = ["off"] if library() is None else ["auto", "off"]
+KERNELS = ["off"] if library() is None else ["auto", pytest.param("off", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.model.layers.cache import DecoderCache
+from bessemer.model.vision.config import read_vision_language_config
 from bessemer.model.vision.encoder import Pixels, spread_positions
 from bessemer.model.vision.folder import (
     initial_vision_language,
@@ -18,7 +20,7 @@ from bessemer.model.vision.folder import (
     save_vision_encoder,
     save_vision_language,
 )
-from bessemer.model.vision.model import pixel_shuffle
+from bessemer.model.vision.model import Vision, pixel_shuffle
 from tests.model.vision_models import ENCODERS, MODELS, TOKENS, make, pictures, row
 
 TOLERANCE = 1e-4
@@ -118,7 +120,8 @@ def encoders(request, tmp_path_factory):
 def both(theirs, ours):
     """States and pooled vectors of both, of two pictures."""
     if not ours.config.takes_patches:
-        out, pixels = theirs(pictures(2)), Pixels(pictures(2))
+        values = pictures(2, ours.config.image_size)
+        out, pixels = theirs(values), Pixels(values)
     else:
         values = torch.randn(2, 20, 48, generator=torch.Generator().manual_seed(5))
         shapes = torch.tensor([[2, 7], [6, 3]])
@@ -146,8 +149,8 @@ def test_the_encoder_of_a_whole_siglip_is_read(tmp_path):
     text = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
     whole = transformers.SiglipModel(transformers.SiglipConfig(vision_config=tiny, text_config=text | {"projection_size": 24}))
     whole.eval().save_pretrained(tmp_path)
-    expected = whole.vision_model(pictures(1)).last_hidden_state
-    assert (load_vision_encoder(tmp_path)(Pixels(pictures(1))) - expected).abs().max() < TOLERANCE
+    expected = whole.vision_model(pictures(1, 18)).last_hidden_state
+    assert (load_vision_encoder(tmp_path)(Pixels(pictures(1, 18))) - expected).abs().max() < TOLERANCE
 
 
 @torch.no_grad()
@@ -157,8 +160,6 @@ def test_padded_pictures_of_idefics3_equal_those_of_transformers():
     mask[0, 0, :8, :12] = 1
     mask[0, 1] = 1
     expected = theirs.model.get_image_features(pictures(2)[None], mask).pooler_output[0]
-    from bessemer.model.vision.model import Vision
-
     config = _config_of(theirs)
     ours = Vision(config)
     weights = theirs.state_dict()
@@ -169,8 +170,6 @@ def test_padded_pictures_of_idefics3_equal_those_of_transformers():
 
 
 def _config_of(theirs):
-    from bessemer.model.vision.config import read_vision_language_config
-
     return read_vision_language_config(theirs.config.to_dict())
 
 
@@ -203,7 +202,22 @@ def test_new_models_are_drawn_from_a_seed(pair):
     assert torch.isfinite(first(row(tokens), Pixels(pictures(1)))).all()
 
 
+def test_a_llama_within_llava_has_the_sizes_that_its_file_leaves_out():
+    text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+    vision = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "hidden_size": 1024}
+    vision |= {"num_attention_heads": 16, "num_hidden_layers": 24, "intermediate_size": 4096}
+    config = read_vision_language_config(
+        {"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": vision}
+    )
+    theirs = transformers.LlamaConfig(**text)
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "rms_norm_eps"):
+        assert getattr(config.text, name) == getattr(theirs, name), name
+    # as the published processor counts them
+    assert config.tokens_per_tile == 576
+
+
 BAD = {
+    "sizes": ({"text_config": {"model_type": "qwen2", "vocab_size": 97}}, "text_config: hidden_size: a whole number is needed"),
     "scale": ({"scale_factor": 3}, "scale_factor: 3 does not divide a side of 4 patches"),
     "token": ({"image_token_id": 97}, "the image token 97 is not in the vocabulary of 97 tokens"),
     "text": ({"text_config": {"model_type": "mamba"}}, "text_config: unknown architecture 'mamba'"),
@@ -227,8 +241,6 @@ def test_settings_that_make_no_model_are_named(case, tmp_path):
 def test_a_missing_tensor_is_named(tmp_path):
     model = make("idefics3")
     model.save_pretrained(tmp_path)
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.connector.modality_projection.proj.weight"]
     save_file(weights, tmp_path / "model.safetensors")

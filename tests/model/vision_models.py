@@ -29,7 +29,7 @@ IMAGE = 5
 
 
 def _siglip(**others):
-    return transformers.SiglipVisionConfig(**_VISION, **others)
+    return transformers.SiglipVisionConfig(**_VISION | others)
 
 
 def _llava(vision, text, **others):
@@ -76,7 +76,8 @@ TOKENS = {"llava-clip-qwen2": 16, "llava-siglip-layers": 16, "idefics3": 4, "smo
 
 #: Encoders alone.
 ENCODERS = {
-    "siglip": lambda: transformers.SiglipVisionModel(_siglip()),
+    # as so400m-patch14-384: a side is no whole number of patches
+    "siglip": lambda: transformers.SiglipVisionModel(_siglip(image_size=18)),
     "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**_VISION)),
     "siglip2": lambda: transformers.Siglip2VisionModel(
         transformers.Siglip2VisionConfig(

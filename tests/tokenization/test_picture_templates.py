@@ -1,5 +1,7 @@
 """Chat templates that write contents in parts, and those that write texts."""
 
+import json
+
 import pytest
 
 from bessemer.core.errors import RequestError
@@ -24,6 +26,13 @@ def test_a_template_of_parts_writes_pictures_and_texts(tokenizer):
     text = rendered(tokenizer, ASKED)
     assert text.endswith("User:<image>what is it?<end_of_utterance>\nAssistant:")
     assert tokenizer.apply_chat_template(ASKED, add_generation_prompt=True).count(tokenizer.control_id("<image>")) == 1
+
+
+def test_the_template_of_an_older_processor_is_read(tmp_path):
+    folder = write_picture_tokenizer(tmp_path)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'][0]['text'] }}!"}))
+    asked = [{"role": "user", "content": [{"type": "text", "text": "what"}]}]
+    assert rendered(load_tokenizer(folder), asked) == "what!"
 
 
 def test_it_writes_contents_that_are_one_text(tokenizer):

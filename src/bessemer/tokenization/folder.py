@@ -24,6 +24,8 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 #: Other files in published folders. What `tokenizer_config.json` says takes precedence over the map.
 SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+#: Where older processors of pictures keep the template that has places for them.
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 #: Usual names of begin and end tokens, for a folder that names none.
@@ -230,12 +232,14 @@ def read_configuration(folder: Path) -> dict[str, Any]:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a folder: the one in its own file, else the one in `tokenizer_config.json`, where several may be
-    listed by name and `default` is taken."""
+    """The chat template of a folder: the one in its own file, else that of a processor of pictures, else the one in
+    `tokenizer_config.json`, where several may be listed by name and `default` is taken."""
     path = folder / CHAT_TEMPLATE_FILE
     if path.exists():
         return path.read_text(encoding="utf-8")
-    template: Any = read_settings(folder / TOKENIZER_CONFIG_FILE).get("chat_template")
+    template: Any = read_settings(folder / PROCESSOR_TEMPLATE_FILE).get("chat_template")
+    if not isinstance(template, str):
+        template = read_settings(folder / TOKENIZER_CONFIG_FILE).get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None

@@ -51,6 +51,17 @@ _SIZES: dict[str, dict[str, int]] = {
         "num_attention_heads": 16,
     },
 }
+#: Of a Llama within another model, what published files leave out (LLaVA 1.5).
+_LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+}
 _SIZES["siglip2_vision_model"] = _SIZES["clip_vision_model"] = _SIZES["siglip_vision_model"]
 _SIZES["smolvlm_vision"] = _SIZES["idefics3_vision"]
 
@@ -59,7 +70,8 @@ _SIZES["smolvlm_vision"] = _SIZES["idefics3_vision"]
 class VisionConfig:
     """Sizes of a picture encoder.
 
-    grid: patches along a side of the square that the learnt positions are of. has_head: whether it pools its states into one
+    image_size: side in pixels of the square that the learnt positions are of; the last pixels of a side that fill no patch are
+    not read. grid: patches along a side of it. has_head: whether it pools its states into one
     vector (SigLIP's attention pooling).
     """
 
@@ -69,16 +81,12 @@ class VisionConfig:
     num_hidden_layers: int
     num_attention_heads: int
     patch_size: int
+    image_size: int
     grid: int
     hidden_act: str
     layer_norm_eps: float
     num_channels: int = 3
     has_head: bool = False
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the square that the learnt positions are of."""
-        return self.grid * self.patch_size
 
     @property
     def has_class_token(self) -> bool:
@@ -149,6 +157,7 @@ def _vision_config(kind: str, values: Values) -> VisionConfig:
         raise ConfigError(f"a picture of {given['image_size']} pixels has no patch of {sizes['patch_size']}")
     return VisionConfig(
         model_type=kind,
+        image_size=sizes.get("image_size", grid * sizes["patch_size"]),
         grid=grid,
         hidden_act=given["hidden_act"],
         layer_norm_eps=float(given["layer_norm_eps"]),
@@ -192,7 +201,7 @@ def read_vision_language_config(values: Values) -> VisionLanguageConfig:
     kind = str(values.get("model_type", ""))
     if kind not in ARCHITECTURES:
         raise ConfigError(f"models with pictures of the type {kind!r} are not read; known are {', '.join(ARCHITECTURES)}")
-    if "vision_config" not in values or "text_config" not in values:
+    if not all(isinstance(values.get(part), Mapping) for part in ("vision_config", "text_config")):
         raise ConfigError("a model with pictures needs a vision_config and a text_config")
     of_text = {"model_type": "llama", **values["text_config"]}
     tied = values.get("tie_word_embeddings") or of_text.get("tie_word_embeddings")
@@ -247,6 +256,11 @@ def _text_config(values: Values) -> ModelConfig:
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
         raise ConfigError(f"text_config: unknown architecture {values.get('model_type')!r}; supported: {', '.join(FAMILIES)}")
+    if family.model_type == "llama":
+        values = _LLAMA | {name: value for name, value in values.items() if value is not None}
+    for name in family.required:
+        if not isinstance(values.get(name), int):
+            raise ConfigError(f"text_config: {name}: a whole number is needed, got {values.get(name)!r}")
     try:
         config = read_config(family, values)
     except KeyError as error:

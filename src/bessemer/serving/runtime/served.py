@@ -17,7 +17,7 @@ from bessemer.core.errors import RequestError
 from bessemer.inference.async_generation import ChoiceChunk
 from bessemer.inference.engine import Engine
 from bessemer.inference.images import PicturePrompt
-from bessemer.inference.request import Completion, Request
+from bessemer.inference.request import Completion, Prompt, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.vision.preprocessing import Prepared
 from bessemer.retrieval.answer import citation_form, grounded, most_sources
@@ -249,7 +249,7 @@ class Served:
 
         def prepare(tokens: Sequence[int], params: SamplingParams) -> Request:
             adapter, priority = self.adapter(chat.model), chat.priority
-            prompt = PicturePrompt(list(tokens), pictures) if pictures else list(tokens)
+            prompt: Prompt = PicturePrompt(list(tokens), pictures) if pictures else list(tokens)
             return self.engine.prepare(prompt, params, priority=priority, adapter=adapter, cache_salt=salt)
 
         turns, begun = [], []
