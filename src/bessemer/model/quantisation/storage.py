@@ -69,11 +69,11 @@ def compressed_parts(one: Stored, module: str, scheme: Scheme, shape: tuple[int,
     base = one.name.removesuffix(".weight")
     for suffix, name, spec, pack, unpack, within in form.tensors(outputs, inputs):
         made_of = (f"{module}.{name}", ours[name].shape)
-        seen = view if within is None else partial(_seen_within, view=view, within=within)
-        yield StoredPart(f"{base}.{suffix}", *made_of, *spec, seen, pack, unpack)
+        of_part: Callable[[Tensor], Tensor] = view if within is None else partial(_seen_within, view=view, within=within)
+        yield StoredPart(f"{base}.{suffix}", *made_of, *spec, of_part, pack, unpack)
         # readers that tie the codes still expect scales of the head
         if name == "scales" and module == EMBEDDING and tied:
-            yield StoredPart(f"{HEAD}.{suffix}", *made_of, *spec, seen, pack, None)
+            yield StoredPart(f"{HEAD}.{suffix}", *made_of, *spec, of_part, pack, None)
 
 
 def _seen_within(tensor: Tensor, view: Callable[[Tensor], Tensor], within: Callable[[Tensor], Tensor]) -> Tensor:
