@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -105,7 +106,7 @@ def test_a_long_prompt_read_at_once_has_the_decoders_logits():
 
 
 @pytest.mark.parametrize("config", [LONG, LONG.with_changes(**WINDOWS, sliding_window=150)], ids=["all", "windows"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"])
 def test_a_row_has_the_same_bits_however_its_text_is_cut_and_in_any_company(config, dtype):
     decoder = random_decoder(config).to(dtype)
     rows = random_tokens(config, 3, 300)
@@ -411,5 +412,8 @@ def test_a_layer_of_another_kind_is_refused_by_its_name():
     assert CompiledSteps.supports(decoder) == "it has layers of the type LoraLinear"
 
 
-def test_weights_of_float16_are_refused():
-    assert CompiledSteps.supports(small_decoder("dense").half()) == "its weights are float16"
+def test_weights_of_float16_are_multiplied_as_they_are_stored():
+    decoder = random_decoder(LONG).half()
+    rows = random_tokens(LONG, 1, 90)[0]
+    stored, widened = (kernel_steps(one, dtype=torch.float32) for one in (decoder, deepcopy(decoder).float()))
+    assert torch.equal(stored((0, rows, 0, 90))[0], widened((0, rows, 0, 90))[0])

@@ -109,6 +109,7 @@ LAYERS = {
         kind: lambda outputs=80, inputs=256, kind=kind, **how: random_blocks(kind, outputs, inputs, **how)
         for kind in BLOCK_FORMS
     },
+    "F16": lambda outputs=80, inputs=256, **how: random_linear(torch.float16, outputs, inputs, **how),
     "BF16": lambda outputs=80, inputs=256, **how: random_linear(torch.bfloat16, outputs, inputs, **how),
     "F32": lambda outputs=80, inputs=256, **how: random_linear(torch.float32, outputs, inputs, **how),
 }
@@ -164,7 +165,7 @@ def test_packed_blocks_are_read_back_byte_by_byte(kind):
         matrix.unpacked_blocks(torch.tensor([84]), kind)
 
 
-CODED = [name for name in LAYERS if name not in ("BF16", "F32")]
+CODED = [name for name in LAYERS if name not in ("F16", "BF16", "F32")]
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -186,7 +187,7 @@ def test_the_second_codes_are_of_what_the_first_leave_and_add_their_product(name
     assert torch.equal(matrix.multiply(x_MK, activation_bits=16), matrix.multiply(x_MK) + matrix.multiply(rest_MK))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_float_product_keeps_the_activations_as_they_are(dtype):
     layer, x_MK = random_linear(dtype, 48, 576, bias=True), rows(9, 576)
     expected = x_MK.double() @ layer.weight.double().T + layer.bias.double()
@@ -249,11 +250,12 @@ def test_the_largest_codes_of_blocks_do_not_overflow(kind, compute_elsewhere):
 
 
 @pytest.mark.parametrize("outputs, inputs", [(1, 32), (33, 100), (47, 36)])
-@pytest.mark.parametrize("name", ["Q8", "Q4", "BF16", "F32"])
+@pytest.mark.parametrize("name", ["Q8", "Q4", "F16", "BF16", "F32"])
 def test_outputs_and_inputs_may_have_any_size(name, outputs, inputs):
     draw = {
         "Q8": lambda: random_layer(8, outputs, inputs, inputs, bias=True),
         "Q4": lambda: random_layer(4, outputs, inputs, inputs, bias=True),
+        "F16": lambda: random_linear(torch.float16, outputs, inputs, bias=True),
         "BF16": lambda: random_linear(torch.bfloat16, outputs, inputs, bias=True),
         "F32": lambda: random_linear(torch.float32, outputs, inputs, bias=True),
     }
@@ -341,8 +343,8 @@ def test_layers_that_do_not_fit_together_are_refused():
         PackedMatrix.of(random_layer(4, 16, 192, 96))
     with pytest.raises(ValueError, match="cannot be packed together with codes"):
         PackedMatrix.of(LAYERS["Q4_K"](), LAYERS["Q4"]())
-    with pytest.raises(ValueError, match="float16"):
-        PackedMatrix.of(nn.Linear(32, 16, dtype=torch.float16))
+    with pytest.raises(ValueError, match="float64"):
+        PackedMatrix.of(nn.Linear(32, 16, dtype=torch.float64))
 
 
 def test_python_and_cpp_agree_on_a_matrix():

@@ -1,6 +1,7 @@
-// Products of weights in float32, bfloat16 and e4m3 with activations in float32: for every output one chain of fused
+// Products of weights in float32, float16, bfloat16 and e4m3 with activations in float32: for every output one chain of fused
 // multiplications and additions, from the first input to the last; in e4m3 one for each group, whose sums are scaled and added.
 #include <algorithm>
+#include <type_traits>
 
 #include "products.h"
 #include "registers.h"
@@ -28,17 +29,21 @@ inline void add_input(const Floats (&weights)[B], const float* values, int64_t s
     }
 }
 
+inline Floats load_numbers(const float* p) { return load_floats(p); }
+inline Floats load_numbers(const uint16_t* p) { return load_halves(p); }
+
 template <Kind kind, int R, int B>
 void block_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t block) {
     const int64_t k = matrix.k;
     Floats total[R][B];
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) total[r][b] = zero_floats();
-    if constexpr (kind == F32) {
-        const float* codes = static_cast<const float*>(matrix.codes) + block * k * WIDTH;
+    if constexpr (kind == F32 || kind == F16) {
+        using Number = std::conditional_t<kind == F32, float, uint16_t>;
+        const Number* codes = static_cast<const Number*>(matrix.codes) + block * k * WIDTH;
         for (int64_t i = 0; i < k; ++i) {
             Floats weights[B];
-            for (int b = 0; b < B; ++b) weights[b] = load_floats(codes + (b * k + i) * WIDTH);
+            for (int b = 0; b < B; ++b) weights[b] = load_numbers(codes + (b * k + i) * WIDTH);
             add_input<R, B>(weights, rows.values + i, rows.stride, total);
         }
     }
@@ -119,6 +124,7 @@ void any_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride
 void float_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
     switch (matrix.kind) {
         case F32: any_rows<F32>(matrix, rows, out, stride, first, last); break;
+        case F16: any_rows<F16>(matrix, rows, out, stride, first, last); break;
         case BF16: any_rows<BF16>(matrix, rows, out, stride, first, last); break;
         default: any_rows<F8>(matrix, rows, out, stride, first, last);
     }

@@ -106,6 +106,11 @@ void read_row(const Matrix& matrix, int64_t output, float* out) {
         for (int64_t i = 0; i < k; ++i) out[i] = codes[i * WIDTH];
         return;
     }
+    if (matrix.kind == F16) {
+        const uint16_t* codes = static_cast<const uint16_t*>(matrix.codes) + block * k * WIDTH + lane;
+        for (int64_t i = 0; i < k; ++i) out[i] = half_to_float(codes[i * WIDTH]);
+        return;
+    }
     if (matrix.kind == BF16) {
         const uint16_t* codes = static_cast<const uint16_t*>(matrix.codes) + block * K * WIDTH + 2 * lane;
         for (int64_t i = 0; i < k; ++i) out[i] = bfloat_to_float(codes[i / 2 * 2 * WIDTH + i % 2]);

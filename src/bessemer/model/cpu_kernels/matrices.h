@@ -8,7 +8,7 @@
 
 namespace bessemer {
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3, Q5 = 4, Q6 = 5, F8 = 6, MX4 = 7, IQ4 = 8 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3, Q5 = 4, Q6 = 5, F8 = 6, MX4 = 7, IQ4 = 8, F16 = 9 };
 
 constexpr int64_t WIDTH = 16;  // outputs side by side: one block of outputs
 constexpr int64_t GROUP = 32;  // neighbours along k that share a scale of the activations; k is padded to a multiple of it
@@ -16,13 +16,14 @@ constexpr int64_t GROUP = 32;  // neighbours along k that share a scale of the a
 inline int64_t padded(int64_t k) { return (k + GROUP - 1) / GROUP * GROUP; }
 inline int64_t blocks(int64_t n) { return (n + WIDTH - 1) / WIDTH; }
 // Whether weights are whole numbers times scales, which meet activations of 8 bits.
-inline bool is_coded(Kind kind) { return kind >= Q8 && kind != F8; }
+inline bool is_coded(Kind kind) { return kind >= Q8 && kind != F8 && kind != F16; }
 // Bits of a code.
 inline int64_t bits_of(Kind kind) { return kind == Q8 || kind == F8 ? 8 : kind == Q5 ? 5 : kind == Q6 ? 6 : 4; }
 
 // A linear layer's weight (n outputs, k inputs), packed by PackedMatrix in packed.py, which mirrors this struct.
 // For every block of 16 outputs, and K = padded(k):
 //   F32   float    [k][16]
+//   F16   float16  [k][16]
 //   BF16  uint16   [K / 2][16][2]             2 neighbours of k in a lane
 //   Q8    uint8    [K / 4][16][4]             code + 128, 4 neighbours of k in a lane
 //   Q4    uint8    [K / 8][16][4]             low nibbles k … k + 3, high nibbles k + 4 … k + 7
@@ -49,7 +50,7 @@ struct Matrix {
     const float* bias;      // n, or null
 };
 
-// m rows of k activations, and their codes for matrices of codes (F32, BF16 and F8 read the values). The caller owns all of it.
+// m rows of k activations, and their codes for matrices of codes (F32, F16, BF16 and F8 read the values). The caller owns all of it.
 // Rows prepared for a matrix of codes serve every other of the same k.
 //
 // A row is C rows of codes of 8 bits. With one, the activations are rounded to 8 bits. With two, the second is of what the first leaves,

@@ -56,9 +56,10 @@ T* pages_at(const Tensor& tensor) {
 
 Matrix matrix_of(const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& offsets,
                  const MaybeTensor& parts, const MaybeTensor& bias, int64_t kind, int64_t outputs, int64_t inputs, int64_t group) {
-    require(kind >= F32 && kind <= IQ4 && outputs > 0 && inputs > 0, "a packed matrix has a kind, outputs and inputs");
+    require(kind >= F32 && kind <= F16 && outputs > 0 && inputs > 0, "a packed matrix has a kind, outputs and inputs");
     const int64_t lanes = blocks(outputs) * WIDTH, whole = padded(inputs);
-    const int64_t bytes[] = {4 * inputs, 2 * whole, whole, whole / 2, whole * 5 / 8, whole * 6 / 8, whole, whole / 2, whole / 2};
+    const int64_t bytes[] = {4 * inputs,      2 * whole, whole,     whole / 2, whole * 5 / 8,
+                             whole * 6 / 8, whole,     whole / 2, whole / 2, 2 * inputs};
     require(codes.numel() * int64_t(codes.element_size()) == lanes * bytes[kind], "the codes are not those of the matrix");
     if (kind == F8) {
         require(group == 32 || group == 64 || group == 128, "e4m3 weights have groups of 32, 64 or 128");

@@ -33,6 +33,7 @@ class Kind(IntEnum):
     F8 = 6
     MX4 = 7
     IQ4 = 8
+    F16 = 9
 
 
 #: What can be packed.
@@ -107,13 +108,13 @@ class PackedMatrix:
         if len(kinds) != 1:
             raise ValueError(f"layers of one kind can be packed together, not {', '.join(sorted(k.name for k in kinds))}")
         kind = kinds.pop()
-        if kind in (Kind.F32, Kind.BF16):
+        if kind in _FLOATS.values():
             floats = [weight for weight in weights if isinstance(weight, nn.Linear | FloatWeight)]
             parts = [weight.weight.detach() for weight in floats]
             weight_NK = parts[0] if len(parts) == 1 else torch.cat(parts)
             size, inputs = weight_NK.shape
             bias = _bias([(weight.bias, weight.weight.shape[0]) for weight in floats])
-            pack = _pack_float32 if kind is Kind.F32 else _pack_bfloat16
+            pack = _pack_bfloat16 if kind is Kind.BF16 else _pack_floats
             return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, None, None, bias)
         if blocks:
             raise ValueError("blocks of GGUF files cannot be packed together with codes")
@@ -202,7 +203,7 @@ class PackedMatrix:
         return PackedMatrix(self.kind, shape, self.group, codes[blocks], scales, zeros, offsets, parts, bias)
 
     def multiply(self, x: Tensor, threads: int | None = None, activation_bits: int = 8) -> Tensor:
-        """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
+        """x (…, K) in float32, float16 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
 
         Outputs are split between `threads` (PyTorch's number of them when None). Quantised weights meet activations of
         `activation_bits`, 8 or 16, in groups of 32. With 16 it is the float product but for rounding, and takes twice the
@@ -257,15 +258,15 @@ class PackedMatrix:
         return blocks
 
     def unpacked_floats(self, outputs_N: Tensor) -> Tensor:
-        """The weights that were packed in float32 or bfloat16, of some outputs (…,): (…, K)."""
+        """The weights that were packed as floats, of some outputs (…,): (…, K)."""
         # (…, K), or (…, K / 2, 2)
         lanes = self._tensors[0][outputs_N // WIDTH, :, outputs_N % WIDTH]
-        return lanes if self.kind is Kind.F32 else lanes.flatten(-2)[..., : self.shape[1]]
+        return lanes.flatten(-2)[..., : self.shape[1]] if self.kind is Kind.BF16 else lanes
 
     @property
     def is_coded(self) -> bool:
         """Whether it holds codes, and not floats."""
-        return self.kind not in (Kind.F32, Kind.BF16)
+        return self.kind not in _FLOATS.values()
 
     def replaced_tensors(self, layer: QuantisedLinear) -> frozenset[str]:
         """The tensors of a layer that is packed here which this can give back; none where its codes were decoded and are not
@@ -342,7 +343,7 @@ def refusal(layer: Layer) -> str | None:
 
 #: Types of GGUF whose codes are places in a table.
 _OF_TABLES = {"MXFP4": Kind.MX4, "IQ4_NL": Kind.IQ4, "IQ4_XS": Kind.IQ4}
-_FLOATS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
+_FLOATS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 
 
 def _kind(weight: nn.Linear | CodedWeight | FloatWeight) -> Kind:
@@ -369,7 +370,7 @@ def _blocks(values_NK: Tensor, multiple: int) -> Tensor:
     return padded.view(-1, WIDTH, padded.shape[1])
 
 
-def _pack_float32(weight_NK: Tensor) -> Tensor:
+def _pack_floats(weight_NK: Tensor) -> Tensor:
     return _blocks(weight_NK, 1).transpose(1, 2).contiguous()
 
 

@@ -17,7 +17,7 @@ constexpr int64_t PART_BYTES = 32768;        // weights that a thread takes at o
 constexpr int64_t LEAST_PARTS = 4, MOST_PARTS = 64;  // of a matrix, for each thread
 
 int64_t bytes(const Matrix& matrix) {
-    const int64_t bits = matrix.kind == F32 ? 32 : matrix.kind == BF16 ? 16 : bits_of(matrix.kind);
+    const int64_t bits = matrix.kind == F32 ? 32 : matrix.kind == BF16 || matrix.kind == F16 ? 16 : bits_of(matrix.kind);
     return matrix.n * matrix.k * bits / 8;
 }
 
