@@ -87,7 +87,7 @@ def test_a_folder_is_in_the_form_of_bitsandbytes_and_is_read_back_bit_for_bit(fo
     torch.testing.assert_close(again(tokens_BT), model.eval()(tokens_BT), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("change", [{"load_in_4bit": False, "load_in_8bit": True}, {"bnb_4bit_quant_type": "fp4"}])
+@pytest.mark.parametrize("change", [{"load_in_4bit": False}, {"bnb_4bit_quant_type": "fp4"}])
 def test_other_codes_of_bitsandbytes_are_refused_by_their_kind(folder, tmp_path, change):
     place, _ = folder
     values = read_json(place / "config.json")
