@@ -366,8 +366,10 @@ def _bias(parts: list[tuple[Tensor | None, int]]) -> Tensor | None:
 def _blocks(values_NK: Tensor, multiple: int) -> Tensor:
     """(N / 16, 16, K) with N and K padded by zeros, K to `multiple`."""
     size, inputs = values_NK.shape
-    padded = functional.pad(values_NK, (0, -inputs % multiple, 0, -size % WIDTH))
-    return padded.view(-1, WIDTH, padded.shape[1])
+    lacking = (0, -inputs % multiple, 0, -size % WIDTH)
+    # padding by nothing would copy them
+    padded = functional.pad(values_NK, lacking) if any(lacking) else values_NK
+    return padded.reshape(-1, WIDTH, padded.shape[1])
 
 
 def _pack_floats(weight_NK: Tensor) -> Tensor:

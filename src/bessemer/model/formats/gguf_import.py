@@ -33,6 +33,8 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 _RUN = 1 << 22
 #: Number types that a folder may keep; all others are decoded to float32.
 _KEPT = {"F16": torch.float16, "BF16": torch.bfloat16}
+#: Number types whose bytes are numbers as PyTorch has them.
+_PLAIN = {"F32": torch.float32, **_KEPT}
 _NO_TOKENIZER = ("none", "no_vocab")
 
 
@@ -256,11 +258,10 @@ class GgufFile:
         info = self.infos[name]
         block = BLOCK_TYPES[info.type]
         values = torch.empty(info.shape, dtype=dtype)
-        flat, filled = values.view(-1), 0
+        flat, filled, plain = values.view(-1), 0, _PLAIN.get(block.name)
         for raw in self._runs(info):
-            run = dequantise(raw, block)
-            # undecoded values are read-only memory, which torch does not take
-            flat[filled : filled + len(run)] = torch.from_numpy(run if run.flags.writeable else run.copy())
+            run = torch.from_numpy(dequantise(raw, block)) if plain is None else torch.frombuffer(bytearray(raw), dtype=plain)
+            flat[filled : filled + len(run)] = run
             filled += len(run)
         return values
 
