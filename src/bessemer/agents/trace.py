@@ -136,7 +136,7 @@ def otlp(records: Sequence[Record]) -> dict[str, Any]:
                 }
                 if record["is_error"]:
                     attributes["error.type"] = "tool_error"
-                start = begun.get(record["call"], record["time"])
+                start = begun[record["call"]] if record["call"] in begun else record["time"]
                 spans.append(_span(trace, key, root, f"execute_tool {record['name']}", start, record["time"], attributes))
                 conversation.append(Message.tool(record["call"], record["name"], record["text"]))
     scope = {"scope": {"name": "bessemer.agents", "version": package_version("bessemer")}, "spans": spans}
