@@ -54,7 +54,7 @@ def test_anthropics_client_sends_pictures(engine, connected):
     source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(PNG).decode()}
     content = [{"type": "image", "source": source}, {"type": "text", "text": "what is this?"}]
     messages = [{"role": "user", "content": content}]
-    answer = client.messages.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
+    answer = client.messages.create(model="tiny", messages=messages, max_tokens=8, extra_body={"temperature": 0})
     wanted = direct(engine)
     assert "".join(block.text for block in answer.content) == wanted.text
     assert answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0) == wanted.prompt_tokens
