@@ -61,7 +61,7 @@ def read_picture(source: bytes | Path, name: str = "the picture") -> Picture:
     printing (CMYK) and 16 bits a colour, which have no exact form here. Raises ConfigError without the package Pillow.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError:
         raise ConfigError(install_advice("PIL")) from None
     data = _bytes_of(source, name)
@@ -79,7 +79,7 @@ def read_picture(source: bytes | Path, name: str = "the picture") -> Picture:
             return Picture.of(np.asarray(upright.convert("RGB")))
     except Image.DecompressionBombError:
         raise RequestError(f"{name} has more than {MOST_PIXELS:,} pixels; make it smaller") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise RequestError(f"{name} is no picture that is read; give one as {', '.join(FORMATS)}") from None
     except RequestError:
         raise
