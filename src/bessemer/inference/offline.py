@@ -135,7 +135,7 @@ class Reading(ABC):
 
     def score(
         self,
-        prefix: Prompt,
+        prefix: str | Sequence[int],
         continuations: Sequence[str] | Sequence[Sequence[int]],
         *,
         adapter: str | None = None,

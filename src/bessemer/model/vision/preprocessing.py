@@ -157,7 +157,8 @@ class Preprocessor:
         if self.rescale_factor is not None:
             values = (tiles.astype(np.float64) * self.rescale_factor).astype(np.float32)
         if self.mean is not None and self.std is not None:
-            values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+            mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+            values = ((values - mean) / std).astype(np.float32, copy=False)
         return values
 
 

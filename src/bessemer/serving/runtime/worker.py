@@ -153,7 +153,8 @@ class Turns:
     @property
     def prompt_tokens(self) -> int:
         # a picture is one token of a conversation, and many of the prompt
-        return len(self.prompt_ids) if self._first.images is None else self._first.prompt_tokens
+        first = self._first
+        return len(self.prompt_ids) if first is None or first.images is None else first.prompt_tokens
 
     @property
     def cached_tokens(self) -> int:
