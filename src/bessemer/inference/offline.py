@@ -35,7 +35,7 @@ from bessemer.inference.execution.weights import (
     copied_adapter,
     replace_weights,
 )
-from bessemer.inference.request import Prompt, Prompts, Request, ScheduledRequest, as_prompts, for_each
+from bessemer.inference.request import Prompts, Request, ScheduledRequest, as_prompts, for_each
 from bessemer.inference.request_builder import RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
