@@ -7,10 +7,9 @@ import torch
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.images import PicturePrompt, chat_prompt
-from bessemer.inference.scheduling.block_tables import image_key
-from bessemer.inference.scheduling.sequence import ImageMark
+from bessemer.inference.scheduling.sequence import ImageMark, image_key
 from bessemer.model.cpu_kernels import library
-from bessemer.model.decoder import EmbeddedRows
+from bessemer.model.layers.embedding import EmbeddedRows
 from bessemer.model.vision.pictures import Picture
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.model.picture_files import drawn, encoded, write_picture_model

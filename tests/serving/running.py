@@ -61,7 +61,8 @@ def servers() -> Iterator[Callable[..., str]]:
         **settings,
     ) -> str:
         listener = listen("127.0.0.1", 0)
-        server = create_server(engine, "tiny", ServingConfig(**settings), pages, pool, hooks, reranker, server_tools)
+        config = ServingConfig(**settings)
+        server = create_server(engine, "tiny", config, pages, pool, hooks, reranker, server_tools=server_tools)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         running.append((server, thread))

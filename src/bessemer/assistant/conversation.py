@@ -136,8 +136,10 @@ class Conversation:
     Encoded messages cannot change. `forget`, and `offer` with other tools, begin a new transcript.
     """
 
-    def __init__(self, messages: Iterable[Message] = ()) -> None:
+    def __init__(self, messages: Iterable[Message] = (), *, follows_assistant: bool = False) -> None:
+        """follows_assistant: whether the assistant may speak after a message of its own."""
         self._messages = list(messages)
+        self._follows_assistant = follows_assistant
         self._encoded = 0
         self._tools: list[Mapping[str, Any]] = []
         self.transcript = Transcript()
@@ -186,7 +188,7 @@ class Conversation:
 
     def template_inputs(self) -> list[dict[str, Any]]:
         """The messages for a chat template or an API. Raises RequestError where there is nothing to answer."""
-        if not self._messages or self._messages[-1].role == "assistant":
+        if not self._messages or (self._messages[-1].role == "assistant" and not self._follows_assistant):
             raise RequestError("the conversation has nothing that the assistant could answer; add what the user says")
         return [message.as_template_input() for message in self._messages]
 
@@ -211,7 +213,7 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """An independent copy, which keeps the transcript."""
-        other = Conversation(self._messages)
+        other = Conversation(self._messages, follows_assistant=self._follows_assistant)
         other._encoded, other._tools, other.transcript = self._encoded, self._tools, self.transcript.copy()
         return other
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.layout import Layout, balanced_stages
-from bessemer.model.decoder import Decoder, EmbeddedRows
+from bessemer.model.decoder import Decoder
 from bessemer.model.layers.cache import Cache
+from bessemer.model.layers.embedding import EmbeddedRows
 
 #: Members of a decoder that only the first or the last stage has, and those without weights that every stage has.
 _OF_THE_FIRST, _OF_THE_LAST = ("embed_tokens", "embed_positions"), ("norm", "lm_head", "score", "mtp")

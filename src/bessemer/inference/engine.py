@@ -49,7 +49,6 @@ from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.statistics import EngineStatistics
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.model_config import GENERATION_CONFIG
-from bessemer.model.vision.prompts import PictureReader
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -157,16 +156,6 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
     def longest(self) -> int:
         """The most tokens of prompt and completion together that the KV cache holds, at most the context."""
         return self.core.scheduler.longest(self.context_length)
-
-    @property
-    def context_shift(self) -> ContextShift | None:
-        """How a text that outgrows the context goes on; None where it ends there."""
-        return self._builder.shift
-
-    @property
-    def pictures(self) -> PictureReader | None:
-        """What prepares pictures for the model; None for one that reads none."""
-        return self._builder.pictures
 
     @property
     def default_params(self) -> SamplingParams:

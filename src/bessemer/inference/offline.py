@@ -36,13 +36,14 @@ from bessemer.inference.execution.weights import (
     replace_weights,
 )
 from bessemer.inference.request import Prompts, Request, ScheduledRequest, as_prompts, for_each
-from bessemer.inference.request_builder import RequestBuilder
+from bessemer.inference.request_builder import ContextShift, RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.model.adapters import Adapter
 from bessemer.model.adapters.folder import read_adapter
 from bessemer.model.attention.base import is_recurrent
 from bessemer.model.decoder import Decoder
+from bessemer.model.vision.prompts import PictureReader
 
 # Shapes: P prompts, R rows (P · n), T tokens of the longest row.
 
@@ -132,6 +133,16 @@ class Reading(ABC):
     @abstractmethod
     def _serve(self, requests: Sequence[ScheduledRequest]) -> None:
         """Compute these requests until all are done. Raises the first error that one of them has."""
+
+    @property
+    def context_shift(self) -> ContextShift | None:
+        """How a text that outgrows the context goes on; None where it ends there."""
+        return self._builder.shift
+
+    @property
+    def pictures(self) -> PictureReader | None:
+        """What prepares pictures for the model; None for one that reads none."""
+        return self._builder.pictures
 
     def score(
         self,

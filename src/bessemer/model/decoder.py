@@ -7,7 +7,7 @@ The config decides what each part does, so one class is every architecture of `f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,31 +26,12 @@ from bessemer.model.layers.attention_mask import AttentionMask, Rows, WholeRows,
 from bessemer.model.layers.block import Block, MtpModule
 from bessemer.model.layers.cache import Cache
 from bessemer.model.layers.document_keys import DocumentKeys
+from bessemer.model.layers.embedding import EmbeddedRows, Embedding
 from bessemer.model.layers.norms import make_last_norm
 from bessemer.model.layers.positions import RotaryPositions, Rotation, SinusoidalPositions
 from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised
 
-# Shapes: B batch, T time, D hidden, V vocabulary, H query heads, M tokens with vectors of their own.
-
-
-class EmbeddedRows(NamedTuple):
-    """Tokens that are given as vectors, in place of their rows of the embedding table: those of a picture.
-
-    rows_M: their places among all B · T tokens, counted along the rows. vectors_MD: as they are, without the embedding
-    multiplier.
-    """
-
-    rows_M: Tensor
-    vectors_MD: Tensor
-
-
-class Embedding(nn.Embedding):
-    """A table of vectors. On the meta device it draws no numbers: PyTorch loads its compiler for that, which takes seconds."""
-
-    def reset_parameters(self) -> None:
-        """Draw the numbers of a new table."""
-        if not self.weight.is_meta:
-            super().reset_parameters()
+# Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
 
 
 class Decoder(nn.Module):
@@ -353,8 +334,7 @@ class Decoder(nn.Module):
         if config.embedding_multiplier != 1:
             hidden_BTD = hidden_BTD * torch.tensor(config.embedding_multiplier, dtype=hidden_BTD.dtype)
         if embedded is not None:
-            vectors_MD = embedded.vectors_MD.to(hidden_BTD.dtype)
-            hidden_BTD = hidden_BTD.flatten(0, 1).index_copy(0, embedded.rows_M, vectors_MD).view_as(hidden_BTD)
+            hidden_BTD = embedded.put_into(hidden_BTD)
         if config.position_type in ("learned", "sinusoidal"):
             if positions_BT is None:
                 positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]

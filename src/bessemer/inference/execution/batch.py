@@ -21,7 +21,7 @@ from torch import Tensor
 from bessemer.inference.images import GivenRows, RequestImages
 from bessemer.inference.scheduling.sequence import ScheduledChunk
 from bessemer.model.adapters import Adapter
-from bessemer.model.decoder import EmbeddedRows
+from bessemer.model.layers.embedding import EmbeddedRows
 
 # Shapes: N new tokens, S sequences.
 

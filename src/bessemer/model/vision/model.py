@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.core.errors import RequestError
-from bessemer.model.decoder import Decoder, EmbeddedRows
+from bessemer.model.decoder import Decoder
 from bessemer.model.layers.cache import Cache
+from bessemer.model.layers.embedding import EmbeddedRows
 from bessemer.model.vision.config import VisionLanguageConfig
 from bessemer.model.vision.encoder import ACTIVATIONS, Pixels, VisionEncoder
 

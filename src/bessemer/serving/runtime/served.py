@@ -259,7 +259,7 @@ class Served:
             self._check_conversation(chat, messages)
             if chat.sources is not None:
                 messages, sources = self._grounded(chat, messages, chat.sources)
-            conversation = Conversation(messages)
+            conversation = Conversation(messages, follows_assistant=not chat.continues)
             if chat.answers > 1 and not self.hooks:
                 # encoded once for all answers; hooks may add to each turn's conversation
                 conversation.offer([tool.description_in_chat for tool in chat.tools])
