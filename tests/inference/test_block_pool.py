@@ -1,7 +1,6 @@
 import pytest
 
-from bessemer.inference.scheduling.block_tables import BlockPool
-from bessemer.inference.scheduling.sequence import chain_hash, root_hash
+from bessemer.inference.scheduling.block_tables import BlockPool, chain_hash, root_hash
 
 
 def test_a_released_block_without_a_seal_is_blank():

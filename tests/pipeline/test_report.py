@@ -70,11 +70,11 @@ def test_next_steps_begin_with_those_of_the_last_stage(tmp_path):
 
 def test_a_whole_run_is_gathered_in_the_order_of_its_recipe():
     found = run_of(sample_metrics(), sample_records())
-    titles = ["Data", "Tokenizer", "Model", "Pretraining", "Fine-tuning", "Evaluation", "Quantisation"]
+    titles = ["Data", "Tokenizer", "Model", "Pretraining", "Fine-tuning", "Evaluation", "Quantisation", "Red team"]
     assert [section.title for section in found.sections] == titles
     assert [(figure.value, figure.label) for figure in found.figures] == [
         ("21.4 MB", "of clean text"), ("1.31M", "parameters"), ("1.503", "bits per byte, held out"),
-        ("96%", "of its own questions"),
+        ("96%", "of its own questions"), ("50%", "attack success"), ("12%", "over-refusal"),
     ]  # fmt: skip
     assert {stage.name: stage.summary for stage in found.stages} == {
         "collect": "63,412 documents",
@@ -87,6 +87,7 @@ def test_a_whole_run_is_gathered_in_the_order_of_its_recipe():
         "sft": "300 steps",
         "evaluate": "2 models measured",
         "quantize": "int8, 1.3 MB of weights",
+        "redteam": "25 attempts, 75 queries",
     }
 
 

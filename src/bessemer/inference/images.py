@@ -42,7 +42,9 @@ def chat_prompt(
     the bytes of a file. Raises RequestError for a malformed message, picture or tool.
     """
     pictures: list[Picture] = []
-    plain = [_without_pictures(message, pictures) for message in messages]
+    # what is no list of messages is refused by the template
+    is_list = isinstance(messages, list | tuple)
+    plain = [_without_pictures(message, pictures) for message in messages] if is_list else messages
     ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tools=tools)
     return PicturePrompt(ids, pictures) if pictures else ids
 

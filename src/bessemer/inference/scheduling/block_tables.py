@@ -11,13 +11,30 @@ block that is written next never is, nor is it in the prefix cache.
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from bessemer.inference.scheduling.recurrent_states import SnapshotPool
-from bessemer.inference.scheduling.sequence import TokenSequence, chain_hash, image_key, root_hash
+from bessemer.inference.scheduling.sequence import TokenSequence, image_key
+
+
+def root_hash(salt: str | None, epoch: int = 0) -> bytes:
+    """The first hash of a chain: equal only for the same adapter (`salt`) and the same weights (`epoch`)."""
+    # repr keeps None apart from "None", and the comma keeps the two parts apart
+    return hashlib.blake2b(f"{epoch},{salt!r}".encode(), digest_size=32).digest()
+
+
+def chain_hash(parent: bytes, tokens: list[int], images: bytes = b"") -> bytes:
+    """The hash of a full block: of its tokens, its pictures (`image_key`) and, through `parent`, every block before it.
+
+    Two texts with one hash would read each other's keys without an error. 256 bits of blake2b do not collide by accident, and
+    no prompt is known to collide on purpose; Python's own `hash` of a tuple is easily forged.
+    """
+    return hashlib.blake2b(parent + array("q", tokens).tobytes() + images, digest_size=32).digest()
 
 
 class BlockPool:
@@ -362,10 +379,9 @@ class BlockTables:
         chain, size = sequence.chain, self.block_size
         if not chain:
             chain.append(root_hash(sequence.salt, self.epoch))
-        for block in range(len(chain) - 1, blocks):
-            start, end = block * size, (block + 1) * size
-            images = image_key(sequence.images, start, end) if sequence.images else b""
-            chain.append(chain_hash(chain[-1], sequence.tokens[start:end], images))
+        for start in range(size * (len(chain) - 1), size * blocks, size):
+            images = image_key(sequence.images, start, start + size) if sequence.images else b""
+            chain.append(chain_hash(chain[-1], sequence.tokens[start : start + size], images))
         return chain
 
     def findable(self, sequence: TokenSequence, tokens: int) -> int:

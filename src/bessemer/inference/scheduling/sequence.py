@@ -1,10 +1,8 @@
-"""The scheduler's data: a sequence (its tokens and KV blocks), the names of full blocks, the chunk of a sequence that a step
-computes, and a step's output."""
+"""The scheduler's data: a sequence (its tokens, pictures and KV blocks), the chunk of it that a step computes, and a step's
+output."""
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -18,23 +16,6 @@ class ImageMark(NamedTuple):
     start: int
     end: int
     digest: bytes
-
-
-def root_hash(salt: str | None, epoch: int = 0) -> bytes:
-    """The first hash of a chain: equal only for the same adapter (`salt`) and the same weights (`epoch`)."""
-    # repr keeps None apart from "None", and the comma keeps the two parts apart
-    return hashlib.blake2b(f"{epoch},{salt!r}".encode(), digest_size=32).digest()
-
-
-def chain_hash(parent: bytes, tokens: list[int], images: bytes = b"") -> bytes:
-    """The hash of a full block: of its tokens and, through `parent`, of every block before it. images: of the pictures that
-    some of the tokens stand for, `image_key`.
-
-    Two texts with one hash would read each other's keys without an error, so the hash must not collide: 256 bits of blake2b
-    do not collide by accident, and no prompt is known to collide on purpose. Python's own `hash` of a tuple has 64 bits that
-    are easily forged. The text itself as key would be compared in full, at the price of the whole prefix for each block.
-    """
-    return hashlib.blake2b(parent + array("q", tokens).tobytes() + images, digest_size=32).digest()
 
 
 def image_key(images: Sequence[ImageMark], start: int, end: int) -> bytes:
