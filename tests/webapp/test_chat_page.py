@@ -151,6 +151,7 @@ def test_a_cut_answer_goes_on_and_says_its_model_settings_and_place_in_the_conte
     page.wait_for_selector("#token-lens table")
     for button in page.locator(".tokens.pressable button").all():
         button.click(timeout=2000)
+    page.wait_for_selector("#side[data-place]")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert faults(page) == []
 

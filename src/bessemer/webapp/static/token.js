@@ -120,6 +120,7 @@ function choose(place) {
   now.setAttribute("aria-current", "true");
   now.scrollIntoView({ block: "nearest" });
   open.cursor?.setAttribute("x", String(place));
+  delete side.dataset.place;
   drawReading(place);
   drawNumbers(null);
   for (const id of ["token-lens", "token-attention", "token-experts"]) byId(id).classList.add("waiting");
@@ -146,6 +147,7 @@ const load = calm(60, async () => {
     drawExperts(found);
     if (!byId("token-lineage").hasChildNodes()) drawLineage();
     for (const waiting of side.querySelectorAll(".waiting")) waiting.classList.remove("waiting");
+    side.dataset.place = String(place);
   } catch (error) {
     if (open === asked) side.querySelector("#token-failure").replaceChildren(error.message);
   }
