@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.cpu_kernels import library, packed_linear
+from bessemer.model.cpu_kernels.weight_memory import weight_memory
 from bessemer.model.quantisation.base import BlockWeight, CodedWeight, Codes, FloatWeight, KernelWeight, NarrowFloatWeight
 from bessemer.model.quantisation.blocks import BLOCK_FORMS, GgufBlocks
 from bessemer.model.quantisation.integers import MIDDLE, pack
@@ -130,20 +131,24 @@ class PackedMatrix:
         blocks_NB = weights[0].blocks if len(weights) == 1 else torch.cat([weight.blocks for weight in weights])
         # zeros, so that outputs that fill up the last sixteen are no noise
         lanes, parts = -(-outputs // WIDTH), inputs // GROUP
-        codes = torch.zeros(lanes, parts, GROUP * WIDTH * form.bits // 8, dtype=torch.uint8)
-        scales, offsets = (torch.zeros(lanes, inputs // form.values, WIDTH, dtype=torch.float16) for _ in range(2))
-        kind_of_codes = _kind(weights[0])
-        exponents = torch.zeros(scales.shape, dtype=torch.uint8) if kind_of_codes is Kind.MX4 else None
-        of_parts = torch.zeros(lanes, parts, 2, WIDTH, dtype=torch.uint8) if form.has_parts else None
+        codes = weight_memory((lanes, parts, GROUP * WIDTH * form.bits // 8), torch.uint8)
+        kind_of_codes, of_groups = _kind(weights[0]), (lanes, inputs // form.values, WIDTH)
+        scales = exponents = None
+        if kind_of_codes is Kind.MX4:
+            exponents = weight_memory(of_groups, torch.uint8)
+        else:
+            scales = weight_memory(of_groups, torch.float16)
+        offsets = weight_memory(of_groups, torch.float16) if form.has_offsets else None
+        of_parts = weight_memory((lanes, parts, 2, WIDTH), torch.uint8) if form.has_parts else None
         bias = _bias([(weight.bias, len(weight.blocks)) for weight in weights])
         matrix = cls(
             kind_of_codes,
             (outputs, inputs),
             form.values,
             codes,
-            scales if exponents is None else None,
+            scales,
             exponents,
-            offsets if form.has_offsets else None,
+            offsets,
             of_parts,
             bias,
         )
@@ -373,12 +378,12 @@ def _blocks(values_NK: Tensor, multiple: int) -> Tensor:
 
 
 def _pack_floats(weight_NK: Tensor) -> Tensor:
-    return _blocks(weight_NK, 1).transpose(1, 2).contiguous()
+    return _laid_out(_blocks(weight_NK, 1).transpose(1, 2))
 
 
 def _pack_bfloat16(weight_NK: Tensor) -> Tensor:
     blocks = _blocks(weight_NK, GROUP)
-    return blocks.unflatten(-1, (-1, 2)).transpose(1, 2).contiguous()
+    return _laid_out(blocks.unflatten(-1, (-1, 2)).transpose(1, 2))
 
 
 def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
@@ -388,7 +393,7 @@ def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
     bits = 4 if kind is Kind.Q4 else 8
     size, inputs = codes_NP.shape[0], codes_NP.shape[1] * 8 // bits
     words = -(-inputs // GROUP) * GROUP * bits // 32
-    packed = torch.empty(-(-size // WIDTH), words, WIDTH, 4, dtype=torch.uint8)
+    packed = weight_memory((-(-size // WIDTH), words, WIDTH, 4), torch.uint8)
     # codes of 8 bits have 128 added
     given, flipped = codes_NP.contiguous(), 128 if kind is Kind.Q8 else 0
     kernels.bessemer_pack_codes(bits, given.data_ptr(), size, inputs, flipped, packed.data_ptr(), torch.get_num_threads())
@@ -396,4 +401,8 @@ def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
 
 
 def _pack_groups(values_NG: Tensor) -> Tensor:
-    return _blocks(values_NG, 1).transpose(1, 2).contiguous()
+    return _laid_out(_blocks(values_NG, 1).transpose(1, 2))
+
+
+def _laid_out(values: Tensor) -> Tensor:
+    return weight_memory(tuple(values.shape), values.dtype).copy_(values)

@@ -20,14 +20,18 @@ using namespace registers;
 
 #ifdef BESSEMER_AVX2
 constexpr int64_t MOST_ROWS = 4, MOST_ROWS_OF_TWO = 1, FETCHING_ROWS = 2;
+constexpr int NEAR_TO_TWO = 3;                 // the cache that two blocks are fetched to, 3 the first
 constexpr bool SIGNED_BYTES = true;            // codes of 8 bits lose the 128 that was added to them before they are multiplied
 #else
 constexpr int64_t MOST_ROWS = 6;               // multiplied together: their sums stay in registers
 constexpr int64_t MOST_ROWS_OF_TWO = 6;        // so many of them with two blocks of outputs, more with one
 constexpr int64_t FETCHING_ROWS = 4;           // more rows than that wait for sums, not for memory
+constexpr int NEAR_TO_TWO = 2;
 constexpr bool SIGNED_BYTES = false;
 #endif
 constexpr int64_t AHEAD = 4096;                 // bytes between the codes that are multiplied and those that are fetched
+// A fetched line brings its neighbour along, but where two places are read in turn.
+constexpr int lines(int blocks) { return blocks == 1 ? 2 : 1; }
 constexpr int64_t NEAR_BYTES = 1 << 18;         // codes that stay in the second cache while all rows meet them
 
 enum Codes { BYTES, NIBBLES, FIVES, SIXES, FLOATS, PLACES };  // as in a Q8, Q4, Q5, Q6, MX4 or IQ4 matrix
@@ -53,6 +57,12 @@ struct Blocks {
     int32_t parts_of_group;
     const Matrix* matrix;
 };
+
+// Asks for what is read soon. The second cache takes more requests at a time than the first.
+template <int B>
+inline void fetch(const void* place) {
+    __builtin_prefetch(place, 0, B > 1 ? NEAR_TO_TWO : 2);
+}
 
 // Codes of the fours 2 j and 2 j + 1 of a part at `codes`, j < 4, of a form of four bits and more. `upper` goes from call to call.
 template <Codes form>
@@ -88,7 +98,7 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ah
         for (int j = 0; j < 8; ++j)
             for (int b = 0; b < B; ++b) {
                 const uint8_t* place = codes + b * codes_stride + 64 * j;
-                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + ahead);
+                if (R <= FETCHING_ROWS && j % lines(B) == 0) fetch<B>(place + ahead);
                 const ByteWeights weights = byte_weights(load_bytes(place));
                 for (int r = 0; r < R; ++r)
                     products[j * H / 8][r][b] = dot(products[j * H / 8][r][b], weights, broadcast_four(activations + r * k + 4 * j));
@@ -98,7 +108,7 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ah
         for (int j = 0; j < 4; ++j)
             for (int b = 0; b < B; ++b) {
                 const uint8_t* place = codes + b * codes_stride;
-                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 * j + ahead);
+                if (R <= FETCHING_ROWS && j % lines(B) == 0) fetch<B>(place + 64 * j + ahead);
                 Bytes first, second;
                 load_pair<form>(place, j, upper[b], first, second);
                 const ByteWeights weights[2] = {byte_weights(first), byte_weights(second)};
@@ -117,7 +127,7 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ah
                     for (int b = 0; b < B; ++b) sums[r][b] = zero_pairs();
             for (int b = 0; b < B; ++b) {
                 const uint8_t* place = codes + b * codes_stride;
-                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 * j + ahead);
+                if (R <= FETCHING_ROWS && j % lines(B) == 0) fetch<B>(place + 64 * j + ahead);
                 Bytes first, second;
                 load_pair<form>(place, j, upper[b], first, second);
                 for (int r = 0; r < R; ++r) {
@@ -141,7 +151,7 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ah
         Bytes weights[PER_LOAD][B];
         for (int b = 0; b < B; ++b) {
             const uint8_t* place = codes + b * codes_stride;
-            if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + 64 / PER_LOAD * j + ahead);
+            if (R <= FETCHING_ROWS && j / PER_LOAD % lines(B) == 0) fetch<B>(place + 64 / PER_LOAD * j + ahead);
             if constexpr (form == BYTES) weights[0][b] = load_bytes(place + 64 * j);
             else load_pair<form>(place, j / 2, upper[b], weights[0][b], weights[PER_LOAD - 1][b]);
         }
@@ -174,13 +184,13 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
         const int64_t group = scaling == WHOLE_ROW ? 0 : (part >> shift) * WIDTH;
         // behind a block's last part the other block lies, which is read beside it
         const int64_t fetched = part + PARTS_AHEAD + (B == 1 || part + PARTS_AHEAD < parts ? 0 : parts);
-        if constexpr (R <= FETCHING_ROWS)
+        if (R <= FETCHING_ROWS && part % lines(B) == 0)  // of numbers of 32 bytes to a part, the next part's lie in the same line
             for (int b = 0; b < B; ++b) {
                 const int64_t place = b * blocks.groups_stride + (fetched >> shift) * WIDTH;
-                if constexpr (OF_CODES) __builtin_prefetch(blocks.parts + fetched * 2 * WIDTH + b * blocks.parts_stride);
-                if constexpr (scaling == EACH_PART) __builtin_prefetch(blocks.scales + place);
-                if constexpr (scaling == EACH_PART && zeros == OFFSETS) __builtin_prefetch(blocks.offsets + place);
-                if constexpr (scaling == POWERS_OF_TWO || zeros == EACH_GROUP) __builtin_prefetch(blocks.zeros + place);
+                if constexpr (OF_CODES) fetch<B>(blocks.parts + fetched * 2 * WIDTH + b * blocks.parts_stride);
+                if constexpr (scaling == EACH_PART) fetch<B>(blocks.scales + place);
+                if constexpr (scaling == EACH_PART && zeros == OFFSETS) fetch<B>(blocks.offsets + place);
+                if constexpr (scaling == POWERS_OF_TWO || zeros == EACH_GROUP) fetch<B>(blocks.zeros + place);
             }
         if constexpr (OF_CODES) {
             if (part == first || part % 8 == 0)
@@ -189,8 +199,8 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
                     group_scale[b] = load_halves(blocks.scales + place + group);
                     if constexpr (zeros == OFFSETS) group_offset[b] = load_halves(blocks.offsets + place + group);
                     if (R > FETCHING_ROWS) continue;
-                    __builtin_prefetch(blocks.scales + place + (fetched >> 3) * WIDTH);
-                    if constexpr (zeros == OFFSETS) __builtin_prefetch(blocks.offsets + place + (fetched >> 3) * WIDTH);
+                    fetch<B>(blocks.scales + place + (fetched >> 3) * WIDTH);
+                    if constexpr (zeros == OFFSETS) fetch<B>(blocks.offsets + place + (fetched >> 3) * WIDTH);
                 }
         }
         Ints products[H][R][B];
@@ -276,10 +286,14 @@ inline Blocks blocks_at(const Matrix& matrix, int64_t block, int64_t part) {
             &matrix};
 }
 
+// Blocks that are multiplied together: with two each activation is used twice. One row waits for memory, which gives most where it is
+// read in one place, unless much is to be computed of a code.
+constexpr int blocks_of(Codes form, int rows) { return rows > MOST_ROWS_OF_TWO || (rows == 1 && form != SIXES) ? 1 : 2; }
+
 // Up to MOST_ROWS rows: codes are unpacked where they are multiplied.
 template <Codes form, Scaling scaling, Zeros zeros, int R>
 void few_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
-    constexpr int B = R <= MOST_ROWS_OF_TWO ? 2 : 1;  // each activation is used twice, and memory is read in two places
+    constexpr int B = blocks_of(form, R);
     for (int64_t block = first; block < last; block += B) {
         const Blocks at = blocks_at(matrix, block, 0);
         Floats total[R][B];

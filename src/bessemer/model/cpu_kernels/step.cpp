@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t SOME_ROWS = 32;            // rows that one thread takes through a whole layer
 constexpr int64_t SMALL = 4096;              // numbers that one thread goes over sooner than two have agreed to share them
-constexpr int64_t PART_BYTES = 32768;        // weights that a thread takes at once
+constexpr int64_t PART_BYTES = 131072;       // weights that a thread takes at once: what it fetched beyond them is for nothing
 constexpr int64_t LEAST_PARTS = 4, MOST_PARTS = 64;  // of a matrix, for each thread
 
 int64_t bytes(const Matrix& matrix) {
