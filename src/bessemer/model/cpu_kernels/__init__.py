@@ -283,6 +283,8 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.bessemer_encode_blocks.restype = count
     kernels.bessemer_pack_codes.argtypes = [count, pointer, size, size, count, pointer, count]
     kernels.bessemer_pack_codes.restype = None
+    kernels.bessemer_pack_floats.argtypes = [count, pointer, size, size, pointer, count]
+    kernels.bessemer_pack_floats.restype = None
     kernels.bessemer_pack_blocks.argtypes, kernels.bessemer_pack_blocks.restype = [count, pointer, pointer, count], count
     kernels.bessemer_unpack_blocks.argtypes = [count, pointer, pointer, size, pointer]
     kernels.bessemer_unpack_blocks.restype = count

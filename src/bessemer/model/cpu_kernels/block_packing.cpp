@@ -239,6 +239,17 @@ struct Place {
         offset = matrix.offsets ? const_cast<uint16_t*>(matrix.offsets) + group : nullptr;
     }
 
+    // The place of another output of the same sixteen.
+    Place beside(int64_t lanes) const {
+        Place other = *this;
+        other.codes += 4 * lanes;
+        if (parts) other.parts += lanes;
+        if (exponent) other.exponent += lanes;
+        if (scale) other.scale += lanes;
+        if (offset) other.offset += lanes;
+        return other;
+    }
+
     void next() {
         codes += step;
         if (parts) parts += 2 * WIDTH;
@@ -276,19 +287,24 @@ inline void take_codes(const uint8_t* lane, uint8_t* codes) {
     }
 }
 
+// Up to sixteen outputs that lie side by side, a block of each at a time: what they share of a line is written while it is near.
 template <int UPPER>
-void pack_row(const PackedType& type, const uint8_t* blocks, const Matrix& matrix, int64_t output) {
+void pack_rows(const PackedType& type, const uint8_t* blocks, int64_t row_bytes, const Matrix& matrix, int64_t output, int64_t count) {
     Block block;
-    Place place(matrix, output);
-    for (int64_t first = 0; first < matrix.k; first += type.values, blocks += type.bytes) {
-        type.read(blocks, block);
-        for (int64_t part = 0; part < type.values / GROUP; ++part, place.next()) {
-            put_codes<UPPER>(block.codes + GROUP * part, place.codes);
-            if (place.exponent) *place.exponent = uint8_t(block.scale);
-            else *place.scale = block.scale;
-            if (place.offset) *place.offset = block.offset;
-            if (place.parts) place.parts[0] = block.parts[part][0], place.parts[WIDTH] = block.parts[part][1];
+    Place first(matrix, output);
+    for (int64_t value = 0; value < matrix.k; value += type.values, blocks += type.bytes) {
+        for (int64_t lane = 0; lane < count; ++lane) {
+            type.read(blocks + lane * row_bytes, block);
+            Place place = first.beside(lane);
+            for (int64_t part = 0; part < type.values / GROUP; ++part, place.next()) {
+                put_codes<UPPER>(block.codes + GROUP * part, place.codes);
+                if (place.exponent) *place.exponent = uint8_t(block.scale);
+                else *place.scale = block.scale;
+                if (place.offset) *place.offset = block.offset;
+                if (place.parts) place.parts[0] = block.parts[part][0], place.parts[WIDTH] = block.parts[part][1];
+            }
         }
+        for (int64_t part = 0; part < type.values / GROUP; ++part) first.next();
     }
 }
 
@@ -328,10 +344,37 @@ void pack_words(const uint8_t* rows, int64_t outputs, int64_t row_bytes, int64_t
     }
 }
 
+// Halves of sixteen rows side by side, two neighbours at a time.
+void pack_halves(const uint8_t* rows, int64_t outputs, int64_t k, uint8_t* packed) {
+    for (int64_t i = 0; i < k; i += 2) {
+        uint16_t lanes[2][WIDTH] = {};
+        for (int64_t lane = 0; lane < outputs; ++lane) {
+            const uint8_t* place = rows + (lane * k + i) * 2;
+            std::memcpy(&lanes[0][lane], place, 2);
+            if (i + 1 < k) std::memcpy(&lanes[1][lane], place + 2, 2);
+        }
+        std::memcpy(packed + i * WIDTH * 2, lanes, i + 1 < k ? sizeof lanes : sizeof lanes[0]);
+    }
+}
+
 }  // namespace
 }  // namespace bessemer
 
 using namespace bessemer;
+
+void bessemer_pack_floats(int32_t kind, const uint8_t* values, int64_t n, int64_t k, uint8_t* packed, int32_t threads) {
+    const int64_t size = kind == F32 ? 4 : 2, row_bytes = k * size, padded_bytes = (kind == BF16 ? padded(k) : k) * size;
+    const int64_t all = bessemer::blocks(n), parts = std::min<int64_t>(all, 8 * threads);
+    run_parts(threads, parts, [&](int64_t part) {
+        for (int64_t block = all * part / parts; block < all * (part + 1) / parts; ++block) {
+            const uint8_t* rows = values + block * WIDTH * row_bytes;
+            uint8_t* out = packed + block * WIDTH * padded_bytes;
+            const int64_t outputs = std::min(WIDTH, n - block * WIDTH);
+            if (kind == F16) pack_halves(rows, outputs, k, out);
+            else pack_words<false>(rows, outputs, row_bytes, padded_bytes / 4, 0, out);
+        }
+    });
+}
 
 void bessemer_pack_codes(int32_t bits, const uint8_t* codes, int64_t n, int64_t k, int32_t flipped, uint8_t* packed, int32_t threads) {
     const int64_t row_bytes = k * bits / 8, words = padded(k) * bits / 32, all = bessemer::blocks(n);
@@ -348,13 +391,12 @@ int32_t bessemer_pack_blocks(int32_t type, const uint8_t* blocks, const Matrix* 
     const PackedType* found = packed_type(type);
     if (!found) return 0;
     const int64_t row_bytes = matrix->k / found->values * found->bytes;
-    // outputs of one block share lines of memory
     const int64_t all = bessemer::blocks(matrix->n), parts = std::min<int64_t>(all, 8 * threads), upper = bits_of(matrix->kind) - 4;
-    const auto pack = upper == 0 ? pack_row<0> : upper == 1 ? pack_row<1> : pack_row<2>;
+    const auto pack = upper == 0 ? pack_rows<0> : upper == 1 ? pack_rows<1> : pack_rows<2>;
     run_parts(threads, parts, [&](int64_t part) {
         const int64_t last = std::min(all * (part + 1) / parts * WIDTH, matrix->n);
-        for (int64_t output = all * part / parts * WIDTH; output < last; ++output)
-            pack(*found, blocks + output * row_bytes, *matrix, output);
+        for (int64_t output = all * part / parts * WIDTH; output < last; output += WIDTH)
+            pack(*found, blocks + output * row_bytes, row_bytes, *matrix, output, std::min(WIDTH, last - output));
     });
     return 1;
 }

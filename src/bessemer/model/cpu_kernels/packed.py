@@ -115,8 +115,7 @@ class PackedMatrix:
             weight_NK = parts[0] if len(parts) == 1 else torch.cat(parts)
             size, inputs = weight_NK.shape
             bias = _bias([(weight.bias, weight.weight.shape[0]) for weight in floats])
-            pack = _pack_bfloat16 if kind is Kind.BF16 else _pack_floats
-            return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, None, None, bias)
+            return cls(kind, (size, inputs), GROUP, _pack_floats(weight_NK, kind), None, None, None, None, bias)
         if blocks:
             raise ValueError("blocks of GGUF files cannot be packed together with codes")
         if kind is Kind.F8:
@@ -377,13 +376,16 @@ def _blocks(values_NK: Tensor, multiple: int) -> Tensor:
     return padded.reshape(-1, WIDTH, padded.shape[1])
 
 
-def _pack_floats(weight_NK: Tensor) -> Tensor:
-    return _laid_out(_blocks(weight_NK, 1).transpose(1, 2))
-
-
-def _pack_bfloat16(weight_NK: Tensor) -> Tensor:
-    blocks = _blocks(weight_NK, GROUP)
-    return _laid_out(blocks.unflatten(-1, (-1, 2)).transpose(1, 2))
+def _pack_floats(weight_NK: Tensor, kind: Kind) -> Tensor:
+    """(blocks, K, 16), and for bfloat16 (blocks, K / 2, 16, 2) with K padded."""
+    kernels = library()
+    assert kernels is not None, "ask library() before a matrix is packed"
+    size, inputs = weight_NK.shape
+    lanes = (-(-inputs // GROUP) * GROUP // 2, WIDTH, 2) if kind is Kind.BF16 else (inputs, WIDTH)
+    packed = weight_memory((-(-size // WIDTH), *lanes), weight_NK.dtype)
+    given = weight_NK.contiguous()
+    kernels.bessemer_pack_floats(kind, given.data_ptr(), size, inputs, packed.data_ptr(), torch.get_num_threads())
+    return packed
 
 
 def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequant
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.quantisation.base import Codes, Scheme
+from bessemer.model.quantisation.blocks import GgufBlocks
 from bessemer.model.storage.model_config import GENERATION_CONFIG, write_model_config
 from bessemer.model.storage.weights import Entry, write_weights
 from bessemer.tokenization.formats.gguf_import import import_gguf as import_gguf_tokenizer
@@ -148,7 +150,6 @@ class GgufFile:
     """
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
-        # not memory-mapped: decoded blocks must not stay in memory
         self.path = path
         values, infos = read_head(path)
         self.infos: dict[str, TensorInfo] = {}
@@ -229,6 +230,14 @@ class GgufFile:
         for start in range(info.start, end, step):
             yield stream.read(min(step, end - start))
 
+    def _mapped(self, info: TensorInfo, dtype: torch.dtype) -> Tensor:
+        """The bytes of a tensor as the file has them, flat: pages of the file, copied where they are written to, and given back
+        with the tensor. Who overwrites the file meanwhile changes the tensor, so files are replaced as a whole."""
+        size, stream = self._bytes(info), self._streams[info.name]
+        lead = info.start % mmap.ALLOCATIONGRANULARITY
+        memory = mmap.mmap(stream.fileno(), lead + size, access=mmap.ACCESS_COPY, offset=info.start - lead)
+        return torch.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize, offset=lead)
+
     def kind(self, name: str) -> str:
         """The number type of a tensor."""
         return BLOCK_TYPES[self.infos[name].type].name
@@ -238,7 +247,10 @@ class GgufFile:
         its values, of 8 bits."""
         info, kind = self.infos[name], self.kind(name)
         block, as_it_is = BLOCK_TYPES[info.type], scheme_of(kind) == scheme
-        made = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in scheme.tensors(*info.shape).items()}
+        shapes = scheme.tensors(*info.shape)
+        if as_it_is and isinstance(scheme, GgufBlocks):
+            return Codes(scheme, {part: self._mapped(info, spec.dtype).view(spec.shape) for part, spec in shapes.items()})
+        made = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in shapes.items()}
         whole = {part: tensor.view(-1) for part, tensor in made.items()}
         filled, values = 0, prod(info.shape)
         for raw in self._runs(info):
@@ -254,11 +266,14 @@ class GgufFile:
         return Codes(scheme, made)
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor's values, decoded run by run."""
+        """A tensor's values, decoded run by run; as they are where the file has them in the type."""
         info = self.infos[name]
         block = BLOCK_TYPES[info.type]
+        plain = _PLAIN.get(block.name)
+        if plain == dtype and info.start % dtype.itemsize == 0:
+            return self._mapped(info, dtype).view(info.shape)
         values = torch.empty(info.shape, dtype=dtype)
-        flat, filled, plain = values.view(-1), 0, _PLAIN.get(block.name)
+        flat, filled = values.view(-1), 0
         for raw in self._runs(info):
             run = torch.from_numpy(dequantise(raw, block)) if plain is None else torch.frombuffer(bytearray(raw), dtype=plain)
             flat[filled : filled + len(run)] = run
