@@ -281,6 +281,8 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.bessemer_matrix_size.restype = size
     kernels.bessemer_encode_blocks.argtypes = [count, pointer, size, pointer, pointer, count]
     kernels.bessemer_encode_blocks.restype = count
+    kernels.bessemer_split_blocks.argtypes = [count, pointer, size, pointer, pointer, pointer, count]
+    kernels.bessemer_split_blocks.restype = count
     kernels.bessemer_pack_codes.argtypes = [count, pointer, size, size, count, pointer, count]
     kernels.bessemer_pack_codes.restype = None
     kernels.bessemer_pack_floats.argtypes = [count, pointer, size, size, pointer, count]

@@ -5,6 +5,7 @@
 
 #include "blocks.h"
 #include "parts.h"
+#include "registers.h"
 
 namespace bessemer {
 namespace {
@@ -361,6 +362,30 @@ void pack_halves(const uint8_t* rows, int64_t outputs, int64_t k, uint8_t* packe
 }  // namespace bessemer
 
 using namespace bessemer;
+
+int32_t bessemer_split_blocks(int32_t type, const uint8_t* blocks, int64_t count, uint8_t* codes, float* scales, float* offsets,
+                              int32_t threads) {
+    constexpr int32_t Q4_0 = 2, Q4_1 = 3, Q8_0 = 8;
+    if (type != Q4_0 && type != Q4_1 && type != Q8_0) return 0;
+    const int64_t head = type == Q4_1 ? 4 : 2, bytes = head + (type == Q8_0 ? 32 : 16), parts = std::min<int64_t>(count, 8 * threads);
+    run_parts(threads, parts, [&](int64_t part) {
+        for (int64_t block = count * part / parts; block < count * (part + 1) / parts; ++block) {
+            const uint8_t *p = blocks + block * bytes, *q = p + head;
+            scales[block] = registers::half_to_float(half_at(p));
+            if (type == Q4_1) offsets[block] = registers::half_to_float(half_at(p + 2));
+            if (type == Q8_0) {
+                std::memcpy(codes + 32 * block, q, 32);
+                continue;
+            }
+            uint8_t* pairs = codes + 16 * block;
+            for (int i = 0; i < 8; ++i) {
+                pairs[i] = uint8_t((q[2 * i] & 15) | q[2 * i + 1] << 4);
+                pairs[i + 8] = uint8_t(q[2 * i] >> 4 | (q[2 * i + 1] & 240));
+            }
+        }
+    });
+    return 1;
+}
 
 void bessemer_pack_floats(int32_t kind, const uint8_t* values, int64_t n, int64_t k, uint8_t* packed, int32_t threads) {
     const int64_t size = kind == F32 ? 4 : 2, row_bytes = k * size, padded_bytes = (kind == BF16 ? padded(k) : k) * size;

@@ -8,6 +8,10 @@ extern "C" {
 // Encodes `count` blocks of a quantised number type, numbered as by llama.cpp, anew: int8 codes, one for each value in their order,
 // and a scale for every 32 of them, a float16's value. Returns 1, and 0 for a type that is not known here.
 int32_t bessemer_encode_blocks(int32_t type, const uint8_t* blocks, int64_t count, int8_t* codes, float* scales, int32_t threads);
+// Takes `count` blocks of one of the types Q4_0, Q4_1 and Q8_0 apart: codes of a value each, or two neighbours to a byte and the first low,
+// and a block's scale, and offset in Q4_1, a float16's value. Returns 1, and 0 for another type.
+int32_t bessemer_split_blocks(int32_t type, const uint8_t* blocks, int64_t count, uint8_t* codes, float* scales, float* offsets,
+                              int32_t threads);
 // Packs n rows of k codes of 8 bits, or of 4 bits, two neighbours a byte and the first low, as a matrix has them: sixteen rows side by
 // side, filled up with zeros. `flipped`: the bits of a byte that are changed.
 void bessemer_pack_codes(int32_t bits, const uint8_t* codes, int64_t n, int64_t k, int32_t flipped, uint8_t* packed, int32_t threads);

@@ -188,6 +188,18 @@ def read_codes(raw: bytes, kind: str) -> dict[str, Tensor]:
     return scheme.read_blocks(np.frombuffer(raw, _block(kind).layout))
 
 
+def split_blocks(raw: Tensor, kind: str, made: Mapping[str, Tensor]) -> bool:
+    """Fill the tensors of a type's scheme with whole blocks, uint8 (bytes,), on all cores; False where the kernels are not
+    there, or do not know the type."""
+    kernels = library()
+    if kernels is None or not {"codes", "scales"} <= made.keys() <= {"codes", "scales", "offsets"}:
+        return False
+    assert all(tensor.dtype == torch.float32 for name, tensor in made.items() if name != "codes"), kind
+    codes, scales, offsets = (made[name].data_ptr() if name in made else None for name in ("codes", "scales", "offsets"))
+    blocks = len(raw) // _block(kind).bytes
+    return bool(kernels.bessemer_split_blocks(_NUMBERS[kind], raw.data_ptr(), blocks, codes, scales, offsets, usable_cores()))
+
+
 def is_quantised_type(kind: str) -> bool:
     """Whether a type is quantised: blocks of integers with scales."""
     return _BY_NAME[kind].values > 1

@@ -20,7 +20,15 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
 from bessemer.model.formats.gguf_base import SETTINGS, GgufFamily, GgufHead, Plus
-from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise, encode_blocks, read_codes, scheme_of
+from bessemer.model.formats.gguf_blocks import (
+    BLOCK_TYPES,
+    OTHER_TYPES,
+    dequantise,
+    encode_blocks,
+    read_codes,
+    scheme_of,
+    split_blocks,
+)
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.quantisation.base import Codes, Scheme
@@ -251,6 +259,8 @@ class GgufFile:
         if as_it_is and isinstance(scheme, GgufBlocks):
             return Codes(scheme, {part: self._mapped(info, spec.dtype).view(spec.shape) for part, spec in shapes.items()})
         made = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in shapes.items()}
+        if as_it_is and split_blocks(self._mapped(info, torch.uint8), kind, made):
+            return Codes(scheme, made)
         whole = {part: tensor.view(-1) for part, tensor in made.items()}
         filled, values = 0, prod(info.shape)
         for raw in self._runs(info):
