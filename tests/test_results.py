@@ -257,7 +257,7 @@ UNMARKED: dict[str, dict[str, list[str]]] = {
     "docs/filters.md": {_LIMIT: ["12 %", "50 ×"]},
     "docs/finetune.md": {_SETTING: ["80 %", "5 %", "5 to 30 %"]},
     "docs/guard.md": {_ASKED: ["90 %", "5 %"]},
-    "docs/kernels.md": {_SETTING: ["4 KB", "256 KB"]},
+    "docs/kernels.md": {_SETTING: ["256 KB"]},
     "docs/memorisation.md": {_PUBLISHED: ["21 %", "83 %"], _LEVEL: ["95 %"]},
     "docs/model-formats.md": {_DOWNLOAD: ["98 MB"], _SETTING: ["256 MB"]},
     "docs/model.md": {_ARITHMETIC: ["4 GB"], _LIMIT: ["1.5 GB"]},
