@@ -27,6 +27,7 @@ from bessemer.posttraining.data.formats import (
     is_plain_text,
 )
 from bessemer.posttraining.data.hub import HubDataset
+from bessemer.posttraining.data.picture_rows import asked_about, folder_rows
 
 Example = TypeVar("Example")
 #: Makes an example of a row. Raises ValueError or RequestError for a malformed one.
@@ -75,6 +76,8 @@ def open_rows(place: DataPlace) -> RowSet:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists() or _is_hub_layout(path):
         return _of_hub(HubDataset.of_folder(path))
     tables, texts = files_in(path)
+    if not tables and (pictures := folder_rows(path)):
+        return RowSet(str(path), "pictures", asked_about(pictures, PROMPTS))
     if tables and texts:
         raise SourceError(
             f"{path}: holds {len(tables):,} tables and {len(texts):,} texts, which are learnt in different ways; name the "
@@ -110,7 +113,7 @@ def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _joined(name: str, tables: Sequence[tuple[Path, RecordTable]]) -> RowSet:
-    records = [record for _, table in tables for record in table.records]
+    records = asked_about([record for _, table in tables for record in table.records], (*PROMPTS, *TURNS))
     bad = [row for _, table in tables for row in table.bad]
     kinds = list(dict.fromkeys(table.kind for _, table in tables))
     several = f"{len(tables):,} files of " if len(tables) > 1 else ""
