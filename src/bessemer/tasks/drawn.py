@@ -1,7 +1,7 @@
 """Pictures drawn from a seed, with questions whose answers are known: shape, colour, place, number, and a written word.
 
-Every picture is its own: places, sizes, colours, the ground and its noise are drawn. Answers of a question are equally frequent,
-so that a model that does not see the picture is right as often as chance says.
+Every picture is its own: places, sizes, colours, the ground and its noise are drawn. Answers of a question are equally
+frequent, so that a model that does not see the picture is right as often as chance says.
 """
 
 from __future__ import annotations
@@ -168,13 +168,20 @@ def _ground(generator: np.random.Generator, side: int) -> NDArray[np.float64]:
 
 
 def _draw(
-    canvas: NDArray[np.float64], shape: str, middle: NDArray[np.float64], radius: float, colour: str, generator: np.random.Generator
+    canvas: NDArray[np.float64],
+    shape: str,
+    middle: NDArray[np.float64],
+    radius: float,
+    colour: str,
+    generator: np.random.Generator,
 ) -> None:
     """A shape, each of whose pixels is as much its colour as its fine points are in it."""
     side = canvas.shape[0]
     first = np.maximum(0, np.floor(middle - radius)).astype(int)
     end = np.minimum(side, np.ceil(middle + radius)).astype(int)
-    below, right = ((np.arange((end[axis] - first[axis]) * _FINE) + 0.5) / _FINE + first[axis] - middle[axis] for axis in (0, 1))
+    below, right = (
+        (np.arange((end[axis] - first[axis]) * _FINE) + 0.5) / _FINE + first[axis] - middle[axis] for axis in (0, 1)
+    )
     _paint(canvas, _MASKS[shape](below[:, None], right[None, :], radius), first, colour, generator)
 
 

@@ -25,7 +25,9 @@ class DrawnPicturesConfig(SampledConfig):
     about: list[Question] = setting(
         default_factory=lambda: list(QUESTIONS), description="kinds of questions, asked by turns", min_length=1
     )
-    part: Literal["train", "held_out"] = setting("held_out", "pictures to train on, or others; whatever the seed, none is in both")
+    part: Literal["train", "held_out"] = setting(
+        "held_out", "pictures to train on, or others; whatever the seed, none is in both"
+    )
     side: int = setting(32, "side of a picture", unit="pixels", ge=32, le=512)
     blind: bool = setting(False, "show grey in place of every picture, by which the words of the questions alone are measured")
     max_tokens: int = setting(8, "longest answer", unit="tokens", ge=1)

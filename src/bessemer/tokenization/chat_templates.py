@@ -142,7 +142,7 @@ def template_name(text: str) -> str | None:
 
 
 def with_place_for_pictures(text: str, image: str) -> str:
-    """One of our templates, of `CHAT_TEMPLATES`, that also writes contents of parts, with the token `image` for each picture."""
+    """One of our templates, of `CHAT_TEMPLATES`, that also writes contents of parts, with the token `image` for a picture."""
     line = next(line for line in text.splitlines() if "message.role" in line and "+ message.content +" in line)
     before, _, after = line.partition(" + message.content + ")
     parts = (

@@ -132,7 +132,14 @@ class StartingModel:
         precision. float32 where norms of the weights are trained (DoRA), and beside codes.
         """
         adapter, is_half = self.adapter, self.dtype in ("bfloat16", "float16")
-        if adapter is None or not is_half or self.reads_pictures or adapter.dora or adapter.quantize is not None or holds_codes(self.folder):
+        if (
+            adapter is None
+            or not is_half
+            or self.reads_pictures
+            or adapter.dora
+            or adapter.quantize is not None
+            or holds_codes(self.folder)
+        ):
             return torch.float32
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)

@@ -86,7 +86,10 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ArtefactError(f"{path}: it asks to run code that comes with the model ('auto_map'); bessemer runs no such code")
     family = FAMILIES.get(values.get("model_type", ""))
     if values.get("model_type") in ARCHITECTURES:
-        raise ArtefactError(f"{path}: this model reads pictures: it is fine-tuned (sft, finetune), evaluated and served; nothing else is done with it yet")
+        raise ArtefactError(
+            f"{path}: this model reads pictures: it is fine-tuned (sft, finetune), evaluated and served; "
+            "nothing else is done with it yet"
+        )
     if family is None:
         known = ", ".join(FAMILIES)
         raise ArtefactError(f"{path}: unknown architecture {values.get('model_type')!r}; supported: {known}")

@@ -1,5 +1,5 @@
-"""A model that reads pictures from a language model that does not: an encoder, given or new, a new projector, the tokens of pictures,
-and a chat template with a place for them.
+"""A model that reads pictures from a language model that does not: an encoder, given or new, a new projector, the tokens of
+pictures, and a chat template with a place for them.
 
 The decoder keeps its weights; each new token starts as the mean of the embedding's rows. What is new must be trained before it
 says anything: LLaVA trains the projector alone first (Liu et al. 2023, section 4.2).
@@ -35,6 +35,7 @@ from bessemer.tokenization.chat_templates import CHAT_TEMPLATES, template_name, 
 from bessemer.tokenization.control_tokens import TEMPLATE_TOKENS
 from bessemer.tokenization.folder import CHAT_TEMPLATE_FILE
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.trained_template import extended_tokenizers, write_extended
 
 IMAGE = "<image>"
 #: The marks around a picture of Idefics3's form.
@@ -55,6 +56,7 @@ def build_vision_model(
         # a model's files fit together only as a whole
         text = Path(scratch) / "text"
         extend_model(model, text, special_tokens=_marks(config))
+        write_extended(text, [load_tokenizer(model).hash, *extended_tokenizers(model)])
         tokenizer = _with_template(load_tokenizer(text))
         decoder = load_model(text, dtype=torch.float32)
         shape = _shape(config, given, decoder.config, tokenizer)
@@ -165,8 +167,8 @@ def _with_template(tokenizer: Tokenizer) -> Tokenizer:
             # said below
             pass
         raise ConfigError(
-            f"{tokenizer.folder}: its chat template has no place for pictures, and is none of {', '.join(CHAT_TEMPLATES)}; write "
-            f"{IMAGE} where a part of a content is of the type 'image'"
+            f"{tokenizer.folder}: its chat template has no place for pictures, and is none of {', '.join(CHAT_TEMPLATES)}; "
+            f"write {IMAGE} where a part of a content is of the type 'image'"
         )
     name = template_name(text) if text is not None else _suitable(tokenizer)
     assert name is not None
@@ -177,4 +179,3 @@ def _with_template(tokenizer: Tokenizer) -> Tokenizer:
 def _suitable(tokenizer: Tokenizer) -> str:
     known = (name for name in ("chatml", "llama3") if all(map(tokenizer.control_id, TEMPLATE_TOKENS[name][1:])))
     return next(known, "plain")
-

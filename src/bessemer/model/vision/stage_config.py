@@ -25,8 +25,8 @@ class VisionStageConfig(Config):
     )
     projector: Literal["pixel_shuffle", "mlp"] = setting(
         "pixel_shuffle",
-        "from the encoder to the decoder: squares of patches joined, then one matrix (Idefics3, SmolVLM); or two layers over each "
-        "patch (LLaVA)",
+        "from the encoder to the decoder: squares of patches joined, then one matrix (Idefics3, SmolVLM); or two layers over "
+        "each patch (LLaVA)",
     )
     scale_factor: int = setting(2, "pixel_shuffle: patches along a side that become one token", ge=1)
     splits: bool = setting(False, "pixel_shuffle: whether a large picture is read in tiles, too, beside the whole made small")
@@ -34,7 +34,9 @@ class VisionStageConfig(Config):
     image_size: int = setting(32, "of a new encoder: side of the square that a picture is made", unit="pixels", ge=4)
     patch_size: int = setting(8, "of a new encoder: side of a patch", unit="pixels", ge=1)
     hidden_size: int = setting(128, "of a new encoder: width", ge=8)
-    intermediate_size: int | None = setting(None, "of a new encoder: width within the feed-forward network; none: three times the width")
+    intermediate_size: int | None = setting(
+        None, "of a new encoder: width within the feed-forward network; none: three times the width"
+    )
     num_hidden_layers: int = setting(3, "of a new encoder: layers", ge=1)
     num_attention_heads: int = setting(4, "of a new encoder: heads", ge=1)
 

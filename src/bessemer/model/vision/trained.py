@@ -27,8 +27,8 @@ from bessemer.model.vision.model import Vision, VisionLanguageModel
 class BatchPictures(NamedTuple):
     """The pictures of a batch, and which of their vectors each token is.
 
-    pixels: of all tiles. vector_of_token_BT: int64, the place of a token's vector among those of all tiles, tile by tile; −1 for
-    a token that is no picture's.
+    pixels: of all tiles. vector_of_token_BT: int64, the place of a token's vector among those of all tiles, tile by tile; −1
+    for a token that is no picture's.
     """
 
     pixels: Pixels

@@ -177,7 +177,9 @@ def _said(value: Any, where: str) -> Message:
         elif is_picture_part(part):
             pictures.append(picture_part(part, where))
         else:
-            raise ValueError(f"{where}: its content has a part of the kind {kind!r}, and only texts and pictures are learnt"[:200])
+            raise ValueError(
+                f"{where}: its content has a part of the kind {kind!r}, and only texts and pictures are learnt"[:200]
+            )
     return {
         "content": pictures if any(map(is_picture_part, pictures)) else "".join(texts),
         **({"tool_calls": calls} if calls else {}),

@@ -307,7 +307,9 @@ def made_conversations(
     """All examples that a user's `file.py:function` gives, in the formats of `read_conversations`. Raises ConfigError where
     there is no such function, SourceError as `read_conversations`."""
     parse = as_answered if columns is None else partial(answer_in_columns, columns=columns)
-    return [Conversation(answered, name, where, folder) for where, answered in examples_of_function(name, folder, parse, reader)]
+    return [
+        Conversation(answered, name, where, folder) for where, answered in examples_of_function(name, folder, parse, reader)
+    ]
 
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> None:

@@ -1,7 +1,7 @@
 """Conversations with pictures as examples: each picture's tokens in its place, and its prepared pixels in the run's file.
 
-In an example a token of a picture is written as −1 − n, for the n-th vector of all pictures, so that examples are cut and packed
-as those of text; `placed` then writes the model's image token, and keeps n beside it.
+In an example a token of a picture is written as −1 − n, for the n-th vector of all pictures, so that examples are cut and
+packed as those of text; `placed` then writes the model's image token, and keeps n beside it.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 | written as | becomes |
 |---|---|
-| parts `image_url` (OpenAI), `image` with `source` (Anthropic), `image`, `input_image` | parts `{"type": "image", "image": …}` |
-| a column `image` or `images` beside a conversation (LLaVA, `datasets`) | parts in the places of `<image>`, else before the first question |
+| parts `image_url` (OpenAI), `image` with `source` (Anthropic), `image` | parts `{"type": "image", "image": …}` |
+| a column `image` or `images` beside a conversation (LLaVA) | parts in the places of `<image>`, else before the question |
 | a column of files in a table of questions and answers | a part before each question |
-| a column of files with one of labels or captions, or a folder of pictures | the question `QUESTION`, and the label as its answer |
+| a column of files with one of labels or captions, a folder of pictures | the question `QUESTION`, the label as its answer |
 
-A picture is a path from the folder that holds the data, or its own data: a `data:` URI, into which bytes are made. An address is
-refused: nothing is fetched for a row.
+A picture is a path from the folder that holds the data, or its own data: a `data:` URI, into which bytes are made. An address
+is refused: nothing is fetched for a row.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def picture_source(given: Any, where: str) -> str:
     if given.startswith("file://"):
         return given.removeprefix("file://")
     if _ADDRESS.match(given):
-        raise ValueError(f"{where}: {given[:80]} is an address; nothing is fetched for a row: save the picture, and give its path")
+        raise ValueError(
+            f"{where}: {given[:80]} is an address; nothing is fetched for a row: save the picture, and give its path"
+        )
     return given
 
 
@@ -102,7 +104,9 @@ def with_pictures(messages: Sequence[Message], pictures: Sequence[str], where: s
             raise ValueError(f"{where}: there is no message of the user's that the pictures could be of")
         placed[first] = {**placed[first], "content": [*map(_part, left), *_parts_of(placed[first].get("content"))]}
     elif left:
-        raise ValueError(f"{where}: {len(pictures)} pictures are given, and the messages have {len(pictures) - len(left)} places")
+        raise ValueError(
+            f"{where}: {len(pictures)} pictures are given, and the messages have {len(pictures) - len(left)} places"
+        )
     return tuple(placed)
 
 

@@ -45,6 +45,7 @@ from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import find_tasks
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.trained_template import extended_tokenizers
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.data.batch import Batch, concatenated
 from bessemer.training.data.batches import BatchSource, StatelessBatches, TokenBatches
@@ -100,7 +101,9 @@ class MixedBatches(StatelessBatches):
         is_text = np.floor((positions + 1) * self._share) > texts_before
         return concatenated(
             [
-                _as_packed(self._text.batch(before), self._conversations.pictures) if text else self._conversations.batch(position - before)
+                _as_packed(self._text.batch(before), self._conversations.pictures)
+                if text
+                else self._conversations.batch(position - before)
                 for position, before, text in zip(positions.tolist(), texts_before.tolist(), is_text.tolist(), strict=True)
             ]
         )
@@ -184,7 +187,7 @@ def sft(
         if tokens is None:
             raise SourceError("pretraining_share: no stage of this recipe makes tokens, whose text would be mixed in")
         shards = TokenShards(tokens / TRAIN)
-        shards.check_tokenizer(tokenizer.hash, "the model")
+        shards.check_tokenizer(tokenizer.hash, "the model", extended_tokenizers(tokenizer.folder))
 
     cost = RunCost(validation.batch.tokens_BT.numel())
     if packed.batch.pictures is not None:

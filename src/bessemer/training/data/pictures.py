@@ -61,6 +61,7 @@ class PictureFile:
         self._first: dict[bytes, int] = {}
         self._shape: tuple[int, ...] = ()
         self._tiles = 0
+        self._table: PictureTable | None = None
 
     def add(self, prepared: Prepared) -> int:
         """The number of the first vector of a picture, which is written if it is new."""
@@ -79,9 +80,11 @@ class PictureFile:
     def table(self) -> PictureTable:
         """The pictures so far. At least one was added."""
         assert self._stream is not None
-        self._stream.flush()
-        tiles = np.memmap(self._path, np.uint8, "r", shape=(self._tiles, *self._shape))
-        return PictureTable(tiles, self._preprocessor, self._tokens_per_tile, tuple(self._first))
+        if self._table is None or len(self._table.tiles) < self._tiles:
+            self._stream.flush()
+            tiles = np.memmap(self._path, np.uint8, "r", shape=(self._tiles, *self._shape))
+            self._table = PictureTable(tiles, self._preprocessor, self._tokens_per_tile, tuple(self._first))
+        return self._table
 
     @property
     def is_empty(self) -> bool:
