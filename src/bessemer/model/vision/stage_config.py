@@ -19,7 +19,7 @@ class VisionStageConfig(Config):
 
     encoder: str | None = setting(
         None,
-        "folder of a SigLIP or CLIP, whose encoder is taken with its weights (its files, not its place, enter the stage's key); "
+        "folder of a SigLIP or CLIP, whose encoder is taken with its weights (its files, not its place, enter the key); "
         "none: a new one of the sizes below",
         affects_output=False,
     )

@@ -231,8 +231,8 @@ def _sources_of(row: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation to learn from, and its source: a file or the name of made data. place: its row, for messages. folder: where
-    the paths of its pictures begin."""
+    """A conversation to learn from, and its source: a file or the name of made data. place: its row, for messages. folder:
+    where the paths of its pictures begin."""
 
     answered: Answered
     source: str
