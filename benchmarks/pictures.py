@@ -6,10 +6,10 @@
 The recipe `pictures` makes a decoder, an encoder and a projector with random weights, and trains them on questions about drawn
 pictures: the shape, the colour and the place of a thing, how many there are, a written word. Asked are questions about pictures
 of another seed, none of which is among those of training (the hashes of their files say so); and the same questions with grey
-in place of the pictures, whose answers the words of a question alone decide: what chance allows and 5 points.
+in place of the pictures, whose answers the words of a question alone decide: chance and at most 5 points.
 
-Digits: the 1,797 pictures of 8 × 8 pixels that scikit-learn ships, of which one in five is held out. The others, each also moved
-by a pixel up, down, left and right, are files beside a table of two columns, which `finetune` takes; the model is the
+Digits: the 1,797 pictures of 8 × 8 pixels that scikit-learn ships, of which one in five is held out. The others, each also
+moved by a pixel up, down, left and right, are files beside a table of two columns, which `finetune` takes; the model is the
 recipe's. Needs scikit-learn's files, and not the package itself.
 
 Nothing is timed to compare, so other work may run; the minutes are of the process. Result: `pictures.json`.
