@@ -34,17 +34,18 @@ from bessemer.core.environment import set_environment
 
 set_environment()  # before PyTorch reads it
 
-from bessemer.core.hashing import derive_seed, hash_bytes  # noqa: E402
+from bessemer.core.hashing import derive_seed, hash_value  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.evaluation.task_answerers import answers  # noqa: E402
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams  # noqa: E402
 from bessemer.model.formats import ModelSource  # noqa: E402
 from bessemer.model.vision.pictures import Picture  # noqa: E402
 from bessemer.pipeline.api import run  # noqa: E402
-from bessemer.posttraining.data.picture_rows import QUESTION  # noqa: E402
+from bessemer.posttraining.data.picture_rows import QUESTION, sources_in  # noqa: E402
 from bessemer.posttraining.sft.config import FinetuneConfig  # noqa: E402
 from bessemer.posttraining.sft.finetune import finetune  # noqa: E402
-from bessemer.tasks.drawn import ANSWERS, QUESTIONS, drawn_items, png_of  # noqa: E402
+from bessemer.tasks.config import TaskOptions  # noqa: E402
+from bessemer.tasks.drawn import ANSWERS, QUESTIONS, png_of  # noqa: E402
 from bessemer.tasks.registry import find_tasks  # noqa: E402
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
@@ -58,7 +59,7 @@ MEASURES = (
 )
 
 #: Seed of the tasks, and how many pictures the recipe's stages train on at most.
-SEED, TRAINED = 1234, 18_000
+SEED, TRAINED = 1234, 24_000
 #: One digit in so many is held out; passes over the others; places of a digit beside its own, in pixels down and right.
 EVERY, EPOCHS, MOVES = 5, 6.0, ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
 ASKED = {"drawn pictures": 0.9, "digits": 0.97, "blind above chance": 0.05}
@@ -76,8 +77,16 @@ def scores(engine: Engine, task_name: str) -> dict[str, Any]:
 
 def pictures_in_both() -> int:
     """How many pictures of the evaluation are among those of training."""
-    seen = {hash_bytes(item.png) for item in drawn_items(TRAINED, derive_seed(SEED, "train"))}
-    return sum(hash_bytes(item.png) in seen for item in drawn_items(500, derive_seed(SEED, "held_out")))
+    trained, held_out = (
+        pictures_of(name, limit) for name, limit in (("drawn_pictures", TRAINED), ("drawn_pictures_held_out", None))
+    )
+    return len(trained & held_out)
+
+
+def pictures_of(task_name: str, limit: int | None) -> set[str]:
+    """The hashes of the pictures of a task."""
+    (task,) = find_tasks([task_name], TaskOptions(limit=limit))
+    return {hash_value(sources_in(question.context)) for question in task.questions()}
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, str]:

@@ -129,7 +129,7 @@ def png_of(pixels: Pixels) -> bytes:
 def _of_one(generator: np.random.Generator, side: int) -> DrawnPicture:
     shape, colour, place = (_one_of(generator, answers) for answers in (SHAPES, tuple(COLOURS), PLACES))
     row, column = divmod(PLACES.index(place), 3)
-    canvas, radius = _ground(generator, side), generator.uniform(0.11, 0.16) * side
+    canvas, radius = _ground(generator, side), generator.uniform(0.13, 0.165) * side
     middle = (np.array([row, column]) + 0.5) * side / 3 + generator.uniform(-0.04, 0.04, 2) * side
     _draw(canvas, shape, middle, radius, colour, generator)
     return DrawnPicture(_with_noise(canvas, generator), {"shape": shape, "colour": colour, "place": place})
