@@ -61,7 +61,7 @@ def packed(folder, tmp_path):
 
 
 def test_a_picture_has_its_tokens_none_of_which_is_learnt(packed):
-    conversations, tokenizer, pictures, batch = packed
+    _, tokenizer, _, batch = packed
     image, is_picture_BT = tokenizer.control_id("<image>"), batch.vector_of_token_BT >= 0
     assert torch.equal(is_picture_BT, batch.tokens_BT == image)
     # 4 · 4 tiles and the whole of the square picture, 4 · 3 and the whole of the others; the first two stand twice
@@ -161,7 +161,7 @@ def test_what_cannot_be_trained_is_one_line(folder, tmp_path):
     write_small_tokenizer(tmp_path / "text")
     (tmp_path / "text" / "chat_template.jinja").write_text(CHAT_TEMPLATES["chatml"])
     text = load_tokenizer(tmp_path / "text")
-    with pytest.raises(SourceError, match="has no place for pictures|has pictures, and this model reads none"):
+    with pytest.raises(SourceError, match=r"has no place for pictures|has pictures, and this model reads none"):
         pack_conversations(read_conversations(folder / "missing.jsonl"), text, 64)
 
 
