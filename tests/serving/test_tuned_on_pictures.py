@@ -138,5 +138,5 @@ def test_a_task_shows_its_pictures_and_a_blind_one_grey(tuned):
 def test_a_model_without_eyes_is_told_so(tmp_path):
     engine = Engine(small_decoder("dense"), small_tokenizer(tmp_path), config=EngineConfig(kv_memory=0.01))
     (task,) = find_tasks(["drawn_pictures_held_out"], TaskOptions(limit=2))
-    with pytest.raises(RequestError, match="no place for pictures|reads no pictures"):
+    with pytest.raises(RequestError, match=r"no place for pictures|reads no pictures"):
         list(answers(engine, task, task.questions()))
