@@ -1,11 +1,16 @@
 """Pictures in rows: as parts, under columns, as files in a table, as a folder; and what is refused."""
 
 import base64
+import io
+import json
+import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from bessemer.core.errors import SourceError
-from bessemer.posttraining.data.examples import files_fingerprint, read_conversations
+from bessemer.core.errors import ArtefactError, SourceError
+from bessemer.posttraining.data.examples import RowReader, files_fingerprint, read_conversations
 from bessemer.posttraining.data.formats import as_answered, as_labelled, as_pair
 from bessemer.posttraining.data.picture_rows import QUESTION, sources_in
 from bessemer.posttraining.data.splitting import opening_of
@@ -123,3 +128,41 @@ def test_a_folder_of_pictures_without_labels_is_no_data(tmp_path):
     (tmp_path / "cat.png").write_bytes(PNG)
     with pytest.raises(SourceError, match="holds no table and no text"):
         read_conversations(tmp_path)
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_a_tar_of_pictures_is_read_and_never_unpacked(tmp_path):
+    said = json.dumps({"conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]})
+    first = write_tar(tmp_path / "0.tar", [("1.png", PNG), ("1.txt", b"a cat\n"), ("2.png", PNG), ("2.cls", b"dog")])
+    write_tar(tmp_path / "1.tar", [("a/3.png", PNG), ("a/3.json", said.encode())])
+    one, two = read_conversations(first)
+    assert sources_in(one.messages) == [URI] and one.messages[1]["content"] == "a cat"
+    assert two.messages[0]["content"][1]["text"] == QUESTION and two.messages[1]["content"] == "dog"
+    (three,) = read_conversations(tmp_path / "1.tar")
+    assert three.messages[0]["content"] == [{"type": "image", "image": URI}, {"type": "text", "text": "what?"}]
+
+
+def test_a_tar_that_leads_outward_or_is_none_is_refused(tmp_path):
+    good = [(f"{number}.{ending}", PNG if ending == "png" else b"cat") for number in range(40) for ending in ("png", "txt")]
+    path = write_tar(tmp_path / "out.tar", [*good, ("../../41.png", PNG), ("../../41.txt", b"cat")])
+    reader = RowReader()
+    assert len(read_conversations(path, reader=reader)) == 40
+    assert [row.why for row in reader.bad] == ["its name leads out of the archive"]
+    (tmp_path / "none.tar").write_bytes(b"this is no archive at all")
+    with pytest.raises(ArtefactError, match=r"none\.tar: no tar that can be read"):
+        read_conversations(tmp_path / "none.tar")
+
+
+def test_a_parquet_file_holds_the_bytes_of_pictures(tmp_path):
+    table = pa.table({"image": [{"bytes": PNG, "path": "cat.png"}], "question": ["what?"], "answer": ["a cat"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    (one,) = read_conversations(tmp_path / "rows.parquet")
+    assert sources_in(one.messages) == [URI]

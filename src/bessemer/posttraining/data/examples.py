@@ -39,7 +39,7 @@ from bessemer.posttraining.data.formats import (
 )
 from bessemer.posttraining.data.hub import HubDataset
 from bessemer.posttraining.data.made import MISMATCHED, TASK, OnBadRow, data_name, data_path, made_path
-from bessemer.posttraining.data.picture_rows import SUFFIXES, pictures_of, sources_in
+from bessemer.posttraining.data.picture_rows import SUFFIXES, has_pictures, pictures_of, sources_in
 from bessemer.posttraining.data.preview import Understood, understand
 from bessemer.posttraining.data.splitting import opening, split_examples
 from bessemer.posttraining.data.understanding import (
@@ -337,7 +337,7 @@ def _pairs(path: Path, seed: int) -> list[Pair]:
     by_kind: dict[tuple[str, ...], list[Conversation]] = defaultdict(list)
     for conversation in read_examples(path, _conversation):
         messages = conversation.messages
-        if len(messages) == 2 and not conversation.source.startswith(TASK):
+        if len(messages) == 2 and not conversation.source.startswith(TASK) and not has_pictures(messages):
             by_kind[tuple(str(messages[0]["content"]).split()[:_WORDS_OF_KIND])].append(conversation)
     pairs = []
     for kind, alike in by_kind.items():

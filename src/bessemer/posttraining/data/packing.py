@@ -50,7 +50,7 @@ class EncodedExample:
 def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Encoded]:
     """The examples of a conversation. Raises as `encode_turns`."""
     answered = conversation.answered
-    return encode_turns(answered.prompt, answered.answer, tokenizer, answered.tools)
+    return encode_turns(answered.prompt, answered.answer, tokenizer, answered.tools, pictures=True)
 
 
 def fit_each(

@@ -6,6 +6,7 @@
 | a column `image` or `images` beside a conversation (LLaVA) | parts in the places of `<image>`, else before the question |
 | a column of files in a table of questions and answers | a part before each question |
 | a column of files with one of labels or captions, a folder of pictures | the question `QUESTION`, the label as its answer |
+| a tar in WebDataset's form (`tar_rows`) | the same, or what its JSON holds |
 
 A picture is a path from the folder that holds the data, or its own data: a `data:` URI, into which bytes are made. An address
 is refused: nothing is fetched for a row.
@@ -14,12 +15,16 @@ is refused: nothing is fetched for a row.
 from __future__ import annotations
 
 import base64
+import json
 import re
+import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.records import Record
+from bessemer.core.errors import ArtefactError
+from bessemer.core.records import BadRow, Record
 
 Message = dict[str, Any]
 
@@ -200,7 +205,8 @@ def _has_pictures(records: Sequence[Record]) -> bool:
     try:
         return any(pictures_of(one.values) for one in records[:8])
     except ValueError:
-        return True
+        # an address: the words alone are read
+        return False
 
 
 def folder_rows(folder: Path) -> list[Record]:
@@ -221,3 +227,66 @@ def folder_rows(folder: Path) -> list[Record]:
             continue
         records.append(Record({"image": inside.as_posix(), "label": label}, number, str(path)))
     return records
+
+
+#: Ending of archives that are read as rows.
+TAR = ".tar"
+#: Most bytes of a file in a tar that is read.
+MOST_BYTES = 64 << 20
+#: Endings of the files in a tar that say what a picture is, besides `.json`.
+_SAYING = (".txt", ".caption", ".cls")
+
+
+def tar_rows(path: Path) -> tuple[list[Record], list[BadRow]]:
+    """The rows of a tar in WebDataset's form: neighbouring files of one name without endings are a row, `7.jpg` with `7.txt`,
+    `7.cls` or `7.json`. Nothing is unpacked, and what is no file is passed over. Rows of names that lead out of the archive, of
+    files above `MOST_BYTES` and of damaged JSON are bad ones. Raises ArtefactError for what is no tar."""
+    records: list[Record] = []
+    bad: list[BadRow] = []
+    key, values, why = "", dict[str, Any](), ""
+
+    def end() -> None:
+        place = f"{path}: {key}"
+        if why:
+            bad.append(BadRow(len(records) + len(bad) + 1, place, why))
+        elif values:
+            records.append(Record(dict(values), len(records) + len(bad) + 1, place))
+
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, ending = name.partition(".")
+                own = f"{folder}/{stem}" if folder else stem
+                if own != key:
+                    end()
+                    key, values, why = own, {}, ""
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    why = "its name leads out of the archive"
+                elif member.size > MOST_BYTES:
+                    why = f"a file of {member.size:,} bytes; at most {MOST_BYTES:,} are read"
+                elif (stream := archive.extractfile(member)) is not None:
+                    why = _take(stream.read(), f".{ending.lower()}", values) or why
+            end()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ArtefactError(f"{path}: no tar that can be read ({str(error) or type(error).__name__})") from None
+    return records, bad
+
+
+def _take(data: bytes, ending: str, values: dict[str, Any]) -> str:
+    """Add a file of a row to its values; why it cannot be, or "" where it can."""
+    if ending in SUFFIXES:
+        values.setdefault("images", []).append(picture_source(data, "images"))
+    elif ending == ".json":
+        try:
+            given = json.loads(data)
+        except ValueError as error:
+            return f"its JSON is damaged ({error})"
+        if not isinstance(given, dict):
+            return "its JSON is no object"
+        values |= {name: value for name, value in given.items() if name not in COLUMNS}
+    elif ending in _SAYING:
+        values["label"] = data.decode("utf-8", errors="replace").strip()
+    return ""

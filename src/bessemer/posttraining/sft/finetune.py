@@ -383,7 +383,7 @@ class _Questions:
             if last["role"] != "assistant" or not before or not (question := before[-1].get("content")):
                 continue
             try:
-                ids = encode_prompt(tuple(before), tokenizer, one.tools)
+                ids = encode_prompt(tuple(before), tokenizer, one.tools, pictures=True)
                 pictures = [picture_of(source, one.folder) for source in sources_in(before)]
             except RequestError:
                 continue
