@@ -1,6 +1,6 @@
 """Does a small model learn to see? Drawn pictures that it never saw, and handwritten digits, from a decoder without eyes.
 
-    python benchmarks/pictures.py                  # about ten minutes on one core
+    python benchmarks/pictures.py                  # a quarter of an hour of one core
     python benchmarks/pictures.py --runs FOLDER    # keep the runs there; what has been made is not made again
 
 The recipe `pictures` makes a decoder, an encoder and a projector with random weights, and trains them on questions about drawn
