@@ -148,9 +148,9 @@ def test_pairs_and_labels_of_others_are_pairs_and_labels():
     [
         ({"conversations": []}, "conversations: must be a list of at least one message"),
         ({"turns": ["Who?", "And why?"]}, "a list of texts does not say who speaks"),
-        ({"messages": [ASKED, ANSWERED], "images": ["a.png"]}, "has images, which are not learnt yet"),
+        ({"messages": [ASKED, ANSWERED], "videos": ["a.mp4"]}, "has videos, which are not learnt yet"),
         ({"messages": "[{"}, "messages: its text is no list in JSON"),
-        ({"messages": [said("user", [{"type": "image_url", "image_url": {"url": "a"}}]), ANSWERED]}, "kind 'image_url'"),
+        ({"messages": [said("user", [{"type": "input_audio", "input_audio": {}}]), ANSWERED]}, "kind 'input_audio'"),
         ({"conversations": [{"from": "human"}]}, "turn 1 has no 'from' and 'value'"),
         ({"conversations": [{"a": 1}]}, "turn 1 has no 'role' and 'content', and no 'from' and 'value'"),
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "weight must be 0 or 1"),

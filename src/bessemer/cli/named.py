@@ -158,8 +158,10 @@ def example_questions(model: Path, run: Path | None = None, count: int = 3) -> l
 
 
 def _first_question(messages: list[dict[str, Any]]) -> str:
-    """The user's first message."""
-    return next((str(message.get("content") or "") for message in messages if message["role"] == "user"), "")
+    """The words of the user's first message."""
+    content = next((message.get("content") for message in messages if message["role"] == "user"), "")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(str(part.get("text") or "") for part in parts)
 
 
 def speculation(named: str | None, runs: Path) -> dict[str, Any]:

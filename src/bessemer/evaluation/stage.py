@@ -49,6 +49,7 @@ from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask, Outcome
 from bessemer.tasks.registry import find_tasks
 from bessemer.tokenization.shards import TokenShards
+from bessemer.tokenization.trained_template import extended_tokenizers
 from bessemer.training.runtime import faster_threads, keep_freed_memory, thread_candidates, with_threads
 from bessemer.training.validation import whole_documents
 
@@ -210,7 +211,7 @@ def evaluate(context: StageContext) -> dict[str, Any]:
     parts: ScoredDocuments | None = None
     for name, folder in models_of(context).items():
         engine = Engine(folder, device=context.device)
-        shards.check_tokenizer(engine.tokenizer.hash, name)
+        shards.check_tokenizer(engine.tokenizer.hash, name, extended_tokenizers(engine.tokenizer.folder))
         progress.say(f"  measuring {name}")
         model_device = engine.model.head_weight.device
         dtypes[name] = _matmul_dtype(config, model_device)

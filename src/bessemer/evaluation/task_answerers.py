@@ -18,7 +18,11 @@ from bessemer.assistant.messages import EndReason, Message, as_messages
 from bessemer.core.errors import RequestError
 from bessemer.core.hashing import derive_seed
 from bessemer.inference.engine import Engine
+from bessemer.inference.images import PicturePrompt
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.model.vision.pictures import Picture
+from bessemer.posttraining.data.picture_encoding import picture_of
+from bessemer.posttraining.data.picture_rows import sources_in
 from bessemer.tasks.questions import (
     Context,
     ContinuationRequest,
@@ -38,11 +42,18 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """Tokens of a context and of its continuations. cut: tokens of the context that were left out."""
+    """Tokens of a context and of its continuations. cut: tokens of the context that were left out. pictures: of the context, in
+    the order of their tokens."""
 
     context: list[int]
     continuations: list[list[int]]
     cut: int = 0
+    pictures: Sequence[Picture] = ()
+
+    @property
+    def prompt(self) -> list[int] | PicturePrompt:
+        """The context as the engine takes it."""
+        return PicturePrompt(self.context, self.pictures) if self.pictures else self.context
 
 
 class PromptEncoder:
@@ -88,7 +99,7 @@ class PromptEncoder:
         kept, cut = self._cut(
             ids or [self._tokenizer.bos_id], self._context_length - min(max_tokens, self._context_length // 2)
         )
-        return EncodedPart(kept, [], cut)
+        return EncodedPart(kept, [], cut, pictures_in(context))
 
     def beginning(self, ids: Sequence[int]) -> str:
         """The first tokens of a prompt, for a reader, and whether a begin token is among them."""
@@ -123,6 +134,11 @@ class PromptEncoder:
             begin = []
         kept = begin + ids[len(ids) - max(most - len(begin), 1) :]
         return kept, len(ids) - len(kept)
+
+
+def pictures_in(context: Context) -> list[Picture]:
+    """The pictures of a conversation, in their order. Raises RequestError for one that cannot be read."""
+    return [] if isinstance(context, str) else [picture_of(source, None) for source in sources_in(context)]
 
 
 @dataclass(frozen=True)
@@ -278,7 +294,7 @@ class _GenerationAnswerer:
         prompts = [self._encoder.prompt(question.context, how.max_tokens) for question in questions]
         # random numbers of an item's own, whichever questions share its call
         params = [self._sampling.with_changes(n=how.samples, seed=self._seed(question)) for question in questions]
-        completions = self._engine.generate([prompt.context for prompt in prompts], params)
+        completions = self._engine.generate([prompt.prompt for prompt in prompts], params)
         return [
             {
                 "texts": [sample.text for sample in (completion, *completion.others)],

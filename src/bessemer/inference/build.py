@@ -70,6 +70,7 @@ from bessemer.model.storage.model_config import read_end_tokens, read_sampling_s
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
 from bessemer.model.vision.folder import is_vision_folder, load_vision_language
 from bessemer.model.vision.prompts import PictureReader, open_picture_reader
+from bessemer.model.vision.trained import VisionDecoder
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 #: Share of the free memory that weights in float32 may take.
@@ -118,7 +119,10 @@ def open_model(
         if config.processes > 1:
             raise ConfigError("parallel: every process reads the model for itself; save it, and open its folder")
         assert tokenizer is not None, "a model in memory needs its tokenizer"
-        return OpenedModel(model, tokenizer, frozenset(tokenizer.eos_ids), is_served=False)
+        pictures = None
+        if isinstance(model, VisionDecoder):
+            pictures = open_picture_reader(model.vision, tokenizer.folder, tokenizer)
+        return OpenedModel(model, tokenizer, frozenset(tokenizer.eos_ids), is_served=False, pictures=pictures)
     named = Path(model)
     if not named.exists() and (kept := find_kept(str(model))) is not None:
         named = kept

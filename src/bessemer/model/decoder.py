@@ -198,6 +198,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         real: list[int] | None = None,
         embedded: EmbeddedRows | None = None,
+        pictures: object = None,
     ) -> Tensor:
         """States after the last norm, (B, T, D), which `logits` turns into logits.
 
@@ -208,8 +209,9 @@ class Decoder(nn.Module):
         whose attention goes by distance, or is linear, cannot (`shares_prefixes`). None: each token is its own document's.
         cache: holds the tokens before these and is extended by them; not together with the other three.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
-        embedded: tokens that are given as vectors.
+        embedded: tokens that are given as vectors. pictures: of a model that has an encoder of them, `VisionDecoder`.
         """
+        assert pictures is None, "this decoder has no encoder of pictures"
         return self.normed(
             self._pre_norm_hidden(
                 tokens_BT, positions_BT, document_ids_BT, cache, real, visible_to_BT=visible_to_BT, embedded=embedded

@@ -12,6 +12,7 @@ from bessemer.core.report import Cell, Column, Facts, KeyFigure, Metrics, Part, 
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
 from bessemer.model.config import IMPORT_VERSION, MODEL_VERSION, ImportConfig, ModelStageConfig
 from bessemer.model.merging.config import MERGE_VERSION, MergeConfig
+from bessemer.model.vision.stage_config import VISION_VERSION, VisionStageConfig
 from bessemer.tokenization.config import TokenizeConfig
 
 #: A model below this many parameters learns the look of its texts and little of what they say.
@@ -174,6 +175,40 @@ def _merge_fingerprint(config: MergeConfig, outside: Outside) -> Any:
     return folders_fingerprint(config, outside.folder)
 
 
+def _vision(context: StageContext) -> dict[str, Any]:
+    from bessemer.model.vision.assemble import build_vision_model
+
+    return build_vision_model(
+        context.config,
+        context.inputs["model"],
+        context.out,
+        seed=context.seed,
+        folder=context.folder,
+        progress=context.progress,
+    )
+
+
+def _vision_fingerprint(config: VisionStageConfig, outside: Outside) -> Any:
+    if config.encoder is None:
+        return None
+    from bessemer.model.vision.assemble import encoder_fingerprint
+
+    return encoder_fingerprint(config, outside.folder)
+
+
+def vision_report(stage: StageReport) -> Section:
+    """What a language model got to see pictures with."""
+    parts: list[Part] = [
+        Text(
+            "The language model gets an encoder of pictures and a projector, which brings what the encoder gives to the width "
+            "of the decoder. Before they are trained, a picture says nothing to it.",
+            lead=True,
+        ),
+        Facts(stage.metrics),
+    ]
+    return Section(stage.titled("Pictures"), parts)
+
+
 def merge_report(stage: StageReport) -> Section:
     """How the merged model was made."""
     parts: list[Part] = [
@@ -185,6 +220,11 @@ def merge_report(stage: StageReport) -> Section:
         Facts(stage.metrics),
     ]
     return Section(stage.titled("Merge"), parts)
+
+
+def vision_summary_line(metrics: Metrics) -> str:
+    """The parameters of what is new."""
+    return f"{metrics['encoder_parameters']:,} parameters in the encoder, {metrics['projector_parameters']:,} in the projector"
 
 
 def merge_summary_line(metrics: Metrics) -> str:
@@ -214,6 +254,25 @@ STAGES = (
         fingerprint=_model_fingerprint,
         conflict=_no_tokenizer,
         conflict_of_files=_another_tokenizer,
+        packages=model_packages,
+    ),
+    StageSpec(
+        kind="vision",
+        summary="Give a language model an encoder of pictures and a projector.",
+        config=VisionStageConfig,
+        version=VISION_VERSION,
+        needs={"model": "model"},
+        makes={"model": "model"},
+        links={"model": "model"},
+        example="vision: {image_size: 32, patch_size: 8}",
+        remedy="make again, from a model that was made again",
+        budget_seconds=2,
+        report=vision_report,
+        summary_line=vision_summary_line,
+        next_steps=next_steps,
+        run=_vision,
+        uses_seed=True,
+        fingerprint=_vision_fingerprint,
         packages=model_packages,
     ),
     StageSpec(

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-#: What comes before an answer: a text, or a conversation for the model's chat template.
-Context = str | tuple[Mapping[str, str], ...]
+#: What comes before an answer: a text, or a conversation for the model's chat template, whose contents may be parts with
+#: pictures, each a path or a `data:` URI.
+Context = str | tuple[Mapping[str, Any], ...]
 
 
 class ContinuationScore(Protocol):

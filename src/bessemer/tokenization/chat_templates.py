@@ -141,6 +141,28 @@ def template_name(text: str) -> str | None:
     return next((name for name, known in CHAT_TEMPLATES.items() if known == text), None)
 
 
+def with_place_for_pictures(text: str, image: str) -> str:
+    """One of our templates, of `CHAT_TEMPLATES`, that also writes contents of parts, with the token `image` for a picture."""
+    line = next(line for line in text.splitlines() if "message.role" in line and "+ message.content +" in line)
+    before, _, after = line.partition(" + message.content + ")
+    parts = (
+        f"{before} -}}}}",
+        "        {%- if message.content is string -%}",
+        "            {{- message.content -}}",
+        "        {%- else -%}",
+        "            {%- for part in message.content -%}",
+        "                {%- if part.type == 'image' -%}",
+        f"                    {{{{- '{image}' -}}}}",
+        "                {%- else -%}",
+        "                    {{- part.text -}}",
+        "                {%- endif -%}",
+        "            {%- endfor -%}",
+        "        {%- endif -%}",
+        f"        {{{{- {after}",
+    )
+    return text.replace(line, "\n".join(parts))
+
+
 #: Rounds of loops and calls of macros in one rendering.
 MAX_STEPS = 200_000
 #: Largest length of a rendering in characters, and of a text or list that `+` or `*` makes.

@@ -352,9 +352,10 @@ class TokenShards:
         """The index, one row per document in the stream's order: id, shard, offset, length, bytes, source."""
         return pq.read_table(self.folder / DOCUMENTS_FILE)
 
-    def check_tokenizer(self, tokenizer_hash: str, what: str) -> None:
-        """Raise ArtefactError when these shards were not encoded with the tokenizer of `what`."""
-        if tokenizer_hash != self.tokenizer_hash:
+    def check_tokenizer(self, tokenizer_hash: str, what: str, extends: Sequence[str] = ()) -> None:
+        """Raise ArtefactError when these shards were not encoded with the tokenizer of `what`, or with one of `extends`, which
+        encode texts as it does (`extended_tokenizers`)."""
+        if self.tokenizer_hash not in (tokenizer_hash, *extends):
             raise ArtefactError(
                 f"{self.folder}: these tokens were made with another tokenizer than {what}'s "
                 f"({self.tokenizer_hash[:12]} and {tokenizer_hash[:12]}); tokenize the documents again with its tokenizer"

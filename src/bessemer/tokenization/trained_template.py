@@ -17,6 +17,8 @@ from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, read_chat_templa
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _OURS, _KEY = "bessemer", "trained_template"
+#: The hashes of the tokenizers that one has all tokens of, and beside these control tokens alone.
+_EXTENDS = "extends"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,23 @@ def read_trained_template(folder: Path) -> TrainedTemplate | None:
     if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in ("hash", "tool_format")):
         return None
     return TrainedTemplate(record["hash"], record["tool_format"])
+
+
+def extended_tokenizers(folder: Path) -> list[str]:
+    """The hashes of the tokenizers that a folder's one encodes texts as: it has more control tokens than they have."""
+    path = folder / TOKENIZER_CONFIG_FILE
+    ours = _content(path).get(_OURS) if path.is_file() else None
+    given = ours.get(_EXTENDS) if isinstance(ours, dict) else None
+    return [one for one in given if isinstance(one, str)] if isinstance(given, list) else []
+
+
+def write_extended(folder: Path, hashes: Iterable[str]) -> None:
+    """Note in a tokenizer's folder which ones it extends by control tokens."""
+    path = folder / TOKENIZER_CONFIG_FILE
+    content = _content(path)
+    ours = content.get(_OURS)
+    content[_OURS] = {**(ours if isinstance(ours, dict) else {}), _EXTENDS: list(hashes)}
+    write_json(path, content)
 
 
 def write_trained_template(folder: Path, record: TrainedTemplate) -> None:

@@ -29,7 +29,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import check_dtype, choose_device, is_fast
-from bessemer.model.storage.model_config import read_model_config
+from bessemer.model.storage.model_config import read_decoder_config
 from bessemer.training.config import LoopConfig, check_compiler
 from bessemer.training.config_parts import VALIDATIONS
 from bessemer.training.pretrain_config import PretrainConfig
@@ -101,7 +101,7 @@ def _checked_mesh(config: LoopConfig, model: Path, device: torch.device) -> Mesh
     """
     mesh = Mesh.here(config.parallel, device.type)
     StartingModel.of(model, config, seed=0).check(mesh)
-    check_fits(config, read_model_config(model))
+    check_fits(config, read_decoder_config(model))
     check_dtype(config.dtype, device)
     return mesh
 
@@ -156,7 +156,7 @@ def _resolved(
         "seconds": round(time.perf_counter() - started, 1),
         "tokens_per_second": round(tokens_per_step / speed.typical),
         "gflops": round(
-            read_model_config(model).flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1
+            read_decoder_config(model).flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1
         ),
         **({} if planned is None else {"steps": steps, "planned_steps": planned, "minutes": config.time_limit}),
         "candidates": [asdict(candidate) for candidate in speeds],

@@ -15,7 +15,7 @@ from bessemer.core.stage import OpenTasks, TaskScorer
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.adapters.trained import adapters_of
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.model_config import read_model_config
+from bessemer.model.storage.model_config import read_decoder_config
 from bessemer.training.autotune import RunCost, prepare_run
 from bessemer.training.checkpoint.export import save_trained, save_trained_adapter
 from bessemer.training.config import LoopConfig
@@ -119,7 +119,7 @@ class TrainingJob(Generic[SomeConfig]):
         """
         scorer = open_tasks(config, run.folder, run.tasks)
         if scorer is not None:
-            scorer.check(model, read_model_config(model).max_position_embeddings)
+            scorer.check(model, read_decoder_config(model).max_position_embeddings)
         resolved, runtime, mesh = prepare_run(
             config,
             model,

@@ -31,8 +31,9 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.model.adapters.folder import read_adapter, write_adapter
 from bessemer.model.adapters.trained import adapter_of, is_trained_by_adapter, merged
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.folder import load_model, save_model
-from bessemer.model.storage.model_config import read_model_config
+from bessemer.model.storage.folder import load_model
+from bessemer.model.storage.model_config import read_decoder_config
+from bessemer.model.vision.trained import load_trained_decoder, save_trained_decoder
 from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import KeepBetterConfig
 from bessemer.training.data.batch import Batch
@@ -191,7 +192,7 @@ class Keeper:
             )
         scorer = opened_tasks(comparison.tasks, config.tasks_data, comparison.limit, folder, tasks)
         if scorer is not None:
-            scorer.check(start.folder, read_model_config(start.folder).max_position_embeddings)
+            scorer.check(start.folder, read_decoder_config(start.folder).max_position_embeddings)
         return cls(comparison, scorer, start, runtime, out, progress)
 
     def check(self, held_out: HeldOut | None) -> None:
@@ -208,7 +209,7 @@ class Keeper:
         Writes `comparison.json` with the score of every item.
         """
         held_out = held_out if self._config.held_out else None
-        before = self._measured(load_model(self._start.folder, self._runtime.device, torch.float32), held_out)
+        before = self._measured(load_trained_decoder(self._start.folder, self._runtime.device, torch.float32), held_out)
         after = self._measured(self._trained(), held_out)
         measures = compare_models(before, after)
         confidence = self._config.confidence
@@ -241,7 +242,7 @@ class Keeper:
         """What was trained; of an adapter that is not merged, the sum."""
         device = self._runtime.device
         if self._has_model:
-            return load_model(self._out / "model", device, torch.float32)
+            return load_trained_decoder(self._out / "model", device, torch.float32)
         base = load_model(self._start.folder, device, torch.float32)
         return merged(base, read_adapter(self._out / "adapter", base))
 
@@ -254,8 +255,8 @@ class Keeper:
         start, out = self._start, self._out
         if self._has_model:
             with _in_place_of(out / "model") as folder:
-                save_model(load_model(start.folder), folder, tokenizer=start.folder)
-        if start.adapter is not None:
+                save_trained_decoder(load_trained_decoder(start.folder), folder, tokenizer=start.folder)
+        if start.adapter is not None and not start.reads_pictures:
             with _in_place_of(out / "adapter") as folder:
                 # a new one, of which the second factors are 0
                 model = start.whole("cpu")

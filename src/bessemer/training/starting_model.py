@@ -30,6 +30,8 @@ from bessemer.model.quantisation.quantised_layers import quantised_parts
 from bessemer.model.storage.folder import SCORE, load_model, load_scorer, new_head, scorer_config
 from bessemer.model.storage.model_config import holds_codes, read_model_config, refuse_quantised, refuse_scorer
 from bessemer.model.storage.weights import EMBEDDING, StoredTensors, WeightsFile, find_tensors, opening
+from bessemer.model.vision.folder import is_vision_folder
+from bessemer.model.vision.trained import load_trained_decoder
 from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import AdapterConfig
 from bessemer.training.model_setup import Load
@@ -84,6 +86,9 @@ class StartingModel:
     def check(self, mesh: Mesh) -> None:
         """Raise ArtefactError or ConfigError for a model of codes where weights are trained, or where processes share them."""
         adapter = self.adapter
+        if self.reads_pictures:
+            self._check_pictures(mesh)
+            return
         if adapter is None or self.scores:
             refuse_quantised(self.folder)
         if adapter is None or mesh.alone:
@@ -102,6 +107,24 @@ class StartingModel:
                 raise ConfigError(f"adapter.{name}: in one process; leave it out under a mesh")
 
     @property
+    def reads_pictures(self) -> bool:
+        """Whether the folder's model reads pictures."""
+        return is_vision_folder(self.folder)
+
+    def _check_pictures(self, mesh: Mesh) -> None:
+        if self.scores:
+            raise ConfigError(f"{self.folder}: a model that reads pictures gets no scalar head")
+        if not mesh.alone:
+            raise ConfigError(
+                f"{self.folder}: a model that reads pictures is trained in one process, and this job has "
+                f"{mesh.layout.world_size}"
+            )
+        if self.adapter is not None and self.adapter.quantize is not None:
+            raise ConfigError("adapter.quantize: a model that reads pictures is trained beside whole weights; leave it out")
+        if self.adapter is not None and not self.adapter.merge:
+            raise ConfigError("adapter.merge: false: a model that reads pictures is written with its adapter merged")
+
+    @property
     def frozen_dtype(self) -> torch.dtype:
         """Dtype in which the blocks' frozen matrices are stored beside an adapter: that of matmuls.
 
@@ -109,7 +132,14 @@ class StartingModel:
         precision. float32 where norms of the weights are trained (DoRA), and beside codes.
         """
         adapter, is_half = self.adapter, self.dtype in ("bfloat16", "float16")
-        if adapter is None or not is_half or adapter.dora or adapter.quantize is not None or holds_codes(self.folder):
+        if (
+            adapter is None
+            or not is_half
+            or self.reads_pictures
+            or adapter.dora
+            or adapter.quantize is not None
+            or holds_codes(self.folder)
+        ):
             return torch.float32
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
@@ -141,7 +171,7 @@ class StartingModel:
         elif quantize is not None and not holds_codes(self.folder):
             model = read_quantised(self.folder, FROZEN[quantize], device)
         else:
-            model = load_model(self.folder, device=device, dtype=dtype)
+            model = load_trained_decoder(self.folder, device, dtype)
         if quantize is not None:
             if not quantised_parts(model):
                 quantise(model, FROZEN[quantize])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,13 @@ from bessemer.core.usercode import load_user_function
 from bessemer.distributed.mesh import ALONE, Mesh, agree
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
+from bessemer.model.vision.config import VisionLanguageConfig
+from bessemer.model.vision.preprocessing import Preprocessor
+from bessemer.model.vision.trained import VisionDecoder
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batch import Batch
 from bessemer.training.data.batches import StatelessBatches
+from bessemer.training.data.pictures import PictureTable
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import LossFunction, Objective, build_objective
 from bessemer.training.optim.optimizers import build_optimizers, freeze_parameters
@@ -73,7 +78,7 @@ def measure_steps(config: LoopConfig, model_folder: Path, device: torch.device, 
     with runtime.running():
         model, load = StartingModel.of(model_folder, config, seed=0).open(device, mesh)
         freeze_parameters(model, config)
-        batches = _RandomBatches(config, model.config.vocab_size)
+        batches = _RandomBatches(config, model)
         prepared = prepare_model(model, config, runtime, mesh)
         if load is not None:
             load(prepared)
@@ -126,12 +131,25 @@ class _RandomBatches(StatelessBatches):
 
     fingerprint = "random"
 
-    def __init__(self, config: LoopConfig, vocab_size: int) -> None:
+    def __init__(self, config: LoopConfig, model: Decoder) -> None:
         self.batch_size = config.batch_size
-        self._batch = _random_batch(config, vocab_size)
+        self._batch = _random_batch(config, model.config.vocab_size)
+        if isinstance(model, VisionDecoder):
+            self._batch = _with_pictures(self._batch, model.vision_config)
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
         return self._batch.rows(rows)
+
+
+def _with_pictures(batch: Batch, config: VisionLanguageConfig) -> Batch:
+    """The batch with a picture of one tile at the beginning of each row, as far as it holds one."""
+    rows, columns = batch.tokens_BT.shape
+    side, count = config.vision.image_size, config.tokens_per_tile
+    tiles = np.random.default_rng(0).integers(0, 256, (rows, side, side, 3), np.uint8)
+    vector_of_token_BT = torch.arange(columns).expand(rows, columns) + torch.arange(rows)[:, None] * count
+    vector_of_token_BT = vector_of_token_BT.masked_fill(torch.arange(columns) >= count, -1)
+    table = PictureTable(tiles, Preprocessor("fixed", 2), count, ())
+    return replace(batch, vector_of_token_BT=vector_of_token_BT, pictures=table)
 
 
 def _random_batch(config: LoopConfig, vocab_size: int) -> Batch:

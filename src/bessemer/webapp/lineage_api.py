@@ -19,7 +19,7 @@ from bessemer.data.corpus.search import Passage, passages
 from bessemer.inspection.inspect import piece_of
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import load_model
-from bessemer.model.storage.model_config import read_model_config
+from bessemer.model.storage.model_config import read_decoder_config
 from bessemer.posttraining.data.hub import is_hub_dataset
 from bessemer.posttraining.data.made import is_data_name
 from bessemer.posttraining.data.search import ExampleFile, ExamplePassage, example_passages
@@ -186,7 +186,7 @@ def _of_checkpoint(checkpoint: Path) -> Decoder:
 
 def _writes_text(model: Path) -> bool:
     """Whether it is a language model, not a reward model."""
-    return not read_model_config(model).num_scores
+    return not read_decoder_config(model).num_scores
 
 
 #: Kinds of stages that learn from rows, and the rows that stages make for them, below their folders.

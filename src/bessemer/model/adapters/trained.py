@@ -25,9 +25,10 @@ from bessemer.model.adapters import CHILD, Adapter, Update, row_norms, weight_of
 from bessemer.model.adapters import is_of_adapter as is_of_adapter
 from bessemer.model.adapters.folder import adaptable_layers
 from bessemer.model.decoder import Decoder
-from bessemer.model.initialisation import empty_decoder, fill
+from bessemer.model.initialisation import fill
 from bessemer.model.quantisation.quantised_decoder import dequantised_tensors
 from bessemer.model.storage.folder import SCORE
+from bessemer.model.vision.trained import empty_like
 
 # Shapes: N outputs, K inputs, R rank.
 
@@ -250,7 +251,7 @@ def merged(model: Decoder, adapter: Adapter) -> Decoder:
         weights[f"{layer}.weight"] = update.on(weights[f"{layer}.weight"])
     for name, tensor in adapter.whole.items():
         weights[name] = tensor.to(weights[name].device, weights[name].dtype)
-    return fill(empty_decoder(model.config), weights).to(model.device)
+    return fill(empty_like(model), weights).to(model.device)
 
 
 def without_parts_beside(model: Decoder) -> Decoder:

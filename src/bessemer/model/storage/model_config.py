@@ -15,7 +15,7 @@ from bessemer.core.store import check_format, read_json, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import FAMILIES, family_of, read_config, write_config
 from bessemer.model.quantisation.storage import OWN_FORM, QUANTIZATION, read_settings
-from bessemer.model.vision.config import ARCHITECTURES
+from bessemer.model.vision.config import ARCHITECTURES, read_vision_language_config
 
 #: Format number of a model folder, under `bessemer` in its config.json.
 MODEL_FORMAT = 1
@@ -86,7 +86,10 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ArtefactError(f"{path}: it asks to run code that comes with the model ('auto_map'); bessemer runs no such code")
     family = FAMILIES.get(values.get("model_type", ""))
     if values.get("model_type") in ARCHITECTURES:
-        raise ArtefactError(f"{path}: this model reads pictures: it is served and generates; nothing else is done with it yet")
+        raise ArtefactError(
+            f"{path}: this model reads pictures: it is fine-tuned (sft, finetune), evaluated and served; "
+            "nothing else is done with it yet"
+        )
     if family is None:
         known = ", ".join(FAMILIES)
         raise ArtefactError(f"{path}: unknown architecture {values.get('model_type')!r}; supported: {known}")
@@ -104,6 +107,18 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ArtefactError(f"{path}: {error}") from None
     except KeyError as error:
         raise ArtefactError(f"{path}: {error.args[0]!r} is missing") from None
+
+
+def read_decoder_config(folder: Path) -> ModelConfig:
+    """The config of a folder's decoder, also of one that reads pictures. Raises ArtefactError as `read_model_config`."""
+    path = folder / CONFIG
+    values = read_json(path, "model config")
+    if not isinstance(values, dict) or values.get("model_type") not in ARCHITECTURES:
+        return read_model_config(folder)
+    try:
+        return read_vision_language_config(values).text
+    except ConfigError as error:
+        raise ArtefactError(f"{path}: {error}") from None
 
 
 def holds_codes(folder: Path) -> bool:

@@ -7,6 +7,7 @@ published one is written.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.hashing import derive_seed
 from bessemer.core.store import read_json, write_json
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored, TensorView
@@ -148,18 +150,31 @@ def save_vision_encoder(encoder: VisionEncoder, folder: Path) -> None:
 
 @torch.no_grad()
 def initial_vision_language(config: VisionLanguageConfig, seed: int) -> VisionLanguageModel:
-    """A new model: the decoder as `initial_decoder`, the encoder and the projector by the same rule, norms 1, biases 0."""
+    """A new model: the decoder as `initial_decoder`; matrices of the encoder and the projector normal with a variance of one
+    over their inputs (LeCun et al. 1998), positions with one over the width, as SigLIP's; norms 1, biases 0.
+
+    With the decoder's deviation of 0.02 a small encoder's patches differ so little that it learns nothing for a long time.
+    """
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     weights = {}
     for name, shape in _shapes(model).items():
-        is_norm = "norm" in name and name.endswith(".weight") and not name.startswith(_DECODER)
-        weights[name] = torch.ones(shape) if is_norm else initial_weight(name.removeprefix(_DECODER), shape, config.text, seed)
+        if name.startswith(_DECODER):
+            weights[name] = initial_weight(name.removeprefix(_DECODER), shape, config.text, seed)
+        else:
+            weights[name] = _initial_of_vision(name, shape, seed)
     _fill(model, weights)
     return model.eval()
 
 
 # -- inside
+
+
+def _initial_of_vision(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    if len(shape) < 2:
+        return torch.ones(shape) if "norm" in name and name.endswith(".weight") else torch.zeros(shape)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
+    return torch.empty(shape).normal_(0.0, math.prod(shape[1:]) ** -0.5, generator=generator)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@
 | speakers as `human`, `gpt`, `chatgpt`, `bard`, `bot`, `model`, `observation`, `function`, in any case | the four roles |
 | `developer` | `system`, as when it is served |
 | content in parts, of text, `reasoning` and `tool_call` | the texts, joined as when they are served; thoughts; calls |
+| content in parts with pictures (`picture_rows.py`) | parts of texts and pictures |
 | `function_call`, in a message or as a speaker; arguments as a string of JSON | `tool_calls`, arguments as an object |
 | `thinking`, `reasoning` | `reasoning_content` |
 | `weight`, `train`, `training`, `loss_weight` | `weight` 0 or 1 |
@@ -21,6 +22,8 @@ import ast
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from bessemer.posttraining.data.picture_rows import is_picture_part, picture_part
 
 Message = dict[str, Any]
 
@@ -157,6 +160,7 @@ def _said(value: Any, where: str) -> Message:
     if not isinstance(value, (list, tuple)):
         return {"content": value}
     texts, thoughts, calls = [], [], []
+    pictures: list[Message] = []
     for part in value:
         kind = (
             "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
@@ -169,10 +173,15 @@ def _said(value: Any, where: str) -> Message:
             thoughts.append(text)
         elif kind in _TEXT_PARTS and text is not None:
             texts.append(text)
+            pictures.append({"type": "text", "text": text})
+        elif is_picture_part(part):
+            pictures.append(picture_part(part, where))
         else:
-            raise ValueError(f"{where}: its content has a part of the kind {kind!r}, and only texts are learnt"[:200])
+            raise ValueError(
+                f"{where}: its content has a part of the kind {kind!r}, and only texts and pictures are learnt"[:200]
+            )
     return {
-        "content": "".join(texts),
+        "content": pictures if any(map(is_picture_part, pictures)) else "".join(texts),
         **({"tool_calls": calls} if calls else {}),
         **({"reasoning_content": "\n".join(thoughts)} if thoughts else {}),
     }

@@ -16,6 +16,7 @@ import numpy as np
 from bessemer.core.errors import RequestError, SourceError
 from bessemer.posttraining.data.formats import Message, Turns
 from bessemer.posttraining.data.made import Truncate
+from bessemer.posttraining.data.picture_rows import has_pictures
 from bessemer.posttraining.data.turns import (
     NothingLearntError,
     RowError,
@@ -262,14 +263,18 @@ class RowFitter:
         return counts
 
 
-def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> Encoded:
+def encode_answer(
+    prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = (), *, pictures: bool = False
+) -> Encoded:
     """A prompt and an answer, both messages or both texts, as one example: the prompt as it is served, and all that the
     assistant says in the answer.
 
     Several turns of an answer follow each other as in a conversation whose tokens are only appended to. Messages with
     `"weight": 0` are context and not learnt. Raises RowError where the model's template cannot render or refuses the messages,
     NothingLearntError where nothing is learnt.
+    pictures: whether these may hold pictures, each of which is then one token.
     """
+    _check_pictures(prompt, answer, allowed=pictures)
     if isinstance(prompt, str) or isinstance(answer, str):
         if not (isinstance(prompt, str) and isinstance(answer, str)):
             raise TypeError("prompt and answer must both be texts or both messages")
@@ -278,12 +283,21 @@ def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Seq
     return encoded
 
 
-def encode_turns(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> list[Encoded]:
+def encode_turns(
+    prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = (), *, pictures: bool = False
+) -> list[Encoded]:
     """As `encode_answer`, as one example for each different context in serving: a single one if the template only appends, one
     for each turn if it rewrites earlier turns."""
+    _check_pictures(prompt, answer, allowed=pictures)
     if isinstance(prompt, str) or isinstance(answer, str):
         return [encode_answer(prompt, answer, tokenizer, tools)]
     return _encode_messages(prompt, answer, tokenizer, tools, at_once=False)
+
+
+def _check_pictures(*turns: Turns, allowed: bool) -> None:
+    """Raise RowError for pictures where their tokens alone would be read."""
+    if not allowed and any(map(has_pictures, turns)):
+        raise RowError("has pictures, which are learnt by sft and finetune alone")
 
 
 def _encode_text(prompt: str, answer: str, tokenizer: Tokenizer) -> Encoded:
@@ -316,9 +330,12 @@ def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
     return joint[len(before) :] if is_continued else tokenizer.encode(answer, add_bos=False)
 
 
-def encode_prompt(prompt: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> list[int]:
+def encode_prompt(
+    prompt: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = (), *, pictures: bool = False
+) -> list[int]:
     """The ids of a prompt, up to where the answer begins, as a server renders it. Raises RowError for messages that the model's
-    template refuses."""
+    template refuses. pictures: as in `encode_answer`."""
+    _check_pictures(prompt, allowed=pictures)
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     try:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from bessemer.core.errors import BessemerError, SourceError
+from bessemer.core.errors import BessemerError, RequestError, SourceError
 from bessemer.core.hashing import derive_seed, hash_file, hash_value
 from bessemer.core.records import BadRow, Record, split_part
 from bessemer.core.store import write_text
@@ -39,6 +39,7 @@ from bessemer.posttraining.data.formats import (
 )
 from bessemer.posttraining.data.hub import HubDataset
 from bessemer.posttraining.data.made import MISMATCHED, TASK, OnBadRow, data_name, data_path, made_path
+from bessemer.posttraining.data.picture_rows import SUFFIXES, has_pictures, pictures_of, sources_in
 from bessemer.posttraining.data.preview import Understood, understand
 from bessemer.posttraining.data.splitting import opening, split_examples
 from bessemer.posttraining.data.understanding import (
@@ -167,6 +168,10 @@ def prompt_key(prompt: Turns) -> str:
     return hash_value(prompt if isinstance(prompt, str) else [dict(message) for message in prompt])
 
 
+#: Tables of text, whose rows may name files of pictures.
+_NAMING = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+
+
 def drawn(examples: Sequence[Example], most: int, seed: int) -> Sequence[Example]:
     """At most `most` examples, drawn at random, since the first ones would all come from the first file."""
     return examples if len(examples) <= most else random.Random(seed).sample(examples, most)
@@ -194,16 +199,45 @@ def _fingerprint(name: str, folder: Path) -> Any:
         return {path.relative_to(file).as_posix(): hash_file(path) for path in inner}
     if not file.is_file():
         raise SourceError(f"{file}: there is no such file")
-    return hash_file(file)
+    pictures = _pictures_beside(place, file)
+    return {"rows": hash_file(file), "pictures": pictures} if pictures else hash_file(file)
+
+
+def _pictures_beside(place: Path, file: Path) -> str:
+    """Hash of the files of pictures that a table's rows name; empty where they name none."""
+    if file.suffix.lower() not in _NAMING or not any(suffix.encode() in file.read_bytes().lower() for suffix in SUFFIXES):
+        return ""
+    hashes: dict[str, str] = {}
+    for record in open_rows(place).records:
+        for source in _sources_of(record.values):
+            path = file.parent / source
+            if source not in hashes and not source.startswith("data:") and path.is_file():
+                hashes[source] = hash_file(path)
+    return hash_value(sorted(hashes.items())) if hashes else ""
+
+
+def _sources_of(row: Mapping[str, Any]) -> list[str]:
+    """The pictures of a row that can be read; whether it is a good row is said elsewhere."""
+    try:
+        answered = as_answered(row)
+        found = sources_in(turn for turns in (answered.prompt, answered.answer) if not isinstance(turns, str) for turn in turns)
+    except (ValueError, RequestError):
+        found = []
+    try:
+        return [*found, *pictures_of(row)]
+    except ValueError:
+        return found
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation to learn from, and its source: a file or the name of made data. place: its row, for messages."""
+    """A conversation to learn from, and its source: a file or the name of made data. place: its row, for messages. folder:
+    where the paths of its pictures begin."""
 
     answered: Answered
     source: str
     place: str = field(default="", compare=False)
+    folder: Path | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, messages: Sequence[Message], source: str, tools: Sequence[Message] = ()) -> Self:
@@ -257,7 +291,14 @@ def read_conversations(
     """
     source = place.name if isinstance(place, Path) else str(place)
     examples = (reader or RowReader()).conversations(place, columns)
-    return [Conversation(answered, source, where) for where, answered in examples]
+    folder = _folder_of(place)
+    return [Conversation(answered, source, where, folder) for where, answered in examples]
+
+
+def _folder_of(place: DataPlace) -> Path | None:
+    if isinstance(place, HubDataset):
+        return None
+    return place if place.is_dir() else split_part(place)[0].parent
 
 
 def made_conversations(
@@ -266,7 +307,9 @@ def made_conversations(
     """All examples that a user's `file.py:function` gives, in the formats of `read_conversations`. Raises ConfigError where
     there is no such function, SourceError as `read_conversations`."""
     parse = as_answered if columns is None else partial(answer_in_columns, columns=columns)
-    return [Conversation(answered, name, where) for where, answered in examples_of_function(name, folder, parse, reader)]
+    return [
+        Conversation(answered, name, where, folder) for where, answered in examples_of_function(name, folder, parse, reader)
+    ]
 
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> None:
@@ -294,7 +337,7 @@ def _pairs(path: Path, seed: int) -> list[Pair]:
     by_kind: dict[tuple[str, ...], list[Conversation]] = defaultdict(list)
     for conversation in read_examples(path, _conversation):
         messages = conversation.messages
-        if len(messages) == 2 and not conversation.source.startswith(TASK):
+        if len(messages) == 2 and not conversation.source.startswith(TASK) and not has_pictures(messages):
             by_kind[tuple(str(messages[0]["content"]).split()[:_WORDS_OF_KIND])].append(conversation)
     pairs = []
     for kind, alike in by_kind.items():

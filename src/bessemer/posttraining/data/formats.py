@@ -27,6 +27,7 @@ from typing import Any
 
 from bessemer.core.config import nearest
 from bessemer.posttraining.data.dialects import TURNS, messages_in, tools_in
+from bessemer.posttraining.data.picture_rows import has_pictures, pictures_of, sources_in, text_of, with_pictures
 from bessemer.tokenization.chat import checked_messages, checked_tools
 
 #: Advice for texts without questions.
@@ -94,16 +95,19 @@ class Labelled:
 def as_answered(row: Mapping[str, Any]) -> Answered:
     """A row for supervised tuning. Raises ValueError or RequestError, in one line, for one in none of the formats."""
     tools = tools_of(row)
-    _refuse_pictures(row)
+    _refuse_sounds(row)
+    pictures = pictures_of(row)
     if (name := _conversation_key(row)) is not None:
-        return Answered((), _under_system(row, _spoken(row[name], name)), tools)
+        return Answered((), _checked_pictures(with_pictures(_under_system(row, _spoken(row[name], name)), pictures)), tools)
     if "completion" in row:
         prompt, (completion,) = _prompt_and_answers(row, ("completion",))
-        return Answered(prompt, completion, tools)
+        if pictures and isinstance(prompt, str):
+            prompt, completion = (_said("user", prompt),), (_said("assistant", str(completion)),)
+        return Answered(_placed(prompt, pictures), completion, tools)
     if "instruction" in row:
         column = next((name for name in ("output", "response", *ANSWERS) if name in row), "output")
         prompt, answer = _alpaca_prompt(row), _cell(row, column)
-        return Answered(prompt, _spoken([_said("assistant", answer)], column), tools)
+        return Answered(_placed(prompt, pictures), _spoken([_said("assistant", answer)], column), tools)
     raise ValueError(
         f"is in no known format: it has {_named(row)}; wanted are messages, conversations, prompt and completion, or "
         f"instruction and output{f'; {CONTINUE}' if is_plain_text(row) else ''}"
@@ -124,7 +128,7 @@ def answer_in_columns(row: Mapping[str, Any], columns: tuple[str, str]) -> Answe
             raise ValueError(f"has no column {name!r}{nearest(name, list(row))}")
     question, answer = (_cell(row, name) for name in columns)
     prompt = _under_system(row, messages_of([_said("user", question)], columns[0]))
-    return Answered(prompt, _spoken([_said("assistant", answer)], columns[1]), tools_of(row))
+    return Answered(_placed(prompt, pictures_of(row)), _spoken([_said("assistant", answer)], columns[1]), tools_of(row))
 
 
 def as_document(row: Mapping[str, Any]) -> Answered:
@@ -148,6 +152,7 @@ def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, 
         raise ValueError(f"has no column {column!r}{nearest(column, list(row))}")
     given = row[column]
     messages = messages_of([_said("user", _text(row, column))] if isinstance(given, str) else given, column)
+    _refuse_pictures(messages)
     last = messages[-1]
     if last["role"] == "assistant":
         raise ValueError(f"{column}: it ends with the assistant, whose turn it is to answer")
@@ -160,12 +165,13 @@ def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, 
 def as_pair(row: Mapping[str, Any]) -> Pair:
     """A row of a chosen and a rejected answer. Raises ValueError or RequestError, in one line."""
     row = _with_our_names(row)
-    _refuse_pictures(row)
+    _refuse_sounds(row, ("images", "videos", "audios"))
     if "chosen" not in row or "rejected" not in row:
         raise ValueError(f"needs the keys 'chosen' and 'rejected'; it has {_named(row)}")
     prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"))
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same, so that neither is preferred")
+    _refuse_pictures(prompt, chosen, rejected)
     confidence, weight = _number(row, "confidence", 1.0), _number(row, "weight", 1.0)
     if not 0.5 <= confidence <= 1:
         raise ValueError(f"confidence is how probably chosen is better, from 0.5 to 1; it is {confidence:g}")
@@ -174,12 +180,28 @@ def as_pair(row: Mapping[str, Any]) -> Pair:
     return Pair(prompt, chosen, rejected, tools_of(row), _number(row, "margin", 0.0), confidence, weight)
 
 
-def _refuse_pictures(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for a row with pictures, videos or sounds beside its words: an answer about them cannot be learnt from
-    the words alone."""
-    for name in ("images", "videos", "audios"):
+def _placed(prompt: Turns, pictures: Sequence[str]) -> Turns:
+    """A prompt with the pictures of a row's columns. Raises ValueError for a place without a picture."""
+    return prompt if isinstance(prompt, str) else _checked_pictures(with_pictures(prompt, pictures))
+
+
+def _checked_pictures(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    sources_in(messages)
+    return messages
+
+
+def _refuse_sounds(row: Mapping[str, Any], names: Sequence[str] = ("videos", "audios")) -> None:
+    """Raise ValueError for a row with videos or sounds beside its words: an answer about them cannot be learnt from the words
+    alone."""
+    for name in names:
         if isinstance(row.get(name), (list, tuple, Mapping)) and row[name]:
             raise ValueError(f"has {name}, which are not learnt yet, and the words alone would teach to guess")
+
+
+def _refuse_pictures(*turns: Turns) -> None:
+    """Raise ValueError for pictures in messages of pairs, of judged answers and of prompts."""
+    if any(map(has_pictures, turns)):
+        raise ValueError("has pictures, which are learnt by sft and finetune alone")
 
 
 def _with_our_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -222,6 +244,7 @@ def as_labelled(row: Mapping[str, Any]) -> Labelled:
     if label is None:
         raise ValueError(f"label must be true or false, it is {given!r}")
     answered = as_answered(row)
+    _refuse_pictures(answered.prompt, answered.answer)
     if not answered.prompt and not isinstance(answered.answer, str):
         *before, last = answered.answer
         if last["role"] != "assistant":
@@ -252,8 +275,8 @@ def plain_turns(turns: Turns) -> str | list[Message]:
 def conversation_text(messages: Sequence[Message]) -> str:
     """Readable form of messages: the user's text alone, or every message with its role."""
     if len(messages) == 1:
-        return str(messages[0].get("content") or "")
-    return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
+        return text_of(messages[0].get("content"))
+    return "\n\n".join(f"{message['role']}: {text_of(message.get('content'))}" for message in messages)
 
 
 def _prompt_and_answers(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[Turns, list[Turns]]:
@@ -359,11 +382,14 @@ def _spoken(value: Any, key: str) -> tuple[Message, ...]:
 def messages_of(value: Any, key: str) -> tuple[Message, ...]:
     """Messages from any dialect of `dialects.py`, checked, also for the order of roles, and with the keys of `_KEPT`. key:
     where they stand, for errors. Raises ValueError or RequestError, in one line."""
-    messages = checked_messages([_without_null(one) for one in messages_in(value, key)], first=1)
+    given = [_without_null(one) for one in messages_in(value, key)]
+    messages = checked_messages(given, first=1)
+    for message, own in zip(messages, given, strict=True):
+        # the check keeps the places of pictures alone
+        if has_pictures([message]):
+            message["content"] = list(own["content"])
     for number, (before, message) in enumerate(zip([None, *messages], messages, strict=False), start=1):
         role = message["role"]
-        if isinstance(message.get("content"), list):
-            raise ValueError(f"{key}: message {number}: the content must be text; pictures are not trained on")
         if role == "system" and before is not None:
             raise ValueError(f"{key}: message {number}: a system message stands at the beginning")
         if message.get("weight", 1) not in (0, 1):

@@ -18,6 +18,7 @@ from bessemer.core.hashing import hash_value
 from bessemer.core.records import TABLES, is_table
 from bessemer.core.store import write_text
 from bessemer.posttraining.data.hub import PREFIX, HubDataset, is_hub_dataset, looks_like_hub_dataset
+from bessemer.posttraining.data.picture_rows import TAR
 
 #: Revised answers, and conversations that a model wrote.
 REVISIONS, SYNTHETIC = "made/revisions", "made/synthetic"
@@ -117,8 +118,8 @@ def data_name(given: str | Path) -> str:
 
 
 def is_data_name(name: str) -> bool:
-    """Whether a name can be one of rows: a table, a folder with a slash at its end, or a data set of the hub."""
-    return is_table(name) or name.endswith("/") or is_hub_dataset(name)
+    """Whether a name can be one of rows: a table, a tar, a folder with a slash at its end, or a data set of the hub."""
+    return is_table(name) or name.endswith(("/", TAR)) or is_hub_dataset(name)
 
 
 #: Names of made pairs, the inputs of stages that learn from pairs, and those of them that settings leave unread.

@@ -28,6 +28,9 @@ from bessemer.posttraining.data.encoding import Encoded, Row, RowCounts, RowFitt
 from bessemer.posttraining.data.examples import Conversation, prompt_key
 from bessemer.posttraining.data.formats import Labelled, Pair
 from bessemer.posttraining.data.made import Truncate
+from bessemer.posttraining.data.picture_encoding import PictureEncoder
+from bessemer.posttraining.data.picture_rows import has_pictures
+from bessemer.posttraining.data.turns import RowError
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batch import IGNORE_INDEX, Batch
@@ -47,18 +50,27 @@ class EncodedExample:
 def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Encoded]:
     """The examples of a conversation. Raises as `encode_turns`."""
     answered = conversation.answered
-    return encode_turns(answered.prompt, answered.answer, tokenizer, answered.tools)
+    return encode_turns(answered.prompt, answered.answer, tokenizer, answered.tools, pictures=True)
 
 
 def fit_each(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    context_length: int,
+    truncate: Truncate = "drop",
+    pictures: PictureEncoder | None = None,
 ) -> tuple[list[list[EncodedExample]], RowFitter]:
     """The examples of each conversation that have at most `context_length` tokens, and the `RowFitter` that counted the others.
-    A long document gives several examples."""
+    A long document gives several examples. pictures: of a model that reads them, whose examples `PictureEncoder.placed` then
+    takes."""
     fitter = RowFitter(context_length, truncate)
 
     def encoded(one: Conversation) -> list[Encoded]:
         examples = encode_conversation(one, tokenizer)
+        if has_pictures(one.messages):
+            if pictures is None:
+                raise RowError("has pictures, and this model reads none")
+            examples = pictures.expanded(one, examples)
         return [window for text in examples for window in text.windows(context_length)] if one.is_document else examples
 
     fitted = [fitter.fit_turns(partial(encoded, one), one.place) for one in conversations]
@@ -66,11 +78,15 @@ def fit_each(
 
 
 def fit_conversations(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    context_length: int,
+    truncate: Truncate = "drop",
+    pictures: PictureEncoder | None = None,
 ) -> tuple[list[EncodedExample], RowCounts]:
     """Conversations as examples of at most `context_length` tokens, and counts of the others. Raises SourceError as
     `RowFitter.counts`."""
-    examples, fitter = fit_each(conversations, tokenizer, context_length, truncate)
+    examples, fitter = fit_each(conversations, tokenizer, context_length, truncate, pictures)
     return [example for of_one in examples for example in of_one], fitter.counts("conversations")
 
 
@@ -94,10 +110,14 @@ class PackedConversations:
 
 
 def pack_conversations(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    context_length: int,
+    truncate: Truncate = "drop",
+    pictures: PictureEncoder | None = None,
 ) -> PackedConversations:
-    """Conversations in as few rows as best-fit decreasing finds. truncate as in, and raises as, `fit_conversations`."""
-    examples, counts = fit_conversations(conversations, tokenizer, context_length, truncate)
+    """Conversations in as few rows as best-fit decreasing finds. The other arguments as in, and raises as, `fit_each`."""
+    examples, counts = fit_conversations(conversations, tokenizer, context_length, truncate, pictures)
     return PackedConversations(pack_examples(examples, tokenizer, context_length), counts)
 
 
@@ -119,6 +139,7 @@ class PackedBatches(StatelessBatches):
         self.rows = packed.tokens_BT.shape[0]
         self._seed = seed
         self._packed = packed
+        self.pictures = packed.pictures
         self.fingerprint = hash_value([_content(packed), *packed.tokens_BT.shape, batch_size, seed])
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
@@ -161,9 +182,11 @@ def _content(packed: Batch) -> str:
         packed.targets_BT,
         packed.document_ids_BT,
         packed.visible_to_BT,
+        packed.vector_of_token_BT,
         *packed.per_sequence.values(),
     )
-    return hash_bytes(*(array.numpy().tobytes() for array in arrays if array is not None))
+    pictures = [] if packed.pictures is None else [packed.pictures.fingerprint.encode()]
+    return hash_bytes(*(array.numpy().tobytes() for array in arrays if array is not None), *pictures)
 
 
 class PairExample(NamedTuple):

@@ -13,6 +13,8 @@ from bessemer.core.records import BadRow
 from bessemer.posttraining.data.dialects import TURNS
 from bessemer.posttraining.data.formats import ANSWERS, LABELS, SYSTEMS, Answered, Labelled, Message, Pair, Turns, is_plain_text
 from bessemer.posttraining.data.made import OnBadRow
+from bessemer.posttraining.data.picture_rows import COLUMNS as PICTURES
+from bessemer.posttraining.data.picture_rows import sources_in, text_of
 from bessemer.posttraining.data.understanding import Parse, RowSet
 
 Example = TypeVar("Example")
@@ -159,6 +161,7 @@ def form_of(rows: RowSet, columns: tuple[str, str] | None = None) -> tuple[str, 
         **dict.fromkeys(SYSTEMS, "the system message"),
         **dict.fromkeys(LABELS, "whether the answer is good"),
         "history": "earlier questions and answers",
+        **dict.fromkeys(PICTURES, "the picture"),
     }
     known = beside if "text" not in roles else {}
     return form, roles | {name: known[name] for name in names if name in known and name not in roles}
@@ -244,7 +247,9 @@ def _line(message: Message) -> str:
     calls = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
     called = f" (calls {', '.join(calls)})" if calls else ""
     unlearnt = " (not learnt)" if message["role"] == "assistant" and message.get("weight", 1) == 0 else ""
-    return f"{message['role']}: {_short(str(message.get('content') or ''))}{called}{unlearnt}"
+    content = message.get("content")
+    seen = "[picture] " * len(sources_in([message]))
+    return f"{message['role']}: {seen}{_short(text_of(content))}{called}{unlearnt}"
 
 
 def _last(turns: Turns) -> str:

@@ -16,6 +16,7 @@ from typing import TypeVar
 from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.data.text.word_rules import WORD
 from bessemer.posttraining.data.formats import Answered, Turns
+from bessemer.posttraining.data.picture_rows import has_pictures, sources_in
 
 Example = TypeVar("Example")
 
@@ -32,9 +33,11 @@ _TOGETHER = 10
 
 def opening(turns: Turns) -> str:
     """The part of an example that is compared: the system message and the user's first message; of a text without roles all of
-    it."""
+    it; of an example with pictures these alone, whatever is asked about them."""
     if isinstance(turns, str):
         return turns
+    if has_pictures(turns):
+        return "pictures " + " ".join(hash_value(source) for source in sources_in(turns))
     said = [str(turn.get("content") or "") for turn in turns if turn["role"] == "system"]
     first = next((turn for turn in turns if turn["role"] == "user"), turns[0] if turns else {})
     return "\n".join([*said, str(first.get("content") or "")])

@@ -27,6 +27,7 @@ from bessemer.posttraining.data.formats import (
     is_plain_text,
 )
 from bessemer.posttraining.data.hub import HubDataset
+from bessemer.posttraining.data.picture_rows import TAR, asked_about, folder_rows, tar_rows
 
 Example = TypeVar("Example")
 #: Makes an example of a row. Raises ValueError or RequestError for a malformed one.
@@ -71,10 +72,16 @@ def open_rows(place: DataPlace) -> RowSet:
     if not path.is_dir():
         if is_text_file(path.name):
             return _texts(str(path), [path])
+        if path.suffix.lower() == TAR:
+            return _tars(str(path), [path])
         return _joined(str(path), [(path, read_table(path))])
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists() or _is_hub_layout(path):
         return _of_hub(HubDataset.of_folder(path))
     tables, texts = files_in(path)
+    if not tables and (archives := sorted(path.glob(f"*{TAR}"))):
+        return _tars(str(path), archives)
+    if not tables and (pictures := folder_rows(path)):
+        return RowSet(str(path), "pictures", asked_about(pictures, PROMPTS))
     if tables and texts:
         raise SourceError(
             f"{path}: holds {len(tables):,} tables and {len(texts):,} texts, which are learnt in different ways; name the "
@@ -110,12 +117,21 @@ def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _joined(name: str, tables: Sequence[tuple[Path, RecordTable]]) -> RowSet:
-    records = [record for _, table in tables for record in table.records]
+    records = asked_about([record for _, table in tables for record in table.records], (*PROMPTS, *TURNS))
     bad = [row for _, table in tables for row in table.bad]
     kinds = list(dict.fromkeys(table.kind for _, table in tables))
     several = f"{len(tables):,} files of " if len(tables) > 1 else ""
     notes = [note if len(tables) == 1 else f"{path.name}: {note}" for path, table in tables for note in table.notes]
     return RowSet(name, f"{several}{' and '.join(kinds)}", records, bad, notes)
+
+
+def _tars(name: str, paths: Sequence[Path]) -> RowSet:
+    """The rows of tars of pictures, which are held in memory."""
+    read = [tar_rows(path) for path in paths]
+    records = asked_about([record for rows, _ in read for record in rows], (*PROMPTS, *TURNS))
+    if not records:
+        raise ArtefactError(f"{name}: holds no pictures with what they are")
+    return RowSet(name, "tar of pictures", records, [row for _, bad in read for row in bad])
 
 
 def _texts(name: str, paths: Sequence[Path]) -> RowSet:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from bessemer.core.environment import peak_memory_bytes, reset_peak_memory
-from bessemer.core.errors import ArtefactError
+from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json, write_text
 from bessemer.inference.engine import Engine, EngineConfig
+from bessemer.inference.images import PicturePrompt
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.adapters.fingerprints import samples_of_folder
@@ -28,12 +29,13 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.formats import ModelSource
 from bessemer.model.quantisation.quantised_layers import is_quantised
-from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.tuned_folder import ADAPTER, BASE, HELD_OUT_TASK, MODEL, RECORD, place_of_base
+from bessemer.model.vision.trained import load_trained_decoder
 from bessemer.posttraining.data.encoding import encode_prompt
 from bessemer.posttraining.data.examples import Conversation, data_hash
 from bessemer.posttraining.data.packing import EncodedExample
-from bessemer.posttraining.data.turns import RowError
+from bessemer.posttraining.data.picture_encoding import PictureEncoder, picture_of
+from bessemer.posttraining.data.picture_rows import has_pictures, sources_in, text_of
 from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import prepare_base
 from bessemer.posttraining.sft.finetune_plan import FinetunePlan, Sizes, plan_finetuning, tuning_dtype
@@ -61,15 +63,17 @@ def conversation_losses(
     padding_id: int,
     progress: Progress,
     description: str,
+    pictures: PictureEncoder | None = None,
 ) -> np.ndarray:
-    """Mean −log p of each example's targets, (N,) float64, in nats a token, one example a row."""
+    """Mean −log p of each example's targets, (N,) float64, in nats a token, one example a row. pictures: what has read those of
+    the examples."""
     losses: list[float] = []
     with progress.task(description, total=len(examples), unit="conversations") as task:
         for start in range(0, len(examples), _ROWS):
             chosen = examples[start : start + _ROWS]
             longest = max(len(example.tokens) for example in chosen)
             batch = pack_rows([[(one.tokens, one.targets)] for one in chosen], min(longest, context_length), padding_id)
-            losses += _means(model, batch)
+            losses += _means(model, batch if pictures is None else pictures.placed(batch))
             task.advance(len(chosen))
     return np.array(losses)
 
@@ -82,6 +86,9 @@ def write_task(out: Path, held_out: Sequence[Conversation], tokenizer: Tokenizer
     rows: list[dict[str, str]] = []
     system: str | None = None
     for one in held_out:
+        if has_pictures(one.messages):
+            # a task's rows hold texts
+            continue
         has_system = bool(one.messages) and one.messages[0]["role"] == "system"
         said = one.messages[has_system:]
         own = one.messages[0]["content"] if has_system else None
@@ -196,7 +203,7 @@ def finetune(
     tokenizer, chosen_device = load_tokenizer(base), choose_device(device)
     tuning = SFTConfig.parse(
         plan.settings
-        | _training_settings(config, method, plan.sizes, chosen_device)
+        | _training_settings(config, method, plan.sizes, chosen_device, merge=plan.base.vision is not None)
         | {
             "micro_batch_size": plan.needs[method].shape.rows,
             "activation_checkpointing": plan.needs[method].shape.recompute,
@@ -209,6 +216,7 @@ def finetune(
         context_length=plan.sizes.context_length,
         padding_id=tokenizer.bos_id,
         progress=progress,
+        pictures=plan.pictures,
     )
     runtime, start = Runtime.of(tuning, chosen_device), StartingModel.of(base, tuning, seed)
     questions = _Questions(plan.held_out, tokenizer, plan.base.config.max_position_embeddings)
@@ -222,15 +230,16 @@ def finetune(
                 return _Measured(losses_N, answers, _general_results(general, model, tokenizer, progress, when))
 
     write_task(out, plan.held_out, tokenizer)
-    before = measured(start.whole(chosen_device), "before")
+    reads_pictures = start.reads_pictures
+    before = measured(load_trained_decoder(base, chosen_device) if reads_pictures else start.whole(chosen_device), "before")
     release_freed_memory()
     samples = _Samples(questions, plan.sizes.steps, progress)
     metrics = sft(
         tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show, shows_data=False
     )
     release_freed_memory()
-    if method == "full":
-        after = measured(load_model(out / MODEL, device=chosen_device), "after")
+    if method == "full" or reads_pictures:
+        after = measured(load_trained_decoder(out / MODEL, chosen_device), "after")
     else:
         tuned = start.whole(chosen_device)
         # the base in its file's type would lie beside the tuned one
@@ -326,8 +335,10 @@ def finish(out: Path, result: dict[str, Any]) -> None:
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
-def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """The settings of `sft` that suit a real model."""
+def _training_settings(
+    config: FinetuneConfig, method: Method, sizes: Sizes, device: torch.device, *, merge: bool = False
+) -> dict[str, Any]:
+    """The settings of `sft` that suit a real model. merge: whether an adapter is merged into the model."""
     settings: dict[str, Any] = {
         "steps": sizes.steps,
         "batch_size": sizes.batch_size,
@@ -356,7 +367,7 @@ def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, dev
         "modules": config.target_modules,
         "modules_to_save": config.modules_to_save,
         "quantize": config.codes if method == "qlora" else None,
-        "merge": False,
+        "merge": merge,
     }
     return settings | ({} if config.learning_rate is None else {"learning_rate": config.learning_rate})
 
@@ -366,17 +377,19 @@ class _Questions:
 
     def __init__(self, held_out: Sequence[Conversation], tokenizer: Tokenizer, context: int) -> None:
         self._tokenizer = tokenizer
-        self._questions: list[tuple[str, str, list[int]]] = []
+        self._questions: list[tuple[str, str, list[int] | PicturePrompt]] = []
         for one in held_out:
             *before, last = one.messages or [{"role": ""}]
             if last["role"] != "assistant" or not before or not (question := before[-1].get("content")):
                 continue
             try:
-                ids = encode_prompt(tuple(before), tokenizer, one.tools)
-            except RowError:
+                ids = encode_prompt(tuple(before), tokenizer, one.tools, pictures=True)
+                pictures = [picture_of(source, one.folder) for source in sources_in(before)]
+            except RequestError:
                 continue
             if len(ids) + _ANSWER_TOKENS <= context:
-                self._questions.append((question, last.get("content") or "", ids))
+                prompt = PicturePrompt(ids, pictures) if pictures else ids
+                self._questions.append((text_of(question), last.get("content") or "", prompt))
             if len(self._questions) == _QUESTIONS:
                 break
 
@@ -386,9 +399,13 @@ class _Questions:
         """Greedy answers of a model, or of a model with an adapter. An adapter in training is not merged, which would need a
         second copy of the weights. most: number of questions. tokens: most tokens of an answer."""
         prompts = [ids for _, _, ids in self._questions[:most]]
-        if not prompts:
+        shows = any(isinstance(prompt, PicturePrompt) for prompt in prompts)
+        # an engine reads no prompt with pictures beside an adapter
+        if not prompts or (shows and adapters_of(model)):
             return []
-        config = _engine_config(model, max(map(len, prompts)) + tokens, len(prompts))
+        longest = max(len(prompt) for prompt in prompts if not isinstance(prompt, PicturePrompt)) if not shows else 0
+        length = model.config.max_position_embeddings if shows else longest + tokens
+        config = _engine_config(model, length, len(prompts))
         with without_adapters(model):
             engine = Engine(model, self._tokenizer, config=config)
             name = None

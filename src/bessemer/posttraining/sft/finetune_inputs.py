@@ -17,7 +17,9 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.formats import ModelSource, import_model
 from bessemer.model.formats.gguf_import import GgufFile, in_a_family, write_tokenizer
 from bessemer.model.storage.library import download
-from bessemer.model.storage.model_config import TOKENIZER_FILES, holds_codes, read_model_config
+from bessemer.model.storage.model_config import TOKENIZER_FILES, holds_codes, read_decoder_config
+from bessemer.model.vision.config import VisionLanguageConfig
+from bessemer.model.vision.folder import is_vision_folder, read_vision_language
 from bessemer.posttraining.data.formats import CONTINUE
 from bessemer.posttraining.data.understanding import DataPlace, open_rows
 from bessemer.posttraining.data.understanding import find_columns as columns_of
@@ -57,12 +59,19 @@ def prepare_base(source: ModelSource, folder: Path, progress: Progress) -> Path:
 
 class BaseModel(NamedTuple):
     """Settings and tokenizer of a model to be tuned, without its weights. quantised: bytes of its weights if they are
-    quantised, else None."""
+    quantised, else None. folder: its own, where it has one."""
 
     name: str
     config: ModelConfig
     tokenizer: Tokenizer
     quantised: float | None
+    folder: Path | None = None
+
+    @property
+    def vision(self) -> VisionLanguageConfig | None:
+        """The settings of a model that reads pictures; None of another one."""
+        is_vision = self.folder is not None and is_vision_folder(self.folder)
+        return read_vision_language(self.folder) if is_vision and self.folder is not None else None
 
 
 def read_base(source: ModelSource, scratch: Path) -> BaseModel:
@@ -86,7 +95,7 @@ def read_base(source: ModelSource, scratch: Path) -> BaseModel:
             if (files / name).exists():
                 shutil.copyfile(files / name, scratch / name)
     quantised = float(sum(path.stat().st_size for path in place.glob("*.safetensors"))) if holds_codes(place) else None
-    return BaseModel(source.name, read_model_config(place), _with_template(tokenizer, scratch), quantised)
+    return BaseModel(source.name, read_decoder_config(place), _with_template(tokenizer, scratch), quantised, place)
 
 
 def _with_template(tokenizer: Tokenizer, folder: Path) -> Tokenizer:

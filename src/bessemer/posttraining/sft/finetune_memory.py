@@ -29,6 +29,7 @@ from bessemer.model.initialisation import empty_decoder
 from bessemer.model.parts import Numerics
 from bessemer.model.quantisation.config import SCHEMES, QuantizeConfig
 from bessemer.model.quantisation.quantised_decoder import quantisable
+from bessemer.model.vision.config import VisionLanguageConfig
 from bessemer.posttraining.sft.config import Method
 from bessemer.training.logit_chunks import chunk_size
 
@@ -87,6 +88,10 @@ class TuningMemory:
     parts: Mapping[str, float]
     peak: float
 
+    def with_part(self, name: str, needed: float) -> TuningMemory:
+        """The memory with a part more, which exists beside all others."""
+        return TuningMemory({**self.parts, name: needed}, self.peak + needed)
+
 
 @dataclass(frozen=True)
 class _Numbers:
@@ -101,6 +106,24 @@ class _Numbers:
     copied: int
     head: int
     whole: int = 0
+
+
+def vision_memory(config: VisionLanguageConfig, method: Method, tiles: float) -> float:
+    """The memory of an encoder and its projector in a step on so many tiles: weights, and where they are trained (`full`) their
+    gradients, AdamW's means and what each layer keeps for its backward pass: its input, two norms, four projections, the
+    attention, and twice the width within its feed-forward network."""
+    vision = config.vision
+    width, inner, patches = vision.hidden_size, vision.intermediate_size, vision.grid**2
+    block = 4 * width**2 + 2 * width * inner
+    projector = (width * max(config.scale_factor, 1) ** 2 + (0 if config.scale_factor else config.text.hidden_size)) * (
+        config.text.hidden_size
+    )
+    weights = vision.num_hidden_layers * block + width * (3 * vision.patch_size**2 + patches) + projector
+    kept = patches * (8 * width + 2 * inner) + vision.num_attention_heads * patches**2
+    if method != "full":
+        # nothing is kept, and one layer's tensors exist at a time
+        return _FLOAT32 * (weights + tiles * kept)
+    return (2 * _FLOAT32 + _MEANS) * weights + _FLOAT32 * tiles * kept * vision.num_hidden_layers
 
 
 def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> TuningMemory:

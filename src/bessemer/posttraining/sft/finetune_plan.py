@@ -24,11 +24,12 @@ from bessemer.posttraining.data.examples import Conversation, RowReader
 from bessemer.posttraining.data.made import data_name, data_path
 from bessemer.posttraining.data.mask import text_parts
 from bessemer.posttraining.data.packing import EncodedExample, encode_conversation, fit_conversations, fit_each, pack_examples
+from bessemer.posttraining.data.picture_encoding import PictureEncoder, open_picture_encoder
 from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.posttraining.data.understanding import DataPlace
 from bessemer.posttraining.sft.config import FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, read_base
-from bessemer.posttraining.sft.finetune_memory import TuningMemory, TuningShape, process_memory, tuning_memory
+from bessemer.posttraining.sft.finetune_memory import TuningMemory, TuningShape, process_memory, tuning_memory, vision_memory
 from bessemer.posttraining.sft.stage import gather_conversations
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
@@ -150,7 +151,8 @@ class FinetunePlan:
     """settings: those of `sft`. examples: of held-out conversations that have targets within a row. tokens, learnt: tokens of
     the conversations of a pass, and targets among them. counts: numbers of conversations cut and left out. needs: each method
     with its memory. free: usable bytes. seconds: predicted time of all steps; None where the device's rate is unknown. price:
-    of an hour. understood: lines about the data, for a terminal. bad_rows: number of left-out rows."""
+    of an hour. understood: lines about the data, for a terminal. bad_rows: number of left-out rows. pictures: of a model that
+    reads them, what has read those of the data."""
 
     settings: dict[str, Any]
     training: Sequence[Conversation]
@@ -169,6 +171,7 @@ class FinetunePlan:
     price: float | None = None
     understood: Sequence[str] = ()
     bad_rows: int = 0
+    pictures: PictureEncoder | None = None
 
     @property
     def chosen(self) -> Fitting:
@@ -258,18 +261,26 @@ def plan_finetuning(
     base, chosen_device = read_base(source, scratch), choose_device(device)
     tokenizer, limit = base.tokenizer, base.config.max_position_embeddings
     longest = config.context_length or min(_LONGEST, limit)
-    lengths = [len(one.tokens) for one in fit_conversations([*training, *held_out], tokenizer, longest, config.truncate)[0]]
+    pictures = None
+    if base.vision is not None and base.folder is not None:
+        pictures = open_picture_encoder(base.folder, tokenizer, scratch / "pictures.bin")
+    examples, _ = fit_conversations([*training, *held_out], tokenizer, longest, config.truncate, pictures)
+    lengths = [len(one.tokens) for one in examples]
     context = config.context_length or row_length(lengths, limit)
-    fitted, counts = fit_conversations(training, tokenizer, context, config.truncate)
+    fitted, counts = fit_conversations(training, tokenizer, context, config.truncate, pictures)
     rows = max(1, pack_examples(fitted, tokenizer, context).tokens_BT.shape[0])
     batch_size = config.batch_size or max(1, round(_CONVERSATIONS * rows / len(training)))
     sizes, dtype = Sizes.of(config, context, rows, batch_size), tuning_dtype(config, chosen_device)
-    chosen, needs, free = _method(config, base, batch_size, context, dtype, chosen_device)
+    tiles = 0.0
+    if pictures is not None and not pictures.file.is_empty:
+        tiles = batch_size * len(pictures.file.table().tiles) / (rows * (1 + len(held_out) / len(training)))
+    chosen, needs, free = _method(config, base, batch_size, context, dtype, chosen_device, tiles)
     return FinetunePlan(
         settings=settings,
         training=training,
         held_out=held_out,
-        examples=_within(held_out, tokenizer, context, config),
+        examples=_within(held_out, tokenizer, context, config, pictures),
+        pictures=pictures,
         base=base,
         sizes=sizes,
         tokens=sum(len(one.tokens) for one in fitted),
@@ -351,9 +362,15 @@ def tuning_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
 
 
 def _method(
-    config: FinetuneConfig, base: BaseModel, batch_size: int, context: int, dtype: torch.dtype, device: torch.device
+    config: FinetuneConfig,
+    base: BaseModel,
+    batch_size: int,
+    context: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tiles: float = 0.0,
 ) -> tuple[tuple[Method, str], Mapping[Method, Fitting], float]:
-    """The chosen method and why, each method's memory, and the usable bytes."""
+    """The chosen method and why, each method's memory, and the usable bytes. tiles: of pictures in a batch."""
     rows_given, rows = config.tokens_per_batch is not None, batch_size
     if config.tokens_per_batch is not None:
         rows = max(1, min(batch_size, config.tokens_per_batch // context))
@@ -375,7 +392,28 @@ def _method(
     recompute: tuple[Recompute, ...] = ("none", "full") if config.checkpointing == "auto" else (config.checkpointing,)
     held = float(resident_memory_bytes() or 0) if device.type == "cpu" else None
     free = free_bytes(device, held or 0.0)
-    needs = memory_needs(base.config, shape, free, rows_given=rows_given, recompute=recompute, held=held)
+    if (vision := base.vision) is not None:
+        # the encoder's memory is that of a whole batch, since a row may hold more pictures than another
+        needs = {
+            method: fitting._replace(
+                memory=fitting.memory.with_part("encoder of pictures", vision_memory(vision, method, tiles))
+            )
+            for method in ("full", "lora")
+            for fitting in [
+                memory_needs(
+                    base.config,
+                    shape,
+                    free - vision_memory(vision, method, tiles),
+                    rows_given=rows_given,
+                    recompute=recompute,
+                    held=held,
+                )[method]
+            ]
+        }
+        if config.method == "qlora" or config.base_dtype in FROZEN:
+            raise ConfigError(f"--method: {base.name} reads pictures, and is tuned by full or lora, whose weights are whole")
+    else:
+        needs = memory_needs(base.config, shape, free, rows_given=rows_given, recompute=recompute, held=held)
     if config.method != "auto":
         if config.method not in needs:
             raise ConfigError(f"--method: {config.method} is of whole weights, and {base.name} is quantised; take qlora")
@@ -413,10 +451,14 @@ def _seconds(
 
 
 def _within(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int, config: FinetuneConfig
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    context: int,
+    config: FinetuneConfig,
+    pictures: PictureEncoder | None,
 ) -> list[tuple[Conversation, EncodedExample]]:
     """The conversations with targets within a row, each with its last example."""
-    fitted, _ = fit_each(conversations, tokenizer, context, config.truncate)
+    fitted, _ = fit_each(conversations, tokenizer, context, config.truncate, pictures)
     fitting = [(one, examples[-1]) for one, examples in zip(conversations, fitted, strict=True) if examples]
     if len(fitting) < _FEWEST:
         raise SourceError(

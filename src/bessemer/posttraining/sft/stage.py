@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -23,7 +24,7 @@ from bessemer.core.usercode import is_user_function
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.model_config import read_model_config
+from bessemer.model.storage.model_config import read_decoder_config
 from bessemer.posttraining.data.examples import (
     BAD_ROWS,
     Conversation,
@@ -34,6 +35,7 @@ from bessemer.posttraining.data.examples import (
 )
 from bessemer.posttraining.data.made import DOCS_QUESTIONS, MADE_DATA, TASK, data_path
 from bessemer.posttraining.data.packing import PackedBatches, PackedConversations, pack_conversations, validation_on
+from bessemer.posttraining.data.picture_encoding import open_picture_encoder
 from bessemer.posttraining.data.splitting import are_held_out, opening_key, opening_of
 from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.sft.config import SFTConfig
@@ -43,9 +45,11 @@ from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import find_tasks
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.autotune import RunCost
+from bessemer.tokenization.trained_template import extended_tokenizers
+from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.data.batch import Batch, concatenated
 from bessemer.training.data.batches import BatchSource, StatelessBatches, TokenBatches
+from bessemer.training.data.pictures import PictureTable
 from bessemer.training.head import target_log_probs
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.keeping import losses_held_out
@@ -75,6 +79,10 @@ def add_embedding_noise(model: Decoder, alpha: float) -> None:
     model.embed_tokens.register_forward_hook(add_noise)
 
 
+#: The pixels of a run's pictures, in its folder until it is finished.
+PICTURES = "pictures.bin"
+
+
 class MixedBatches(StatelessBatches):
     """Batches of packed conversations in which a share of the rows is plain text, spread evenly over the run."""
 
@@ -93,17 +101,21 @@ class MixedBatches(StatelessBatches):
         is_text = np.floor((positions + 1) * self._share) > texts_before
         return concatenated(
             [
-                _as_packed(self._text.batch(before)) if text else self._conversations.batch(position - before)
+                _as_packed(self._text.batch(before), self._conversations.pictures)
+                if text
+                else self._conversations.batch(position - before)
                 for position, before, text in zip(positions.tolist(), texts_before.tolist(), is_text.tolist(), strict=True)
             ]
         )
 
 
-def _as_packed(batch: Batch) -> Batch:
-    """Rows of text as packed rows of one document each."""
+def _as_packed(batch: Batch, pictures: PictureTable | None) -> Batch:
+    """Rows of text as packed rows of one document each, beside rows with pictures."""
     rows, columns = batch.tokens_BT.shape
     return replace(
         batch,
+        pictures=pictures,
+        vector_of_token_BT=None if pictures is None else torch.full_like(batch.tokens_BT, -1),
         positions_BT=torch.arange(columns).expand(rows, columns),
         document_ids_BT=torch.ones_like(batch.tokens_BT),
     )
@@ -151,12 +163,15 @@ def sft(
     """
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
-    config = config.fitted_to(read_model_config(model).max_position_embeddings)
+    config = config.fitted_to(read_decoder_config(model).max_position_embeddings)
     reader = RowReader(config.on_bad_row, run.progress.say if shows_data else lambda line: None)
     training, held_out = gather_conversations(config, documents, run.folder, run.seed, made, reader)
+    pictures = open_picture_encoder(model, tokenizer, out / PICTURES)
     packed, validation = (
-        pack_conversations(some, tokenizer, config.context_length, config.truncate) for some in (training, held_out)
+        pack_conversations(some, tokenizer, config.context_length, config.truncate, pictures) for some in (training, held_out)
     )
+    if pictures is not None:
+        packed, validation = (replace(one, batch=pictures.placed(one.batch)) for one in (packed, validation))
     for sentence in packed.counts.sentences(f"{len(training):,} conversations"):
         run.progress.say(sentence)
     if not packed.rows:
@@ -172,9 +187,13 @@ def sft(
         if tokens is None:
             raise SourceError("pretraining_share: no stage of this recipe makes tokens, whose text would be mixed in")
         shards = TokenShards(tokens / TRAIN)
-        shards.check_tokenizer(tokenizer.hash, "the model")
+        shards.check_tokenizer(tokenizer.hash, "the model", extended_tokenizers(tokenizer.folder))
 
     cost = RunCost(validation.batch.tokens_BT.numel())
+    if packed.batch.pictures is not None:
+        # random tokens, by which steps are timed else, have no pictures
+        trial = partial(_trial, model=model, packed=packed, options=run.trial_options)
+        cost = replace(cost, seconds_per_step=lambda config: seconds_per_step(trial, config))
     job = TrainingJob.open(config, model, run, description="fine-tune", cost=cost, only_resolve=only_resolve)
     config, mesh = job.config, job.mesh
     if mesh.leads:
@@ -202,11 +221,13 @@ def sft(
 
     objective = None
     if config.loss == "dft":
-        objective = NextTokenObjective(read_model_config(model), training_loss=dynamic_fine_tuning)
+        objective = NextTokenObjective(read_decoder_config(model), training_loss=dynamic_fine_tuning)
     hooks = TrainingHooks(validate, held_out=losses_held_out(validation.batch, config))
     summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=hooks)
     if mesh.leads:
         keep_template(out, tokenizer)
+    if pictures is not None:
+        pictures.file.close()
     return {
         "conversations": len(training),
         "held_out": len(held_out),
@@ -216,6 +237,13 @@ def sft(
         "filled": round(packed.filled, 4),
         **{name: value for name, value in summary.items() if name != "parameters"},
     }
+
+
+def _trial(config: SFTConfig, out: Path, *, model: Path, packed: PackedConversations, options: RunOptions) -> None:
+    """A short run on the same rows, of which the steps are timed."""
+    run = RunContext(out, **options)
+    job = TrainingJob.open(config, model, run, description="measure")
+    job.train(_source(config, packed, None, run.seed))
 
 
 def _source(config: SFTConfig, packed: PackedConversations, shards: TokenShards | None, seed: int) -> BatchSource:

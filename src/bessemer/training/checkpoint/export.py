@@ -23,8 +23,9 @@ from bessemer.model.adapters.folder import write_adapter
 from bessemer.model.adapters.trained import adapter_of, is_trained_by_adapter, merged
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.model.storage.folder import SCORE, load_model, load_scorer, save_model
+from bessemer.model.storage.folder import SCORE, load_model, load_scorer
 from bessemer.model.storage.model_config import read_model_config
+from bessemer.model.vision.trained import empty_like, load_trained_decoder, save_trained_decoder
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.checkpoint.manager import (
     CHECKPOINTS,
@@ -137,13 +138,13 @@ def save_trained(
             chosen = weights
             if averaged:
                 average = weights | checkpoint_weights(folder, f"others.{AVERAGE}.weights")
-                other = fill(empty_decoder(model.config), weights if saved == "ema" else average)
-                save_model(other, out / ("model-weights" if saved == "ema" else "model-ema"), tokenizer=tokenizer)
+                other = fill(empty_like(model), weights if saved == "ema" else average)
+                save_trained_decoder(other, out / ("model-weights" if saved == "ema" else "model-ema"), tokenizer=tokenizer)
                 chosen = average if saved == "ema" else weights
             if saved == "best" and best is not None:
                 chosen = frozen | checkpoint_weights(checkpoint_of_step(out / CHECKPOINTS, best))
-            model = fill(empty_decoder(model.config), chosen)
-        save_model(model, out / "model", tokenizer=tokenizer)
+            model = fill(empty_like(model), chosen)
+        save_trained_decoder(model, out / "model", tokenizer=tokenizer)
     mesh.wait()
 
 
@@ -152,7 +153,7 @@ def save_trained_adapter(
 ) -> None:
     """Write `out/adapter`, a folder of PEFT's, and with `merge` the model with the adapter merged, `out/model`; which numbers
     and what else, as `save_trained` does of weights. Of a model with a scalar head, trained beside the adapter, `out/model`
-    alone.
+    alone, as of one that reads pictures.
 
     start: the model that the run started from, whose weights the adapter is for. Of several processes rank 0 writes, and reads
     that model again to merge, as one process does whose frozen weights lie in half precision.
@@ -168,7 +169,7 @@ def save_trained_adapter(
         for ending, tensors in _chosen(trained, out, config, best).items():
             adapter = adapter_of(model, tensors)
             head = tensors.get(SCORE)
-            if head is None:
+            if head is None and not start.reads_pictures:
                 # what the last step has freed would lie beside the file's pages
                 release_freed_memory()
                 # read again (memory-mapped): this run may have quantised its own copy
@@ -179,14 +180,14 @@ def save_trained_adapter(
                 whole = merged(base, adapter)
                 if head is not None:
                     whole.get_parameter(SCORE).data = head.to(whole.device)
-                save_model(whole, out / f"model{ending}", tokenizer=start.folder)
+                save_trained_decoder(whole, out / f"model{ending}", tokenizer=start.folder)
     mesh.wait()
 
 
 def _base(start: Path, head: Tensor | None) -> Decoder:
     """The model of a folder, with a scalar head where one is trained, whose weights are to be replaced."""
     if head is None:
-        return load_model(start, dtype=torch.float32)
+        return load_trained_decoder(start, dtype=torch.float32)
     return load_scorer(start, dtype=torch.float32, seed=0)
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypedDict
+from typing import Any, NotRequired, Self, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from bessemer.model.vision.trained import BatchPictures
+from bessemer.training.data.pictures import PictureTable
 
 #: Target of a token without a loss.
 IGNORE_INDEX = -100
@@ -24,6 +27,7 @@ class Inputs(TypedDict):
     positions_BT: Tensor | None
     document_ids_BT: Tensor | None
     visible_to_BT: Tensor | None
+    pictures: NotRequired[BatchPictures]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Batch:
     each input token's document, an index into `source_names`; None: not known.
     visible_to_BT: the last document of the row that sees a token, where documents share what they begin with; None: each sees
     its own.
+    pictures: those of the run, of which `vector_of_token_BT` says what each token is, int64, as in `PictureTable`; −1 for text.
 
     A *sequence* is what an objective judges as one: the tokens of a row with one document id, counted from 1 (0 is padding), or
     the whole row where there are no ids. per_token: values of tokens by name, (B, T), such as masks, log-probabilities,
@@ -49,6 +54,8 @@ class Batch:
     document_ids_BT: Tensor | None = None
     sources_BT: Tensor | None = None
     visible_to_BT: Tensor | None = None
+    vector_of_token_BT: Tensor | None = None
+    pictures: PictureTable | None = None
     source_names: tuple[str, ...] = ()
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
     per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
@@ -58,12 +65,15 @@ class Batch:
     @property
     def inputs(self) -> Inputs:
         """Arguments of `Decoder.hidden`: `model.hidden(**batch.inputs)`."""
-        return Inputs(
+        inputs = Inputs(
             tokens_BT=self.tokens_BT,
             positions_BT=self.positions_BT,
             document_ids_BT=self.document_ids_BT,
             visible_to_BT=self.visible_to_BT,
         )
+        if self.pictures is not None and self.vector_of_token_BT is not None:
+            inputs["pictures"] = self.pictures.of_batch(self.vector_of_token_BT)
+        return inputs
 
     @property
     def targets(self) -> int:

@@ -157,7 +157,11 @@ _HYPERPARAMETERS = ("lr", "initial_lr", "weight_decay", "betas", "momentum", "ne
 
 def role_of(name: str, parameter: Tensor) -> Role:
     """The role of a decoder's parameter, by its name and shape."""
-    if not name.startswith(("layers.", "mtp.")) or name.endswith("bias") or parameter.ndim < 2:
+    if (
+        not name.startswith(("layers.", "mtp.", "vision.encoder.encoder.layers."))
+        or name.endswith("bias")
+        or parameter.ndim < 2
+    ):
         return "others"
     if parameter.ndim == 2:
         return "matrices"

@@ -1,0 +1,114 @@
+"""Conversations with pictures as examples: each picture's tokens in its place, and its prepared pixels in the run's file.
+
+In an example a token of a picture is written as −1 − n, for the n-th vector of all pictures, so that examples are cut and
+packed as those of text; `placed` then writes the model's image token, and keeps n beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bessemer.core.errors import RequestError
+from bessemer.model.vision.folder import is_vision_folder, read_vision_language
+from bessemer.model.vision.model import Vision
+from bessemer.model.vision.pictures import Picture, read_picture
+from bessemer.model.vision.preprocessing import Prepared
+from bessemer.model.vision.prompts import PictureReader, open_picture_reader
+from bessemer.posttraining.data.encoding import Encoded
+from bessemer.posttraining.data.examples import Conversation
+from bessemer.posttraining.data.picture_rows import sources_in
+from bessemer.posttraining.data.turns import RowError
+from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.training.data.batch import Batch
+from bessemer.training.data.pictures import PictureFile
+
+
+@dataclass(frozen=True, eq=False)
+class PictureEncoder:
+    """Writes pictures into examples. file: takes their pixels."""
+
+    reader: PictureReader
+    file: PictureFile
+
+    def expanded(self, conversation: Conversation, examples: Sequence[Encoded]) -> list[Encoded]:
+        """The examples of a conversation with its pictures' tokens in the places of their image tokens.
+
+        An example begins as the conversation does, and so with its first pictures. Raises RowError for a picture that cannot be
+        read.
+        """
+        try:
+            sources = sources_in(conversation.messages)
+            ids = [self._ids(prepared_picture(self.reader, source, conversation.folder)) for source in sources]
+        except (RequestError, ValueError) as error:
+            raise RowError(str(error)) from None
+        return [self._expanded(example, ids) for example in examples]
+
+    def _ids(self, prepared: Prepared) -> np.ndarray:
+        tokens = np.array(self.reader.tokens(prepared), np.int64)
+        is_vector, first = tokens == self.reader.image_token_id, self.file.add(prepared)
+        tokens[is_vector] = -1 - first - np.arange(int(is_vector.sum()))
+        return tokens
+
+    def _expanded(self, example: Encoded, pictures: Sequence[np.ndarray]) -> Encoded:
+        places = np.flatnonzero(example.ids == self.reader.image_token_id)
+        if len(places) > len(pictures):
+            raise RowError(f"the chat template has places for {len(places)} pictures, and {len(pictures)} are given")
+        ids: list[np.ndarray] = []
+        learnt: list[np.ndarray] = []
+        before = 0
+        for place, picture in zip(places.tolist(), pictures, strict=False):
+            ids += [example.ids[before:place], picture]
+            learnt += [example.is_learnt[before:place], np.zeros(len(picture), bool)]
+            before = place + 1
+        return Encoded(np.concatenate([*ids, example.ids[before:]]), np.concatenate([*learnt, example.is_learnt[before:]]))
+
+    def placed(self, batch: Batch) -> Batch:
+        """A packed batch with image tokens in the places of pictures, and which vector each is; as it is where no picture was
+        read."""
+        if self.file.is_empty:
+            return batch
+        is_picture_BT = batch.tokens_BT < 0
+        return replace(
+            batch,
+            tokens_BT=batch.tokens_BT.masked_fill(is_picture_BT, self.reader.image_token_id),
+            vector_of_token_BT=torch.where(is_picture_BT, -1 - batch.tokens_BT, -1),
+            pictures=self.file.table(),
+        )
+
+
+def prepared_picture(reader: PictureReader, source: str, folder: Path | None) -> Prepared:
+    """A picture of a row, prepared for a model. folder: where relative paths begin. Raises RequestError."""
+    return reader.preprocessor.prepare(picture_of(source, folder))
+
+
+def picture_of(source: str, folder: Path | None) -> Picture:
+    """The picture of a path or a `data:` URI. folder: where relative paths begin. Raises RequestError."""
+    if not source.startswith("data:"):
+        return read_picture((folder or Path()) / source, "its picture")
+    head, _, data = source.partition(",")
+    if not head.endswith(";base64"):
+        raise RequestError("its picture: a data: URI is needed that holds base64")
+    try:
+        return read_picture(base64.b64decode(data, validate=True), "its picture")
+    except (binascii.Error, ValueError):
+        raise RequestError("its picture: the data is not base64") from None
+
+
+def open_picture_encoder(model: Path, tokenizer: Tokenizer, file: Path) -> PictureEncoder | None:
+    """What writes pictures into the examples of a folder's model; None where it reads none. file: for their pixels. Raises
+    ArtefactError as `open_picture_reader`."""
+    if not is_vision_folder(model):
+        return None
+    config = read_vision_language(model)
+    # the settings alone are read, not the weights
+    with torch.device("meta"):
+        vision = Vision(config)
+    reader = open_picture_reader(vision, model, tokenizer)
+    return PictureEncoder(reader, PictureFile(file, reader.preprocessor, config.tokens_per_tile))
