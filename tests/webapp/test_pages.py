@@ -24,7 +24,7 @@ from bessemer.posttraining.data.formats import as_labelled, as_pair
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.runtime.bodies import without_places
-from bessemer.webapp import xray_api
+from bessemer.webapp import model_copy, xray_api
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.running import servers
 
@@ -190,8 +190,8 @@ def wait_for(condition):
 
 
 def test_an_xray_is_refused_where_its_copy_of_the_model_does_not_fit_or_anybody_could_ask(start, monkeypatch):
-    monkeypatch.setattr(xray_api, "free_memory_bytes", lambda: 1000)
-    monkeypatch.setattr(xray_api, "load_whole", None)
+    monkeypatch.setattr(model_copy, "free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(model_copy, "load_whole", None)
     refused = httpx.post(start() + "/inspect/xray", json={"text": "the end"})
     assert refused.status_code == 503 and "copy of the model in float32" in refused.json()["error"]["message"]
     for path, more in (("xray", {}), ("without", {"layer": 0, "head": 0})):

@@ -305,6 +305,23 @@ def _roles(model: Decoder, tokenizer: Tokenizer, tokens: Tokens, seed: int) -> d
     return head_roles(model, repeated_tokens(ids, begin=begin.tolist(), length=length, seed=seed))
 
 
+#: The least score of a head that is named after a role.
+_NAMED = 0.4
+
+
+def named_heads(model: Decoder, tokenizer: Tokenizer, seed: int = 0) -> dict[tuple[int, int], tuple[str, float]]:
+    """What heads look for, measured on random tokens that are repeated: (layer, head) → the role with the highest score, and
+    this; heads whose highest is below 0.4 have no name."""
+    roles = _roles(model, tokenizer, tokenized(tokenizer, "a"), seed)
+    scores_RLH = np.nan_to_num(np.stack(list(roles.values())), nan=0.0)
+    best_LH = scores_RLH.argmax(0)
+    names = list(roles)
+    return {
+        (layer, head): (names[best_LH[layer, head]], float(scores_RLH[:, layer, head].max()))
+        for layer, head in np.argwhere(scores_RLH.max(0) >= _NAMED).tolist()
+    }
+
+
 def save_arrays(inspection: Inspection, path: Path) -> None:
     """Write all numbers to one `.npz` file."""
     with new_file(path) as unfinished, unfinished.open("wb") as file:

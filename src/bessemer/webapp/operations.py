@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from bessemer.serving.openapi import Operation
+from bessemer.webapp.change_api import ChangeRequest
 from bessemer.webapp.feedback import Feedback
+from bessemer.webapp.forward_api import ForwardRequest
 from bessemer.webapp.lineage_api import EarlierRequest
 from bessemer.webapp.token_api import PiecesRequest, TokenRequest
 from bessemer.webapp.xray_api import WithoutRequest, XrayRequest
@@ -36,6 +38,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         _object("alternatives", "lens", "entropy_bits", "kept", "vocabulary"),
         TokenRequest,
         tag="Pages",
+    ),
+    ("/inspect/forward", "post"): Operation(
+        "A token's way through the model, as a stream of events.", None, ForwardRequest, tag="Pages"
+    ),
+    ("/inspect/heads", "get"): _read("What heads were measured to look for.", "layers", "heads", "names"),
+    ("/inspect/change", "post"): Operation(
+        "Go on with and without a change, as a stream of events.", None, ChangeRequest, tag="Pages"
     ),
     ("/inspect/earlier", "post"): Operation(
         "What the run's earlier models say of a token.", _object("models"), EarlierRequest, tag="Pages"

@@ -517,6 +517,8 @@ prompt.addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("keydown", (event) => {
+  // keys are for the window that is open over the page
+  if (document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") {
     if (isRunning()) stopAll();
     else if (!settings.hidden) toggleSettings(false);

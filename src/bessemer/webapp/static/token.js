@@ -1,6 +1,8 @@
 // This token: how surprising each of an answer was, what else could have come, what sampling makes of it, what each layer would have
 // said, and where a head looks. What was recorded while it was sampled is shown at once; the rest the server computes.
 import { byId, calm, given, json, make, nameOfBlank, percent, visible } from "./page.js";
+import { openChange } from "./change.js";
+import { openForward } from "./forward.js";
 import { drawnFrom, leastEntropy, recorded, surprise } from "./sampled.js";
 
 const side = byId("side");
@@ -160,17 +162,32 @@ function build() {
   const slider = (name, label, most, step) => {
     const output = make("output", {}, String(open.settings[name] ?? 0));
     return make("label", {}, make("span", {}, label, " ", output), make("input", {
-      type: "range", min: name === "top_p" ? "0.05" : "0", max: String(most), step: String(step), value: String(open.settings[name] ?? 0),
+      type: "range", "aria-label": label, min: name === "top_p" ? "0.05" : "0", max: String(most), step: String(step), value: String(open.settings[name] ?? 0),
       oninput: (event) => { open.settings[name] = Number(event.target.value); output.textContent = event.target.value; drawNumbers(null); load(); },
     }));
   };
   const move = (step, label, sign) => make("button", { class: "quiet", type: "button", "aria-label": label, title: `${label} (arrow keys)`, onclick: () => choose(Math.max(0, Math.min(open.pieces.length - 1, open.place + step))) }, sign);
+  // a copy can be looked into of the first model alone
+  const canChange = given.inside && given.made.includes(open.entry.node.settings.model);
   side.replaceChildren(
     make("div", { class: "row" }, make("h2", {}, "This token"), make("span", { class: "space" }), move(-1, "Token before", "‹"), move(1, "Next token", "›"), make("button", { class: "quiet", type: "button", onclick: closeToken, "aria-label": "Close" }, "×")),
     make("p", { id: "token-failure", class: "failure" }), make("div", { id: "token-numbers" }),
+    make("div", { class: "row ways" }, make("button", { class: "quiet bordered", type: "button", title: "Its way through the model, step by step", onclick: follow }, "Follow its way"),
+      canChange && make("button", { class: "quiet bordered", type: "button", title: "Silence, patch or steer a part of the model, and see how the text goes on", onclick: change }, "Change it and see")),
     make("div", { class: "sliders" }, slider("temperature", "Temperature", 2, 0.05), slider("top_p", "Top p", 1, 0.05), slider("top_k", "Top k", 100, 1)),
     make("div", { id: "token-alternatives" }), make("div", { id: "token-lens" }), make("div", { id: "token-attention" }), make("div", { id: "token-experts" }), make("div", { id: "token-lineage" }),
   );
+}
+
+/** The chosen token with the ones before it, as the server is asked of it. */
+function chosen() {
+  const { entry: { node }, place } = open;
+  return { model: node.settings.model, before: [...node.promptIds, ...node.ids.slice(0, place)], token: node.ids[place] };
+}
+function follow() { openForward(chosen(), open.pieces[open.place], open.settings); }
+async function change() {
+  const asked = chosen(), piece = open.pieces[open.place];
+  openChange(asked, piece, await piecesOf(asked.model, asked.before));
 }
 
 /** The numbers of the chosen token: those recorded when it was sampled, at once; what was not recorded, once the server has computed
