@@ -140,6 +140,28 @@ def test_earlier_models_and_training_documents_of_a_token(url, made):
     assert found["passages"][0]["scores"]["gopher_words"] >= 30
 
 
+def test_an_answer_grows_likely_from_the_untrained_model_to_the_last(url, made):
+    ids = made.tokenizer.encode("The furnace of the steel works has to be heated with care")
+    asked = {"before": ids[:3], "ids": ids[3:]}
+    with httpx.stream("POST", f"{url}/inspect/growth", json=asked, timeout=60) as answer:
+        told = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: ")]
+    assert [one["progress"] for one in told][-1] == 1
+    untrained, *_, last = told
+    assert (untrained["stage"], last["stage"], last["step"]) == ("model", "pretrain", None)
+    # each model's own probability, one token at a time
+    earlier = httpx.post(f"{url}/inspect/earlier", json={"before": ids[:8], "token": ids[8]}, timeout=60).json()["models"]
+    for grown, one in zip(told, earlier, strict=True):
+        assert grown["probabilities"][5] == pytest.approx(one["probability"], rel=1e-3)
+    assert sum(last["probabilities"]) > sum(untrained["probabilities"])
+    # where the answer alone is longer than the context, the first tokens have none
+    long = {"before": ids[:3], "ids": (ids[3:] * 30)[:260]}
+    with httpx.stream("POST", f"{url}/inspect/growth", json=long, timeout=60) as answer:
+        line = next(line for line in answer.iter_lines() if line.startswith("data: "))
+    shares = json.loads(line.removeprefix("data: "))["probabilities"]
+    assert len(shares) == 260 and shares[:5] == [None] * 5 and None not in shares[5:]
+    assert httpx.post(f"{url}/inspect/growth", json={"before": [1], "ids": [10**6]}).status_code == 400
+
+
 def test_the_training_data_of_a_token_is_without_the_documents_that_were_held_out(url, made, runs):
     held_out = [*iterate_documents(runs / "small" / "stages" / "select" / "documents", split=VALIDATION)]
     (text, *_) = [text for batch in held_out for text in batch.column("text").to_pylist()]
@@ -295,6 +317,13 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     page.fill("#prompt", "The furnace of the steel")
     page.press("#prompt", "Enter")
     page.click("article.assistant:not(.working) >> text=Tokens")
+    page.click("text=Through the checkpoints")
+    page.wait_for_selector(".growth[data-model='pretrain']")
+    colours = "[...document.querySelectorAll('.tokens button')].map((button) => button.style.backgroundColor)"
+    last = page.evaluate(colours)
+    page.get_by_role("slider", name="Model of the run").press("Home")
+    page.wait_for_selector(".growth[data-model='model']")
+    assert page.evaluate(colours) != last and " → " in page.inner_text(".reading")
     page.click("text=Ask the earlier models")
     page.wait_for_selector("#token-lineage td >> text=pretrain, step 12")
     page.click(".tokens.pressable button >> nth=3")

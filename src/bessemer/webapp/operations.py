@@ -8,7 +8,7 @@ from bessemer.serving.openapi import Operation
 from bessemer.webapp.change_api import ChangeRequest
 from bessemer.webapp.feedback import Feedback
 from bessemer.webapp.forward_api import ForwardRequest
-from bessemer.webapp.lineage_api import EarlierRequest
+from bessemer.webapp.lineage_api import EarlierRequest, GrowthRequest
 from bessemer.webapp.token_api import PiecesRequest, TokenRequest
 from bessemer.webapp.xray_api import WithoutRequest, XrayRequest
 
@@ -48,6 +48,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("/inspect/earlier", "post"): Operation(
         "What the run's earlier models say of a token.", _object("models"), EarlierRequest, tag="Pages"
+    ),
+    ("/inspect/growth", "post"): Operation(
+        "How likely an answer's tokens were to the run's models, as a stream of events.", None, GrowthRequest, tag="Pages"
     ),
     ("/inspect/training", "post"): Operation(
         "Training documents and examples with the tokens before one.",

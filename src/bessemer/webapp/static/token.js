@@ -3,6 +3,7 @@
 import { byId, calm, given, json, make, nameOfBlank, percent, visible } from "./page.js";
 import { openChange } from "./change.js";
 import { openForward } from "./forward.js";
+import { growth } from "./growth.js";
 import { drawnFrom, leastEntropy, recorded, surprise } from "./sampled.js";
 
 const side = byId("side");
@@ -45,12 +46,19 @@ export async function openTokens(entry, goOn) {
     ...pieces.map((piece, place) => {
       const own = places[place];
       const button = make("button", { type: "button", class: own ? undefined : `t${place % 5}`, tabindex: place ? "-1" : "0", "aria-label": nameOfBlank(piece), onclick: () => choose(place) }, piece.includes("\n") ? `${visible(piece)}\n` : piece || "∅");
-      if (own) button.style.backgroundColor = `color-mix(in oklab, var(--heat) ${Math.round(COLOUR * Math.min(1, surprise(own) / SURPRISING))}%, transparent)`;
+      if (own) tint(button, own.probability);
       return button;
     }));
   const strip = make("div", { class: "strip" }, tokens);
   open = { entry, strip, tokens, places, pieces, goOn, place: 0, head: null, settings: { temperature: 1, top_p: 1, top_k: 0, ...node.settings } };
   if (places.some(Boolean)) strip.append(drawSpark(), make("p", { class: "reading soft" }));
+  if (places.some(Boolean) && isOfRun(node.settings.model)) {
+    open.growth = growth({ model: node.settings.model, before: node.promptIds, ids: node.ids }, (shares) => {
+      shares.forEach((share, place) => { if (share !== null) tint(tokens.children[place], share); });
+      if (open) drawReading(open.place);
+    });
+    strip.append(open.growth.box);
+  }
   const read = (event) => { const place = [...tokens.children].indexOf(event.target.closest("button")); if (place >= 0) drawReading(place); };
   tokens.addEventListener("pointerover", read);
   tokens.addEventListener("pointerleave", () => open && drawReading(open.place));
@@ -59,6 +67,15 @@ export async function openTokens(entry, goOn) {
   entry.text.after(strip);
   build();
   choose(0);
+}
+
+/** Whether the models before this one are known here: of the first model, and where a run made it. */
+const isOfRun = (model) => Boolean(given.run) && given.made.includes(model);
+
+/** Colour a token by its surprise. */
+function tint(button, probability) {
+  const share = Math.min(1, surprise({ probability }) / SURPRISING);
+  button.style.backgroundColor = `color-mix(in oklab, var(--heat) ${Math.round(COLOUR * share)}%, transparent)`;
 }
 
 // --- the skin -------------------------------------------------------------------------------------------------------------
@@ -109,7 +126,8 @@ function drawReading(place) {
   const line = open.strip.querySelector(".reading"), own = open.places[place];
   if (!line) return;
   if (!own) { line.replaceChildren(make("code", {}, visible(open.pieces[place])), " was not sampled"); return; }
-  const others = own.alternatives.filter((one) => one.id !== open.entry.node.ids[place]).slice(0, 3);
+  const others = own.alternatives.filter((one) => one.id !== open.entry.node.ids[place]).slice(0, 3), grew = open.growth?.of(place);
+  if (grew) { line.replaceChildren(make("code", {}, visible(open.pieces[place])), ` ${grew}`); return; }
   line.replaceChildren(make("code", {}, visible(open.pieces[place])), ` ${percent(own.probability)}, ${surprise(own).toFixed(1)} bits; entropy ≥ ${leastEntropy(own).toFixed(1)} bits`,
     ...(others.length ? ["; also ", ...others.flatMap((one, index) => [index ? ", " : "", make("code", {}, visible(pieceOf(one.id))), ` ${percent(one.probability)}`])] : []));
 }
@@ -250,8 +268,7 @@ async function drawAttention(found) {
 /** Sections that are asked for by a press, since they read models and documents. */
 function drawLineage() {
   const { model } = open.entry.node.settings;
-  // nothing is known here of a model beside the first
-  if (!given.run || !given.made.includes(model)) { byId("token-lineage").replaceChildren(); return; }
+  if (!isOfRun(model)) { byId("token-lineage").replaceChildren(); return; }
   const section = (title, what, path, drawn) => {
     const box = make("div", {});
     const ask = make("button", { class: "quiet", type: "button" }, what);
