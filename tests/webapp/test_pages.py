@@ -192,7 +192,7 @@ def wait_for(condition):
 def test_an_xray_is_refused_where_its_copy_of_the_model_does_not_fit_or_anybody_could_ask(start, monkeypatch):
     monkeypatch.setattr(model_copy, "free_memory_bytes", lambda: 1000)
     monkeypatch.setattr(model_copy, "load_whole", None)
-    refused = httpx.post(start() + "/inspect/xray", json={"text": "the end"})
+    refused = httpx.post(start(web={}) + "/inspect/xray", json={"text": "the end"})
     assert refused.status_code == 503 and "copy of the model in float32" in refused.json()["error"]["message"]
     for path, more in (("xray", {}), ("without", {"layer": 0, "head": 0})):
         refused = httpx.post(f"{start(web={'makes_xrays': False})}/inspect/{path}", json={"text": "the end", **more})

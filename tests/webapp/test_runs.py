@@ -20,7 +20,8 @@ from bessemer.inference.engine import Engine
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, write_keys
 from bessemer.serving.runtime.models import ModelPool
 from bessemer.webapp.app import WebSettings, web_pages
-from bessemer.webapp.lineage_api import _example_files
+from bessemer.webapp.origins import example_files, verdict_of
+from tests.cases import slow
 from tests.serving.running import servers
 from tests.webapp.test_accessibility import faults
 
@@ -64,7 +65,7 @@ def made(runs) -> Engine:
     return Engine((runs / "small" / "model").resolve(), device="cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url(runs, made):
     with servers() as start:
         yield start(made, web_pages(WebSettings((runs / "small" / "model").resolve(), runs=runs, run="small")))
@@ -160,6 +161,22 @@ def test_an_answer_grows_likely_from_the_untrained_model_to_the_last(url, made):
     shares = json.loads(line.removeprefix("data: "))["probabilities"]
     assert len(shares) == 260 and shares[:5] == [None] * 5 and None not in shares[5:]
     assert httpx.post(f"{url}/inspect/growth", json={"before": [1], "ids": [10**6]}).status_code == 400
+
+
+def test_the_words_of_an_answer_are_found_in_documents_with_their_verdict(url, made):
+    ids = made.tokenizer.encode("Some say the furnace of the steel works has to be heated with care, and nobody else knows it")
+    found = httpx.post(f"{url}/inspect/origins", json={"before": ids[:1], "ids": ids}, timeout=60).json()
+    (span,) = found["spans"]
+    assert found["text"][span["start"] : span["end"]] == "furnace of the steel works has to be heated with"
+    assert span["in_documents"] > 20 and found["looked_at"] == found["documents"]
+    place = span["documents"][0]
+    assert place["split"] == TRAIN and place["left"].endswith("The ") and place["right"].startswith(" care and")
+    assert re.search(r"kept: .*[≥≤] ", place["verdict"]), place
+    words = [
+        SimpleNamespace(column="gopher_words", value=212.0, limit=(50, None)),
+        SimpleNamespace(column="x", value=None, limit=(1, 2)),
+    ]
+    assert verdict_of(words) == "kept: gopher: words 212 ≥ 50"
 
 
 def test_the_training_data_of_a_token_is_without_the_documents_that_were_held_out(url, made, runs):
@@ -324,6 +341,8 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     page.get_by_role("slider", name="Model of the run").press("Home")
     page.wait_for_selector(".growth[data-model='model']")
     assert page.evaluate(colours) != last and " → " in page.inner_text(".reading")
+    page.click("text=Where the words come from")
+    page.wait_for_selector(".origins[data-done]")
     page.click("text=Ask the earlier models")
     page.wait_for_selector("#token-lineage td >> text=pretrain, step 12")
     page.click(".tokens.pressable button >> nth=3")
@@ -332,7 +351,7 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     page.wait_for_selector("#token-lineage p >> text=documents of select")
 
 
-@pytest.mark.parametrize("path", ["runs", "runs?run=small", "data?run=small"])
+@pytest.mark.parametrize("path", [slow("runs"), "runs?run=small", "data?run=small"])
 def test_these_pages_have_no_serious_fault_for_those_who_do_not_see_them(page, url, path):
     page.goto(f"{url}/{path}")
     page.wait_for_load_state("networkidle")
@@ -354,7 +373,7 @@ def test_examples_of_a_run_are_those_that_its_stages_kept_or_name(tmp_path, monk
     }
     stages = {name: tmp_path / name for name in ("sft", "judged", "align")}
     run = SimpleNamespace(record=lambda: {"recipe": recipe}, stages=lambda: stages)
-    assert [(one.stage, one.kind, one.path.name, one.is_split) for one in _example_files(run)] == [
+    assert [(one.stage, one.kind, one.path.name, one.is_split) for one in example_files(run)] == [
         ("sft", "sft", "train.jsonl", True),
         ("judged", "ai_preferences", "preferences.jsonl", False),
         ("align", "preference", "pairs.jsonl", False),

@@ -14,20 +14,19 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from bessemer.core.errors import BessemerError
-from bessemer.data.corpus.reader import TRAIN, holds_documents
+from bessemer.data.corpus.reader import TRAIN
 from bessemer.data.corpus.search import Passage, passages
 from bessemer.inspection.inspect import piece_of
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.model_config import read_model_config
-from bessemer.posttraining.data.hub import is_hub_dataset
-from bessemer.posttraining.data.made import is_data_name
-from bessemer.posttraining.data.search import ExampleFile, ExamplePassage, example_passages
+from bessemer.posttraining.data.search import ExamplePassage, example_passages
 from bessemer.serving.runtime.bodies import ApiError, Body, read_body, without_places
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served
 from bessemer.serving.runtime.streams import EventStream, server_sent_event
 from bessemer.webapp.access import check_owner, missing, named_run, off_the_loop
+from bessemer.webapp.origins import described_example, example_files, last_documents, origins_of
 from bessemer.webapp.token_api import TokenId
 
 if TYPE_CHECKING:
@@ -80,6 +79,7 @@ class LineageApi:
         router.add_api_route("/earlier", self.earlier, methods=["POST"])
         router.add_api_route("/growth", self.growth, methods=["POST"], response_model=None)
         router.add_api_route("/training", self.training, methods=["POST"])
+        router.add_api_route("/origins", self.origins, methods=["POST"])
         return router
 
     async def earlier(self, request: Request) -> dict[str, Any]:
@@ -125,11 +125,8 @@ class LineageApi:
 
         def search() -> dict[str, Any]:
             run = self._run
-            stage, folder = next(
-                ((name, folder) for name, folder in reversed(run.stages().items()) if holds_documents(folder / "documents")),
-                (None, None),
-            )
-            files = list(_example_files(run))
+            stage, folder = last_documents(run)
+            files = list(example_files(run))
             if folder is None and not files:
                 raise missing(f"the run {run.name!r} has neither documents nor examples")
             places: list[Passage] = []
@@ -145,12 +142,19 @@ class LineageApi:
                 "passages": [_described(passage) for passage in places],
                 "looked_at": looked_at,
                 "documents": documents,
-                "examples": [_described_example(passage) for passage in examples],
+                "examples": [described_example(passage) for passage in examples],
                 "rows": rows,
                 "example_stages": list(dict.fromkeys(file.stage for file in files)),
             }
 
         return await off_the_loop(search)
+
+    async def origins(self, request: Request) -> dict[str, Any]:
+        """The spans of an answer that stand in the training data, each with some of the places, and the filters' verdict."""
+        body = await read_body(GrowthRequest, request)
+        self._check(request, body.model, [*body.before, *body.ids])
+        text = self._served.engine.tokenizer.decode(body.ids)
+        return await off_the_loop(lambda: origins_of(self._run, text))
 
     def _check(self, request: Request, model: str | None, tokens: Sequence[int]) -> None:
         """Raises ApiError: 403 for a client that may not see runs, 404 for an adapter or an additional model, whose run is
@@ -238,50 +242,6 @@ def _of_checkpoint(checkpoint: Path) -> Decoder:
 def _writes_text(model: Path) -> bool:
     """Whether it is a language model, not a reward model."""
     return not read_model_config(model).num_scores
-
-
-#: Kinds of stages that learn from rows, and the rows that stages make for them, below their folders.
-_EXAMPLE_KINDS = ("sft", "distillation", "preference", "reward", "rl")
-_CONVERSATIONS = Path("conversations", "train.jsonl")
-_MADE_ROWS = ("revisions.jsonl", "synthetic.jsonl", "preferences.jsonl", "honesty.jsonl")
-
-
-def _example_files(run: RunFolder) -> Iterator[ExampleFile]:
-    """The rows that the run's stages have learnt from and made: the conversations that a stage kept of them, or the files that
-    its settings name, where they still are."""
-    stages = run.stages()
-    for name, section in run.record()["recipe"].items():
-        settings = section if isinstance(section, dict) else {"data": section}
-        kind, folder = str(settings.get("kind", name)), stages.get(name)
-        if folder is None:
-            continue
-        for made in _MADE_ROWS:
-            if (folder / made).is_file():
-                yield ExampleFile(name, kind, folder / made)
-        if (folder / _CONVERSATIONS).is_file():
-            yield ExampleFile(name, kind, folder / _CONVERSATIONS, is_split=True)
-        elif kind in _EXAMPLE_KINDS:
-            data = settings.get("data")
-            for given in data if isinstance(data, list) else ():
-                # relative to where the recipe ran, as the settings of `clean` are
-                if isinstance(given, str) and is_data_name(given) and not is_hub_dataset(given) and Path(given).is_file():
-                    yield ExampleFile(name, kind, Path(given))
-
-
-def _described_example(passage: ExamplePassage) -> dict[str, Any]:
-    file = passage.file
-    return {
-        "stage": file.stage,
-        "kind": file.kind,
-        # a file's own name: where it lies is not for clients
-        "file": file.path.name,
-        "split": TRAIN if file.is_split else None,
-        "row": passage.row,
-        "part": passage.part,
-        "left": passage.left,
-        "found": passage.found,
-        "right": passage.right,
-    }
 
 
 def _described(passage: Passage) -> dict[str, Any]:

@@ -52,6 +52,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/inspect/growth", "post"): Operation(
         "How likely an answer's tokens were to the run's models, as a stream of events.", None, GrowthRequest, tag="Pages"
     ),
+    ("/inspect/origins", "post"): Operation(
+        "The spans of an answer that stand in the training data.", _object("text", "spans"), GrowthRequest, tag="Pages"
+    ),
     ("/inspect/training", "post"): Operation(
         "Training documents and examples with the tokens before one.",
         _object("run", "passages", "looked_at", "documents"),

@@ -4,6 +4,7 @@ import { byId, calm, given, json, make, nameOfBlank, percent, visible } from "./
 import { openChange } from "./change.js";
 import { openForward } from "./forward.js";
 import { growth } from "./growth.js";
+import { origins } from "./origins.js";
 import { drawnFrom, leastEntropy, recorded, surprise } from "./sampled.js";
 
 const side = byId("side");
@@ -53,11 +54,12 @@ export async function openTokens(entry, goOn) {
   open = { entry, strip, tokens, places, pieces, goOn, place: 0, head: null, settings: { temperature: 1, top_p: 1, top_k: 0, ...node.settings } };
   if (places.some(Boolean)) strip.append(drawSpark(), make("p", { class: "reading soft" }));
   if (places.some(Boolean) && isOfRun(node.settings.model)) {
-    open.growth = growth({ model: node.settings.model, before: node.promptIds, ids: node.ids }, (shares) => {
+    const answer = { model: node.settings.model, before: node.promptIds, ids: node.ids };
+    open.growth = growth(answer, (shares) => {
       shares.forEach((share, place) => { if (share !== null) tint(tokens.children[place], share); });
       if (open) drawReading(open.place);
     });
-    strip.append(open.growth.box);
+    strip.append(open.growth.box, origins(answer));
   }
   const read = (event) => { const place = [...tokens.children].indexOf(event.target.closest("button")); if (place >= 0) drawReading(place); };
   tokens.addEventListener("pointerover", read);
