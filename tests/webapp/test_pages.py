@@ -139,9 +139,10 @@ def test_an_xray_comes_in_parts_and_the_last_is_the_whole(start):
     with httpx.stream("POST", url + "/inspect/xray", json=asked | {"stream": True}, timeout=60) as answer:
         told = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: ")]
     progress = [one["progress"] for one in told if "progress" in one]
-    first, last = (one for one in told if "sections" in one)
+    first, second, last = (one for one in told if "sections" in one)
     assert progress == sorted(progress) and progress[0] == 0 and last == whole
-    assert {one["name"] for one in last["sections"]} - {one["name"] for one in first["sections"]} == {"ablation"}
+    names = [{one["name"] for one in part["sections"]} for part in (first, second, last)]
+    assert names[2] - names[1] == {"ablation"} and names[1] - names[0] == {"roles"} and {"attention", "lens"} <= names[0]
     refused = httpx.post(url + "/inspect/xray", json={"text": "a " * 2000, "stream": True})
     assert refused.status_code == 400
     with httpx.stream("POST", url + "/inspect/xray", json=asked | {"stream": True, "query": "nowhere"}, timeout=60) as answer:

@@ -321,6 +321,8 @@ def test_a_document_is_found_and_opened_and_has_an_address(page, url):
     page.wait_for_selector("#documents mark >> text=Too short")
     page.click("#documents .open")
     page.wait_for_selector("#document >> text=drops it")
+    # a document without an address
+    assert "null" not in page.inner_text("#document")
     page.goto(page.url)
     page.wait_for_selector("#document >> text=drops it")
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inspection.heads import head_losses, without_heads
-from bessemer.inspection.inspect import Inspection, inspect
+from bessemer.inspection.inspect import Inspection, head_roles_on_random_text, inspect
 from bessemer.model.decoder import Decoder
 from bessemer.serving.runtime.bodies import Body, read_body
 from bessemer.serving.runtime.served import Served
@@ -84,24 +84,28 @@ class XrayApi:
         return count
 
     def _in_parts(self, body: XrayRequest, model: Decoder, check: Check, tell: Tell) -> None:
-        """What is being done and how far it is (`progress`, 0 … 1), then all sections but the one of the heads' losses, then
-        all."""
+        """What is being done and how far it is (`progress`, 0 … 1), and the sections that there are: first without what heads
+        look for and what is lost without each, then without the latter, then all."""
         tell({"what": "reading the sentence", "progress": 0.05})
-        inspection = self._inspection(body, model, ablate=False)
+        inspection = self._inspection(body, model, is_whole=False)
+        tell(_described(inspection))
+        tell({"what": "what heads look for", "progress": 0.1})
+        roles = head_roles_on_random_text(model, self._served.engine.tokenizer, inspection.tokens)
+        inspection = replace(inspection, roles=roles)
         tell(_described(inspection))
         if body.ablate and len(inspection.tokens.ids) > 1:
 
             def on_layer(layer: int, layers: int) -> None:
                 check()
-                tell({"what": f"without each head of layer {layer}", "progress": 0.1 + 0.9 * layer / layers})
+                tell({"what": f"without each head of layer {layer}", "progress": 0.2 + 0.8 * layer / layers})
 
             changes_LH = head_losses(model, inspection.tokens.ids, on_layer)[1]
             tell(_described(replace(inspection, head_changes_LH=changes_LH)))
 
     def _drawn(self, body: XrayRequest, model: Decoder) -> dict[str, Any]:
-        return _described(self._inspection(body, model, ablate=body.ablate))
+        return _described(self._inspection(body, model))
 
-    def _inspection(self, body: XrayRequest, model: Decoder, *, ablate: bool) -> Inspection:
+    def _inspection(self, body: XrayRequest, model: Decoder, *, is_whole: bool = True) -> Inspection:
         return inspect(
             model,
             self._served.engine.tokenizer,
@@ -112,7 +116,8 @@ class XrayApi:
             key=body.key,
             neighbours_of=body.neighbours,
             analogies=body.analogies,
-            ablate=ablate,
+            ablate=body.ablate and is_whole,
+            roles=is_whole,
         )
 
     def _answers(self, body: WithoutRequest, model: Decoder, check: Callable[[], None]) -> dict[str, Any]:
