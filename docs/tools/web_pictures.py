@@ -82,11 +82,14 @@ def blind(page: Any, url: str) -> None:
 
 
 def growth(page: Any, url: str) -> None:
-    """The tokens of an answer as a checkpoint saw them."""
+    """The tokens of an answer as a checkpoint saw them, and where its words come from."""
     tokens(page, url, "The furnace of the steel works")
     page.click("text=Through the checkpoints")
     page.wait_for_selector(".growth[data-model]")
     page.fill(".growth input", "2")
+    page.click("text=Where the words come from")
+    page.click(".origins .answered button >> nth=0")
+    page.evaluate("document.querySelector('.growth').scrollIntoView({ block: innerWidth < 600 ? 'start' : 'nearest' })")
 
 
 def xray(page: Any, url: str) -> None:

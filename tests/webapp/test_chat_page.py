@@ -172,6 +172,8 @@ def test_two_answers_are_compared_without_their_names_and_nothing_is_kept_until_
     page.wait_for_selector("#verdicts >> text=A is better")
     assert page.locator(".pair h2").all_inner_texts() == ["Answer A", "Answer B"]
     assert "temperature" not in page.inner_text(".pair") and not list(tmp_path.iterdir())
+    # "1 / 2" would say which settings an answer is of
+    assert page.locator(".pair .place").count() == 0 and "/ 2" not in page.inner_text(".pair")
     page.get_by_role("button", name="Skip").click()
     ask(page, "second")
     page.wait_for_selector("#verdicts >> text=A is better")
