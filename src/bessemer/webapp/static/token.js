@@ -1,6 +1,6 @@
 // This token: how surprising each of an answer was, what else could have come, what sampling makes of it, what each layer would have
 // said, and where a head looks. What was recorded while it was sampled is shown at once; the rest the server computes.
-import { byId, calm, given, json, make, nameOfBlank, percent, visible } from "./page.js";
+import { byId, given, json, make, nameOfBlank, percent, promptly, visible } from "./page.js";
 import { openChange } from "./change.js";
 import { openForward } from "./forward.js";
 import { growth } from "./growth.js";
@@ -152,7 +152,8 @@ function choose(place) {
 
 // --- the panel ------------------------------------------------------------------------------------------------------------
 
-const load = calm(60, async () => {
+// keys that are held choose many tokens: the first is asked of at once, then one each pause
+const load = promptly(60, async () => {
   if (!open) return;
   const { entry, place, settings, head } = open, asked = open, node = entry.node;
   const body = {
