@@ -37,7 +37,7 @@ select: {keep: gopher_quality, thresholds: {gopher_words: {min: 30}}}
 tokenize: {vocab_size: 320}
 model: {preset: qwen3-1m, num_hidden_layers: 2, hidden_size: 64, intermediate_size: 128, max_position_embeddings: 256}
 pretrain: {steps: 30, batch_size: 4, context_length: 64, dtype: float32, compile: false, threads: 1,
-  evaluate_every: 8, evaluate_tokens: 1024, checkpoint_minutes: 0.000001, checkpoint_every: 12, sample_prompts: [The]}
+  evaluate_every: 8, evaluate_tokens: 1024, checkpoint_minutes: 1000, checkpoint_every: 12, sample_prompts: [The]}
 """
 SENTENCE = "The furnace of the steel works has to be heated with care and the masters know of {n} ways to tell that it is hot. "
 
@@ -130,7 +130,7 @@ def test_documents_are_searched_explained_and_their_way_is_told(url):
 def test_earlier_models_and_training_documents_of_a_token(url, made):
     ids = made.tokenizer.encode("The furnace of the steel works has")
     earlier = httpx.post(f"{url}/inspect/earlier", json={"before": ids[:-1], "token": ids[-1]}, timeout=60).json()["models"]
-    assert [(one["stage"], one["step"]) for one in earlier][:3] == [("model", None), ("pretrain", 1), ("pretrain", 12)]
+    assert [(one["stage"], one["step"]) for one in earlier][:3] == [("model", None), ("pretrain", 12), ("pretrain", 24)]
     assert (earlier[-1]["stage"], earlier[-1]["step"]) == ("pretrain", None)
     assert earlier[-1]["rank"] < earlier[0]["rank"]
     asked = {"model": "tiny", "before": ids[:-1], "token": ids[-1]}
