@@ -6,8 +6,8 @@
   is the longest task of the page: above 50 ms a key that is pressed waits to be seen. Also how long after the last token the
   answer is whole.
 - `open`: a conversation of 500 messages, from the click on it until all of it is there, without a throttle.
-- `inside`, with a model (SmolLM2 as GGUF): from the click on a token until its recorded numbers stand in the panel, until all of
-  the panel does; the steps of its forward pass; an X-ray's first sections, and all. Without a throttle.
+- `inside`, with a model (SmolLM2 as GGUF): from the click on a token until its recorded numbers stand in the panel, until all
+  of it does; the steps of its forward pass; an X-ray's first sections, and all. Without a throttle.
 
 Medians of the rounds, each in a new context. The stream is made by a stand-in of the engine, so that its rate is what it should
 be; the pages and their server are the real ones. Result: `web.json`.
