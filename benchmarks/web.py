@@ -1,11 +1,13 @@
 """How the chat page keeps up: a real browser, slowed down, with a fast model and with a long conversation.
 
-    python benchmarks/web.py [--rounds 5]
+    python benchmarks/web.py [--rounds 5] [--model MODEL]
 
 - `stream`: 2,000 tokens at 400 a second, drawn by a processor that is four times as slow (Chromium's own throttle). What counts
   is the longest task of the page: above 50 ms a key that is pressed waits to be seen. Also how long after the last token the
   answer is whole.
 - `open`: a conversation of 500 messages, from the click on it until all of it is there, without a throttle.
+- `inside`, with a model (SmolLM2 as GGUF): from the click on a token until its recorded numbers stand in the panel, until all
+  of it does; the steps of its forward pass; an X-ray's first sections, and all. Without a throttle.
 
 Medians of the rounds, each in a new context. The stream is made by a stand-in of the engine, so that its rate is what it should
 be; the pages and their server are the real ones. Result: `web.json`.
@@ -21,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,6 +73,20 @@ async def paced(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """A server of an application; its address."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield address_of(listener)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
 def served() -> Iterator[str]:
     """The real pages on a real server, with the stand-in in place of the model's answers."""
     with tempfile.TemporaryDirectory() as name:
@@ -83,15 +99,8 @@ def served() -> Iterator[str]:
             is_chat = scope["type"] == "http" and scope["path"] == "/v1/chat/completions"
             await (paced if is_chat else app)(scope, receive, send)
 
-        listener = listen("127.0.0.1", 0)
-        server = uvicorn.Server(uvicorn.Config(with_stand_in, log_level="error", lifespan="on"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield address_of(listener)
-        finally:
-            server.should_exit = True
-            thread.join()
+        with listening(with_stand_in) as url:
+            yield url
 
 
 def stream(page: Any, url: str) -> dict[str, float]:
@@ -159,9 +168,57 @@ def open_long(page: Any, url: str) -> dict[str, float]:
     return {"seconds": seconds}
 
 
+def inside(page: Any, url: str) -> dict[str, float]:
+    """What the page shows of a model's inside."""
+    page.goto(url)
+    page.wait_for_selector("[name=model] option", state="attached")
+    page.evaluate(
+        "for (const [name, value] of [['temperature', 0], ['max_tokens', 24]]) "
+        "document.querySelector(`[name=${name}]`).value = value"
+    )
+    page.fill("#prompt", "Name three colours of the rainbow.")
+    page.press("#prompt", "Enter")
+    page.click("article.assistant:not(.working) >> text=Tokens")
+    page.wait_for_selector("#side[data-place='0']")
+    clicks = [
+        page.evaluate(
+            """async (place) => {
+              const start = performance.now();
+              document.querySelectorAll(".tokens.pressable button")[place].click();
+              const numbers = performance.now() - start;
+              const side = document.querySelector("#side");
+              while (side.dataset.place !== String(place)) await new Promise((go) => setTimeout(go, 1));
+              return [numbers, performance.now() - start];
+            }""",
+            place,
+        )
+        for place in (4, 7, 3, 11, 9)
+    ]
+    start = time.perf_counter()
+    page.click("text=Follow its way")
+    page.wait_for_selector(".parts li")
+    steps = time.perf_counter() - start
+    page.wait_for_selector(".forward[data-whole]")
+    page.goto(f"{url}/xray")
+    page.fill("[name=text]", "The capital of France is a city on the river")
+    start = time.perf_counter()
+    page.click("text=Look inside")
+    page.wait_for_selector("#lens")
+    first = time.perf_counter() - start
+    page.wait_for_function("document.querySelector('#state').textContent === ''", timeout=300_000)
+    return {
+        "numbers_ms": median(one for one, _ in clicks),
+        "panel_ms": median(whole for _, whole in clicks),
+        "steps_seconds": steps,
+        "xray_first_seconds": first,
+        "xray_seconds": time.perf_counter() - start,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", type=Path, help="a folder or GGUF file, for what is seen of its inside")
     arguments = parser.parse_args()
     where = shutil.which("chromium") or shutil.which("google-chrome")
     if where is None:
@@ -171,13 +228,18 @@ def main() -> None:
 
     parts: dict[str, Callable[[Any, str], dict[str, float]]] = {"stream": stream, "open": open_long}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
-    with served() as url, sync_playwright() as playwright:
+    with ExitStack() as stack:
+        urls = dict.fromkeys(parts, stack.enter_context(served()))
+        if arguments.model is not None:
+            app = create_app(Engine(arguments.model), "model", pages=web_pages(WebSettings(arguments.model)))
+            urls["inside"], parts["inside"], found["inside"] = stack.enter_context(listening(app)), inside, []
+        playwright = stack.enter_context(sync_playwright())
         chromium = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
         version = chromium.version
         for number in range(arguments.rounds):
             for name, measure in parts.items():
                 context = chromium.new_context(viewport={"width": 1280, "height": 800})
-                found[name].append(measure(context.new_page(), url))
+                found[name].append(measure(context.new_page(), urls[name]))
                 context.close()
                 print(f"round {number + 1}, {name}: {found[name][-1]}", flush=True)
         chromium.close()

@@ -28,22 +28,39 @@ def engine(model_folder) -> Engine:
     return Engine(model_folder, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def plain_server(engine, model_folder) -> Iterator[Callable[[], str]]:
+    """The server without settings, which the tests of a module share; started by the first that asks."""
+    with servers() as start_server:
+        urls: list[str] = []
+
+        def url() -> str:
+            if not urls:
+                urls.append(start_server(engine, web_pages(WebSettings(model_folder))))
+            return urls[0]
+
+        yield url
+
+
 @pytest.fixture
-def start(engine, model_folder) -> Iterator[Callable[..., str]]:
-    """Starts a server with its pages: `start(**settings)` gives its URL; web: settings of the pages."""
+def start(engine, model_folder, plain_server) -> Iterator[Callable[..., str]]:
+    """A server with its pages: `start(**settings)` gives its URL, and starts one of its own where there are settings. web:
+    settings of the pages; {}: none, but a server of its own."""
     with servers() as start_server:
 
         def start(served=engine, web: dict | None = None, **settings) -> str:
+            if served is engine and web is None and not settings:
+                return plain_server()
             return start_server(served, web_pages(WebSettings(model_folder, **(web or {}))), **settings)
 
         yield start
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser():
     """A real browser, headless; tests that need one are skipped where there is none.
 
-    Of a module: as long as it lives, Playwright runs an event loop in this thread, and nothing else may run one.
+    Of this folder: as long as it lives, Playwright runs an event loop in this thread, and nothing else may run one.
     """
     where = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if where is None:

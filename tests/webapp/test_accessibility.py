@@ -56,3 +56,11 @@ def test_a_token_that_shows_nothing_has_a_name(page, start):
     pieces = ["\r", "\x00", " ", "\u200b", " \n", " a", ""]
     names = page.evaluate(f"pieces => import('{url}/static/page.js').then(page => pieces.map(page.nameOfBlank))", pieces)
     assert names == ["U+000D", "U+0000", "·", "U+200B", "·↵", None, "∅"]
+
+
+def test_sliders_have_the_names_that_stand_beside_them(page, start):
+    page.goto(start())
+    page.click("#show-settings")
+    # the value in the label is its first element with a name of its own, and would take the label
+    for name in ("Temperature", "Top p", "Min p"):
+        assert page.get_by_role("slider", name=name).first.is_visible()

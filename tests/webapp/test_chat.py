@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from bessemer.core.records import json_lines
 from tests.serving.engine import FakeEngine
 
@@ -246,6 +248,14 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page, start):
     # the browser's own line about the 401
     page.wrong[:] = [line for line in page.wrong if "401" not in line]
     assert page.evaluate("localStorage.getItem('bessemer-key')") is None
+
+
+@pytest.mark.parametrize("path", ["/", "/xray", "/api"])
+def test_no_page_is_wider_than_a_phone(page, start, path):
+    page.set_viewport_size({"width": 400, "height": 800})
+    page.goto(start() + path)
+    page.wait_for_load_state("networkidle")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
 def test_it_is_there_at_360_pixels_in_the_dark(page, start):

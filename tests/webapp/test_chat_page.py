@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 
-import pytest
-
 from tests.serving.engine import FakeEngine
 from tests.webapp.test_accessibility import faults
 from tests.webapp.test_chat import ANSWER, ask, opened
@@ -67,11 +65,16 @@ def test_markdown_formulas_and_code_are_drawn_and_nothing_of_them_runs(page, sta
     assert page.locator("article.assistant > .text").inner_html() == whole
 
 
-@pytest.mark.parametrize("text", [">" * 3000 + " deep", "*" * 3000 + "a", "[" * 3000, "- " * 3000 + "a", "$" * 3001])
-def test_what_is_nested_a_thousand_times_is_shown_and_stops_nothing(page, start, text):
-    opened(page, start(served=FakeEngine(lambda _: iter([text, "\n\nafter it"]), context_length=10**6)))
-    ask(page, "show")
-    page.wait_for_selector("article.assistant:not(.working) .text >> text=after it")
+def test_what_is_nested_a_thousand_times_is_shown_and_stops_nothing(page, start):
+    texts = [">" * 3000 + " deep", "*" * 3000 + "a", "[" * 3000, "- " * 3000 + "a", "$" * 3001]
+    answers = iter(texts)
+    opened(page, start(served=FakeEngine(lambda _: iter([next(answers), "\n\nafter it"]), context_length=10**6)))
+    for text in texts:
+        ask(page, "show")
+        page.wait_for_selector("article.assistant:not(.working) .text >> text=after it")
+        assert text[:1] in page.inner_text("article.assistant .text") or "deep" in text
+        page.keyboard.press("Alt+n")
+        page.wait_for_selector("#welcome")
 
 
 def test_an_answer_goes_on_while_another_conversation_is_read_and_back_leads_to_it(page, start):
@@ -169,6 +172,8 @@ def test_two_answers_are_compared_without_their_names_and_nothing_is_kept_until_
     page.wait_for_selector("#verdicts >> text=A is better")
     assert page.locator(".pair h2").all_inner_texts() == ["Answer A", "Answer B"]
     assert "temperature" not in page.inner_text(".pair") and not list(tmp_path.iterdir())
+    # "1 / 2" would say which settings an answer is of
+    assert page.locator(".pair .place").count() == 0 and "/ 2" not in page.inner_text(".pair")
     page.get_by_role("button", name="Skip").click()
     ask(page, "second")
     page.wait_for_selector("#verdicts >> text=A is better")

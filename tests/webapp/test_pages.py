@@ -24,7 +24,7 @@ from bessemer.posttraining.data.formats import as_labelled, as_pair
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.runtime.bodies import without_places
-from bessemer.webapp import xray_api
+from bessemer.webapp import model_copy, xray_api
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.running import servers
 
@@ -139,9 +139,10 @@ def test_an_xray_comes_in_parts_and_the_last_is_the_whole(start):
     with httpx.stream("POST", url + "/inspect/xray", json=asked | {"stream": True}, timeout=60) as answer:
         told = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: ")]
     progress = [one["progress"] for one in told if "progress" in one]
-    first, last = (one for one in told if "sections" in one)
+    first, second, last = (one for one in told if "sections" in one)
     assert progress == sorted(progress) and progress[0] == 0 and last == whole
-    assert {one["name"] for one in last["sections"]} - {one["name"] for one in first["sections"]} == {"ablation"}
+    names = [{one["name"] for one in part["sections"]} for part in (first, second, last)]
+    assert names[2] - names[1] == {"ablation"} and names[1] - names[0] == {"roles"} and {"attention", "lens"} <= names[0]
     refused = httpx.post(url + "/inspect/xray", json={"text": "a " * 2000, "stream": True})
     assert refused.status_code == 400
     with httpx.stream("POST", url + "/inspect/xray", json=asked | {"stream": True, "query": "nowhere"}, timeout=60) as answer:
@@ -190,9 +191,9 @@ def wait_for(condition):
 
 
 def test_an_xray_is_refused_where_its_copy_of_the_model_does_not_fit_or_anybody_could_ask(start, monkeypatch):
-    monkeypatch.setattr(xray_api, "free_memory_bytes", lambda: 1000)
-    monkeypatch.setattr(xray_api, "load_whole", None)
-    refused = httpx.post(start() + "/inspect/xray", json={"text": "the end"})
+    monkeypatch.setattr(model_copy, "free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(model_copy, "load_whole", None)
+    refused = httpx.post(start(web={}) + "/inspect/xray", json={"text": "the end"})
     assert refused.status_code == 503 and "copy of the model in float32" in refused.json()["error"]["message"]
     for path, more in (("xray", {}), ("without", {"layer": 0, "head": 0})):
         refused = httpx.post(f"{start(web={'makes_xrays': False})}/inspect/{path}", json={"text": "the end", **more})

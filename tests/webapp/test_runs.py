@@ -20,7 +20,8 @@ from bessemer.inference.engine import Engine
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, write_keys
 from bessemer.serving.runtime.models import ModelPool
 from bessemer.webapp.app import WebSettings, web_pages
-from bessemer.webapp.lineage_api import _example_files
+from bessemer.webapp.origins import example_files, verdict_of
+from tests.cases import slow
 from tests.serving.running import servers
 from tests.webapp.test_accessibility import faults
 
@@ -36,7 +37,7 @@ select: {keep: gopher_quality, thresholds: {gopher_words: {min: 30}}}
 tokenize: {vocab_size: 320}
 model: {preset: qwen3-1m, num_hidden_layers: 2, hidden_size: 64, intermediate_size: 128, max_position_embeddings: 256}
 pretrain: {steps: 30, batch_size: 4, context_length: 64, dtype: float32, compile: false, threads: 1,
-  evaluate_every: 8, evaluate_tokens: 1024, checkpoint_minutes: 0.000001, checkpoint_every: 12, sample_prompts: [The]}
+  evaluate_every: 8, evaluate_tokens: 1024, checkpoint_minutes: 1000, checkpoint_every: 12, sample_prompts: [The]}
 """
 SENTENCE = "The furnace of the steel works has to be heated with care and the masters know of {n} ways to tell that it is hot. "
 
@@ -64,7 +65,7 @@ def made(runs) -> Engine:
     return Engine((runs / "small" / "model").resolve(), device="cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url(runs, made):
     with servers() as start:
         yield start(made, web_pages(WebSettings((runs / "small" / "model").resolve(), runs=runs, run="small")))
@@ -129,7 +130,7 @@ def test_documents_are_searched_explained_and_their_way_is_told(url):
 def test_earlier_models_and_training_documents_of_a_token(url, made):
     ids = made.tokenizer.encode("The furnace of the steel works has")
     earlier = httpx.post(f"{url}/inspect/earlier", json={"before": ids[:-1], "token": ids[-1]}, timeout=60).json()["models"]
-    assert [(one["stage"], one["step"]) for one in earlier][:3] == [("model", None), ("pretrain", 1), ("pretrain", 12)]
+    assert [(one["stage"], one["step"]) for one in earlier][:3] == [("model", None), ("pretrain", 12), ("pretrain", 24)]
     assert (earlier[-1]["stage"], earlier[-1]["step"]) == ("pretrain", None)
     assert earlier[-1]["rank"] < earlier[0]["rank"]
     asked = {"model": "tiny", "before": ids[:-1], "token": ids[-1]}
@@ -138,6 +139,44 @@ def test_earlier_models_and_training_documents_of_a_token(url, made):
     found = httpx.post(f"{url}/inspect/training", json={"before": ids[:-1], "token": ids[-1]}, timeout=60).json()
     assert found["stage"] == "select" and found["passages"][0]["found"].endswith("steel works has")
     assert found["passages"][0]["scores"]["gopher_words"] >= 30
+
+
+def test_an_answer_grows_likely_from_the_untrained_model_to_the_last(url, made):
+    ids = made.tokenizer.encode("The furnace of the steel works has to be heated with care")
+    asked = {"before": ids[:3], "ids": ids[3:]}
+    with httpx.stream("POST", f"{url}/inspect/growth", json=asked, timeout=60) as answer:
+        told = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: ")]
+    assert [one["progress"] for one in told][-1] == 1
+    untrained, *_, last = told
+    assert (untrained["stage"], last["stage"], last["step"]) == ("model", "pretrain", None)
+    # each model's own probability, one token at a time
+    earlier = httpx.post(f"{url}/inspect/earlier", json={"before": ids[:8], "token": ids[8]}, timeout=60).json()["models"]
+    for grown, one in zip(told, earlier, strict=True):
+        assert grown["probabilities"][5] == pytest.approx(one["probability"], rel=1e-3)
+    assert sum(last["probabilities"]) > sum(untrained["probabilities"])
+    # where the answer alone is longer than the context, the first tokens have none
+    long = {"before": ids[:3], "ids": (ids[3:] * 30)[:260]}
+    with httpx.stream("POST", f"{url}/inspect/growth", json=long, timeout=60) as answer:
+        line = next(line for line in answer.iter_lines() if line.startswith("data: "))
+    shares = json.loads(line.removeprefix("data: "))["probabilities"]
+    assert len(shares) == 260 and shares[:5] == [None] * 5 and None not in shares[5:]
+    assert httpx.post(f"{url}/inspect/growth", json={"before": [1], "ids": [10**6]}).status_code == 400
+
+
+def test_the_words_of_an_answer_are_found_in_documents_with_their_verdict(url, made):
+    ids = made.tokenizer.encode("Some say the furnace of the steel works has to be heated with care, and nobody else knows it")
+    found = httpx.post(f"{url}/inspect/origins", json={"before": ids[:1], "ids": ids}, timeout=60).json()
+    (span,) = found["spans"]
+    assert found["text"][span["start"] : span["end"]] == "furnace of the steel works has to be heated with"
+    assert span["in_documents"] > 20 and found["looked_at"] == found["documents"]
+    place = span["documents"][0]
+    assert place["split"] == TRAIN and place["left"].endswith("The ") and place["right"].startswith(" care and")
+    assert re.search(r"kept: .*[≥≤] ", place["verdict"]), place
+    words = [
+        SimpleNamespace(column="gopher_words", value=212.0, limit=(50, None)),
+        SimpleNamespace(column="x", value=None, limit=(1, 2)),
+    ]
+    assert verdict_of(words) == "kept: gopher: words 212 ≥ 50"
 
 
 def test_the_training_data_of_a_token_is_without_the_documents_that_were_held_out(url, made, runs):
@@ -282,6 +321,8 @@ def test_a_document_is_found_and_opened_and_has_an_address(page, url):
     page.wait_for_selector("#documents mark >> text=Too short")
     page.click("#documents .open")
     page.wait_for_selector("#document >> text=drops it")
+    # a document without an address
+    assert "null" not in page.inner_text("#document")
     page.goto(page.url)
     page.wait_for_selector("#document >> text=drops it")
 
@@ -295,6 +336,15 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     page.fill("#prompt", "The furnace of the steel")
     page.press("#prompt", "Enter")
     page.click("article.assistant:not(.working) >> text=Tokens")
+    page.click("text=Through the checkpoints")
+    page.wait_for_selector(".growth[data-model='pretrain']")
+    colours = "[...document.querySelectorAll('.tokens button')].map((button) => button.style.backgroundColor)"
+    last = page.evaluate(colours)
+    page.get_by_role("slider", name="Model of the run").press("Home")
+    page.wait_for_selector(".growth[data-model='model']")
+    assert page.evaluate(colours) != last and " → " in page.inner_text(".reading")
+    page.click("text=Where the words come from")
+    page.wait_for_selector(".origins[data-done]")
     page.click("text=Ask the earlier models")
     page.wait_for_selector("#token-lineage td >> text=pretrain, step 12")
     page.click(".tokens.pressable button >> nth=3")
@@ -303,7 +353,7 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     page.wait_for_selector("#token-lineage p >> text=documents of select")
 
 
-@pytest.mark.parametrize("path", ["runs", "runs?run=small", "data?run=small"])
+@pytest.mark.parametrize("path", [slow("runs"), "runs?run=small", "data?run=small"])
 def test_these_pages_have_no_serious_fault_for_those_who_do_not_see_them(page, url, path):
     page.goto(f"{url}/{path}")
     page.wait_for_load_state("networkidle")
@@ -325,7 +375,7 @@ def test_examples_of_a_run_are_those_that_its_stages_kept_or_name(tmp_path, monk
     }
     stages = {name: tmp_path / name for name in ("sft", "judged", "align")}
     run = SimpleNamespace(record=lambda: {"recipe": recipe}, stages=lambda: stages)
-    assert [(one.stage, one.kind, one.path.name, one.is_split) for one in _example_files(run)] == [
+    assert [(one.stage, one.kind, one.path.name, one.is_split) for one in example_files(run)] == [
         ("sft", "sft", "train.jsonl", True),
         ("judged", "ai_preferences", "preferences.jsonl", False),
         ("align", "preference", "pairs.jsonl", False),

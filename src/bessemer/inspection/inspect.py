@@ -177,6 +177,7 @@ def inspect(
     neighbours_of: Sequence[str] = (),
     analogies: Sequence[str] = (),
     ablate: bool = True,
+    roles: bool = True,
     top: int = 5,
     nearest: int = 10,
     seed: int = 0,
@@ -185,7 +186,8 @@ def inspect(
 
     layer, head: the head that is opened; None: the one with the most attention from `query` to `key` (without a key, to any
     token but the first and the query itself). query, key: a position, or the text of a token that stands once
-    in the text. neighbours_of: tokens; analogies: "one - less + more". ablate: also try the text without each head.
+    in the text. neighbours_of: tokens; analogies: "one - less + more". ablate: also try the text without each head;
+    roles: also score what heads look for.
     top: predictions of the lens; nearest: neighbours. seed: of the random sequences on which roles are scored.
 
     Raises RequestError for a text without tokens or too long, and for a head, token or word that does not exist.
@@ -218,7 +220,7 @@ def inspect(
         lens,
         opened,
         towards,
-        _roles(model, tokenizer, tokens, seed),
+        head_roles_on_random_text(model, tokenizer, tokens, seed) if roles else {},
         head_losses(model, tokens.ids)[1] if ablate and len(tokens.ids) > 1 else None,
         recorded.experts,
         near_words,
@@ -297,12 +299,30 @@ def _hardest(attention: Sequence[np.ndarray | None], query: int, key: int | None
     return max(looks, key=lambda look: look[0])[1:] if looks else (layer or 0, 0)
 
 
-def _roles(model: Decoder, tokenizer: Tokenizer, tokens: Tokens, seed: int) -> dict[str, np.ndarray]:
+def head_roles_on_random_text(model: Decoder, tokenizer: Tokenizer, tokens: Tokens, seed: int = 0) -> dict[str, np.ndarray]:
+    """The roles of every head, each (L, H), on random tokens that are repeated. tokens: of a text that begins alike."""
     known = min(tokenizer.vocab_size, model.config.vocab_size)
     ids = [id for id in range(known) if not tokenizer.is_special(id)]
     begin = tokens.ids[: next((place for place, span in enumerate(tokens.offsets) if span[1]), 0)]
     length = min(25, (model.config.max_position_embeddings - len(begin)) // 2)
     return head_roles(model, repeated_tokens(ids, begin=begin.tolist(), length=length, seed=seed))
+
+
+#: The least score of a head that is named after a role.
+_NAMED = 0.4
+
+
+def named_heads(model: Decoder, tokenizer: Tokenizer, seed: int = 0) -> dict[tuple[int, int], tuple[str, float]]:
+    """What heads look for, measured on random tokens that are repeated: (layer, head) → the role with the highest score, and
+    this; heads whose highest is below 0.4 have no name."""
+    roles = head_roles_on_random_text(model, tokenizer, tokenized(tokenizer, "a"), seed)
+    scores_RLH = np.nan_to_num(np.stack(list(roles.values())), nan=0.0)
+    best_LH = scores_RLH.argmax(0)
+    names = list(roles)
+    return {
+        (layer, head): (names[best_LH[layer, head]], float(scores_RLH[:, layer, head].max()))
+        for layer, head in np.argwhere(scores_RLH.max(0) >= _NAMED).tolist()
+    }
 
 
 def save_arrays(inspection: Inspection, path: Path) -> None:

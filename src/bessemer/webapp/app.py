@@ -18,9 +18,12 @@ from fastapi.responses import HTMLResponse
 from bessemer.serving.app import Pages, described
 from bessemer.serving.runtime.served import Served
 from bessemer.webapp.access import templates
+from bessemer.webapp.change_api import ChangeApi
 from bessemer.webapp.data_api import DataApi
 from bessemer.webapp.feedback import FeedbackApi
+from bessemer.webapp.forward_api import ForwardApi
 from bessemer.webapp.lineage_api import LineageApi
+from bessemer.webapp.model_copy import ModelCopy
 from bessemer.webapp.runs_api import RunsApi
 from bessemer.webapp.token_api import TokenApi
 from bessemer.webapp.xray_api import XrayApi
@@ -133,10 +136,13 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
 
     def pages(served: Served) -> Pages:
         site = _Site(served, settings)
+        copy = ModelCopy(served, settings.folder, settings.makes_xrays)
         apis = (
             TokenApi(served),
+            ForwardApi(served, copy),
+            ChangeApi(served, copy),
             LineageApi(served, settings.runs, settings.run),
-            XrayApi(served, settings.folder, settings.makes_xrays),
+            XrayApi(served, copy),
             RunsApi(settings.runs),
             DataApi(served, settings.runs),
             FeedbackApi(settings.feedback),
@@ -176,6 +182,8 @@ class _Site:
             "run": self._settings.run,
             # the names under which this server has the model of the run
             "made": self._served.names_of_model,
+            # whether a copy of it can be looked into and changed
+            "inside": self._settings.makes_xrays and self._settings.folder is not None,
         }
         return self._templates.get_template(template).render(
             title=title,

@@ -129,7 +129,7 @@ class DataApi:
         text = first["text"][:_LONGEST]
         problem, explanation = None, None
         try:
-            explanation = _explained(run, text, first["url"])
+            explanation = explained(run, text, first["url"])
         except ConfigError as error:
             problem = without_places(str(error))
         except ModuleNotFoundError as error:
@@ -173,7 +173,11 @@ class DataApi:
         return folder / side
 
 
-def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
+def explained(run: RunFolder, text: str, url: str | None) -> Explanation:
+    """Scores and limits of a text as the run's cleaning has them.
+
+    Raises ConfigError for settings that cannot be asked any more, ModuleNotFoundError for an extra that is missing.
+    """
     # loads compiled filters: not when the server starts
     from bessemer.data.stages.explain import explain, explain_with
     from bessemer.pipeline.recipe_settings import recorded_cleaning

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +14,19 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from bessemer.core.errors import BessemerError
-from bessemer.data.corpus.reader import TRAIN, holds_documents
+from bessemer.data.corpus.reader import TRAIN
 from bessemer.data.corpus.search import Passage, passages
 from bessemer.inspection.inspect import piece_of
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.model_config import read_decoder_config
-from bessemer.posttraining.data.hub import is_hub_dataset
-from bessemer.posttraining.data.made import is_data_name
-from bessemer.posttraining.data.search import ExampleFile, ExamplePassage, example_passages
+from bessemer.posttraining.data.search import ExamplePassage, example_passages
 from bessemer.serving.runtime.bodies import ApiError, Body, read_body, without_places
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served
+from bessemer.serving.runtime.streams import EventStream, server_sent_event
 from bessemer.webapp.access import check_owner, missing, named_run, off_the_loop
+from bessemer.webapp.origins import described_example, example_files, last_documents, origins_of
 from bessemer.webapp.token_api import TokenId
 
 if TYPE_CHECKING:
@@ -46,6 +46,14 @@ class EarlierRequest(Body):
     model: str | None = None
     before: Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
     token: TokenId
+
+
+class GrowthRequest(Body):
+    """An answer's tokens with those before them. model: as of `EarlierRequest`."""
+
+    model: str | None = None
+    before: Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
+    ids: Annotated[list[TokenId], Field(min_length=1, max_length=_LONGEST)]
 
 
 @dataclass(frozen=True)
@@ -69,20 +77,44 @@ class LineageApi:
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/inspect")
         router.add_api_route("/earlier", self.earlier, methods=["POST"])
+        router.add_api_route("/growth", self.growth, methods=["POST"], response_model=None)
         router.add_api_route("/training", self.training, methods=["POST"])
+        router.add_api_route("/origins", self.origins, methods=["POST"])
         return router
 
     async def earlier(self, request: Request) -> dict[str, Any]:
         self._served.check_unguarded()
-        body = await self._body(request)
+        body = await read_body(EarlierRequest, request)
+        self._check(request, body.model, [*body.before, body.token])
         caller_of(request).spend(prompt=min(len(body.before), _LONGEST))
 
         with self._served.worker.admit(1):
             async with self._lock:
                 return {"models": await off_the_loop(lambda: [self._prediction(model, body) for model in self._models])}
 
+    async def growth(self, request: Request) -> EventStream:
+        """How likely each token of an answer was to every model of the run, as events, the oldest model first."""
+        self._served.check_unguarded()
+        body = await read_body(GrowthRequest, request)
+        self._check(request, body.model, [*body.before, *body.ids])
+        caller_of(request).spend(prompt=min(len(body.before) + len(body.ids), _LONGEST))
+        models = await off_the_loop(lambda: self._models)
+        events = self._growth_events(models, body)
+        # refuses what is wrong before the response begins
+        await anext(events)
+        return EventStream(events)
+
+    async def _growth_events(self, models: list[_Earlier], body: GrowthRequest) -> AsyncGenerator[str, None]:
+        with self._served.worker.admit(1):
+            yield ""
+            async with self._lock:
+                for number, earlier in enumerate(models, start=1):
+                    found = await asyncio.to_thread(self._grown, earlier, body)
+                    yield server_sent_event({**found, "progress": number / len(models)})
+
     async def training(self, request: Request) -> dict[str, Any]:
-        body = await self._body(request)
+        body = await read_body(EarlierRequest, request)
+        self._check(request, body.model, [*body.before, body.token])
         tokenizer = self._served.engine.tokenizer
         ids = [*body.before[-(_LONGEST_NGRAM - 1) :], body.token]
         needles = [
@@ -93,11 +125,8 @@ class LineageApi:
 
         def search() -> dict[str, Any]:
             run = self._run
-            stage, folder = next(
-                ((name, folder) for name, folder in reversed(run.stages().items()) if holds_documents(folder / "documents")),
-                (None, None),
-            )
-            files = list(_example_files(run))
+            stage, folder = last_documents(run)
+            files = list(example_files(run))
             if folder is None and not files:
                 raise missing(f"the run {run.name!r} has neither documents nor examples")
             places: list[Passage] = []
@@ -113,23 +142,28 @@ class LineageApi:
                 "passages": [_described(passage) for passage in places],
                 "looked_at": looked_at,
                 "documents": documents,
-                "examples": [_described_example(passage) for passage in examples],
+                "examples": [described_example(passage) for passage in examples],
                 "rows": rows,
                 "example_stages": list(dict.fromkeys(file.stage for file in files)),
             }
 
         return await off_the_loop(search)
 
-    async def _body(self, request: Request) -> EarlierRequest:
-        """The checked body. Raises ApiError: 403 for a client that may not see runs, 404 for an adapter or an additional model,
-        whose run is unknown."""
+    async def origins(self, request: Request) -> dict[str, Any]:
+        """The spans of an answer that stand in the training data, each with some of the places, and the filters' verdict."""
+        body = await read_body(GrowthRequest, request)
+        self._check(request, body.model, [*body.before, *body.ids])
+        text = self._served.engine.tokenizer.decode(body.ids)
+        return await off_the_loop(lambda: origins_of(self._run, text))
+
+    def _check(self, request: Request, model: str | None, tokens: Sequence[int]) -> None:
+        """Raises ApiError: 403 for a client that may not see runs, 404 for an adapter or an additional model, whose run is
+        unknown, 400 for tokens that there are not."""
         check_owner(request)
-        body = await read_body(EarlierRequest, request)
-        if self._made_by is None or body.model not in (None, *self._served.names_of_model):
+        if self._made_by is None or model not in (None, *self._served.names_of_model):
             raise missing("the run that made this model is not known here; serve it first, by the run's name")
-        if max(*body.before, body.token) >= self._served.engine.tokenizer.vocab_size:
+        if max(tokens) >= self._served.engine.tokenizer.vocab_size:
             raise ApiError("token ids are below the size of the vocabulary", parameter="token", code="invalid_value")
-        return body
 
     @cached_property
     def _run(self) -> RunFolder:
@@ -143,7 +177,7 @@ class LineageApi:
     def _prediction(self, earlier: _Earlier, body: EarlierRequest) -> dict[str, Any]:
         prediction: dict[str, Any] = {"stage": earlier.stage, "step": earlier.step}
         try:
-            model = load_model(earlier.folder) if earlier.step is None else _of_checkpoint(earlier.folder)
+            model = _opened(earlier)
         except BessemerError as error:
             return {**prediction, "problem": without_places(str(error))}
         tokens = body.before[-min(_LONGEST, model.config.max_position_embeddings) :]
@@ -160,6 +194,27 @@ class LineageApi:
         ]
         rank = int((share_V > share_V[body.token]).sum()) + 1
         return {**prediction, "likeliest": likeliest, "probability": float(share_V[body.token]), "rank": rank}
+
+    @torch.inference_mode()
+    def _grown(self, earlier: _Earlier, body: GrowthRequest) -> dict[str, Any]:
+        """A model's probability of each token of an answer; None for those before which it can read nothing."""
+        grown: dict[str, Any] = {"stage": earlier.stage, "step": earlier.step}
+        try:
+            model = _opened(earlier)
+        except BessemerError as error:
+            return {**grown, "problem": without_places(str(error))}
+        read = [*body.before, *body.ids][-min(_LONGEST, model.config.max_position_embeddings) :]
+        if max(read) >= model.config.vocab_size:
+            return {**grown, "problem": "it has another vocabulary"}
+        count = min(len(body.ids), len(read) - 1)
+        share_TV = model.float().eval()(torch.tensor([read]))[0, -count - 1 : -1].softmax(-1)
+        shares = share_TV.gather(1, torch.tensor(read[-count:])[:, None])[:, 0].tolist()
+        return {**grown, "probabilities": [*[None] * (len(body.ids) - count), *shares]}
+
+
+def _opened(earlier: _Earlier) -> Decoder:
+    """Raises BessemerError for a damaged model."""
+    return load_model(earlier.folder) if earlier.step is None else _of_checkpoint(earlier.folder)
 
 
 def _models_of(stage: str, folder: Path) -> Iterator[_Earlier]:
@@ -187,50 +242,6 @@ def _of_checkpoint(checkpoint: Path) -> Decoder:
 def _writes_text(model: Path) -> bool:
     """Whether it is a language model, not a reward model."""
     return not read_decoder_config(model).num_scores
-
-
-#: Kinds of stages that learn from rows, and the rows that stages make for them, below their folders.
-_EXAMPLE_KINDS = ("sft", "distillation", "preference", "reward", "rl")
-_CONVERSATIONS = Path("conversations", "train.jsonl")
-_MADE_ROWS = ("revisions.jsonl", "synthetic.jsonl", "preferences.jsonl", "honesty.jsonl")
-
-
-def _example_files(run: RunFolder) -> Iterator[ExampleFile]:
-    """The rows that the run's stages have learnt from and made: the conversations that a stage kept of them, or the files that
-    its settings name, where they still are."""
-    stages = run.stages()
-    for name, section in run.record()["recipe"].items():
-        settings = section if isinstance(section, dict) else {"data": section}
-        kind, folder = str(settings.get("kind", name)), stages.get(name)
-        if folder is None:
-            continue
-        for made in _MADE_ROWS:
-            if (folder / made).is_file():
-                yield ExampleFile(name, kind, folder / made)
-        if (folder / _CONVERSATIONS).is_file():
-            yield ExampleFile(name, kind, folder / _CONVERSATIONS, is_split=True)
-        elif kind in _EXAMPLE_KINDS:
-            data = settings.get("data")
-            for given in data if isinstance(data, list) else ():
-                # relative to where the recipe ran, as the settings of `clean` are
-                if isinstance(given, str) and is_data_name(given) and not is_hub_dataset(given) and Path(given).is_file():
-                    yield ExampleFile(name, kind, Path(given))
-
-
-def _described_example(passage: ExamplePassage) -> dict[str, Any]:
-    file = passage.file
-    return {
-        "stage": file.stage,
-        "kind": file.kind,
-        # a file's own name: where it lies is not for clients
-        "file": file.path.name,
-        "split": TRAIN if file.is_split else None,
-        "row": passage.row,
-        "part": passage.part,
-        "left": passage.left,
-        "found": passage.found,
-        "right": passage.right,
-    }
 
 
 def _described(passage: Passage) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from bessemer.serving.openapi import Operation
+from bessemer.webapp.change_api import ChangeRequest
 from bessemer.webapp.feedback import Feedback
-from bessemer.webapp.lineage_api import EarlierRequest
+from bessemer.webapp.forward_api import ForwardRequest
+from bessemer.webapp.lineage_api import EarlierRequest, GrowthRequest
 from bessemer.webapp.token_api import PiecesRequest, TokenRequest
 from bessemer.webapp.xray_api import WithoutRequest, XrayRequest
 
@@ -37,8 +39,21 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         TokenRequest,
         tag="Pages",
     ),
+    ("/inspect/forward", "post"): Operation(
+        "A token's way through the model, as a stream of events.", None, ForwardRequest, tag="Pages"
+    ),
+    ("/inspect/heads", "get"): _read("What heads were measured to look for.", "layers", "heads", "names"),
+    ("/inspect/change", "post"): Operation(
+        "Go on with and without a change, as a stream of events.", None, ChangeRequest, tag="Pages"
+    ),
     ("/inspect/earlier", "post"): Operation(
         "What the run's earlier models say of a token.", _object("models"), EarlierRequest, tag="Pages"
+    ),
+    ("/inspect/growth", "post"): Operation(
+        "How likely an answer's tokens were to the run's models, as a stream of events.", None, GrowthRequest, tag="Pages"
+    ),
+    ("/inspect/origins", "post"): Operation(
+        "The spans of an answer that stand in the training data.", _object("text", "spans"), GrowthRequest, tag="Pages"
     ),
     ("/inspect/training", "post"): Operation(
         "Training documents and examples with the tokens before one.",

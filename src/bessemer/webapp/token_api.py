@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from bessemer.inference.sampling.distribution import truncated_logits
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inspection.inspect import piece_of
 from bessemer.inspection.recording import lens_logits
+from bessemer.model.config import ModelConfig
 from bessemer.serving.runtime.bodies import ApiError, Body, Name, read_body
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served
@@ -46,8 +48,8 @@ class AttentionHead(Body):
     head: int = Field(ge=0)
 
 
-class TokenRequest(Body):
-    """A token with the ones before it, and how it is sampled.
+class NextToken(Body):
+    """A token with the ones before it.
 
     before: the prompt, and the answer up to the token. token: the one that came; None: only what could come.
     """
@@ -55,6 +57,11 @@ class TokenRequest(Body):
     model: Name
     before: Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
     token: TokenId | None = None
+
+
+class TokenRequest(NextToken):
+    """The same, and how the token is sampled."""
+
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
@@ -95,50 +102,56 @@ class TokenApi:
 
     async def token(self, request: Request) -> dict[str, Any]:
         body = await read_body(TokenRequest, request)
-        caller = caller_of(request)
-        self._served.check_unguarded()
-        served = await self._served.model_for(body.model, caller)
-        served.check_length("before", len(body.before), 1)
-        vocab_size = served.engine.tokenizer.vocab_size
-        if any(id >= vocab_size for id in (*body.before, body.token or 0)):
-            raise ApiError(f"token ids are below {vocab_size:,}", parameter="before", code="invalid_value")
-        engine, config = served.engine, served.engine.model.config
-        sparse = tuple(layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer))
-        head = body.attention
-        capture = Capture(
-            states=tuple(range(config.num_hidden_layers + 1)),
-            attention=() if head is None else ((head.layer, head.head),),
-            routing=sparse,
-            positions=(len(body.before) - 1,),
-        )
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        with served.worker.admit(1):
-            try:
-                made = await asyncio.to_thread(
-                    engine.prepare,
-                    body.before,
-                    params,
-                    adapter=served.adapter(body.model),
-                    cache_salt=caller.salt(None),
-                    capture=capture,
-                )
-            except RequestError as error:
-                raise as_api_error(error) from None
-            (completion,) = await served.worker.complete([made], params, caller)
-        assert completion.captured is not None, "the request has a capture"
-        return await asyncio.to_thread(_described, served.engine, body, completion.captured)
+        attention = () if body.attention is None else ((body.attention.layer, body.attention.head),)
+        served, captured = await captured_states(self._served, request, body, lambda config: attention)
+        return await asyncio.to_thread(_described, served.engine, body, captured)
+
+
+async def captured_states(
+    root: Served, request: Request, body: NextToken, attention: Callable[[ModelConfig], Sequence[tuple[int, int]]]
+) -> tuple[Served, Captured]:
+    """The model, and its states at the last token before one, computed beside the requests that run.
+
+    attention: (layer, head) of which weights are captured too. Raises ApiError for what is wrong with the request.
+    """
+    caller = caller_of(request)
+    root.check_unguarded()
+    served = await root.model_for(body.model, caller)
+    served.check_length("before", len(body.before), 1)
+    vocab_size = served.engine.tokenizer.vocab_size
+    if any(id >= vocab_size for id in (*body.before, body.token or 0)):
+        raise ApiError(f"token ids are below {vocab_size:,}", parameter="before", code="invalid_value")
+    engine, config = served.engine, served.engine.model.config
+    capture = Capture(
+        states=tuple(range(config.num_hidden_layers + 1)),
+        attention=tuple(attention(config)),
+        routing=tuple(layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer)),
+        positions=(len(body.before) - 1,),
+    )
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    with served.worker.admit(1):
+        try:
+            made = await asyncio.to_thread(
+                engine.prepare,
+                body.before,
+                params,
+                adapter=served.adapter(body.model),
+                cache_salt=caller.salt(None),
+                capture=capture,
+            )
+        except RequestError as error:
+            raise as_api_error(error) from None
+        (completion,) = await served.worker.complete([made], params, caller)
+    assert completion.captured is not None, "the request has a capture"
+    return served, completion.captured
 
 
 def _described(engine: Engine, body: TokenRequest, captured: Captured) -> dict[str, Any]:
-    model = engine.model
-    states_LD = torch.cat([captured.states[layer] for layer in sorted(captured.states)])
-    logits_LV = lens_logits(model, states_LD.numpy()).float()
-    # the embedding may have more rows than the vocabulary has tokens
-    logits_LV = logits_LV[:, : engine.tokenizer.vocab_size].cpu()
+    _, logits_LV = states_and_logits(engine, captured)
     shares_LV = logits_LV.softmax(-1)
     share_V, sampled_V = shares_LV[-1], _sampled(logits_LV[-1], body)
     shown = share_V.topk(min(_ALTERNATIVES, len(share_V))).indices.tolist()
-    config = model.config
+    config = engine.model.config
     described: dict[str, Any] = {
         "entropy_bits": float(torch.special.entr(share_V.double()).sum()) / math.log(2),
         "kept": int((sampled_V > 0).sum()),
@@ -165,6 +178,14 @@ def _described(engine: Engine, body: TokenRequest, captured: Captured) -> dict[s
         weights = captured.attention[body.attention.layer, body.attention.head][0]
         described["attention"] = [round(weight, 5) for weight in weights.tolist()]
     return described
+
+
+def states_and_logits(engine: Engine, captured: Captured) -> tuple[Tensor, Tensor]:
+    """The states at the captured token, (L, D), and what the last norm and the head make of each, (L, V)."""
+    states_LD = torch.cat([captured.states[layer] for layer in sorted(captured.states)])
+    logits_LV = lens_logits(engine.model, states_LD.numpy()).float()
+    # the embedding may have more rows than the vocabulary has tokens
+    return states_LD, logits_LV[:, : engine.tokenizer.vocab_size].cpu()
 
 
 def _alternative(engine: Engine, id: int, share_V: Tensor, sampled_V: Tensor) -> dict[str, Any]:

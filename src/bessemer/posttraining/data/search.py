@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import BessemerError
+from bessemer.data.corpus.shared_spans import SharedSpan, SpanFinder
 from bessemer.posttraining.data.understanding import open_rows
 
 #: Characters shown on either side of what was searched for.
@@ -62,6 +63,26 @@ def example_passages(
             if looked_at % _ROWS == 0 and time.monotonic() > until:
                 return best, looked_at
     return best, looked_at
+
+
+def example_spans(
+    files: Sequence[ExampleFile], finder: SpanFinder, *, seconds: float = 3.0
+) -> tuple[list[tuple[SharedSpan, ExamplePassage]], int]:
+    """Where the spans of a text stand in rows, and how many rows were looked at until the time had come. The passages' needle
+    is 0."""
+    until, looked_at = time.monotonic() + seconds, 0
+    found: list[tuple[SharedSpan, ExamplePassage]] = []
+    for file in files:
+        for number, row in _rows(file.path):
+            looked_at += 1
+            for part, text in _texts(row):
+                for span in finder.spans(text):
+                    end = span.place + span.end - span.start
+                    left, right = text[max(0, span.place - _AROUND) : span.place], text[end : end + _AROUND]
+                    found.append((span, ExamplePassage(file, number, part, left, text[span.place : end], right, 0)))
+            if looked_at % _ROWS == 0 and time.monotonic() > until:
+                return found, looked_at
+    return found, looked_at
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -182,7 +182,8 @@ function drawBelow(entry) {
   const { node, below } = entry;
   const others = store.siblings(current, node), place = others.indexOf(node);
   const parts = [];
-  if (others.length > 1) {
+  // the order of the branches is that of the settings: it would say which is which
+  if (others.length > 1 && !isHidden(node)) {
     const go = (step) => () => { store.showBranch(current, others[place + step].id); pair = null; drawLog(); save(); };
     parts.push(action("‹", "Earlier branch", go(-1), { disabled: place === 0, "aria-label": "Earlier branch" }), make("span", { class: "place" }, `${place + 1} / ${others.length}`),
       action("›", "Later branch", go(1), { disabled: place === others.length - 1, "aria-label": "Later branch" }));
@@ -277,10 +278,11 @@ function drawVerdicts() {
   const place = byId("verdicts");
   if (!place || !pair?.blind) return;
   if (pair.ids.some((id) => running.has(id))) { place.replaceChildren(make("span", { class: "soft" }, "Read both, then say which is better; their names come after that.")); return; }
-  const [first, second] = pair.ids;
+  const [first, second] = pair.ids, follows = atBottom();
   place.replaceChildren(
     action("A is better", "The first answer is better", () => decide(first)), action("B is better", "The second answer is better", () => decide(second)),
     action("As good", "Neither is better", () => decide(null)), action("Skip", "Nothing is recorded", () => keep(first, false)));
+  if (follows) toBottom();
 }
 
 /** Record which of two answers with hidden names is better, show the names, and go on with it. id: null for neither. */
@@ -517,6 +519,8 @@ prompt.addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("keydown", (event) => {
+  // keys are for the window that is open over the page
+  if (document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") {
     if (isRunning()) stopAll();
     else if (!settings.hidden) toggleSettings(false);

@@ -124,7 +124,7 @@ async function openDocument(id) {
     box.replaceChildren(
       make("div", { class: "row" }, make("h2", { id: "document-title" }, "One document"), make("span", { class: "space" }), make("button", { class: "quiet", type: "button", "aria-label": "Close", onclick: () => { box.hidden = true; setPlace(); } }, "×")),
       make("p", { class: "soft" }, [found.source, found.language, found.license, found.split, `${count(found.characters)} characters`, found.id].filter(Boolean).join(" · ")),
-      !found.url ? null : make("p", { class: "soft" }, found.url),
+      ...(found.url ? [make("p", { class: "soft" }, found.url)] : []),
       way(found), ...(found.explanation ? explained(found.explanation) : [make("p", { class: "failure" }, found.problem ?? "")]),
       make("h3", {}, "The text"), make("pre", { class: "whole" }, found.text),
       make("h3", {}, `In tokens${found.tokens.length ? `: ${count(found.tokens.length)}` : ""}`),

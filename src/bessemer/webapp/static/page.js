@@ -116,6 +116,17 @@ export function calm(milliseconds, work) {
   return (...values) => { clearTimeout(timer); timer = setTimeout(() => work(...values), milliseconds); };
 }
 
+/** A function that runs at once, and where it did so within the pause, once when that is over. */
+export function promptly(milliseconds, work) {
+  let timer, last = -Infinity;
+  return (...values) => {
+    clearTimeout(timer);
+    const run = () => { last = performance.now(); work(...values); }, wait = last + milliseconds - performance.now();
+    if (wait <= 0) run();
+    else timer = setTimeout(run, wait);
+  };
+}
+
 export function download(name, type, content) {
   const link = make("a", { href: URL.createObjectURL(new Blob([content], { type })), download: name });
   link.click();

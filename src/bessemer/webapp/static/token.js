@@ -1,6 +1,10 @@
 // This token: how surprising each of an answer was, what else could have come, what sampling makes of it, what each layer would have
 // said, and where a head looks. What was recorded while it was sampled is shown at once; the rest the server computes.
-import { byId, calm, given, json, make, nameOfBlank, percent, visible } from "./page.js";
+import { byId, given, json, make, nameOfBlank, percent, promptly, visible } from "./page.js";
+import { openChange } from "./change.js";
+import { openForward } from "./forward.js";
+import { growth } from "./growth.js";
+import { origins } from "./origins.js";
 import { drawnFrom, leastEntropy, recorded, surprise } from "./sampled.js";
 
 const side = byId("side");
@@ -43,12 +47,20 @@ export async function openTokens(entry, goOn) {
     ...pieces.map((piece, place) => {
       const own = places[place];
       const button = make("button", { type: "button", class: own ? undefined : `t${place % 5}`, tabindex: place ? "-1" : "0", "aria-label": nameOfBlank(piece), onclick: () => choose(place) }, piece.includes("\n") ? `${visible(piece)}\n` : piece || "∅");
-      if (own) button.style.backgroundColor = `color-mix(in oklab, var(--heat) ${Math.round(COLOUR * Math.min(1, surprise(own) / SURPRISING))}%, transparent)`;
+      if (own) tint(button, own.probability);
       return button;
     }));
   const strip = make("div", { class: "strip" }, tokens);
   open = { entry, strip, tokens, places, pieces, goOn, place: 0, head: null, settings: { temperature: 1, top_p: 1, top_k: 0, ...node.settings } };
   if (places.some(Boolean)) strip.append(drawSpark(), make("p", { class: "reading soft" }));
+  if (places.some(Boolean) && isOfRun(node.settings.model)) {
+    const answer = { model: node.settings.model, before: node.promptIds, ids: node.ids };
+    open.growth = growth(answer, (shares) => {
+      shares.forEach((share, place) => { if (share !== null) tint(tokens.children[place], share); });
+      if (open) drawReading(open.place);
+    });
+    strip.append(open.growth.box, origins(answer));
+  }
   const read = (event) => { const place = [...tokens.children].indexOf(event.target.closest("button")); if (place >= 0) drawReading(place); };
   tokens.addEventListener("pointerover", read);
   tokens.addEventListener("pointerleave", () => open && drawReading(open.place));
@@ -57,6 +69,15 @@ export async function openTokens(entry, goOn) {
   entry.text.after(strip);
   build();
   choose(0);
+}
+
+/** Whether the models before this one are known here: of the first model, and where a run made it. */
+const isOfRun = (model) => Boolean(given.run) && given.made.includes(model);
+
+/** Colour a token by its surprise. */
+function tint(button, probability) {
+  const share = Math.min(1, surprise({ probability }) / SURPRISING);
+  button.style.backgroundColor = `color-mix(in oklab, var(--heat) ${Math.round(COLOUR * share)}%, transparent)`;
 }
 
 // --- the skin -------------------------------------------------------------------------------------------------------------
@@ -107,7 +128,8 @@ function drawReading(place) {
   const line = open.strip.querySelector(".reading"), own = open.places[place];
   if (!line) return;
   if (!own) { line.replaceChildren(make("code", {}, visible(open.pieces[place])), " was not sampled"); return; }
-  const others = own.alternatives.filter((one) => one.id !== open.entry.node.ids[place]).slice(0, 3);
+  const others = own.alternatives.filter((one) => one.id !== open.entry.node.ids[place]).slice(0, 3), grew = open.growth?.of(place);
+  if (grew) { line.replaceChildren(make("code", {}, visible(open.pieces[place])), ` ${grew}`); return; }
   line.replaceChildren(make("code", {}, visible(open.pieces[place])), ` ${percent(own.probability)}, ${surprise(own).toFixed(1)} bits; entropy ≥ ${leastEntropy(own).toFixed(1)} bits`,
     ...(others.length ? ["; also ", ...others.flatMap((one, index) => [index ? ", " : "", make("code", {}, visible(pieceOf(one.id))), ` ${percent(one.probability)}`])] : []));
 }
@@ -130,7 +152,8 @@ function choose(place) {
 
 // --- the panel ------------------------------------------------------------------------------------------------------------
 
-const load = calm(60, async () => {
+// keys that are held choose many tokens: the first is asked of at once, then one each pause
+const load = promptly(60, async () => {
   if (!open) return;
   const { entry, place, settings, head } = open, asked = open, node = entry.node;
   const body = {
@@ -160,17 +183,32 @@ function build() {
   const slider = (name, label, most, step) => {
     const output = make("output", {}, String(open.settings[name] ?? 0));
     return make("label", {}, make("span", {}, label, " ", output), make("input", {
-      type: "range", min: name === "top_p" ? "0.05" : "0", max: String(most), step: String(step), value: String(open.settings[name] ?? 0),
+      type: "range", "aria-label": label, min: name === "top_p" ? "0.05" : "0", max: String(most), step: String(step), value: String(open.settings[name] ?? 0),
       oninput: (event) => { open.settings[name] = Number(event.target.value); output.textContent = event.target.value; drawNumbers(null); load(); },
     }));
   };
   const move = (step, label, sign) => make("button", { class: "quiet", type: "button", "aria-label": label, title: `${label} (arrow keys)`, onclick: () => choose(Math.max(0, Math.min(open.pieces.length - 1, open.place + step))) }, sign);
+  // a copy can be looked into of the first model alone
+  const canChange = given.inside && given.made.includes(open.entry.node.settings.model);
   side.replaceChildren(
     make("div", { class: "row" }, make("h2", {}, "This token"), make("span", { class: "space" }), move(-1, "Token before", "‹"), move(1, "Next token", "›"), make("button", { class: "quiet", type: "button", onclick: closeToken, "aria-label": "Close" }, "×")),
     make("p", { id: "token-failure", class: "failure" }), make("div", { id: "token-numbers" }),
+    make("div", { class: "row ways" }, make("button", { class: "quiet bordered", type: "button", title: "Its way through the model, step by step", onclick: follow }, "Follow its way"),
+      canChange && make("button", { class: "quiet bordered", type: "button", title: "Silence, patch or steer a part of the model, and see how the text goes on", onclick: change }, "Change it and see")),
     make("div", { class: "sliders" }, slider("temperature", "Temperature", 2, 0.05), slider("top_p", "Top p", 1, 0.05), slider("top_k", "Top k", 100, 1)),
     make("div", { id: "token-alternatives" }), make("div", { id: "token-lens" }), make("div", { id: "token-attention" }), make("div", { id: "token-experts" }), make("div", { id: "token-lineage" }),
   );
+}
+
+/** The chosen token with the ones before it, as the server is asked of it. */
+function chosen() {
+  const { entry: { node }, place } = open;
+  return { model: node.settings.model, before: [...node.promptIds, ...node.ids.slice(0, place)], token: node.ids[place] };
+}
+function follow() { openForward(chosen(), open.pieces[open.place], open.settings); }
+async function change() {
+  const asked = chosen(), piece = open.pieces[open.place];
+  openChange(asked, piece, await piecesOf(asked.model, asked.before));
 }
 
 /** The numbers of the chosen token: those recorded when it was sampled, at once; what was not recorded, once the server has computed
@@ -233,8 +271,7 @@ async function drawAttention(found) {
 /** Sections that are asked for by a press, since they read models and documents. */
 function drawLineage() {
   const { model } = open.entry.node.settings;
-  // nothing is known here of a model beside the first
-  if (!given.run || !given.made.includes(model)) { byId("token-lineage").replaceChildren(); return; }
+  if (!isOfRun(model)) { byId("token-lineage").replaceChildren(); return; }
   const section = (title, what, path, drawn) => {
     const box = make("div", {});
     const ask = make("button", { class: "quiet", type: "button" }, what);
