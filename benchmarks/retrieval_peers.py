@@ -55,6 +55,8 @@ MEASURES = ("src/bessemer/retrieval", "src/bessemer/model/encoder.py", "benchmar
 EMBEDDED, ROUNDS = 192, 3
 #: Hits of a query, as many as a hybrid search takes of each of its parts.
 HITS = 200
+#: BM25's k₁, and b. LanceDB's scores are k₁ + 1 times those of bm25s, whose formula leaves this factor out.
+K1, B = 1.2, 0.75
 WIDTH, OF_A_DOCUMENT, VOCABULARY, QUERIES = 384, 10, 50_000, 100
 
 
@@ -106,7 +108,7 @@ class Bm25s:
         self._bm25s = bm25s
         rows = [row for batch in index.store.batches(["id", "words"]) for row in batch.to_pylist()]
         self.identities = [row["id"] for row in rows]
-        self._ranker = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+        self._ranker = bm25s.BM25(method="lucene", k1=K1, b=B)
         self._ranker.index([self._stems(row["words"]) for row in rows], show_progress=False)
 
     def _stems(self, words: str) -> list[str]:
@@ -117,7 +119,7 @@ class Bm25s:
         words = " ".join(word for word in searched_words(query).split() if word.lower() not in PLAIN_WORDS)
         places, scores = self._ranker.retrieve([self._stems(words)], k=HITS, show_progress=False)
         pairs = zip(places[0], scores[0], strict=True)
-        return [(self.identities[place], float(score)) for place, score in pairs if score > 0]
+        return [(self.identities[place], (K1 + 1) * float(score)) for place, score in pairs if score > 0]
 
 
 def words(index: OpenIndex) -> Path:
