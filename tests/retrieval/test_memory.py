@@ -75,21 +75,30 @@ def test_what_is_forgotten_is_in_no_file_and_the_rest_is_found(memory, tmp_path)
     assert memory.turns() == [] and memory.recall("nuts") == []
 
 
-@pytest.mark.parametrize("moment", ["build_index", "rmtree"])
-def test_forgetting_that_was_cut_off_is_gone_on_with_before_anything_else(memory, tmp_path, monkeypatch, moment):
+def test_forgetting_that_was_cut_off_is_finished_by_whoever_works_there_next(memory, tmp_path, monkeypatch):
     memory.recall("safe")
 
-    def killed(*_, **__):
+    def killed(_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((memories, moment) if moment == "build_index" else (memories.shutil, moment)), killed)
+        patch.setattr(memories.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             memory.forget(lambda one: PLANTED in one.text)
     assert holders(tmp_path)
     again = ConversationMemory(tmp_path / "memory")
-    assert again.recall("safe") == [] and not holders(tmp_path)
-    assert len(again.turns()) == len(TURNS) - 1
+    again.remember([turn("Leeds has a river.", "c3", day=3)])
+    assert not holders(tmp_path)
+    assert again.recall("safe") == [] and len(again.turns()) == len(TURNS)
+
+
+def test_a_turn_that_is_a_heading_alone_is_kept_and_hinders_no_search(tmp_path):
+    remembered = ConversationMemory(tmp_path / "memory", "none")
+    remembered.remember([turn("# Nuts")])
+    assert remembered.recall("nuts") == [] and [one.text for one in remembered.turns()] == ["# Nuts"]
+    remembered.remember([turn("# Nuts\n\nI am allergic to them.", day=2)])
+    (hit,) = remembered.recall("nuts")
+    assert (hit.passage.headings, hit.passage.text) == ("Nuts", "I am allergic to them.")
 
 
 def test_memories_are_tainted_parts_above_the_question_within_their_room(memory):
@@ -149,8 +158,9 @@ def test_a_mistake_is_one_line(tmp_path, capsys, arguments, reason):
     assert code == 2 and reason in error and error.count("\n") == 1
 
 
-def test_a_second_writer_is_told_to_wait(memory, tmp_path):
+def test_a_second_writer_waits_and_is_told_so(memory, tmp_path, monkeypatch):
     from bessemer.core.store import locked_folder
 
+    monkeypatch.setattr(memories, "_PATIENCE", 0.01)
     with locked_folder(tmp_path / "memory"), pytest.raises(ArtefactError, match="another process is at work"):
         memory.remember(TURNS)

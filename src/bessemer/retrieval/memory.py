@@ -4,9 +4,9 @@ A memory is the folder of one user. It holds turns as they were said, with their
 of documents finds those that fit a question (`search.py`); nothing is summarised. What is found stands in the user's message as
 parts of origin `memory`, which are tainted: what was once pasted into a conversation is no instruction in the next.
 
-`memory.json` holds the turns and names the index. Turns that were forgotten are taken out of it first; then an index is
-built without them in another folder, and the one that has them is deleted, all its versions with it. So nothing of them is in a
-file any more; where a process is killed in between, the next one that opens the memory goes on.
+`memory.json` holds the turns and names the index. To forget, it is first replaced by one without these turns that names another
+index; then the index that has them is deleted, all its versions with it, and the next search builds the new one. So nothing of
+them is in a file any more; where a process is killed in between, the next one that works in the folder deletes the rest.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.store import check_format, locked_folder, read_json, write_json
 from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.embed import Embedder, open_embedder, packaged_minilm
-from bessemer.retrieval.index import IndexedDocument, OpenIndex, build_index, open_index
+from bessemer.retrieval.index import IndexedDocument, OpenIndex, build_index, open_index, passages_of
 from bessemer.retrieval.search import Hit, search
 
 _RECORD, _FORMAT = "memory.json", 1
+#: Seconds to wait for another process that works in the folder.
+_PATIENCE = 30.0
 #: What precedes remembered turns in a message.
 _ABOVE = "From earlier conversations, which may be out of date:"
 
@@ -61,7 +63,8 @@ class ConversationMemory:
         """embedder: as of an index; None: that of the memory, of a new one all-MiniLM-L6-v2 where it is installed, else none.
         Raises ArtefactError for a folder that holds something else."""
         self._folder = folder
-        if not (folder / _RECORD).exists() and folder.exists() and any(folder.iterdir()):
+        others = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+        if others and not (folder / _RECORD).exists():
             raise ArtefactError(f"{folder}: there are files here that are no memory; name another folder")
         self._given = embedder
         self._opened: Embedder | None = None
@@ -73,8 +76,8 @@ class ConversationMemory:
         return [RememberedTurn(**values) for values in self._read()["turns"]]
 
     def remember(self, turns: Iterable[RememberedTurn]) -> None:
-        """Add turns; those without text are left out. They are indexed by the next `recall`. Raises ArtefactError while another
-        process is at work in the folder."""
+        """Add turns; those without text are left out. They are indexed by the next `recall`. Raises ArtefactError where another
+        process is at work in the folder for long."""
         added = [asdict(turn) for turn in turns if turn.text.strip()]
         if added:
             with self._locked() as record:
@@ -87,16 +90,19 @@ class ConversationMemory:
         return [] if index is None else search(index, query, count)
 
     def _index(self, without: str | None) -> OpenIndex | None:
-        """The index of all conversations but one, brought up to date; None where there is no turn."""
+        """The index of all conversations but one, brought up to date; None where there is nothing to find."""
         with self._locked() as record:
             turns = [RememberedTurn(**values) for values in record["turns"]]
+            config = IndexConfig(embedder=record["embedder"])
             documents = [one for one, turn in zip(_documents(turns), turns, strict=True) if turn.conversation != without]
+            # a turn that is a heading alone, in Markdown, has no passage
+            documents = [document for document in documents if passages_of(document, config)]
             if not documents:
                 return None
             key = record["index"], record["embedder"], tuple(document.content for document in documents)
             if self._current is None or self._current[0] != key:
-                place, embedder = self._place(record["index"]), self._embedder(record)
-                build_index(documents, place, IndexConfig(embedder=record["embedder"]), embedder=embedder)
+                place, embedder = self._folder / _index_name(record["index"]), self._embedder(record["embedder"])
+                build_index(documents, place, config, embedder=embedder)
                 self._current = key, open_index(place, embedder)
             return self._current[1]
 
@@ -107,62 +113,49 @@ class ConversationMemory:
             kept = [values for values in record["turns"] if not is_meant(RememberedTurn(**values))]
             forgotten = len(record["turns"]) - len(kept)
             if forgotten:
-                self._write({**record, "turns": kept, "holds_forgotten": True})
-                self._clear(self._read())
+                self._write({**record, "turns": kept, "index": record["index"] + 1})
+                self._current = None
+                self._remove_indexes_but(record["index"] + 1)
         return forgotten
-
-    def _clear(self, record: dict[str, Any]) -> None:
-        """Build an index without what was forgotten, and delete the one that has it."""
-        number = record["index"] + 1
-        shutil.rmtree(self._place(number), ignore_errors=True)
-        turns = [RememberedTurn(**values) for values in record["turns"]]
-        if turns:
-            config = IndexConfig(embedder=record["embedder"])
-            build_index(_documents(turns), self._place(number), config, embedder=self._embedder(record))
-        self._write({**record, "index": number, "holds_forgotten": False})
-        self._remove_others(number)
 
     @contextmanager
     def _locked(self) -> Iterator[dict[str, Any]]:
-        """The record, while no other process writes; what one that was killed left behind is cleared away."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with locked_folder(self._folder):
+        """The record, while no other process writes; what one that was killed left behind is deleted."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with locked_folder(self._folder, _PATIENCE):
             for path in self._folder.glob(".*.tmp"):
                 path.unlink()
             record = self._read()
-            self._remove_others(record["index"])
-            if record["holds_forgotten"]:
-                self._clear(record)
-            yield self._read()
+            self._remove_indexes_but(record["index"])
+            yield record
 
-    def _remove_others(self, number: int) -> None:
-        for place in self._folder.glob("index-*"):
-            if place != self._place(number):
+    def _remove_indexes_but(self, number: int) -> None:
+        for place in self._folder.glob(_index_name("*")):
+            if place.name != _index_name(number):
                 shutil.rmtree(place)
 
     def _read(self) -> dict[str, Any]:
         path = self._folder / _RECORD
-        if not path.exists():
-            return {"format": _FORMAT, "index": 0, "embedder": self._name(None), "holds_forgotten": False, "turns": []}
-        record: dict[str, Any] = read_json(path, "memory")
-        if not isinstance(record, dict) or not {"format", "index", "embedder", "holds_forgotten", "turns"} <= record.keys():
-            raise ArtefactError(f"{path}: this is no memory of conversations")
-        check_format(record["format"], _FORMAT, path, "memory")
-        return {**record, "embedder": self._name(record["embedder"])}
-
-    def _name(self, before: str | None) -> str:
-        return self._given or before or ("none" if packaged_minilm() is None else "minilm")
+        record: Any = {"format": _FORMAT, "index": 0, "embedder": None, "turns": []}
+        if path.exists():
+            record = read_json(path, "memory")
+            if not isinstance(record, dict) or not {"format", "index", "embedder", "turns"} <= record.keys():
+                raise ArtefactError(f"{path}: this is no memory of conversations")
+            check_format(record["format"], _FORMAT, path, "memory")
+        chosen = "none" if packaged_minilm() is None else "minilm"
+        return {**record, "embedder": self._given or record["embedder"] or chosen}
 
     def _write(self, record: dict[str, Any]) -> None:
         write_json(self._folder / _RECORD, record)
 
-    def _embedder(self, record: dict[str, Any]) -> Embedder | None:
-        if self._opened is None and record["embedder"] != "none":
-            self._opened = open_embedder(record["embedder"])
+    def _embedder(self, name: str) -> Embedder | None:
+        if self._opened is None and name != "none":
+            self._opened = open_embedder(name)
         return self._opened
 
-    def _place(self, number: int) -> Path:
-        return self._folder / f"index-{number}"
+
+def _index_name(number: int | str) -> str:
+    return f"index-{number}"
 
 
 def _documents(turns: Sequence[RememberedTurn]) -> list[IndexedDocument]:
