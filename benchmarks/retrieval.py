@@ -12,7 +12,7 @@ refused: the limit of what speaks for an answer (`answer.evidence`: the best pas
 similarity) is fitted on the calibration part and used on the test part. Ways of searching are chosen on
 `retrieval_development.json`, whose objects are others.
 
-Times are of the processor, all threads together. Result: `retrieval.json`.
+Times are of the processor, all threads together; that of headings is measured on the first questions. Result: `retrieval.json`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ from bessemer.core.environment import set_environment
 
 set_environment()  # before PyTorch reads it
 
+from bessemer.core.hashing import hash_file, hash_value  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
+from bessemer.core.store import write_json  # noqa: E402
 from bessemer.data.sources.source import Tally  # noqa: E402
 from bessemer.inference.engine import Engine  # noqa: E402
+from bessemer.retrieval import expansion  # noqa: E402
 from bessemer.retrieval.answer import calibrated_limit, evidence  # noqa: E402
 from bessemer.retrieval.documents import documents_of, sources_of  # noqa: E402
-from bessemer.retrieval.expansion import Expander, HeadingWriter  # noqa: E402
+from bessemer.retrieval.expansion import HeadingWriter  # noqa: E402
 from bessemer.retrieval.index import OpenIndex, build_index, open_index  # noqa: E402
 from bessemer.retrieval.measures import measured as measures_of  # noqa: E402
 from bessemer.retrieval.rerank import open_reranker  # noqa: E402
@@ -55,6 +58,8 @@ DEVELOPMENT = Path(__file__).with_name("retrieval_development.json")
 MODES: tuple[Mode, ...] = ("words", "meaning", "hybrid")
 RANKS = (1, 5, 10, 20, 50)
 NOT_INDEXED = "not indexed"
+#: Questions for which headings are written alone, to time them, and most for which they are written beside one another.
+_ALONE, _BESIDE = 8, 32
 
 
 def names_of(passage: str) -> set[str]:
@@ -87,16 +92,41 @@ def passages_by_name(index: OpenIndex) -> dict[str, set[str]]:
 
 
 class Remembered:
-    """An expander that writes headings for a question once: its time is that of the first search."""
+    """An expander that writes headings for a question once, for most of them beside one another."""
 
-    def __init__(self, expander: Expander) -> None:
-        self._expander = expander
-        self._written: dict[str, list[str]] = {}
+    def __init__(self, model: Path, examples: Sequence[str], kept: Path | None) -> None:
+        """kept: a file of headings that earlier runs wrote; those by this model, code and examples count."""
+        self._writer = HeadingWriter(Engine(model))
+        self._examples = examples
+        self._kept = kept
+        self._key = hash_value([hash_file(model), hash_file(Path(expansion.__file__)), list(examples)])
+        self._written = self._read().get(self._key, {})
+
+    def _read(self) -> dict[str, dict[str, list[str]]]:
+        return dict(json.loads(self._kept.read_text())) if self._kept and self._kept.exists() else {}
 
     def headings(self, query: str, examples: Sequence[str]) -> list[str]:
         if query not in self._written:
-            self._written[query] = self._expander.headings(query, examples)
+            self.write([query])
         return self._written[query]
+
+    def write(self, queries: Sequence[str]) -> None:
+        """Write headings for those queries that have none yet."""
+        missing = [query for query in queries if query not in self._written]
+        for first in range(0, len(missing), _BESIDE):
+            some = missing[first : first + _BESIDE]
+            self._written |= zip(some, self._writer.headings_of_each(some, self._examples), strict=True)
+            print(f"headings for {first + len(some)} of {len(missing)} questions", flush=True)
+            if self._kept is not None:
+                write_json(self._kept, self._read() | {self._key: self._written})
+
+    def milliseconds(self, queries: Sequence[str]) -> float:
+        """The processor's time to write headings for one query alone, the instructions being read before."""
+        self._writer.headings(queries[0], self._examples)
+        start = time.process_time()
+        for query in queries[1 : 1 + _ALONE]:
+            self._writer.headings(query, self._examples)
+        return 1000 * (time.process_time() - start) / _ALONE
 
 
 def evidence_for(index: OpenIndex, question: str) -> float:
@@ -137,15 +167,24 @@ def found_by(index: OpenIndex, mode: Mode, rows: Sequence[Mapping[str, Any]]) ->
     }
 
 
-def ways(index: OpenIndex, rows: Sequence[Mapping[str, Any]], expanders: Mapping[str, Expander]) -> dict[str, Any]:
+def ways(index: OpenIndex, rows: Sequence[Mapping[str, Any]], expanders: Mapping[str, Remembered]) -> dict[str, Any]:
     """`found_by` of each way of searching that an index has, and with each expander."""
     plain = replace(index, reranker=None)
     figures = {mode: found_by(plain, mode, rows) for mode in MODES}
     if index.reranker is not None:
         figures["reranked"] = found_by(index, "hybrid", rows)
     for name, expander in expanders.items():
-        figures[_key(name)] = found_by(replace(plain, expander=expander), "hybrid", rows)
+        # all are written before: a search is timed without writing, and the time of that is added
+        queries = [row["question"] for row in rows]
+        expander.write(queries)
+        found = found_by(replace(plain, expander=expander), "hybrid", rows)
+        figures[_key(name)] = found | {"cpu_milliseconds": found["cpu_milliseconds"] + expander.milliseconds(queries)}
     return figures
+
+
+def every(part: Mapping[str, Any]) -> list[str]:
+    """All questions of a part."""
+    return [row["question"] for row in part["questions"]] + list(part["near_misses"])
 
 
 def _key(name: str) -> str:
@@ -194,6 +233,10 @@ def main() -> None:
     parser.add_argument(
         "--expand", action="append", default=[], help="NAME=MODEL: search also for headings that this language model writes"
     )
+    parser.add_argument("--written", type=Path, help="keep the headings in this file, and go on from those that are there")
+    parser.add_argument(
+        "--write-only", choices=("development", "calibration", "test"), help="write the headings for these questions, and end"
+    )
     parser.add_argument("--development", action="store_true", help="the questions on which ways of searching are chosen")
     arguments = parser.parse_args()
     recording.needs("lancedb")
@@ -204,14 +247,24 @@ def main() -> None:
         summary = build_index(documents, folder, progress=progress)
         seconds = time.process_time() - start
         models = dict(one.split("=", 1) for one in arguments.expand)
-        expanders = {name: Remembered(HeadingWriter(Engine(Path(path)))) for name, path in models.items()}
         index = open_index(folder, reranker=open_reranker(arguments.rerank) if arguments.rerank else None)
+        examples = index.headings.examples
+        expanders = {name: Remembered(Path(path), examples, arguments.written) for name, path in models.items()}
+        development = json.loads(DEVELOPMENT.read_text(encoding="utf-8"))["questions"]
+        parts = json.loads(QUESTIONS.read_text(encoding="utf-8"))
+        if arguments.write_only:
+            asked = {name: every(parts[name]) for name in ("test", "calibration")}
+            asked["development"] = [row["question"] for row in development]
+            for expander in expanders.values():
+                expander.write(asked[arguments.write_only])
+            return
         if arguments.development:
-            rows = json.loads(DEVELOPMENT.read_text(encoding="utf-8"))["questions"]
+            rows = development
             for way, found in ways(index, rows, expanders).items():
                 print(way, {name: value for name, value in found.items() if name != "missed"})
             return
-        parts = json.loads(QUESTIONS.read_text(encoding="utf-8"))
+        for expander in expanders.values():
+            expander.write(every(parts["test"]) + every(parts["calibration"]))
         rows, plain = parts["test"]["questions"], replace(index, reranker=None)
         figures = {
             "documents": summary.documents,

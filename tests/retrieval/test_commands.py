@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bessemer.cli.main import main
+from bessemer.core.store import locked_folder
 from tests.serving.running import babbling_engine
 
 pytest.importorskip("lancedb")
@@ -52,6 +53,39 @@ def test_a_question_is_answered_by_a_models_folder_with_sources_and_marks(tmp_pa
     assert code == 0 and "[1] metal.md#0, bytes 0 to 20" in printed
     code, printed, _ = run(capsys, "ask", model, index, "zebra", "--device", "cpu")
     assert code == 0 and "The documents do not answer this." in printed
+
+
+def test_a_full_disk_is_one_line_and_the_old_index_answers_until_there_is_room(tmp_path, capsys, monkeypatch):
+    docs, out = tmp_path / "docs", str(tmp_path / "i")
+    docs.mkdir()
+    (docs / "metal.md").write_text("Iron rusts in water.\n")
+    run(capsys, "index", str(docs), out, "--embedder", "none")
+    (docs / "other.md").write_text("Copper turns green.\n")
+
+    def full(*_, **__):
+        # as LanceDB 0.40 says it on a small tmpfs
+        raise RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), structural.rs:258:9")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lancedb.table.LanceTable.add", full)
+        code, _, error = run(capsys, "index", str(docs), out)
+    assert code == 2 and error.startswith("error: the disk is full") and error.count("\n") == 1
+    code, printed, _ = run(capsys, "search", out, "rusts")
+    assert code == 0 and "metal.md#0" in printed
+    code, printed, _ = run(capsys, "index", str(docs), out)
+    assert code == 0 and "2 documents, 2 passages (1 added)" in printed
+
+
+def test_a_second_writer_is_told_to_wait_and_a_reader_is_answered(tmp_path, capsys):
+    docs, out = tmp_path / "docs", tmp_path / "i"
+    docs.mkdir()
+    (docs / "metal.md").write_text("Iron rusts in water.\n")
+    run(capsys, "index", str(docs), str(out), "--embedder", "none")
+    with locked_folder(out):
+        code, _, error = run(capsys, "index", str(docs), str(out))
+        assert code == 2 and "another process is at work in this folder; wait" in error and error.count("\n") == 1
+        code, printed, _ = run(capsys, "search", str(out), "rusts")
+    assert code == 0 and "metal.md#0" in printed
 
 
 @pytest.mark.parametrize(

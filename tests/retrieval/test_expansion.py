@@ -99,5 +99,6 @@ def test_a_language_model_writes_headings_without_parameters_each_once(tmp_path,
     assert all(isinstance(heading, str) for heading in writer.headings("in capitals?", ["heapq.heapify"]))
     monkeypatch.setattr(engine, "generate", generate)
     assert writer.headings("in capitals? " * 9000, ["heapq.heapify"]) == ["str.upper", "Home office", "zip"]
-    ((prompt, temperature),) = prompts
+    assert writer.headings_of_each(["one?"], []) == [["str.upper", "Home office", "zip"]]
+    (prompt, temperature), _ = prompts
     assert "heapq.heapify" in prompt and prompt.count("in capitals?") < 200 and temperature == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
+from bessemer.core.progress import PlainLines
 from bessemer.retrieval import index as indexes
 from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.index import IndexedDocument, build_index, open_index
@@ -102,6 +104,19 @@ def test_what_a_principal_may_not_see_is_not_found(made):
 def test_a_filter_leaves_the_order_of_the_others(made):
     assert set(places(search(made, "iron car json", 9, where=Filter(sources=["python"])))) == {"json.py#json.loads"}
     assert set(places(search(made, "iron car json", 9, where=Filter(documents=["metal.md", "car*"])))) == {"metal.md", "car.md"}
+
+
+def test_passages_are_embedded_some_at_a_time_with_a_sign_after_each_and_find_the_same(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexes, "_EMBEDDED_AT_ONCE", 2)
+    told, embedder = io.StringIO(), BagEmbedder()
+    build_index(DOCUMENTS, tmp_path / "parts", embedder=embedder, progress=PlainLines(told, interval=0))
+    assert [line.split(" passages")[0] for line in told.getvalue().splitlines() if "embed: " in line][:3] == [
+        "  embed: 2/5",
+        "  embed: 4/5",
+        "  embed: 5/5",
+    ]
+    hits = [search(index, "automobile", 4, mode="meaning") for index in (made, open_index(tmp_path / "parts", embedder))]
+    assert hits[0] == hits[1] and embedder.embedded == 5 + 1
 
 
 def test_an_update_embeds_what_is_new_alone_and_forgets_what_is_gone(made, tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from bessemer.assistant.assistant import Assistant
     from bessemer.assistant.conversation import AssistantConfig, Conversation
     from bessemer.assistant.hooks import Hook
+    from bessemer.assistant.messages import Message
     from bessemer.assistant.tools import Tool
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.sampler import SamplingParams
+    from bessemer.retrieval.memory import ConversationMemory
 
 
 _HELP = "/new starts over, /help lists all commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -81,6 +84,10 @@ def chat(
     tool_tokens: ToolTokens = 4000,
     approve: Approve = "always",
     approve_tools: ApproveTools = False,
+    memory: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Remember conversations in this folder, and find in it what fits a question."),
+    ] = None,
     device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
@@ -99,6 +106,12 @@ def chat(
     from bessemer.inference.engine import Engine, EngineConfig
 
     asks_for = AsksFor.parse(approve)
+    remembered = None
+    if memory is not None:
+        from bessemer.retrieval.memory import ConversationMemory
+
+        # first, so that a wrong folder is said before the model is loaded
+        remembered = ConversationMemory(memory)
     folder = find_served(model, runs)
     given = speculation(speculate, runs) | given_options(context, "max_model_len", "activation_bits")
     config = EngineConfig.parse(given, option_of("chat"))
@@ -127,6 +140,7 @@ def chat(
             speed=speed,
             adapter=adapter,
             calls=calls,
+            memory=remembered,
         )
 
 
@@ -157,12 +171,13 @@ def converse(
     opening: str | None = None,
     adapter: str | None = None,
     calls: ToolCalls | None = None,
+    memory: ConversationMemory | None = None,
 ) -> None:
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full.
 
     system: what every conversation begins with. speed: say after each answer how fast it came. opening: a first
     question, shown as if the user had typed it, at a terminal. adapter: one that the engine has, by its name. calls: tools that
-    may be called; None: none.
+    may be called; None: none. memory: of earlier conversations, which this one is added to; None: none.
     """
     from bessemer.assistant.assistant import Assistant, EngineModel
     from bessemer.assistant.conversation import Conversation
@@ -179,7 +194,7 @@ def converse(
             print(f"  e.g. {question}")
     assistant = Assistant(EngineModel(engine, adapter=adapter), params, config=config)
     start = [Message.system(system)] if system else []
-    conversation = Conversation(start)
+    conversation, identity = Conversation(start), uuid.uuid4().hex
     for question in _questions(interactive, opening):
         if not question:
             continue
@@ -189,12 +204,15 @@ def converse(
             print("\n".join(f"{command:7}{does}" for command, does in _COMMANDS.items()))
             continue
         if question == "/new":
-            conversation = Conversation(start)
+            conversation, identity = Conversation(start), uuid.uuid4().hex
             continue
         if _COMMAND.fullmatch(question):
             print(f"there is no command {question}; /help lists all commands", file=sys.stderr)
             continue
-        conversation.add(Message.user(question))
+        message = Message.user(question)
+        if memory is not None:
+            message = _with_memory(memory, message, identity, engine.longest)
+        conversation.add(message)
         try:
             _answer(assistant, conversation, len(start), speed, question, calls)
         except RequestError as error:
@@ -202,6 +220,29 @@ def converse(
                 raise
             print(f"error: {error}", file=sys.stderr)
             conversation.take_back()
+        else:
+            if memory is not None:
+                _remember(memory, question, conversation, identity)
+
+
+def _with_memory(memory: ConversationMemory, question: Message, identity: str, longest: int) -> Message:
+    """A question below what earlier conversations have on it. longest: tokens of the model's context."""
+    from bessemer.retrieval.memory import with_memories
+    from bessemer.retrieval.search import MOST_CHARACTERS
+
+    memories = memory.recall(question.text[:MOST_CHARACTERS], without=identity)
+    # a token has about four characters, and a quarter of the context is for memories
+    return with_memories(question, memories, longest)
+
+
+def _remember(memory: ConversationMemory, question: str, conversation: Conversation, identity: str) -> None:
+    """Add a question and its answer, if there is one, as they were said."""
+    from bessemer.retrieval.memory import turn_now
+
+    turns = [turn_now("user", question, identity)]
+    if conversation.messages[-1].role == "assistant":
+        turns.append(turn_now("assistant", conversation.messages[-1].text, identity))
+    memory.remember(turns)
 
 
 def _questions(interactive: bool, opening: str | None) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`bessemer index`, `search` and `ask`: documents of one's own, found and answered from."""
+"""`bessemer index`, `search` and `ask`: documents of one's own, found and answered from; `memory`: what was said before."""
 
 from __future__ import annotations
 
@@ -245,6 +245,56 @@ def questions(
         rows = list(as_questions(make_questions(opened, count, seed)))
     write_lines(out, rows)
     print(f"{out}: {len(rows):,} {'conversations' if cited else 'questions'}")
+
+
+def memory(
+    place: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a memory, as chat --memory has it.")],
+    find: Annotated[str | None, typer.Option(metavar="QUERY", help="Show the turns that fit a query, the best first.")] = None,
+    forget: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Delete the turns that hold this text, for good; * stands for all turns."),
+    ] = None,
+    conversation: Annotated[
+        str | None, typer.Option(metavar="ID", help="Only turns of the conversation whose identity begins so.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+) -> None:
+    """Show what is remembered of conversations, and delete of it."""
+    from bessemer.core.errors import ArtefactError, ConfigError, RequestError
+    from bessemer.retrieval.memory import ConversationMemory, RememberedTurn
+
+    if find is not None and forget is not None:
+        raise ConfigError("--find, --forget: the one shows turns, the other deletes them; give one")
+    if forget is not None and not forget.strip():
+        raise ConfigError("--forget: say a text that the turns hold, or * for all")
+    if not place.is_dir():
+        raise ArtefactError(f"{place}: no memory is here; bessemer chat MODEL --memory {place} makes one")
+    remembered = ConversationMemory(place)
+
+    def is_meant(turn: RememberedTurn) -> bool:
+        wanted = forget in (None, "*") or str(forget).casefold() in turn.text.casefold()
+        return wanted and (conversation is None or turn.conversation.startswith(conversation))
+
+    if find is not None:
+        for hit in remembered.recall(find, 10):
+            print(f"{hit.passage.document[:8]}  {hit.passage.shown}\n")
+        return
+    turns = [turn for turn in remembered.turns() if is_meant(turn)]
+    for turn in turns:
+        print(f"{turn.conversation[:8]}  {turn.title}: {turn.text}")
+    if forget is None:
+        print(f"{place}: {len(turns):,} turns of {len({turn.conversation for turn in turns}):,} conversations")
+        return
+    if not turns:
+        print("no turn is meant; nothing was deleted")
+        return
+    if not yes:
+        try:
+            if input(f"delete these {len(turns):,} turns for good? [y/N] ").strip().lower() not in ("y", "yes"):
+                raise RequestError("nothing was deleted")
+        except EOFError:
+            raise RequestError("nothing was deleted; --yes deletes without asking") from None
+    print(f"{remembered.forget(is_meant):,} turns deleted")
 
 
 def _opened(place: Path, rerank: str | None, expand: str | None, runs: Path) -> OpenIndex:

@@ -347,10 +347,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes during the block.
+def locked_folder(folder: Path, seconds: float = 0) -> Iterator[None]:
+    """Lock a folder against other processes during the block. seconds: how long to wait for one that holds it.
 
-    Raises ArtefactError when another process holds it.
+    Raises ArtefactError when another process holds it for longer.
     """
     import filelock
 
@@ -359,7 +359,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     # not inside the folder, which may have to be empty
     lock = filelock.FileLock(place.with_name(f".{place.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=seconds)
     except filelock.Timeout:
         raise ArtefactError(
             f"{folder}: another process is at work in this folder; wait until it has ended, or name another folder"

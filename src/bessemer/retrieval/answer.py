@@ -54,7 +54,9 @@ class Judge(Protocol):
     def holds(self, question: str, hits: Sequence[Hit]) -> bool: ...
 
 
-#: What a unit of the similarity of headings counts beside one of the cosine, in what speaks for an answer.
+#: What a unit of the similarity of headings counts beside one of the cosine, in what speaks for an answer: the middle of where
+#: the calibration questions of `benchmarks/retrieval_questions.json` are separated best, with headings by
+#: Qwen2.5-Coder-1.5B-Instruct. With headings by SmolLM2 none is better than the cosine alone.
 HEADINGS_EVIDENCE = 0.5
 
 

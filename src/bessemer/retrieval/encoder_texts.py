@@ -17,8 +17,9 @@ from bessemer.model.encoder import ENCODER_KINDS, load_encoder
 
 # Shapes: N texts, B of a batch, T tokens of its longest.
 
-#: Tokens of a batch of texts, its padding included.
-_TOKENS_AT_ONCE = 8192
+#: Tokens of a batch of texts, its padding included. On a processor states of few tokens stay in its caches, and texts of a
+#: batch are of one length; a GPU wants many.
+_TOKENS_AT_ONCE, _TOKENS_AT_ONCE_ON_GPU = 1024, 8192
 
 
 class EncoderBatch(NamedTuple):
@@ -60,8 +61,9 @@ class EncoderTexts:
         # texts of a length together, so that little is padded
         order_N = np.argsort(-lengths_N, kind="stable")
         first = 0
+        most = _TOKENS_AT_ONCE if self.device.type == "cpu" else _TOKENS_AT_ONCE_ON_GPU
         while first < len(order_N):
-            count = max(1, _TOKENS_AT_ONCE // max(1, int(lengths_N[order_N[first]])))
+            count = max(1, most // max(1, int(lengths_N[order_N[first]])))
             places_B = order_N[first : first + count]
             yield self._batch(places_B, [encodings[place] for place in places_B])
             first += count

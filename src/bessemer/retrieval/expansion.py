@@ -64,12 +64,15 @@ class HeadingWriter:
         self._lock = Lock()
 
     def headings(self, query: str, examples: Sequence[str]) -> list[str]:
-        prompt = self._prompt(query[:_QUERY_CHARACTERS], examples)
+        return self.headings_of_each([query], examples)[0]
+
+    def headings_of_each(self, queries: Sequence[str], examples: Sequence[str]) -> list[list[str]]:
+        """The headings for each of several queries, written beside one another."""
+        prompts = [self._prompt(query[:_QUERY_CHARACTERS], examples) for query in queries]
         params = SamplingParams(temperature=0, max_tokens=_TOKENS, stop=["\n"])
         with self._lock:
-            (completion,) = self._engine.generate([prompt], params)
-        names = (name.strip(" `'\"()[].").partition("(")[0] for name in completion.text.split(","))
-        return list(dict.fromkeys(filter(None, names)))[:_MOST]
+            completions = self._engine.generate(prompts, params)
+        return [_names_in(completion.text) for completion in completions]
 
     def _prompt(self, query: str, examples: Sequence[str]) -> list[int]:
         task, tokenizer = _TASK.format(examples=", ".join(examples)), self._engine.tokenizer
@@ -80,6 +83,12 @@ class HeadingWriter:
         for question, headings in (*_SHOWN, (query, "")):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": headings}]
         return tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+
+
+def _names_in(text: str) -> list[str]:
+    """The headings in what a model wrote, without parameters, each once."""
+    names = (name.strip(" `'\"()[].").partition("(")[0] for name in text.split(","))
+    return list(dict.fromkeys(filter(None, names)))[:_MOST]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -241,12 +242,19 @@ class _Build:
             passages += own
             contents += [document.content] * len(own)
         if passages:
-            vectors_ND = None
-            if self._embedder is not None:
-                vectors_ND = self._embedder.embed([one.shown for one in passages], "document")
-            writer.add(passages, contents, vectors_ND)
+            writer.add(passages, contents, None if self._embedder is None else self._vectors(self._embedder, passages))
             self._progress.say(f"  {len(passages):,} passages of {len(documents):,} documents")
         return {document.place: 0 for document in documents} | Counter(one.document for one in passages)
+
+    def _vectors(self, embedder: Embedder, passages: Sequence[Passage]) -> np.ndarray:
+        """The vectors of passages, (N, D)."""
+        vectors = []
+        with self._progress.task("embed", len(passages), "passages") as task:
+            for first in range(0, len(passages), _EMBEDDED_AT_ONCE):
+                some = passages[first : first + _EMBEDDED_AT_ONCE]
+                vectors.append(embedder.embed([one.shown for one in some], "document"))
+                task.advance(len(some))
+        return np.concatenate(vectors)
 
     def _swap(self, version: int, documents: int, passages: int) -> None:
         versions = self._out / _VERSIONS
@@ -263,8 +271,9 @@ def _marker(place: Path) -> Path:
     return place.with_name(f"{place.name}.json")
 
 
-#: Characters of documents that are cut and embedded between two writes.
-_CHARACTERS_AT_ONCE = 1_000_000
+#: Characters of documents that are cut and embedded between two writes, and passages that are embedded between two signs of
+#: progress.
+_CHARACTERS_AT_ONCE, _EMBEDDED_AT_ONCE = 1_000_000, 512
 
 
 def passages_of(document: IndexedDocument, config: IndexConfig) -> list[Passage]:
