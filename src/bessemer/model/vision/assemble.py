@@ -161,7 +161,7 @@ def _with_template(tokenizer: Tokenizer) -> Tokenizer:
     text, image = tokenizer.chat_template, tokenizer.control_id(IMAGE)
     if text is not None and template_name(text) is None:
         try:
-            if tokenizer.apply_chat_template(asked).count(image) == 1:
+            if image is not None and tokenizer.apply_chat_template(asked).count(image) == 1:
                 return tokenizer
         except RequestError:
             # said below

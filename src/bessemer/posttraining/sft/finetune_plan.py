@@ -394,22 +394,14 @@ def _method(
     free = free_bytes(device, held or 0.0)
     if (vision := base.vision) is not None:
         # the encoder's memory is that of a whole batch, since a row may hold more pictures than another
-        needs = {
-            method: fitting._replace(
-                memory=fitting.memory.with_part("encoder of pictures", vision_memory(vision, method, tiles))
-            )
-            for method in ("full", "lora")
-            for fitting in [
-                memory_needs(
-                    base.config,
-                    shape,
-                    free - vision_memory(vision, method, tiles),
-                    rows_given=rows_given,
-                    recompute=recompute,
-                    held=held,
-                )[method]
-            ]
-        }
+        needs: dict[Method, Fitting] = {}
+        whole: tuple[Method, ...] = ("full", "lora")
+        for method in whole:
+            of_vision = vision_memory(vision, method, tiles)
+            rest = free - of_vision
+            fittings = memory_needs(base.config, shape, rest, rows_given=rows_given, recompute=recompute, held=held)
+            memory = fittings[method].memory.with_part("encoder of pictures", of_vision)
+            needs[method] = fittings[method]._replace(memory=memory)
         if config.method == "qlora" or config.base_dtype in FROZEN:
             raise ConfigError(f"--method: {base.name} reads pictures, and is tuned by full or lora, whose weights are whole")
     else:
