@@ -330,9 +330,7 @@ def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
     return joint[len(before) :] if is_continued else tokenizer.encode(answer, add_bos=False)
 
 
-def encode_prompt(
-    prompt: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = (), *, pictures: bool = False
-) -> list[int]:
+def encode_prompt(prompt: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = (), *, pictures: bool = False) -> list[int]:
     """The ids of a prompt, up to where the answer begins, as a server renders it. Raises RowError for messages that the model's
     template refuses. pictures: as in `encode_answer`."""
     _check_pictures(prompt, allowed=pictures)
