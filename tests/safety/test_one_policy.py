@@ -19,6 +19,7 @@ from bessemer.data.thresholds import rejection_reasons
 from bessemer.safety.config import GuardConfig
 from bessemer.safety.guard import Guard
 from bessemer.safety.hook import GuardHook
+from bessemer.safety.redteam.goals import goals_of
 from tests.literate import blocks
 from tests.safety.policies import PRINCIPLES
 from tests.serving.engine import FakeEngine
@@ -55,6 +56,18 @@ def test_one_changed_line_moves_the_data_filter_the_guard_and_the_server(tmp_pat
     assert (kept, allowed, answered) == (None, "allow", "length")
     assert dropped.startswith("hazards: violent crimes") and (refused, filtered) == ("refuse", "content_filter")
     assert first != second
+
+
+def test_a_category_that_one_line_replaces_leaves_the_data_filter_the_guard_and_the_red_team(tmp_path):
+    moved = []
+    for line in (LINE.replace("0.6", "0.3"), "  privacy: {code: S7, meaning: privacy, limit: 0.3}"):
+        path = tmp_path / "policy.yaml"
+        path.write_text(POLICY.replace(LINE, line))
+        select, policy = with_policy(SelectConfig(keep=["all"], policy="policy.yaml"), tmp_path)
+        (reason,) = rejection_reasons(hazards(Texts.of([TEXT])), select.limits(), Languages()).to_pylist()
+        action = Guard(policy, GuardConfig(rails=["words"])).check(TEXT, "prompt").action
+        moved.append((reason is not None, action, {goal.category for goal in goals_of(policy) if goal.kind == "behaviour"}))
+    assert moved == [(True, "refuse", {"violent_crimes"}), (False, "allow", {"privacy"})]
 
 
 def test_what_a_stage_reads_of_a_policy_is_part_of_its_key(tmp_path):
