@@ -137,7 +137,7 @@ class ChangeApi:
         changes = Changes([(one.layer, one.head) for one in body.heads], body.layers, patch, steering)
         # before anything is told of the unchanged model
         changes.check(model)
-        sides = [("changed", edited, changes)]
+        sides: list[tuple[str, list[int], Changes | None]] = [("changed", edited, changes)]
         if body.whole:
             sides.insert(0, ("whole", list(body.before), None))
         for place, (side, tokens, made) in enumerate(sides):
@@ -168,8 +168,8 @@ class ChangeApi:
 
     def _steering(self, steer: SteerBetween, model: Decoder, check: Check) -> Steering:
         tokenizer = self._served.engine.tokenizer
-        prompts = [[tokenizer.encode(text) for text in texts] for texts in (steer.towards, steer.away)]
-        for ids in (*prompts[0], *prompts[1]):
+        towards, away = ([tokenizer.encode(text) for text in texts] for texts in (steer.towards, steer.away))
+        for ids in (*towards, *away):
             check()
             self._copy.check_length(len(ids), LONGEST_PROMPT, "steer")
-        return steering_between(model, steer.layer, *prompts, steer.strength)
+        return steering_between(model, steer.layer, towards, away, steer.strength)
