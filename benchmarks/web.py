@@ -169,7 +169,8 @@ def open_long(page: Any, url: str) -> dict[str, float]:
 
 
 def inside(page: Any, url: str) -> dict[str, float]:
-    """What the page shows of a model's inside."""
+    """What the page shows of a model's inside. The first forward pass copies the model."""
+    page.set_default_timeout(300_000)
     page.goto(url)
     page.wait_for_selector("[name=model] option", state="attached")
     page.evaluate(

@@ -121,7 +121,7 @@ def continuation(
     changes.check(model)
     cache, step, new = _cache(model, len(tokens) + count), _Step(), list(tokens)
     for _ in range(count):
-        # entered for a step alone: whoever takes tokens may do others' work with the model in between
+        # entered for a step alone: between two tokens the caller may use the model otherwise
         with _changed(model, changes, step):
             hidden_BTD = model.pre_norm_hidden(_row(model, new), cache=cache)
         share_V = model.logits(model.normed(hidden_BTD[:, -1]))[0].float().softmax(-1)
