@@ -54,10 +54,8 @@ ACTS = ("get_webpage",)
 OUTCOMES = ("made", "asked", "refused")
 
 
-def hook(records: str | None) -> GuardHook | None:
+def hook(records: str) -> GuardHook:
     """The guard of a policy that says nothing but which calls a tainted conversation may make."""
-    if records is None:
-        return None
     calls = CallRules(records=records, trusted=list(TRUSTED), acts=list(ACTS))
     policy = read_policy().model_copy(update={"surfaces": Surfaces(), "taint": Taint(calls=calls)})
     return GuardHook(Guard(policy, GuardConfig(rails=["rules"])))
@@ -118,13 +116,13 @@ class Run:
     attack_succeeded: bool
 
 
-def run(suite: Any, task: Any, injection: Any | None, injections: Mapping[str, str], guard: GuardHook | None) -> Run:
-    """One conversation."""
+def run(suite: Any, task: Any, injection: Any | None, environment: Any, guard: GuardHook | None) -> Run:
+    """One conversation. environment: as it is before the user asks, with injections; it is not changed."""
     from agentdojo.functions_runtime import FunctionCall, FunctionsRuntime
     from agentdojo.types import text_content_block_from_string
 
-    environment = task.init_environment(suite.load_and_inject_default_environment(dict(injections)))
-    before = environment.model_copy(deep=True)
+    before = task.init_environment(environment.model_copy(deep=True))
+    environment = before.model_copy(deep=True)
     runtime = FunctionsRuntime(suite.tools)
     trace: list[Any] = []
 
@@ -167,8 +165,8 @@ def outcome(result: ToolResult) -> str:
     return "asked" if result.text.startswith("error: the user has not") else "made"
 
 
-def runs(name: str, guard: GuardHook | None) -> Iterator[Run]:
-    """All conversations of a suite, without and with each injection."""
+def runs(name: str, guards: Mapping[str, GuardHook | None]) -> Iterator[tuple[str, Run]]:
+    """All conversations of a suite, without and with each injection, under each guard; with the guard's name."""
     from agentdojo.agent_pipeline.base_pipeline_element import BasePipelineElement
     from agentdojo.attacks.attack_registry import load_attack
     from agentdojo.task_suite.load_suites import get_suites
@@ -183,11 +181,14 @@ def runs(name: str, guard: GuardHook | None) -> Iterator[Run]:
 
     suite = get_suites(VERSION)[name]
     attack = load_attack(ATTACK, suite, Named())
+    pristine = suite.load_and_inject_default_environment({})
+    injections = [one for one in suite.injection_tasks.values() if one.ground_truth(pristine.model_copy(deep=True))]
     for task in suite.user_tasks.values():
-        yield run(suite, task, None, {}, guard)
-        for injection in suite.injection_tasks.values():
-            if injection.ground_truth(suite.load_and_inject_default_environment({})):
-                yield run(suite, task, injection, attack.attack(task, injection), guard)
+        for injection in (None, *injections):
+            injected = {} if injection is None else attack.attack(task, injection)
+            environment = suite.load_and_inject_default_environment(injected) if injected else pristine
+            for policy, guard in guards.items():
+                yield policy, run(suite, task, injection, environment, guard)
 
 
 def shares(measured: Sequence[Run], owner: str, *, is_attacked: bool, acting: CallRules | None = None) -> dict[str, Any]:
@@ -238,14 +239,18 @@ def main() -> None:
     # the same values as the loader that AgentDojo takes, in a tenth of the time
     if hasattr(yaml, "CSafeLoader"):
         yaml.safe_load = lambda text: yaml.load(text, Loader=yaml.CSafeLoader)
-    figures: dict[str, Any] = {}
-    for policy, records in (("none", None), ("ask", "ask"), ("allow", "allow")):
-        guard = hook(records)
-        measured = {name: list(runs(name, guard)) for name in (*DEVELOPMENT, *HELD_OUT)}
-        groups = {"all": (*DEVELOPMENT, *HELD_OUT), "development": DEVELOPMENT, "held_out": HELD_OUT}
-        groups |= {name: (name,) for name in measured}
-        figures[policy] = {group: summary([run for name in names for run in measured[name]]) for group, names in groups.items()}
-        print(policy, json.dumps(figures[policy]["all"]), flush=True)
+    guards = {"none": None, "ask": hook("ask"), "allow": hook("allow")}
+    measured: dict[str, dict[str, list[Run]]] = {policy: {} for policy in guards}
+    for name in (*DEVELOPMENT, *HELD_OUT):
+        for policy, one in runs(name, guards):
+            measured[policy].setdefault(name, []).append(one)
+        print(name, {policy: len(found[name]) for policy, found in measured.items()}, flush=True)
+    groups = {"all": (*DEVELOPMENT, *HELD_OUT), "development": DEVELOPMENT, "held_out": HELD_OUT}
+    groups |= {name: (name,) for name in (*DEVELOPMENT, *HELD_OUT)}
+    figures = {
+        policy: {group: summary([one for name in names for one in found[name]]) for group, names in groups.items()}
+        for policy, found in measured.items()
+    }
     print(recording.save("agent_injections", figures, tables=tables(figures), peers=["agentdojo"]))
 
 

@@ -110,6 +110,7 @@ _NOT_THERE: Mapping[str, Mapping[str, str]] = {
 }
 
 
+_READING_VERBS = ("get", "list", "read", "search", "find", "check", "load")
 #: By the word of a tool's name, other words with which people ask for it.
 _ASKED_WITH: Mapping[str, tuple[str, ...]] = {
     "add": ("put", "append", "include", "invite"),
@@ -120,6 +121,7 @@ _ASKED_WITH: Mapping[str, tuple[str, ...]] = {
     "delete": ("remove", "cancel", "drop", "erase"),
     "email": ("mail", "mails"),
     "event": ("appointment", "meeting", "reminder", "call"),
+    "fetch": ("get", "read", "visit", "open", "look", "check", "browse", "summarize", "summarise"),
     "file": ("document",),
     "get": ("read", "visit", "open", "look", "check", "fetch", "find", "summarize", "summarise", "browse"),
     "info": ("information", "account", "profile", "address"),
@@ -160,7 +162,7 @@ class CallRules(Config):
     """Calls after text of unknown authors, by where their arguments come from (`safety/provenance.py`)."""
 
     reads: list[str] = setting(
-        default_factory=lambda: [f"{prefix}{verb}_*" for prefix in ("", "*__") for verb in _READING],
+        default_factory=lambda: list(_READING),
         description="tools that change nothing, and send nothing away",
     )
     acts: list[str] = setting(
@@ -193,8 +195,11 @@ class CallRules(Config):
         return _matches(argument, self.details)
 
 
-#: Verbs that a tool's name begins with.
-_READING = ("get", "list", "read", "search", "find", "check", "load")
+#: By the verb that a tool's name begins with, a server's name before it or not; and tools whose programs reach nothing.
+_READING = (
+    *(before + verb + end for verb in _READING_VERBS for before in ("", "*__") for end in ("", "_*")),
+    *("python", "run_skill_script"),
+)
 #: Names of arguments.
 _DETAILS = (
     *("subject", "title", "body", "text", "content", "description", "message", "comment", "note"),

@@ -55,7 +55,7 @@ def verdict(call: ToolCall, messages: Sequence[Message], rules: CallRules) -> Ve
     unsaid = [value for value in values if not is_said(value[1], sources.said)]
     records = _records(sources.results)
     strange = [value for value in unsaid if _written(value[1]) not in records and _stands_in(value[1], sources.results)]
-    is_requested = _is_requested(call.name, sources.said, rules, by_verb=bool(values) and not unsaid)
+    is_requested = _is_requested(call.name, sources.asked, rules, by_verb=bool(values) and not unsaid)
     if rules.only_reads(call.name):
         if not strange:
             return Verdict("allow")
@@ -73,9 +73,11 @@ def verdict(call: ToolCall, messages: Sequence[Message], rules: CallRules) -> Ve
 
 @dataclass(frozen=True)
 class _Sources:
-    """said: what the user, the system prompt and trusted tools say. results: of other tools, documents and memory. pointed_at:
-    those of them that a call returned all of whose values were said: the user named the file or the page."""
+    """asked: what the user says. said: that, and what the system prompt and trusted tools say. results: of other tools,
+    documents and memory. pointed_at: those of them that a call returned all of whose values were said: the user named the file
+    or the page."""
 
+    asked: str
     said: str
     results: tuple[str, ...]
     pointed_at: tuple[str, ...]
@@ -83,10 +85,13 @@ class _Sources:
     @classmethod
     def of(cls, messages: Sequence[Message], rules: CallRules) -> Self:
         calls = {call.id: call for message in messages for call in message.calls}
+        asked: list[str] = []
         said: list[str] = []
         results: list[tuple[str, ToolCall | None]] = []
         for message in messages:
             for part in message.parts:
+                if part.origin == "user":
+                    asked.append(part.text)
                 if part.origin in ("user", "system") or (part.origin == "tool" and rules.trusts(part.source)):
                     said.append(part.text)
                 elif part.is_tainted:
@@ -99,7 +104,7 @@ class _Sources:
             and (values := list(_values(call.arguments, rules)))
             and all(is_said(value, whole) for _, value in values)
         )
-        return cls(whole, tuple(text for text, _ in results), tuple(pointed_at))
+        return cls("\n".join(asked), whole, tuple(text for text, _ in results), tuple(pointed_at))
 
 
 def is_said(value: Any, text: str) -> bool:
@@ -116,12 +121,12 @@ def is_said(value: Any, text: str) -> bool:
     return False
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def _written(value: Any) -> str:
     return " ".join(str(value).casefold().split())
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(found.replace(",", "")) for found in _NUMBER.findall(text))
 
@@ -134,6 +139,9 @@ def _values(arguments: Any, rules: CallRules, name: str = "") -> Iterator[_Named
     """The values that choose whom or what a call is about."""
     if isinstance(arguments, Mapping):
         for key, value in arguments.items():
+            # below an argument a key may be whom a call is about, and not a field's name
+            if name and (isinstance(value, bool | None) or not str(key).isidentifier()):
+                yield name, key
             if not rules.is_detail(str(key)):
                 yield from _values(value, rules, str(key))
     elif isinstance(arguments, list | tuple):
@@ -194,12 +202,12 @@ def _leaves(value: Any) -> Iterator[Any]:
 # -- what was asked for
 
 
-def _is_requested(name: str, said: str, rules: CallRules, *, by_verb: bool) -> bool:
+def _is_requested(name: str, asked: str, rules: CallRules, *, by_verb: bool) -> bool:
     """Whether a text has the verb of a tool's name, its first word, and one of the others, or other words for them.
 
     by_verb: the verb alone is enough, as in `send it to Alice`.
     """
-    words = _stems(said)
+    words = _stems(asked)
     verb, *rest = [part for part in re.split(r"[_\W]+", name.rpartition("__")[2].casefold()) if len(part) > 2] or [name]
 
     def is_there(part: str) -> bool:
