@@ -158,6 +158,18 @@ _ASKED_WITH: Mapping[str, tuple[str, ...]] = {
 }
 
 
+#: By the verb that a tool's name begins with, a server's name before it or not; and tools whose programs reach nothing.
+_READING = (
+    *(before + verb + end for verb in _READING_VERBS for before in ("", "*__") for end in ("", "_*")),
+    *("python", "run_skill_script"),
+)
+#: Names of arguments.
+_DETAILS = (
+    *("subject", "title", "body", "text", "content", "description", "message", "comment", "note"),
+    *("date", "*_date", "*_time", "*_day"),
+)
+
+
 class CallRules(Config):
     """Calls after text of unknown authors, by where their arguments come from (`safety/provenance.py`)."""
 
@@ -193,18 +205,6 @@ class CallRules(Config):
     def is_detail(self, argument: str) -> bool:
         """Whether an argument chooses nothing."""
         return _matches(argument, self.details)
-
-
-#: By the verb that a tool's name begins with, a server's name before it or not; and tools whose programs reach nothing.
-_READING = (
-    *(before + verb + end for verb in _READING_VERBS for before in ("", "*__") for end in ("", "_*")),
-    *("python", "run_skill_script"),
-)
-#: Names of arguments.
-_DETAILS = (
-    *("subject", "title", "body", "text", "content", "description", "message", "comment", "note"),
-    *("date", "*_date", "*_time", "*_day"),
-)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
