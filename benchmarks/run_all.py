@@ -55,6 +55,7 @@ BENCH = [
     Benchmark("finetune_pass"),
     Benchmark("loader"),
     Benchmark("sandbox"),
+    Benchmark("agent_injections"),
     Benchmark("tokenization"),
     Benchmark("data", ("filters",)),
     Benchmark("data", ("minhash",)),

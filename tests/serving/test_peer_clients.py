@@ -110,14 +110,14 @@ def agent(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "colour.txt").write_text("the colour is blue\n")
 
-    def run(name, *arguments, **environment):
+    def run(name, *arguments, before=(), **environment):
         # `make test-peer-clients` installs them there
         where = os.pathsep.join([f"{sys.prefix}/npm/node_modules/.bin", os.environ["PATH"]])
-        if (program := shutil.which(name, path=where)) is None:
+        if shutil.which(name, path=where) is None:
             pytest.skip("npm")
         shown = {"PATH": where, "HOME": str(tmp_path), "TERM": "dumb", "NO_COLOR": "1", **environment}
         done = subprocess.run(
-            [program, *arguments],
+            [*before, shutil.which(name, path=where) if not before else name, *arguments],
             capture_output=True,
             text=True,
             env=shown,
@@ -157,3 +157,25 @@ def test_codex_runs_a_command_and_tells_what_it_printed(agent, start, tokenizer)
     )
     assert said.strip() == "It is blue."
     assert "Which colour is it?" in engine.prompts[0] and len(engine.prompts) >= 2
+
+
+def launch(url):
+    """`bessemer launch` in front of a coding agent's name, and the environment in which it starts."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return [sys.executable, "-m", "bessemer", "launch", "--url", url], {"PYTHONPATH": paths, "NO_PROXY": "127.0.0.1"}
+
+
+def test_claude_code_launched_by_bessemer_works_on_the_server(agent, start, tokenizer, tmp_path):
+    engine = Agent(tokenizer, called("Read", file_path=str(tmp_path / "work" / "colour.txt")))
+    before, environment = launch(start(engine))
+    asked = ("--", "--print", "--output-format", "json", "--allowedTools", "Read", "--", "Which colour is it?")
+    said = agent("claude", *asked, before=before, DISABLE_AUTOUPDATER="1", **environment)
+    assert json.loads(said)["result"] == "It is blue." and len(engine.prompts) >= 2
+
+
+def test_codex_launched_by_bessemer_works_on_the_server(agent, start, tokenizer):
+    engine = Agent(tokenizer, called("exec_command", cmd="cat colour.txt"))
+    before, environment = launch(start(engine))
+    options = ("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "-c", "analytics.enabled=false")
+    said = agent("codex", "--", *options, "Which colour is it?", before=before, **environment)
+    assert said.strip() == "It is blue." and len(engine.prompts) >= 2

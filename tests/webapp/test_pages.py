@@ -24,6 +24,7 @@ from bessemer.posttraining.data.formats import as_labelled, as_pair
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.runtime.bodies import without_places
+from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, write_keys
 from bessemer.webapp import model_copy, xray_api
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.running import servers
@@ -229,6 +230,17 @@ def test_feedback_becomes_rows_that_post_training_reads(start, tmp_path):
     ):
         assert httpx.post(url + "/feedback", json=wrong).status_code == 400
     assert httpx.post(start() + "/feedback", json=pair).status_code == 403
+
+
+def test_feedback_with_a_key_lies_in_the_folder_of_its_user(start, tmp_path):
+    keys, ann, bob = tmp_path / "keys.json", new_key(), new_key()
+    records = [KeyRecord(name="laptop", user="ann", hash=hash_key(ann)), KeyRecord(name="../bob", hash=hash_key(bob))]
+    write_keys(keys, records)
+    url = start(web={"feedback": tmp_path / "people"}, keys=keys)
+    row = {"prompt": [{"role": "user", "content": "Where?"}], "chosen": "Here.", "rejected": "There."}
+    for key, status in ((ann, 200), (bob, 403)):
+        assert httpx.post(url + "/feedback", json=row, headers={"Authorization": f"Bearer {key}"}).status_code == status
+    assert [str(path.relative_to(tmp_path)) for path in (tmp_path / "people").rglob("*.jsonl")] == ["people/ann/pairs.jsonl"]
 
 
 def test_an_answer_has_one_label_the_last_and_none_once_it_is_taken_back(start, tmp_path):

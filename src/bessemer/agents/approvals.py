@@ -64,6 +64,19 @@ class Approvals(Hook):
         return call
 
 
+@dataclass
+class AskedOnce:
+    """An approver that asks once about a call, although the guard and `Approvals` both want to know."""
+
+    approver: Approver
+    _answers: dict[str, bool] = field(default_factory=dict, init=False)
+
+    def __call__(self, call: ToolCall, tool: Tool) -> bool:
+        if call.id not in self._answers:
+            self._answers[call.id] = self.approver(call, tool)
+        return self._answers[call.id]
+
+
 def nobody(call: ToolCall, tool: Tool) -> bool:
     """The approver where no person is there: nothing that asks is allowed."""
     return False

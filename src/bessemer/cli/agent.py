@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bessemer.assistant.assistant import ChatModel
     from bessemer.assistant.messages import Message, ToolCall
     from bessemer.assistant.tools import Tool
+    from bessemer.safety.guard import Guard
 
 _SYSTEM = (
     "You work on the user's task by calling tools, one step after the other, and answer when it is done. What tools return is "
@@ -42,6 +43,10 @@ def agent(
     tool_tokens: ToolTokens = 4000,
     approve: Approve = "always",
     approve_tools: ApproveTools = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of a policy: a guard decides about calls before you are asked."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Most messages of the assistant (default 20).")] = None,
     tokens: Annotated[int | None, typer.Option(help="Most tokens of prompts and completions (default 200000).")] = None,
     seconds: Annotated[float | None, typer.Option(help="Most seconds of messages and calls (default 900).")] = None,
@@ -58,7 +63,7 @@ def agent(
     runs: Runs = Path("runs"),
 ) -> None:
     """Let a model work on a task with tools, within budgets, with a journal from which a killed task goes on."""
-    from bessemer.agents.approvals import Approvals, AsksFor, approver_here
+    from bessemer.agents.approvals import Approvals, AskedOnce, AsksFor, approver_here
     from bessemer.agents.config import Budget
     from bessemer.agents.loop import Agent
     from bessemer.agents.toolbox import check_kinds
@@ -66,6 +71,7 @@ def agent(
     from bessemer.assistant.messages import Message
     from bessemer.cli.named import option_of
     from bessemer.core.errors import ConfigError
+    from bessemer.safety.hook import GuardHook
 
     given = {"steps": steps, "tokens": tokens, "seconds": seconds}
     budget = Budget.parse({name: value for name, value in given.items() if value is not None}, option_of("agent"))
@@ -75,6 +81,7 @@ def agent(
     if task is None and resume is None:
         raise ConfigError("say what is to be done: bessemer agent MODEL 'TASK', or --resume FOLDER")
     kinds = _kinds(tools, files, index)
+    guard = None if policy is None else _guard(policy)
     check_kinds(kinds, has_folder=files is not None, has_index=index is not None)
     with ExitStack() as stack:
         chosen = stack.enter_context(_tools(kinds, files, index, task or "", mcp_servers_config, tool_tokens, approve_tools))
@@ -85,14 +92,14 @@ def agent(
         else:
             opened_journal = stack.enter_context(_resumed_journal(resume, task))
         opened, params = stack.enter_context(_open_model(model, max_tokens, key_variable, device, runs))
-        approver = _EventApprover() if as_json else approver_here()
+        approver = AskedOnce(_EventApprover() if as_json else approver_here())
         worker = Agent(
             Assistant(opened, params),
             chosen,
             opened_journal,
             budget=budget,
             params=params,
-            hooks=[Approvals(asks_for, approver)],
+            hooks=[*([] if guard is None else [GuardHook(guard, approver=approver)]), Approvals(asks_for, approver)],
         )
         print(f"journal: {opened_journal.folder}", file=sys.stderr)
         try:
@@ -101,6 +108,14 @@ def agent(
         except KeyboardInterrupt:
             print(f"\nstopped; bessemer agent {model} --resume {opened_journal.folder} goes on", file=sys.stderr)
             sys.exit(130)
+
+
+def _guard(policy: Path) -> Guard:
+    from bessemer.cli.guard import guard_config
+    from bessemer.core.policy import read_policy
+    from bessemer.safety.guard import Guard
+
+    return Guard(read_policy(policy), guard_config(None, None))
 
 
 def journal(

@@ -30,6 +30,7 @@ from bessemer.cli.library import clean, list_models, pull, rm
 from bessemer.cli.mcp import mcp
 from bessemer.cli.memorisation import memorisation
 from bessemer.cli.merge import average, extend, merge
+from bessemer.cli.personalise import person, personalise
 from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
 from bessemer.cli.redteam import redteam
@@ -91,6 +92,8 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
             "bessemer tinker models/smollm2 --port 8000",
             "bessemer tinker models/smollm2 --states saved --keys keys.jsonl",
         ),
+        personalise: ("bessemer personalise models/smollm2 ann --people people --minutes 10",),
+        person: ("bessemer person ann", "bessemer person ann --export ann.zip", "bessemer person ann --forget"),
         merge: ("bessemer merge out merged",),
         label: ("bessemer label out labels --prompts questions.jsonl",),
         average: ("bessemer average mine@800 mine@1000 averaged",),

@@ -110,17 +110,122 @@ _NOT_THERE: Mapping[str, Mapping[str, str]] = {
 }
 
 
+_READING_VERBS = ("get", "list", "read", "search", "find", "check", "load")
+#: By the word of a tool's name, other words with which people ask for it.
+_ASKED_WITH: Mapping[str, tuple[str, ...]] = {
+    "add": ("put", "append", "include", "invite"),
+    "append": ("add", "write", "extend"),
+    "book": ("reserve", "reservation"),
+    "cancel": ("delete", "remove", "drop"),
+    "create": ("add", "make", "schedule", "set", "put", "new", "write", "save", "plan"),
+    "delete": ("remove", "cancel", "drop", "erase"),
+    "email": ("mail", "mails"),
+    "event": ("appointment", "meeting", "reminder", "call"),
+    "fetch": ("get", "read", "visit", "open", "look", "check", "browse", "summarize", "summarise"),
+    "file": ("document",),
+    "get": ("read", "visit", "open", "look", "check", "fetch", "find", "summarize", "summarise", "browse"),
+    "info": ("information", "account", "profile", "address"),
+    "invite": ("add",),
+    "message": ("write", "tell", "reply", "dm"),
+    "money": (
+        "pay",
+        "bill",
+        "refund",
+        "rent",
+        "transfer",
+        "amount",
+        "price",
+        "payment",
+        "transaction",
+        "cost",
+        "spend",
+        "spent",
+        "fee",
+        "share",
+        "difference",
+    ),
+    "post": ("publish", "write", "upload"),
+    "read": ("open", "look", "check", "find", "summarize", "summarise"),
+    "remove": ("delete", "cancel", "drop"),
+    "reschedule": ("move", "shift", "change", "postpone", "schedule"),
+    "reserve": ("book", "booking", "reservation"),
+    "schedule": ("set", "plan", "recurring", "standing"),
+    "send": ("email", "mail", "write", "message", "post", "pay", "transfer", "refund", "tell", "forward", "reply", "share"),
+    "share": ("give", "send"),
+    "transaction": ("payment", "pay", "order", "rent", "subscription"),
+    "update": ("change", "adjust", "modify", "edit", "correct", "set"),
+    "webpage": ("web", "website", "page", "site", "www", "link", "url", "article"),
+}
+
+
+#: By the verb that a tool's name begins with, a server's name before it or not; and tools whose programs reach nothing.
+_READING = (
+    *(before + verb + end for verb in _READING_VERBS for before in ("", "*__") for end in ("", "_*")),
+    *("python", "run_skill_script"),
+)
+#: Names of arguments.
+_DETAILS = (
+    *("subject", "title", "body", "text", "content", "description", "message", "comment", "note"),
+    *("date", "*_date", "*_time", "*_day"),
+)
+
+
+class CallRules(Config):
+    """Calls after text of unknown authors, by where their arguments come from (`safety/provenance.py`)."""
+
+    reads: list[str] = setting(
+        default_factory=lambda: list(_READING),
+        description="tools that change nothing, and send nothing away",
+    )
+    acts: list[str] = setting(
+        default_factory=list, description="tools among them that act all the same, such as one that opens any address"
+    )
+    trusted: list[str] = setting(default_factory=list, description="tools of which no stranger can write what they return")
+    records: Literal["ask", "allow"] = setting(
+        "ask",
+        "a call that the user asked for, about fields of results that they did not name: it is asked back, or made",
+    )
+    details: list[str] = setting(
+        default_factory=lambda: list(_DETAILS),
+        description="arguments that say something, and do not choose whom or what a call is about",
+    )
+    words: dict[str, list[str]] = setting(
+        default_factory=lambda: {word: list(others) for word, others in _ASKED_WITH.items()},
+        description="by a word of tools' names, other words with which people ask for it",
+    )
+
+    def only_reads(self, tool: str) -> bool:
+        """Whether a tool changes nothing, and sends nothing away."""
+        return _matches(tool, self.reads) and not _matches(tool, self.acts)
+
+    def trusts(self, tool: str) -> bool:
+        """Whether no stranger can write what a tool returns."""
+        return _matches(tool, self.trusted)
+
+    def is_detail(self, argument: str) -> bool:
+        """Whether an argument chooses nothing."""
+        return _matches(argument, self.details)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 class Taint(Config):
     """Which tools may be called after text of unknown authors: documents, memory and results of tools."""
 
     allow: list[str] | None = setting(None, "tools that may be called then, `*` for any ending; none: every one not denied")
     deny: list[str] = setting(default_factory=list, description="tools that may not be called then")
+    calls: CallRules | None = setting(
+        None,
+        "which calls are made, asked back or refused, by where their arguments come from; none: all are made",
+    )
 
     def permits(self, tool: str) -> bool:
         """Whether a tool may be called after text of unknown authors."""
-        if any(fnmatchcase(tool, pattern) for pattern in self.deny):
+        if _matches(tool, self.deny):
             return False
-        return self.allow is None or any(fnmatchcase(tool, pattern) for pattern in self.allow)
+        return self.allow is None or _matches(tool, self.allow)
 
 
 class Messages(Config):

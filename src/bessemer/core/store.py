@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.errors import ArtefactError, writing_to
+from bessemer.core.errors import ArtefactError, ConfigError, writing_to
 from bessemer.core.hashing import hash_file, hash_files
 from bessemer.core.object_storage import Place
 
@@ -344,6 +345,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+#: What a person may be called: the name of their folder, and of their adapter on a server.
+_PERSON = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}")
+
+
+def person_folder(people: Path, name: str) -> Path:
+    """The folder of a person. Raises ConfigError for a name that is none."""
+    if _PERSON.fullmatch(name) is None:
+        raise ConfigError(f"{name!r}: a person's name is letters, digits, '_', '.', '@' and '-', at most 64, and no path")
+    return people / name
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.policy import SurfaceName
 from bessemer.safety.guard import Decision, Guard
+from bessemer.safety.provenance import verdict
 
 #: Checks of a growing answer that must agree.
 _FLAGS = 2
@@ -101,7 +103,10 @@ class GuardHook(Hook):
 
     holds_back = True
 
-    def __init__(self, guard: Guard, audit: AuditLog | None = None) -> None:
+    def __init__(
+        self, guard: Guard, audit: AuditLog | None = None, *, approver: Callable[[ToolCall, Tool], bool] | None = None
+    ) -> None:
+        """approver: whether the user, who is there, allows a call that is asked back. Without one the assistant has to ask."""
         self.guard = guard
         self.policy = guard.policy
         config = guard.config
@@ -109,6 +114,7 @@ class GuardHook(Hook):
             audit = AuditLog(Path(config.audit), self.policy.hash, with_content=config.audit_content)
         self.audit = audit
         self.takes_long = guard.takes_long
+        self._approver = approver
         self._growing: WeakKeyDictionary[Conversation, _Growing] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -169,6 +175,12 @@ class GuardHook(Hook):
     def before_call(self, call: ToolCall, tool: Tool, context: TurnContext) -> ToolCall | Deny:
         if context.conversation.is_tainted and not self.policy.taint.permits(call.name):
             return Deny(f"the policy allows no call of {call.name} after text of unknown authors")
+        if context.conversation.is_tainted and (rules := self.policy.taint.calls) is not None:
+            decided = verdict(call, context.conversation.messages, rules)
+            if decided.outcome == "deny":
+                return Deny(f"the policy refuses this call: {decided.reason}")
+            if decided.outcome == "ask" and not (self._approver is not None and self._approver(call, tool)):
+                return Deny(f"{decided.reason}. Tell the user what you would call and with what, and wait until they say so")
         written = json.dumps(dict(call.arguments), ensure_ascii=False, default=str)
         decision = self.guard.check(written, "call")
         self._note(decision, written, context)

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
-from bessemer.core.store import write_text
+from bessemer.core.errors import ConfigError
+from bessemer.core.store import person_folder, write_text
 from bessemer.serving.runtime.bodies import ApiError, Body, misfit, read_body
+from bessemer.serving.runtime.clients import caller_of
 
 #: Files below the folder: rows of `preference` and of KTO, in TRL's conversational form.
 PAIRS, LABELS = "pairs.jsonl", "labels.jsonl"
@@ -70,7 +72,7 @@ class FeedbackApi:
 
     async def take(self, request: Request) -> dict[str, str]:
         body = await read_body(Feedback, request)
-        folder = self._kept_in()
+        folder = self._kept_in(request)
         name = PAIRS if body.chosen is not None else LABELS
         with self._lock:
             folder.mkdir(parents=True, exist_ok=True)
@@ -80,16 +82,23 @@ class FeedbackApi:
                 stream.write(json.dumps(body.row(), ensure_ascii=False) + "\n")
         return {"kept": name}
 
-    async def withdraw(self, identity: str) -> dict[str, bool]:
-        folder = self._kept_in()
+    async def withdraw(self, identity: str, request: Request) -> dict[str, bool]:
+        folder = self._kept_in(request)
         with self._lock:
             return {"deleted": _remove(folder / LABELS, identity)}
 
-    def _kept_in(self) -> Path:
-        """The folder. Raises ApiError (403) where nothing is kept."""
+    def _kept_in(self, request: Request) -> Path:
+        """The folder of the caller: with keys that of the key's user, so that one person's feedback can be learnt and deleted
+        apart. Raises ApiError (403) where nothing is kept."""
         if self._folder is None:
             raise ApiError("this server keeps no feedback; start it with --feedback FOLDER", status=403, code="not_allowed")
-        return self._folder
+        principal = caller_of(request).client.principal
+        if not principal.key:
+            return self._folder
+        try:
+            return person_folder(self._folder, principal.user)
+        except ConfigError as error:
+            raise ApiError(f"no feedback is kept: {error}", status=403, code="not_allowed") from None
 
 
 def _remove(path: Path, identity: str) -> bool:
