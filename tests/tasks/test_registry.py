@@ -70,7 +70,9 @@ def test_a_task_with_data_of_its_own_needs_nothing_else(name):
     (task,) = find_tasks(name, TaskOptions(limit=9))
     questions = task.questions()
     contexts = {str(question.context if hasattr(question, "context") else question.parts[0].context) for question in questions}
-    assert len({question.id for question in questions}) == len(contexts) == 9
+    assert len({question.id for question in questions}) == 9
+    # a blind model is asked the same few things of one grey picture
+    assert len(contexts) == 9 or name == "drawn_pictures_blind"
 
 
 def test_a_task_of_another_package_is_found_by_its_entry_point(tmp_path, monkeypatch):

@@ -182,8 +182,7 @@ class Decoder(nn.Module):
         return capped(functional.linear(hidden_BTD, self.head_weight), self.logit_softcap)
 
     def scores(self, hidden_BTD: Tensor) -> Tensor:
-        """What `hidden` gives as scores of a model with `num_scores`, (B, T, num_scores), in the type of its head: autocast
-        would round rewards, whose differences count, to three digits."""
+        """States as scores of a model with `num_scores`, (B, T, num_scores), in the type of its head: autocast would round them."""
         weight = self.score.weight
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             return functional.linear(hidden_BTD.to(weight.dtype), weight)
@@ -203,8 +202,8 @@ class Decoder(nn.Module):
         """States after the last norm, (B, T, D), which `logits` turns into logits.
 
         positions_BT: 0, 1, 2, … when None; after the cached tokens when there is a cache.
-        document_ids_BT: of packed documents; a token sees only tokens of its own document. Their positions restart
-        where the caller says so in positions_BT. Padding on the left is a document of its own.
+        document_ids_BT: of packed documents; a token sees only its own document's. Their positions restart where positions_BT
+        says so. Padding on the left is a document of its own.
         visible_to_BT: the last document that sees each token, where documents of a row share what they begin with: a model
         whose attention goes by distance, or is linear, cannot (`shares_prefixes`). None: each token is its own document's.
         cache: holds the tokens before these and is extended by them; not together with the other three.
@@ -212,11 +211,10 @@ class Decoder(nn.Module):
         embedded: tokens that are given as vectors. pictures: of a model that has an encoder of them, `VisionDecoder`.
         """
         assert pictures is None, "this decoder has no encoder of pictures"
-        return self.normed(
-            self._pre_norm_hidden(
-                tokens_BT, positions_BT, document_ids_BT, cache, real, visible_to_BT=visible_to_BT, embedded=embedded
-            )
+        hidden_BTD = self._pre_norm_hidden(
+            tokens_BT, positions_BT, document_ids_BT, cache, real, visible_to_BT=visible_to_BT, embedded=embedded
         )
+        return self.normed(hidden_BTD)
 
     def pre_norm_hidden(
         self,

@@ -94,11 +94,11 @@ def personalise(
     if not (person / PAIRS).is_file():
         raise ArtefactError(f"{person}: there is no feedback in it ({PAIRS}, rows of prompt, chosen and rejected)")
     with locked_folder(person):
-        started = time.time()
+        started = time.perf_counter()
         pairs = read_examples(person / PAIRS, as_pair, RowReader("skip", progress.say))
         held_out = [pair for pair in pairs if is_held_out(pair, config.held_out)]
         training = [pair for pair in pairs if not is_held_out(pair, config.held_out)]
-        line: dict[str, Any] = {"time": started, "pairs": len(training), "held_out": len(held_out), "decision": "waits"}
+        line: dict[str, Any] = {"time": time.time(), "pairs": len(training), "held_out": len(held_out), "decision": "waits"}
         if len(training) < config.least_pairs or len(held_out) < config.least_held_out:
             return _noted(person, line | {"reason": "too little feedback"})
         attempt = person / _ATTEMPT
@@ -119,7 +119,7 @@ def personalise(
             **({} if results.used_N is None else {"in_use": float(results.used_N.mean())}),
             "gain": gain.mean,
             "gain_95": [low, high],
-            "seconds": time.time() - started,
+            "seconds": time.perf_counter() - started,
         }
         return _noted(person, line | figures | {"decision": decision, "reason": reason})
 
