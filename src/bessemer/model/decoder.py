@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         return capped(functional.linear(hidden_BTD, self.head_weight), self.logit_softcap)
 
     def scores(self, hidden_BTD: Tensor) -> Tensor:
-        """States as scores of a model with `num_scores`, (B, T, num_scores), in the type of its head: autocast would round them."""
+        """States as scores of a model with `num_scores`, (B, T, num_scores), in its head's type: autocast would round them."""
         weight = self.score.weight
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             return functional.linear(hidden_BTD.to(weight.dtype), weight)
