@@ -217,7 +217,7 @@ def replayed(
 
 
 def branch(source: Path, target: Path, step: int) -> None:
-    """Write a new task that has done what `source` had done after so many messages of the assistant, with their calls' results.
+    """Write a new task that has done what `source` had done after some messages of the assistant, with their calls' results.
 
     The effects of calls are not undone. Raises RequestError for a step that the source has not, and ArtefactError where
     `target` has a journal.

@@ -20,10 +20,10 @@ PAGE, CHUNK, ALIGNMENT = 1 << 21, 1 << 26, 64
 
 
 class _Chunk:
-    """A piece of memory that tensors are cut from, one after the other. It lives as long as any of them."""
+    """Memory that tensors are cut from, one after the other. It lives as long as any of them."""
 
     def __init__(self, size: int) -> None:
-        # room to begin at a multiple of the page; what is never touched costs nothing
+        # room to begin at a multiple of the page; pages that nothing is written to cost nothing
         self._memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._next = -address % PAGE
@@ -46,7 +46,7 @@ class _Chunk:
 
 
 class _Memory(threading.local):
-    """The piece that a thread cuts from now."""
+    """The chunk that a thread cuts from now."""
 
     chunk: _Chunk | None = None
 
@@ -55,7 +55,7 @@ _MEMORY = _Memory()
 
 
 def weight_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros for weights that stay as long as a model is open: what is cut from one piece is given back together."""
+    """A tensor of zeros for weights that stay as long as a model is open: tensors of one chunk are given back together."""
     size = math.prod(shape) * dtype.itemsize
     if not size or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype)
@@ -63,5 +63,5 @@ def weight_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if found is None:
         _MEMORY.chunk = _Chunk(max(CHUNK, -(-size // PAGE) * PAGE))
         found = _MEMORY.chunk.cut(shape, dtype)
-        assert found is not None, "a new piece has room"
+        assert found is not None, "a new chunk has room"
     return found

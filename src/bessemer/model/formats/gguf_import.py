@@ -240,7 +240,7 @@ class GgufFile:
 
     def _mapped(self, info: TensorInfo, dtype: torch.dtype) -> Tensor:
         """The bytes of a tensor as the file has them, flat: pages of the file, copied where they are written to, and given back
-        with the tensor. Who overwrites the file meanwhile changes the tensor, so files are replaced as a whole."""
+        with the tensor. Overwriting the file meanwhile changes the tensor, so files are replaced as a whole."""
         size, stream = self._bytes(info), self._streams[info.name]
         lead = info.start % mmap.ALLOCATIONGRANULARITY
         memory = mmap.mmap(stream.fileno(), lead + size, access=mmap.ACCESS_COPY, offset=info.start - lead)

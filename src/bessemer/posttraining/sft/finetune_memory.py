@@ -109,7 +109,7 @@ class _Numbers:
 
 
 def vision_memory(config: VisionLanguageConfig, method: Method, tiles: float) -> float:
-    """The memory of an encoder and its projector in a step on so many tiles: weights, and where they are trained (`full`) their
+    """The memory of an encoder and its projector in a step on some tiles: weights, and where they are trained (`full`) their
     gradients, AdamW's means and what each layer keeps for its backward pass: its input, two norms, four projections, the
     attention, and twice the width within its feed-forward network."""
     vision = config.vision
