@@ -1,7 +1,7 @@
 """The longest runs of words that a text shares with others, found by reading these: nothing is indexed.
 
-A text's windows of a fixed number of words are searched for in one pass. Where one stands, the words after it are taken too, as far as
-they follow there.
+A text's windows of a fixed number of words are searched for in one pass. Where one stands, the words after it are taken
+too, as far as they follow there.
 """
 
 from __future__ import annotations
