@@ -53,7 +53,7 @@ def resolved(folder, parallel, **changes):
         slow({"context": 2}, {0: [8, 8, True], 1: [8, 8, True]}),
         slow({"tensor": 2}, {0: [8, 16, True], 1: [8, 16, True]}),
         # the last stage computes the loss, of one row of each micro-batch
-        ({"pipeline": 2}, {1: [1, 16, False]}),
+        slow({"pipeline": 2}, {1: [1, 16, False]}),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from bessemer.inspection.heads import without_heads
 from bessemer.inspection.interventions import Changes, Patch, Steering, continuation, state_behind, steering_between
 from bessemer.inspection.recording import record
 from bessemer.model.storage.folder import load_model
+from tests.cases import slow_but
 from tests.model.family_models import make
 
 #: Grouped heads; norms behind each part; experts and sinks; latent attention; linear attention; LayerNorm and biases.
@@ -22,7 +23,7 @@ TOKENS, OTHER, COUNT = [5, 9, 33, 7, 61, 12], [70, 9, 33, 7, 61, 12], 4
 LAYER = 1
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_but(("llama", "gemma3", "gpt_oss", "qwen3_next"), FAMILIES))
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     make(request.param).save_pretrained(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.records import json_lines
+from tests.cases import slow
 from tests.serving.engine import FakeEngine
 
 ANSWER = "article.assistant:not(.working) .below button"
@@ -250,7 +251,8 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page, start):
     assert page.evaluate("localStorage.getItem('bessemer-key')") is None
 
 
-@pytest.mark.parametrize("path", ["/", "/xray", "/api"])
+# the widest of them by default
+@pytest.mark.parametrize("path", [slow("/"), slow("/xray"), "/api"])
 def test_no_page_is_wider_than_a_phone(page, start, path):
     page.set_viewport_size({"width": 400, "height": 800})
     page.goto(start() + path)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bessemer.data.sources.mediawiki import wikitext_to_text
 from bessemer.data.sources.source import Tally
+from tests.cases import slow
 from tests.data.sources.makers import assert_resumes, documents, json_lines, mbox, mediawiki, opened, posts
 
 LEFT_OUT = ("file", "datei", "category", "kategorie")
@@ -84,7 +85,7 @@ def test_a_damaged_page_costs_itself_and_a_cut_off_dump_its_end(tmp_path):
     assert tally.counts["damaged_files"] == 1
 
 
-@pytest.mark.parametrize("suffix", [".bz2", ".gz", ".xz"])
+@pytest.mark.parametrize("suffix", [".bz2", slow(".gz"), slow(".xz")])
 def test_a_dump_of_many_streams_is_entered_at_the_stream_of_a_page(tmp_path, suffix):
     """As Wikimedia's multistream dumps: some pages a stream, and here one page that lies in two."""
     compress = {".bz2": bz2.compress, ".gz": gzip.compress, ".xz": lzma.compress}[suffix]
