@@ -12,6 +12,8 @@ from tests.cases import slow
 from tests.serving.engine import FakeEngine
 
 ANSWER = "article.assistant:not(.working) .below button"
+# The highlighter is loaded when the first block of code is drawn: its colours come after the text.
+COLOURED = "article.assistant pre code span[class^=hljs]"
 
 
 def ask(page, text):
@@ -217,6 +219,7 @@ def test_markdown_becomes_elements_and_html_stays_text(page, start):
     page.evaluate("document.querySelector('[name=max_tokens]').value = ''")
     ask(page, "show")
     page.wait_for_selector(ANSWER)
+    page.wait_for_selector(COLOURED)
     shown = page.locator("article.assistant .text")
     for selector, content in {
         "h3": "Title",
@@ -236,7 +239,7 @@ def test_markdown_becomes_elements_and_html_stays_text(page, start):
     # as it would have been drawn at once
     whole = shown.inner_html()
     page.reload()
-    page.wait_for_selector(ANSWER)
+    page.wait_for_selector(COLOURED)
     assert page.locator("article.assistant .text").inner_html() == whole
 
 
