@@ -100,16 +100,17 @@ def test_a_rail_that_is_not_there_is_named_with_the_nearest():
 
 
 def made(thresholds=(0.5, 0.25)) -> GuardClassifier:
-    """A classifier that knows two words: `slag` is of the first category, `soot` of the second."""
-    weights = np.zeros((1 << 12, 2), np.int8)
-    for k, word in enumerate(("slag", "soot")):
-        weights[block_features(word, 12).buckets_F, k] = 100
+    """A classifier that knows three words: `slag` is of the first category, `soot` of the second, both are of any; `ash` is of
+    any and of neither."""
+    weights = np.zeros((1 << 12, 3), np.int8)
+    for columns, word in ((0, 2), "slag"), ((1, 2), "soot"), ((2,), "ash"):
+        weights[block_features(word, 12).buckets_F[:, None], columns] = 100
     return GuardClassifier(
         ("slag", "soot"),
         12,
         weights,
-        np.full(2, 0.02, np.float32),
-        np.full(2, -2.0, np.float32),
+        np.full(3, 0.02, np.float32),
+        np.full(3, -2.0, np.float32),
         np.array(thresholds, np.float32),
         {},
     )
@@ -129,6 +130,22 @@ def test_the_threshold_of_a_category_lies_at_the_usual_limit_of_a_policy():
     assert classifier._scaled(np.array([0.5, 0.25])).tolist() == pytest.approx([USUAL_LIMIT, USUAL_LIMIT])
     assert classifier._scaled(np.array([0.0, 1.0])).tolist() == pytest.approx([0.0, 1.0])
     assert classifier._scaled(np.array([0.25, 0.625])).tolist() == pytest.approx([0.3, 0.8])
+
+
+def test_a_category_and_the_column_of_any_have_to_agree():
+    classifier = made((0.5, 0.5))
+    slag, ash = classifier.scores("the slag"), classifier.scores("the ash")
+    assert slag[0] > USUAL_LIMIT > max(slag[1], *ash)
+    alone = GuardClassifier(
+        classifier.categories,
+        12,
+        classifier.weights_BC * np.array([1, 1, 0], np.int8),
+        classifier.scales_C,
+        classifier.biases_C,
+        classifier.thresholds_K,
+        {},
+    )
+    assert alone.scores("the slag").max() < USUAL_LIMIT
 
 
 def test_a_word_that_is_repeated_without_end_is_no_evidence_without_end():
@@ -151,7 +168,7 @@ def test_a_classifier_file_from_elsewhere_is_refused_in_one_line(tmp_path, damag
     path = tmp_path / "c.npz"
     one = made((0.5, 1.5)) if damage == "thresholds" else made()
     if damage == "weights":
-        one = GuardClassifier(one.categories, 11, one.weights_BK, one.scales_K, one.biases_K, one.thresholds_K, {})
+        one = GuardClassifier(one.categories, 11, one.weights_BC, one.scales_C, one.biases_C, one.thresholds_K, {})
     if damage == "format":
         one.described["format"] = 9
     one.save(path)
@@ -160,7 +177,7 @@ def test_a_classifier_file_from_elsewhere_is_refused_in_one_line(tmp_path, damag
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:300])
     elif damage == "pickle":
-        np.savez(path, description=np.array([{"a": 1}], object), weights=one.weights_BK)
+        np.savez(path, description=np.array([{"a": 1}], object), weights=one.weights_BC)
     elif damage == "missing":
         path.unlink()
     with pytest.raises(ArtefactError, match=rf"^{path}: ") as error:
@@ -236,4 +253,5 @@ def test_seeds_of_ones_own_make_a_classifier():
     )
     ordinary = [f"What weighs {number} grams?" for number in range(40)]
     classifier = train_guard_classifier(seeds, ordinary, TrainingSettings(bits=12, passes=30, batch=16))
-    assert classifier.scores("How do I carry the slag?")[0] > USUAL_LIMIT > classifier.scores("How do I carry the tea?")[0]
+    slag, tea = (classifier.scores(f"How do I carry the {what}?")[0] for what in ("molten slag", "warm tea"))
+    assert slag > USUAL_LIMIT > tea
