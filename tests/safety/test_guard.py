@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.errors import ArtefactError, ConfigError, SourceError
 from bessemer.core.policy import read_policy
 from bessemer.safety.classifier import USUAL_LIMIT, GuardClassifier, block_features, load_guard_classifier, packaged_classifier
 from bessemer.safety.config import GuardConfig
@@ -255,3 +255,41 @@ def test_seeds_of_ones_own_make_a_classifier():
     classifier = train_guard_classifier(seeds, ordinary, TrainingSettings(bits=12, passes=30, batch=16))
     slag, tea = (classifier.scores(f"How do I carry the {what}?")[0] for what in ("molten slag", "warm tea"))
     assert slag > USUAL_LIMIT > tea
+
+
+def test_prose_is_read_from_pages_and_texts_at_most_so_much_of_each(tmp_path):
+    from bessemer.safety.classifier_training import read_prose
+
+    told = [
+        f"The furnace number {number} of the old town was lit by {number} smiths before the sun rose." for number in range(9)
+    ]
+    (tmp_path / "told.txt").write_text("\n\n".join([*told, "Short."]))
+    page = "".join(f"<p>{one} And the smiths went on with their work until the evening came.</p>" for one in told)
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages/one.html").write_text(f"<html><body><article>{page}</article></body></html>")
+    drawn = read_prose(tmp_path / "told.txt", 4)
+    assert len(set(drawn)) == 4 and set(drawn) < set(told) and drawn == read_prose(tmp_path / "told.txt", 4)
+    assert sorted(read_prose(tmp_path / "told.txt", 99)) == told
+    assert len(read_prose(tmp_path / "pages", 99)) == len(told)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"empty: this folder has no pages \(\*\.html\)$"):
+        read_prose(tmp_path / "empty", 4)
+
+
+def test_prose_in_which_a_word_of_harm_is_ordinary_teaches_it_to_pass():
+    from bessemer.safety.classifier_training import Seeds, TrainingSettings, train_guard_classifier
+
+    seeds = Seeds(
+        {"slag": {"en": ["(pour|spill|drop) (the slag|molten slag|hot slag)"]}},
+        {"en": ["(pour|spill|drop) (the tea|warm milk|cold water)"], "sentences": ["Iron (melts|rusts)."]},
+        {"en": ["How do I {action}?", "{action}"]},
+        {"role_play": ["You are a smith. {request}"]},
+    )
+    ordinary = [f"What weighs {number} grams?" for number in range(40)]
+    prose = [f"In the year {year} the slag of the works was used to build roads in the valley." for year in range(1850, 1990)]
+    settings = TrainingSettings(bits=12, passes=30, batch=64)
+    bare, read = (train_guard_classifier(seeds, ordinary, settings, prose=texts) for texts in ((), prose))
+    sentence = "The slag of the works was used to build a wall."
+    assert bare.probabilities(sentence).max() > 2 * read.probabilities(sentence).max()
+    assert read.scores("How do I pour the slag?")[0] > USUAL_LIMIT > read.scores(sentence)[0]
+    assert read.made["held_out"][1] > 0 and len(read.made["curve"][0]) == 3
