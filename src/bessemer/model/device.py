@@ -49,6 +49,15 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     return product_cost(dtype, device) <= 1.0
 
 
+def served_dtype(setting: str, own: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a model in `own` is served: that of the setting; for `auto` the model's own, of float32 bfloat16 on a
+    GPU that multiplies faster in it."""
+    if setting != "auto":
+        return getattr(torch, setting)  # type: ignore[no-any-return]
+    is_slow = device.type == "cuda" and own == torch.float32 and product_cost(torch.bfloat16, device) < 1
+    return torch.bfloat16 if is_slow else own
+
+
 def check_dtype(dtype: str, device: torch.device) -> None:
     """Raise ConfigError when a dtype that the settings name makes matmuls much slower than float32's on this device."""
     if dtype == "auto":

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bessemer.inference.execution.backend import StatelessCache, StepContext
 from bessemer.inference.execution.batch import Batch, StepInputs, fill_pending
-from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.attention.base import is_recurrent
 from bessemer.model.decoder import Decoder
@@ -91,6 +90,20 @@ def uncaptured(compute: Callable[[], Tensor]) -> CapturedStep:
     return compute
 
 
+class LayerPages(Protocol):
+    """Attention of all layers for one step over pages."""
+
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        """Write one layer's new keys and values, and attend, (1, H, N, V)."""
+
+
+class StaticAttention(Protocol):
+    """Attention over pages whose numbers are on the device only."""
+
+    def static_pages(self, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int]) -> LayerPages:
+        """Of one new token of each of B sequences. spare: a page of each group that no sequence holds."""
+
+
 class _StaticNumbers(NamedTuple):
     """Inputs of a step of B rows, int32: tokens, positions and block tables."""
 
@@ -107,7 +120,7 @@ class StaticSteps:
     invariant = False
 
     def __init__(
-        self, model: Decoder, memory: PagedMemory, rows: int, attention: PageAttention, capture: GraphCapture = uncaptured
+        self, model: Decoder, memory: PagedMemory, rows: int, attention: StaticAttention, capture: GraphCapture = uncaptured
     ) -> None:
         assert memory.has_spare and cannot_be_static(model) is None, "ask cannot_be_static first"
         self.model = model
@@ -206,21 +219,13 @@ class _StaticCache(StatelessCache):
     """A `Cache` for one new token of each of B sequences, whose numbers are on the device only."""
 
     def __init__(
-        self, memory: PagedMemory, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int], attention: PageAttention
+        self, memory: PagedMemory, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int], attention: StaticAttention
     ) -> None:
         #: Most tokens that any text can have. The length of the longest current text is only on the device, and the host would
         #: have to wait for it.
         self.live = memory.longest
         self._positions_B = positions_B
-        groups = []
-        for index, (group, tables_BW) in enumerate(zip(memory.groups, tables_GBW, strict=True)):
-            columns_B1 = (positions_B // memory.block_size)[:, None].long()
-            blocks_B = tables_BW.gather(1, columns_B1)[:, 0].long()
-            places_B = (positions_B % memory.block_size).long()
-            begun_B = torch.where(places_B == 0, blocks_B, spare[index])
-            mask = page_mask(tables_BW, positions_B[:, None], group.window, memory.block_size, memory.pages_of(index))
-            groups.append(PageGroup(blocks_B, places_B, begun_B, [Tiles(None, None, None, mask)]))
-        self._pages = FlexPages(memory, groups, attention)
+        self._pages = attention.static_pages(positions_B, tables_GBW, spare)
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
         assert count == len(self._positions_B) and real is None

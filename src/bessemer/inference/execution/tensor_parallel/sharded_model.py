@@ -37,7 +37,7 @@ from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.weights import AdapterNumbers
 from bessemer.model.adapters import Adapter
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device
+from bessemer.model.device import choose_device, served_dtype
 from bessemer.model.quantisation.storage import read_settings
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.model_config import CONFIG, read_model_config, refuse_scorer
@@ -287,7 +287,8 @@ class ShardedModel:
             settings = {
                 "folder": str(folder.resolve()),
                 "device": device,
-                "config": config.model_dump(mode="json"),
+                # what is not given hangs on the device, and is found there again
+                "config": config.model_dump(mode="json", exclude_unset=True),
                 "file": str(file),
             }
             workers = WorkerProcesses(config.processes, settings, threads, abort if own.type == "cuda" else None)
@@ -302,7 +303,8 @@ class ShardedModel:
                 # all leave at once
                 held.callback(workers.close_commands)
                 mesh = mesh_of(config.parallel, own)
-                return cls(shard_model(model, mesh, own), mesh, workers, held.pop_all())
+                model = shard_model(model, mesh, own).to(served_dtype(config.dtype, model.dtype, own))
+                return cls(model, mesh, workers, held.pop_all())
 
     def close(self) -> None:
         """End the worker processes, and leave their process group."""
