@@ -396,8 +396,10 @@ def choose_backend(
     """
     attention = _attention_in_place(model, memory, config)
     if attention is not None:
-        static = StaticSteps(model, memory, config.max_num_seqs, attention, CudaGraphs()) if memory.has_spare else None
-        return Backend(without_kernels(model, opened), attention, static)
+        linear, static = without_kernels(model, opened), None
+        if memory.has_spare:
+            static = StaticSteps(model, memory, config.max_num_seqs, attention, CudaGraphs(), linear)
+        return Backend(linear, attention, static)
     wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
     decoded = decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
     packs = wanted and decoded is None and library() is not None and holds_decoded(model)
