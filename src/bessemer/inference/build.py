@@ -64,13 +64,13 @@ from bessemer.model.adapters.trained import merged
 from bessemer.model.attention.base import is_recurrent
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device, is_fast, served_dtype
+from bessemer.model.device import choose_device, is_fast, served_dtype, slower_than_processor
 from bessemer.model.formats.gguf_import import parts_of
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.library import find_kept
-from bessemer.model.storage.model_config import read_end_tokens, read_sampling_settings
+from bessemer.model.storage.model_config import read_end_tokens, read_model_config, read_sampling_settings
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
 from bessemer.model.vision.folder import is_vision_folder, load_vision_language
 from bessemer.model.vision.prompts import PictureReader, open_picture_reader
@@ -143,6 +143,10 @@ def open_model(
         except BaseException:
             sharded.close()
             raise
+    if choose_device(device).type == "mps" and path.is_dir():
+        shape = read_model_config(path)
+        if slow := slower_than_processor(choose_device(device), 1, shape.hidden_size, torch.float32):
+            PlainLines().say(slow)
     if path.suffix == ".gguf":
         opened = open_gguf(path, choose_device(device))
         if opened.encoded is not None:

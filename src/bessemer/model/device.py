@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -91,6 +92,51 @@ def _product_seconds(dtype: torch.dtype) -> float:
     while len(times) < 2 or (len(times) <= _REPETITIONS and sum(times) < _ENOUGH_SECONDS):
         start = time.perf_counter()
         torch.mm(left, right)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+#: Products of a chain that is timed on a device beside the processor.
+_CHAIN = 32
+
+
+def slower_than_processor(
+    device: torch.device,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    seconds: Callable[[torch.device, int, int, torch.dtype], float] | None = None,
+) -> str | None:
+    """A line that says that a Mac's GPU takes longer than its processor for a chain of products of a model; None where it does
+    not, and on other devices.
+
+    A product of few rows is sooner computed by the processor than handed to the GPU. rows: tokens of a step. width: channels of
+    the model. seconds: of a chain of products; None: measured.
+    """
+    if device.type != "mps":
+        return None
+    seconds, processor = seconds or _chain_seconds, torch.device("cpu")
+    own = seconds(device, rows, width, dtype)
+    other = seconds(processor, rows, width, dtype if is_fast(dtype, processor) else torch.float32)
+    if own <= other:
+        return None
+    return (
+        f"  slow: this machine's GPU (mps) takes {own / other:.1f} times as long as its processor for {rows:,} rows of this "
+        f"model's width ({width:,}); take --device cpu"
+    )
+
+
+def _chain_seconds(device: torch.device, rows: int, width: int, dtype: torch.dtype) -> float:
+    """Seconds of the faster of two chains of products, each of the result of the one before."""
+    hidden = torch.ones(rows, width, device=device, dtype=dtype)
+    weight = torch.full((width, width), 1 / width, device=device, dtype=dtype)
+    times = []
+    for _ in range(3):
+        start, product = time.perf_counter(), hidden
+        for _ in range(_CHAIN):
+            product = product @ weight
+        # a number on the host waits for the device
+        float(product[0, 0])
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
