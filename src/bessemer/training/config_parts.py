@@ -258,6 +258,10 @@ class ComputeSettings(Config):
         "float16 uses loss scaling.",
     )
     float8: bool = setting(False, "Matmuls of the blocks in float8, through torchao, on GPUs that support it.")
+    residual_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "Dtype of the residual stream under `dtype: bfloat16`; bfloat16 takes half the memory, and rounds each layer's sum.",
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none",
         "What the backward pass recomputes: nothing, everything but matmuls and attention, whole blocks.",
