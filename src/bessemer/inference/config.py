@@ -10,6 +10,9 @@ from pydantic import model_validator
 from bessemer.core.config import Config, setting
 from bessemer.inference.sampling.params import WatermarkConfig
 
+#: Most that a setting of memory may say: a pebibyte.
+_MOST_GIB = 1 << 20
+
 
 class SpeculationConfig(Config):
     """Speculative decoding: draft tokens are proposed and verified in one step. The output distribution stays the same."""
@@ -91,6 +94,7 @@ class EngineConfig(Config):
         "GPU what gpu_memory_utilization leaves",
         unit="GiB",
         gt=0,
+        le=_MOST_GIB,
     )
     gpu_memory_utilization: float | None = setting(
         None,
@@ -104,6 +108,7 @@ class EngineConfig(Config):
         "share of kv_memory for snapshots of linear attention's states, for prompts that share a prefix; none: up to half",
         unit="GiB",
         ge=0,
+        le=_MOST_GIB,
     )
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = setting(
         "auto",
@@ -130,6 +135,7 @@ class EngineConfig(Config):
         "most that a model's prefixes take of the disk; those used longest ago go first",
         unit="GiB",
         gt=0,
+        le=_MOST_GIB,
     )
     batch_invariant: bool = setting(False, "a request's tokens never depend on what else is running, to the last bit")
     cpu_kernels: Literal["auto", "on", "off"] = setting(
