@@ -116,6 +116,7 @@ def test_on_a_gpu_the_first_library_that_is_installed_and_can_reads_pages(monkey
     assert way(monkeypatch, ("flash", "flashinfer"), dtype=torch.float32) == ("flex", 16)
     latent = BASE.with_changes(**ARCHITECTURES["latent"])
     assert way(monkeypatch, ("flash", "flashinfer"), model=latent)[0] == "flex"
+    assert way(monkeypatch, model=BASE) == ("gather", 16)  # heads of 12 channels
     assert way(monkeypatch, ("flash",), paged_attention="gather") == ("gather", 16)
     assert way(monkeypatch, ("flash",), device=torch.device("cpu")) == ("gather", 16)
 

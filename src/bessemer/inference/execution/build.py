@@ -223,6 +223,8 @@ class PageLayout(NamedTuple):
     spare: bool
 
 
+#: Channels of a head below which FlexAttention has no kernel on a GPU.
+_NARROWEST_HEAD = 16
 #: How pages are read.
 PagedWay = Literal["gather", "flash", "flashinfer", "flex"]
 _LIBRARIES: tuple[PageLibrary, ...] = ("flash", "flashinfer")
@@ -301,6 +303,9 @@ def must_gather(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, d
         return f"on a GPU FlexAttention reads KV blocks of 16, 32, 64, … tokens, not of {engine.block_size}"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "on a GPU FlexAttention needs the package triton"
+    shape = page_shape(config)
+    if device.type == "cuda" and min(shape.key_width, shape.value_width) < _NARROWEST_HEAD:
+        return f"on a GPU FlexAttention has kernels for heads of {_NARROWEST_HEAD} channels and more"
     if device.type == "cpu" and config.attention_sinks:
         return "on a processor FlexAttention keeps no sums, which attention sinks need"
     if device.type == "cpu" and engine.cpu_kernels == "on":

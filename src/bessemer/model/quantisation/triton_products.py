@@ -3,7 +3,7 @@
 A tile of the weight is (rows, parts, values of a part): the numbers that scale a part are read and decoded once for it, and
 meet its codes by broadcasting. Few rows of activations meet each tile as it is decoded, so that a step of decoding reads the
 codes and nothing else. For many rows one matrix at a time is decoded into the activations' type, and the vendor's product
-computes the rest. Sums are float32; nothing is multiplied in float32 or float64.
+computes the rest. Products are in the activations' type, sums in float32.
 
 Layouts of blocks are those of `blocks.py`. `TRITON_INTERPRET=1`, set before this is imported, runs the kernels on a processor.
 """
@@ -208,7 +208,8 @@ def _product_kernel(hidden, out, bias, codes, scales, zeros, table, experts, fir
         parts = tl.minimum(parts, inputs // PART - 1)
         weight = _decoded(codes, scales, zeros, table, rows, parts, row_bytes, groups, group, KIND, VALUES, BYTES, PART)
         weight = tl.reshape(weight, (TILE_N, TILE_K)).to(hidden.dtype.element_ty)
-        sums += tl.dot(read, tl.trans(weight))
+        # of a model in float32, whose user wants that; 16 bits are multiplied on tensor cores whatever this says
+        sums += tl.dot(read, tl.trans(weight), input_precision="ieee")
     kept = (m < end)[:, None] & (n < outputs)[None, :]
     if HAS_BIAS:
         sums += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
