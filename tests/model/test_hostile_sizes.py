@@ -61,7 +61,7 @@ def test_a_size_that_no_model_has_is_one_line(name, value, changed):
 def test_a_context_of_two_to_the_63_takes_no_memory(changed):
     engine = changed("max_position_embeddings", 2**63)
     assert engine.longest < 2**40
-    assert len(engine.generate("a", SamplingParams(max_tokens=2, ignore_eos=True))[0].tokens) == 2
+    assert len(engine.generate("a", SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
 
 
 @pytest.mark.parametrize("name", ["kv_memory", "state_memory", "prefix_store_size"])
