@@ -10,6 +10,7 @@ Layouts of blocks are those of `blocks.py`. `TRITON_INTERPRET=1`, set before thi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -294,14 +295,20 @@ def product(weight: GpuWeight, bias_N: Tensor | None, hidden: Tensor) -> Tensor:
     return out_MN.view(*hidden.shape[:-1], weight.outputs)
 
 
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """While entered, kernels are launched on a tensor's card, and not on the first."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
 def decoded(weight: GpuWeight, dtype: torch.dtype) -> Tensor:
     """The matrix (N, K) in a type."""
     out_NK = torch.empty(weight.outputs, weight.inputs, dtype=dtype, device=weight.codes.device)
     grid = (triton.cdiv(weight.outputs, _TILE_N), triton.cdiv(weight.inputs, _TILE_K))
-    _decode_kernel[grid](
-        out_NK, weight.codes, weight.scales, weight.zeros, weight.table, weight.outputs, weight.inputs, *weight.arguments,
-        TILE_N=_TILE_N, TILE_K=_TILE_K,
-    )  # fmt: skip
+    with on_device_of(out_NK):
+        _decode_kernel[grid](
+            out_NK, weight.codes, weight.scales, weight.zeros, weight.table, weight.outputs, weight.inputs, *weight.arguments,
+            TILE_N=_TILE_N, TILE_K=_TILE_K,
+        )  # fmt: skip
     return out_NK
 
 
@@ -336,11 +343,12 @@ def _launch(
     weight: GpuWeight, hidden_MK: Tensor, out_MN: Tensor, bias_N: Tensor | None, row_tiles: int, tiles: VisitTiles | None
 ) -> None:
     grouping = tiles or VisitTiles(*[weight.codes] * 3)
-    _product_kernel[(row_tiles, triton.cdiv(weight.outputs, _TILE_N))](
-        hidden_MK, out_MN, out_MN if bias_N is None else bias_N, weight.codes, weight.scales, weight.zeros, weight.table,
-        *grouping, len(hidden_MK), weight.outputs, weight.inputs, *weight.arguments, GROUPED=tiles is not None,
-        HAS_BIAS=bias_N is not None, TILE_M=_TILE_M, TILE_N=_TILE_N, TILE_K=_TILE_K,
-    )  # fmt: skip
+    with on_device_of(out_MN):
+        _product_kernel[(row_tiles, triton.cdiv(weight.outputs, _TILE_N))](
+            hidden_MK, out_MN, out_MN if bias_N is None else bias_N, weight.codes, weight.scales, weight.zeros, weight.table,
+            *grouping, len(hidden_MK), weight.outputs, weight.inputs, *weight.arguments, GROUPED=tiles is not None,
+            HAS_BIAS=bias_N is not None, TILE_M=_TILE_M, TILE_N=_TILE_N, TILE_K=_TILE_K,
+        )  # fmt: skip
 
 
 def stack_product(weight: GpuWeight, visits_VK: Tensor, sizes_E: Tensor) -> Tensor:

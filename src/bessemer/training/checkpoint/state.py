@@ -163,6 +163,9 @@ class HostCopies:
         return self._kept_copy(values, name) if isinstance(values, Tensor) else values
 
     def _kept_copy(self, tensor: Tensor, name: str) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            # states in codes, as of torchao
+            return tensor.detach().cpu() if tensor.device.type != "cpu" else tensor.detach().clone()
         kept, tensor, is_cuda = self._kept.get(name), tensor.detach(), tensor.device.type == "cuda"
         if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda)

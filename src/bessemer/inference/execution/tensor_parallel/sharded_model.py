@@ -303,8 +303,7 @@ class ShardedModel:
                 # all leave at once
                 held.callback(workers.close_commands)
                 mesh = mesh_of(config.parallel, own)
-                model = shard_model(model, mesh, own).to(served_dtype(config.dtype, model.dtype, own))
-                return cls(model, mesh, workers, held.pop_all())
+                return cls(shard_model(model, mesh, own, config), mesh, workers, held.pop_all())
 
     def close(self) -> None:
         """End the worker processes, and leave their process group."""
@@ -357,8 +356,8 @@ def mesh_of(config: ParallelInferenceConfig, device: torch.device) -> Mesh:
     return Mesh.here(_axes(config), device.type)
 
 
-def shard_model(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
-    """Keep of a model, in place, the shard that this rank computes, and move it to its device.
+def shard_model(model: Decoder, mesh: Mesh, device: torch.device, config: EngineConfig | None = None) -> Decoder:
+    """Keep of a model, in place, the shard that this rank computes, and move it to its device, in the dtype of the settings.
 
     Of a folder that is mapped into memory, little else has been read.
     """
@@ -373,7 +372,8 @@ def shard_model(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
                 module._parameters[name] = torch.nn.Parameter(parameter.detach().to(device), requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
-    return model
+    dtype = model.dtype if config is None else served_dtype(config.dtype, model.dtype, device)
+    return model if dtype == model.dtype else model.to(dtype)
 
 
 def _axes(config: ParallelInferenceConfig) -> ParallelConfig:

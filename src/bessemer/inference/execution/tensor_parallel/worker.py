@@ -32,7 +32,6 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
     from bessemer.inference.config import EngineConfig
     from bessemer.inference.execution.runner import run_worker
     from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, one_line, shard_model
-    from bessemer.model.device import served_dtype
     from bessemer.model.storage.folder import load_model
 
     def report(message: str) -> None:
@@ -49,7 +48,7 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
         report("ready")
         with joined(device, config.parallel.timeout, seat):
             mesh = mesh_of(config.parallel, device)
-            shard_model(model, mesh, device).to(served_dtype(config.dtype, model.dtype, device))
+            shard_model(model, mesh, device, config)
             runner, draft = worker_runners(model, config, mesh)
             run_worker(runner, coming, draft)
     except Exception as error:
