@@ -179,6 +179,14 @@ def test_on_a_card_a_copy_in_the_dtype_of_the_products_samples_with_the_weights_
     assert max(line["log_ratio_max"] for line in lines) < 0.1
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_on_a_card_an_adapter_is_passed_beside_the_copy_that_samples(model_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "_COPYING_DEVICES", ("cpu",))
+    run(model_folder, data, tmp_path, steps=2, dtype="bfloat16", learning_rate=2e-2, adapter={"rank": 2})
+    # the second rollout is by the adapter of the first step
+    assert max(line["log_ratio_max"] for line in read_metrics(tmp_path / "metrics.jsonl")) < 0.1
+
+
 def test_on_a_card_bfloat16_and_a_cache_that_sleeps_are_what_is_not_given(monkeypatch):
     monkeypatch.setattr(rl_stage, "is_fast", lambda dtype, device: True)
     given = RLConfig.parse({"data": ["x.jsonl"], "rewards": ["r.py:f"]}, "rl")
