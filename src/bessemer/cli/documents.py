@@ -218,6 +218,9 @@ def questions(
         float, typer.Option(help="--cited: share of the questions whose passage is not among the sources.", min=0, max=1)
     ] = 0.25,
     longest: Annotated[int, typer.Option(help="--cited: most characters of a source; short ones save time.", min=100)] = 1000,
+    most_sources: Annotated[
+        int, typer.Option(help="--cited: most sources of a conversation; 1 for answers by ask --sources each.", min=1, max=8)
+    ] = 4,
     negatives: Annotated[
         int | None,
         typer.Option(
@@ -238,7 +241,7 @@ def questions(
         raise ConfigError("--cited, --negatives: the one makes conversations, the other rows for an embedder; give one")
     opened = open_index(place)
     if cited:
-        rows = list(cited_conversations(opened, count, unanswered=unanswered, longest=longest, seed=seed))
+        rows = list(cited_conversations(opened, count, unanswered=unanswered, longest=longest, most_sources=most_sources, seed=seed))
     elif negatives is not None:
         rows = list(contrastive_rows(opened, count, negatives, seed))
     else:

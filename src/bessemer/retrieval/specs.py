@@ -140,6 +140,7 @@ def _cited(context: StageContext) -> dict[str, Any]:
             config.count,
             unanswered=config.unanswered,
             longest=config.longest,
+            most_sources=config.most_sources,
             seed=context.seed,
         )
     )
