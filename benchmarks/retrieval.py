@@ -6,11 +6,11 @@
 The documentation of the interpreter's standard library is indexed as `bessemer index python_docs` does, and each question of
 `retrieval_questions.json` is searched for by words, by meaning, by both, and, with `--rerank`, by both and then a reranker;
 with `--expand`, which may be repeated, by both and by headings that a language model writes, and then reranked by the same
-model. A question is found where a passage of one of its objects is among the first k (recall@k); MRR is the mean of 1 / rank of
-the first such passage within ten; nDCG@10 counts every passage of these objects as right. Questions that no text there answers (`near_misses`) are to be
-refused: the limit of what speaks for an answer (`answer.evidence`: the best passage's cosine, with written headings also their
-similarity) is fitted on the calibration part and used on the test part. Ways of searching are chosen on
-`retrieval_development.json`, whose objects are others.
+model. A question is found where a passage of one of its objects is among the first k (recall@k); MRR is the mean of 1 / rank
+of the first such passage within ten; nDCG@10 counts every passage of these objects as right. Questions that no text there
+answers (`near_misses`) are to be refused: the limit of what speaks for an answer (`answer.evidence`: the best passage's
+cosine, with written headings also their similarity) is fitted on the calibration part and used on the test part. Ways of
+searching are chosen on `retrieval_development.json`, whose objects are others.
 
 Times are of the processor, all threads together; that of headings is measured on the first questions. Result: `retrieval.json`.
 """
