@@ -28,6 +28,8 @@ _SENTENCE_CHARACTERS = 2_000
 _ENDS = ".!?:;,"
 #: Characters of the shortest text that is a quote.
 _SHORTEST_QUOTE = 8
+#: Blanks of a sentence that says something: four words.
+_FEWEST_BLANKS = 3
 _QUOTED = re.compile(rf"“([^“”]{{{_SHORTEST_QUOTE},}})”|\"([^\"]{{{_SHORTEST_QUOTE},}})\"")
 _WORD = re.compile(r"\w+")
 
@@ -169,11 +171,24 @@ def quotable(sources: Sequence[Hit]) -> list[str]:
     stand between quotation marks gives its name, unquoted."""
     answers = []
     for number, hit in enumerate(sources, start=1):
-        text = hit.passage.text
-        found = [text[span.start : span.end].strip().rstrip(_ENDS) for span in sentences(text)]
-        quoted = [one for one in found if len(one) >= _SHORTEST_QUOTE and not set("“”[]") & set(one)]
+        found = [" ".join(one.split()).rstrip(_ENDS) for one in _unwrapped(hit.passage.text)]
+        fitting = [one for one in found if len(one) >= _SHORTEST_QUOTE and not set("“”[]") & set(one)]
+        # a name or a label alone says little
+        quoted = [one for one in fitting if one.count(" ") >= _FEWEST_BLANKS] or fitting
         answers += [f"“{one}” [{number}]." for one in quoted] or [f"See {without_citations(hit.passage.title)} [{number}]."]
     return list(dict.fromkeys(answers))
+
+
+def _unwrapped(text: str) -> Iterator[str]:
+    """The sentences of a text, also over lines that were wrapped."""
+    begun = ""
+    for span in sentences(text):
+        begun += text[span.start : span.end]
+        if begun.endswith("\n\n") or not begun.endswith("\n") or begun.rstrip().endswith(tuple(".!?:")):
+            yield begun
+            begun = ""
+    if begun:
+        yield begun
 
 
 def content_words(text: str) -> list[str]:
@@ -182,13 +197,14 @@ def content_words(text: str) -> list[str]:
 
 
 def quotes_in(text: str, sources: Sequence[Hit]) -> Iterator[Quote]:
-    """The quotes in an answer that a source holds word for word."""
+    """The quotes in an answer that a source holds word for word, as it has them: with its line breaks."""
     for match in _QUOTED.finditer(text):
-        quoted = match[1] or match[2]
+        if not (words := (match[1] or match[2]).split()):
+            continue
+        form = re.compile(r"\s+".join(map(re.escape, words)))
         for number, hit in enumerate(sources, start=1):
-            place = hit.passage.text.find(quoted)
-            if place >= 0:
-                yield Quote(quoted, number, *_bytes_of(hit.passage, Span(place, place + len(quoted))))
+            if found := form.search(hit.passage.text):
+                yield Quote(found[0], number, *_bytes_of(hit.passage, Span(*found.span())))
                 break
 
 
