@@ -2,6 +2,8 @@
 import { json, make, percent, promptly, visible } from "./page.js";
 
 const SVG = "http://www.w3.org/2000/svg";
+/** Width and height of a picture in the units of its heat map. */
+const UNITS = 1000;
 function shape(name, attributes, data = {}) {
   const node = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
@@ -61,8 +63,8 @@ export async function drawLooked(box, asked, images, view, isOver) {
 function drawPicture(one, place, image, found, view, again, reading, show) {
   const isCut = one.tiles.length > 1, shown = one.tiles.filter((tile) => !isCut || (tile.row === null) === Boolean(view.whole));
   const cells = cellsOf(shown), most = Math.max(...cells.map((cell) => cell.weight), 1e-9);
-  const svg = shape("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" });
-  for (const cell of cells) svg.append(shape("rect", { x: cell.x, y: cell.y, width: cell.width, height: cell.height, "fill-opacity": (0.85 * cell.weight / most).toFixed(4) }, { token: String(cell.token), weight: String(cell.weight) }));
+  const svg = shape("svg", { viewBox: `0 0 ${UNITS} ${UNITS}`, preserveAspectRatio: "none", "aria-hidden": "true" });
+  for (const cell of cells) svg.append(shape("rect", { x: UNITS * cell.x, y: UNITS * cell.y, width: UNITS * cell.width, height: UNITS * cell.height, "fill-opacity": (0.85 * cell.weight / most).toFixed(4) }, { token: String(cell.token), weight: String(cell.weight) }));
   const columns = Math.max(...cells.map((cell) => cell.column)) + 1, rows = cells.length / columns;
   const inOrder = [...cells].sort((first, second) => first.row - second.row || first.column - second.column);
   const words = (cell) => `${cell.tile.row === null ? "" : `tile ${cell.tile.row + 1}, ${cell.tile.column + 1}: `}row ${cell.row + 1}, column ${cell.column + 1} of ${rows} × ${columns}: ${percent(cell.weight)} of the attention; token ${cell.token} of the prompt`;

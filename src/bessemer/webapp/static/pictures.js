@@ -37,7 +37,7 @@ export function add(files, model, changed) {
   if (files.length + count() > MOST) { tell(`at most ${MOST} pictures are of one question`); return; }
   for (const file of files) {
     reading += 1;
-    working = working.then(() => prepared(file, model)).then((one) => { waiting.push(one); say(`${file.name || "the picture"} is added`); }, (error) => tell(error.message))
+    working = working.then(() => prepared(file, model)).then((one) => { waiting.push(one); say(`${file.name || "the picture"} is added`); }, (error) => tell(`${file.name ? `${file.name}: ` : ""}${error.message}`))
       .then(() => { reading -= 1; draw(changed); changed(); });
   }
   draw(changed);
@@ -97,7 +97,7 @@ const dataUri = (blob) => new Promise((resolve, reject) => {
 /** A file as it is sent: drawn anew, so that nothing but its pixels is left, upright and without what cameras write beside them. What
  *  this browser cannot draw whole is shown to the server, which says in a line what is wrong with it. */
 async function prepared(file, model) {
-  if (file.size > MOST_FILE) throw new Error(`${file.name} has ${Math.round(file.size / (1 << 20))} MiB; at most ${MOST_FILE >> 20} MiB are read`);
+  if (file.size > MOST_FILE) throw new Error(`it has ${Math.round(file.size / (1 << 20))} MiB; at most ${MOST_FILE >> 20} MiB are read`);
   const alt = (file.name ?? "").replace(/\.\w+$/, ""), uri = await dataUri(file), image = new Image();
   image.src = uri;
   const isDrawn = await isWhole(file) && await new Promise((resolve) => { image.onload = () => resolve(image.naturalWidth > 0); image.onerror = () => resolve(false); if (image.complete) resolve(image.naturalWidth > 0); })

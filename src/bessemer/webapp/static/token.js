@@ -272,7 +272,7 @@ async function drawAttention(found) {
     const most = Math.max(...units.map((one) => one.weight), 1e-9);
     parts.push(make("p", { class: "looked-at" }, ...units.map(({ place, weight, isPatch, count }) => {
       const span = isPatch ? make("button", { type: "button", class: "patches", title: `${percent(weight)}: show where they are`, onclick: () => open.showPatch?.(place) }, `${count} patch${count === 1 ? "" : "es"}`) : make("span", { title: percent(weight) }, pieces[place] || "∅");
-      span.style.backgroundColor = `color-mix(in oklab, var(--heat) ${Math.round((75 * weight) / most)}%, transparent)`;
+      span.style.backgroundColor = `color-mix(in oklab, var(--heat) ${Math.round((COLOUR * weight) / most)}%, transparent)`;
       return span;
     })));
   }
