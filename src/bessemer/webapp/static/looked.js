@@ -44,7 +44,7 @@ export async function drawLooked(box, asked, images, view, isOver) {
     loadLens(position);
   }
   box.replaceChildren(make("h3", {}, "What it looked at"),
-    make("p", { class: "soft" }, `${percent(all)} of the attention is on ${named}, the rest on words. The strongest colour is the patch with the most. Choose a patch: what is there, and what would come behind it.`),
+    make("p", { class: "soft" }, `${percent(all)} of the attention is on ${named}, the rest on words. The patch with the most has the whole colour; choose one.`),
     make("div", { class: "row" }, choice("layer", "mean of all layers", found.layers, false), choice("head", "mean of all heads", found.heads, view.layer === null)),
     make("p", { class: "row strongest-heads soft" }, `Looking at ${named} most:`, ...strongest), ...figures, reading, lens);
   delete box.dataset.token;
@@ -64,7 +64,7 @@ function drawPicture(one, place, image, found, view, again, reading, show) {
   const isCut = one.tiles.length > 1, shown = one.tiles.filter((tile) => !isCut || (tile.row === null) === Boolean(view.whole));
   const cells = cellsOf(shown), most = Math.max(...cells.map((cell) => cell.weight), 1e-9);
   const svg = shape("svg", { viewBox: `0 0 ${UNITS} ${UNITS}`, preserveAspectRatio: "none", "aria-hidden": "true" });
-  for (const cell of cells) svg.append(shape("rect", { x: UNITS * cell.x, y: UNITS * cell.y, width: UNITS * cell.width, height: UNITS * cell.height, "fill-opacity": (0.85 * cell.weight / most).toFixed(4) }, { token: String(cell.token), weight: String(cell.weight) }));
+  for (const cell of cells) svg.append(shape("rect", { x: UNITS * cell.x, y: UNITS * cell.y, width: UNITS * cell.width, height: UNITS * cell.height, "fill-opacity": (0.75 * cell.weight / most).toFixed(4) }, { token: String(cell.token), weight: String(cell.weight) }));
   const columns = Math.max(...cells.map((cell) => cell.column)) + 1, rows = cells.length / columns;
   const inOrder = [...cells].sort((first, second) => first.row - second.row || first.column - second.column);
   const words = (cell) => `${cell.tile.row === null ? "" : `tile ${cell.tile.row + 1}, ${cell.tile.column + 1}: `}row ${cell.row + 1}, column ${cell.column + 1} of ${rows} × ${columns}: ${percent(cell.weight)} of the attention; token ${cell.token} of the prompt`;
