@@ -300,3 +300,9 @@ def test_the_list_of_models_says_which_reads_pictures_and_how_large(url, start):
     seeing = httpx.get(url + "/v1/models").json()["data"][0]
     assert seeing["input_modalities"] == ["text", "image"] and seeing["image_size"] == {"longest_edge": 64}
     assert httpx.get(start() + "/v1/models").json()["data"][0]["input_modalities"] == ["text"]
+
+
+def test_texts_are_looked_into_by_the_part_of_a_seeing_model_that_reads_them(url):
+    assert httpx.post(url + "/inspect/xray", json={"text": "the end", "ablate": False}, timeout=60).status_code == 200
+    told = httpx.post(url + "/inspect/change", json={"model": "tiny", "before": [9, 4, 30], "layers": [0]}, timeout=60)
+    assert "error" not in told.text and '"changed"' in told.text
