@@ -111,7 +111,7 @@ def install(monkeypatch, folder, sources, libraries):
     """A distribution in a folder, as pip installs it."""
     package = folder / "site" / prebuilt.MODULE
     package.mkdir(parents=True)
-    shutil.copy(ROOT / "kernels" / prebuilt.MODULE / "__init__.py", package)
+    shutil.copy(ROOT / "kernels" / "src" / prebuilt.MODULE / "__init__.py", package)
     names = {name: Path(path).name for name, path in libraries.items()}
     for path in libraries.values():
         if Path(path).is_file():

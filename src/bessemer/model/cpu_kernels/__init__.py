@@ -271,7 +271,7 @@ def _check_platform() -> None:
     """Raise KernelsError where the sources are not compiled."""
     if platform.machine().lower() not in _MACHINES or sys.platform == "win32":
         raise KernelsError(
-            f"the kernels are compiled on 64-bit x86 and ARM with Linux or macOS, not on {platform.machine()} {platform.system()}"
+            f"kernels are compiled on 64-bit x86 and ARM with Linux or macOS, not on {platform.machine()} {platform.system()}"
         )
 
 
