@@ -28,7 +28,7 @@ FOLDER = Path(builds.__file__).parent
 V2, V3, V4, VNNI = prebuilt._V2, prebuilt._V3, prebuilt._V4, prebuilt._V4 | {"avx512_vnni"}
 
 
-def distribution(sources=None, tiers=("avx512", "avx2", "portable", "neon-i8mm", "neon-dotprod")):
+def distribution(sources=None, tiers=tuple(tier.name for tier in prebuilt.TIERS)):
     libraries = dict.fromkeys(tiers, FOLDER / "parts.h")
     return prebuilt.Prebuilt("1.2", sources or prebuilt.sources_hash(FOLDER), libraries)
 
@@ -39,12 +39,13 @@ def distribution(sources=None, tiers=("avx512", "avx2", "portable", "neon-i8mm",
         ("x86_64", VNNI | {"amx_int8"}, "native", "avx512"),
         ("x86_64", V4, "native", "avx2"),
         ("x86_64", V3, "native", "avx2"),
+        ("x86_64", V3 | {"avx_vnni"}, "native", "avx_vnni"),
         ("x86_64", V3 - {"fma3"}, "native", "portable"),
         ("x86_64", VNNI, "avx2", "avx2"),
         ("x86_64", VNNI, "portable", "portable"),
-        ("aarch64", {"neon", "dot", "i8mm", "sve"}, "native", "neon-i8mm"),
-        ("aarch64", {"neon", "dot"}, "native", "neon-dotprod"),
-        ("aarch64", {"neon"}, "native", "portable"),
+        ("aarch64", {"neon", "dot", "i8mm", "sve"}, "native", "neon_i8mm"),
+        ("aarch64", {"neon", "dot"}, "native", "neon_dotprod"),
+        ("aarch64", {"neon"}, "native", "neon"),
         ("aarch64", {"neon", "dot"}, "portable", "portable"),
     ],
 )

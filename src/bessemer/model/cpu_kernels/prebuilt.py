@@ -28,7 +28,7 @@ class Tier:
     """Processors that one library is for.
 
     machine: their kind, as `machine()` names it. flags: the compiler's. needs: the instructions that the flags admit, as
-    `torch.cpu.get_capabilities` names them. below: what the value of BESSEMER_ARITHMETIC may be for the library to be chosen.
+    `torch.cpu.get_capabilities` names them. arithmetics: the values of BESSEMER_ARITHMETIC for which the library may be chosen.
     """
 
     name: str
@@ -46,13 +46,13 @@ _V4 = _V3 | {"avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"}
 #: compiler's to use.
 TIERS = (
     Tier("avx512", "x86_64", ("-march=x86-64-v4", "-mavx512vnni"), _V4 | {"avx512_vnni"}),
+    Tier("avx_vnni", "x86_64", ("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}),
     Tier("avx2", "x86_64", ("-march=x86-64-v3",), _V3, frozenset({"native", "avx2"})),
     Tier("portable", "x86_64", ("-march=x86-64-v2", "-DBESSEMER_PORTABLE"), _V2, frozenset({"native", "portable"})),
-    Tier("neon-i8mm", "aarch64", ("-march=armv8.2-a+dotprod+i8mm",), frozenset({"neon", "dot", "i8mm"})),
-    Tier("neon-dotprod", "aarch64", ("-march=armv8.2-a+dotprod",), frozenset({"neon", "dot"})),
-    Tier(
-        "portable", "aarch64", ("-march=armv8-a", "-DBESSEMER_PORTABLE"), frozenset({"neon"}), frozenset({"native", "portable"})
-    ),
+    Tier("neon_i8mm", "aarch64", ("-march=armv8.2-a+dotprod+i8mm",), frozenset({"neon", "dot", "i8mm"})),
+    Tier("neon_dotprod", "aarch64", ("-march=armv8.2-a+dotprod",), frozenset({"neon", "dot"})),
+    Tier("neon", "aarch64", ("-march=armv8-a",), frozenset({"neon"}), frozenset({"native", "neon"})),
+    Tier("portable", "aarch64", ("-march=armv8-a", "-DBESSEMER_PORTABLE"), frozenset(), frozenset({"portable"})),
 )
 
 
