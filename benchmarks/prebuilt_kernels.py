@@ -5,7 +5,7 @@
     python benchmarks/prebuilt_kernels.py WHEEL --work FOLDER --disturbed      # whatever else runs, without a result
 
 The wheel is unpacked into a folder, and its libraries are chosen as `serve` chooses them. SmolLM2-135M in Q8_0 and Q4_K_M, two
-engines of each file, one with either library: each round both write 32 tokens after the same prompt, and read 512. Both times of
+engines of each file, one a library. Each round both write 32 tokens after the same prompt, and read 512. The times of
 a round are neighbours, so ratios are of pairs. FOLDER keeps the files that llama.cpp's quantiser writes (`inference.py`).
 """
 

@@ -27,7 +27,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from bessemer import __version__
 from bessemer.core.environment import can_write_below, own_temporary_folder
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import PlainLines, Progress
@@ -209,7 +208,7 @@ def _outcome() -> _Outcome:
 
 
 def _remedy() -> str:
-    command = prebuilt.advice(__version__)
+    command = prebuilt.advice()
     return "" if command is None else f"; {prebuilt.DISTRIBUTION} needs no compiler: {command}"
 
 

@@ -158,11 +158,16 @@ def features() -> set[str]:
     return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
 
 
-def advice(version: str) -> str | None:
+def advice() -> str | None:
     """The command that installs the distribution for this version of the package; None where there is none for this machine.
 
     From a folder of a release's wheels, never from the package index, where the name is not ours.
     """
     if not tiers(machine()):
         return None
-    return f"pip install --no-index --find-links FOLDER {DISTRIBUTION}=={version}, FOLDER with the release's wheels"
+    try:
+        wanted = f"{DISTRIBUTION}=={importlib.metadata.version('bessemer')}"
+    except importlib.metadata.PackageNotFoundError:
+        # a checkout that is not installed
+        wanted = DISTRIBUTION
+    return f"pip install --no-index --find-links FOLDER {wanted}, FOLDER with the release's wheels"
