@@ -103,6 +103,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, prebuilt.MODULE, raising=False)
     builds._outcome.cache_clear()
     yield
+    sys.modules.pop(prebuilt.MODULE, None)
     builds._outcome.cache_clear()
     if before is not None:
         builds.compute_by(before)
