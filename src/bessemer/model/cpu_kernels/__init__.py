@@ -125,10 +125,7 @@ def compute_by(kernels: ctypes.CDLL) -> None:
 
 
 _FOLDER = Path(__file__).parent
-#: GCC's tuning for one processor makes products by K types slower on Zen 4, and none faster by as much
-#: (docs/negative-results.md).
-_TUNING = ("-mtune=generic",) if prebuilt.machine() == "x86_64" else ()
-_OPTIONS = (*prebuilt.OPTIONS, "-march=native", *_TUNING, "-pthread")
+_OPTIONS = (*prebuilt.OPTIONS, "-march=native", "-pthread")
 #: Further compiler flags of each arithmetic: instructions that a processor has besides are not used.
 _ARITHMETICS = {
     "native": (),
