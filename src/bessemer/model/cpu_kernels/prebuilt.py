@@ -42,8 +42,8 @@ _V2 = frozenset({"sse3", "ssse3", "sse4_1", "sse4_2", "popcnt"})
 _V3 = _V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma3", "lzcnt"}
 _V4 = _V3 | {"avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"}
 
-#: The best first. On ARM the sources choose by the instructions that the flags admit. -mtune=znver4 admits no other instruction:
-#: by GCC's generic tuning a token by K types takes a tenth longer on Zen 4 (docs/negative-results.md).
+#: The best first. On ARM the sources choose by the instructions that the flags admit. -mtune=znver4 admits no others: by GCC's
+#: generic tuning a token by K types takes a tenth longer on Zen 4 (docs/negative-results.md).
 TIERS = (
     Tier("avx512", "x86_64", ("-march=x86-64-v4", "-mavx512vnni", "-mtune=znver4"), _V4 | {"avx512_vnni"}),
     Tier("avx_vnni", "x86_64", ("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}),
