@@ -361,6 +361,8 @@ def serve(
     with loading, setup.open_engine() as opened:
         print(opened.describe())
         print(opened.arithmetic)
+        if opened.kernels_origin is not None:
+            print(opened.kernels_origin)
         if policy is not None:
             print(f"policy {guard.policy.name}, {guard.policy.hash[:8]}: {', '.join(name for name, _ in guard.rails)}")
         for its_name, place in config.indexes.items():
