@@ -9,7 +9,15 @@
 namespace bessemer {
 
 constexpr int64_t SEGMENT = 256;  // keys with a softmax of their own
-constexpr int64_t CHUNK = 64;     // channels whose sums stay in registers, of 4 lines
+// What stays in registers: sums over so many channels of some lines, and sums of products with so many keys, of a tile and of a line or more
+// that reads the pages themselves.
+#ifdef BESSEMER_NEON
+constexpr int64_t chunk(int lines) { return lines == 1 ? 64 : lines == 2 ? 32 : 16; }
+constexpr int KEYS_OF_TILE = 4, KEYS_OF_PAGES = 2, LINES_OF_PAGES = 2;
+#else
+constexpr int64_t chunk(int) { return 64; }
+constexpr int KEYS_OF_TILE = 16, KEYS_OF_PAGES = 8, LINES_OF_PAGES = 3;
+#endif
 
 // What every segment of a tile needs. The 16 keys and values of one tile lie as [channels / 16][16 keys][16 channels], so that
 // every place in them is a constant away from the first.
@@ -120,11 +128,15 @@ inline void widen(const void* pages, int64_t offset, int64_t width, float* out) 
 inline Floats products(const float* query, const float* keys, int64_t width) {
     Floats sums[LANES];
     const Floats first = load_floats(query);
-    for (int key = 0; key < LANES; ++key) sums[key] = first * load_floats(keys + key * LANES);
-    for (int64_t channel = LANES; channel < width; channel += LANES) {
-        const Floats some = load_floats(query + channel);
-        keys += LANES * LANES;
-        for (int key = 0; key < LANES; ++key) sums[key] = fma(some, load_floats(keys + key * LANES), sums[key]);
+    UNROLLED for (int from = 0; from < LANES; from += KEYS_OF_TILE) {
+        const float* place = keys + from * LANES;
+        UNROLLED for (int key = 0; key < KEYS_OF_TILE; ++key) sums[from + key] = first * load_floats(place + key * LANES);
+        for (int64_t channel = LANES; channel < width; channel += LANES) {
+            const Floats some = load_floats(query + channel);
+            place += LANES * LANES;
+            UNROLLED for (int key = 0; key < KEYS_OF_TILE; ++key)
+                sums[from + key] = fma(some, load_floats(place + key * LANES), sums[from + key]);
+        }
     }
     return sums_of_sixteen(sums);
 }
@@ -133,24 +145,25 @@ inline Floats products(const float* query, const float* keys, int64_t width) {
 template <int lines, int size>
 inline void add_values(const float* weights, const float* values, int64_t first, int64_t last, float* weighted, int64_t width) {
     Floats sums[lines][size];
-    for (int line = 0; line < lines; ++line)
-        for (int i = 0; i < size; ++i) sums[line][i] = load_floats(weighted + line * width + i * LANES);
+    UNROLLED for (int line = 0; line < lines; ++line)
+        UNROLLED for (int i = 0; i < size; ++i) sums[line][i] = load_floats(weighted + line * width + i * LANES);
     for (int64_t key = first; key < last; ++key) {
         Floats value[size];
-        for (int i = 0; i < size; ++i) value[i] = load_floats(values + (i * LANES + key) * LANES);
-        for (int line = 0; line < lines; ++line) {
+        UNROLLED for (int i = 0; i < size; ++i) value[i] = load_floats(values + (i * LANES + key) * LANES);
+        UNROLLED for (int line = 0; line < lines; ++line) {
             const Floats weight = broadcast(weights[line * SEGMENT + key]);
-            for (int i = 0; i < size; ++i) sums[line][i] = fma(weight, value[i], sums[line][i]);
+            UNROLLED for (int i = 0; i < size; ++i) sums[line][i] = fma(weight, value[i], sums[line][i]);
         }
     }
-    for (int line = 0; line < lines; ++line)
-        for (int i = 0; i < size; ++i) store_floats(weighted + line * width + i * LANES, sums[line][i]);
+    UNROLLED for (int line = 0; line < lines; ++line)
+        UNROLLED for (int i = 0; i < size; ++i) store_floats(weighted + line * width + i * LANES, sums[line][i]);
 }
 
 template <int lines>
 inline void add_values(const Task& task, const float* weights, int64_t first, int64_t last, float* weighted) {
     const int64_t width = task.value_lanes;
     const float* values = task.values;
+    constexpr int64_t CHUNK = chunk(lines);
     for (int64_t begin = 0; begin < width; begin += CHUNK, values += CHUNK * LANES, weighted += CHUNK) {
         switch (std::min(CHUNK, width - begin) / LANES) {
             case 1: add_values<lines, 1>(weights, values, first, last, weighted, width); break;
@@ -174,21 +187,23 @@ inline void few_products(const Task& task, const int64_t* rows, int64_t line, Fl
         const T* key[8];
         for (int i = 0; i < 8; ++i) key[i] = keys + rows[8 * half + i] * task.pages.key_width / EACH;
         Floats sums[lines][8], query[lines];
-        for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes);
-        for (int i = 0; i < 8; ++i) {
-            const Floats wide = Numbers<type>::load(key[i]);
-            for (int l = 0; l < lines; ++l) sums[l][i] = query[l] * wide;
-        }
-        for (int64_t channel = LANES; channel < task.key_lanes; channel += LANES) {
-            for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes + channel);
-            for (int i = 0; i < 8; ++i) {
-                const Floats wide = Numbers<type>::load(key[i] + channel / EACH);
-                for (int l = 0; l < lines; ++l) sums[l][i] = fma(query[l], wide, sums[l][i]);
+        UNROLLED for (int from = 0; from < 8; from += KEYS_OF_PAGES) {
+            UNROLLED for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes);
+            UNROLLED for (int i = from; i < from + KEYS_OF_PAGES; ++i) {
+                const Floats wide = Numbers<type>::load(key[i]);
+                UNROLLED for (int l = 0; l < lines; ++l) sums[l][i] = query[l] * wide;
+            }
+            for (int64_t channel = LANES; channel < task.key_lanes; channel += LANES) {
+                UNROLLED for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes + channel);
+                UNROLLED for (int i = from; i < from + KEYS_OF_PAGES; ++i) {
+                    const Floats wide = Numbers<type>::load(key[i] + channel / EACH);
+                    UNROLLED for (int l = 0; l < lines; ++l) sums[l][i] = fma(query[l], wide, sums[l][i]);
+                }
             }
         }
-        for (int l = 0; l < lines; ++l) halves[l][half] = half_sums_of_eight(sums[l]);
+        UNROLLED for (int l = 0; l < lines; ++l) halves[l][half] = half_sums_of_eight(sums[l]);
     }
-    for (int l = 0; l < lines; ++l) found[l] = joined(halves[l][0], halves[l][1]);
+    UNROLLED for (int l = 0; l < lines; ++l) found[l] = joined(halves[l][0], halves[l][1]);
 }
 
 template <PageType type, int lines, int size>
@@ -199,24 +214,25 @@ inline void add_few_values(const Task& task, const int64_t* rows, const float* w
     const T* values = static_cast<const T*>(task.pages.values) + begin / EACH;
     const int64_t width = task.value_lanes;
     Floats sums[lines][size];
-    for (int l = 0; l < lines; ++l)
-        for (int i = 0; i < size; ++i) sums[l][i] = load_floats(weighted + l * width + begin + i * LANES);
+    UNROLLED for (int l = 0; l < lines; ++l)
+        UNROLLED for (int i = 0; i < size; ++i) sums[l][i] = load_floats(weighted + l * width + begin + i * LANES);
     for (int64_t key = first; key < last; ++key) {
         const T* place = values + rows[key] * task.pages.value_stride / EACH;
         Floats value[size];
-        for (int i = 0; i < size; ++i) value[i] = Numbers<type>::load(place + i * LANES / EACH);
-        for (int l = 0; l < lines; ++l) {
+        UNROLLED for (int i = 0; i < size; ++i) value[i] = Numbers<type>::load(place + i * LANES / EACH);
+        UNROLLED for (int l = 0; l < lines; ++l) {
             const Floats weight = broadcast(weights[l * SEGMENT + key]);
-            for (int i = 0; i < size; ++i) sums[l][i] = fma(weight, value[i], sums[l][i]);
+            UNROLLED for (int i = 0; i < size; ++i) sums[l][i] = fma(weight, value[i], sums[l][i]);
         }
     }
-    for (int l = 0; l < lines; ++l)
-        for (int i = 0; i < size; ++i) store_floats(weighted + l * width + begin + i * LANES, sums[l][i]);
+    UNROLLED for (int l = 0; l < lines; ++l)
+        UNROLLED for (int i = 0; i < size; ++i) store_floats(weighted + l * width + begin + i * LANES, sums[l][i]);
 }
 
 template <PageType type, int lines>
 inline void add_few_values(const Task& task, const int64_t* rows, const float* weights, int64_t first, int64_t last,
                            float* weighted) {
+    constexpr int64_t CHUNK = chunk(lines);
     for (int64_t begin = 0; begin < task.value_lanes; begin += CHUNK) {
         switch (std::min(CHUNK, task.value_lanes - begin) / LANES) {
             case 1: add_few_values<type, lines, 1>(task, rows, weights, first, last, begin, weighted); break;

@@ -1,17 +1,49 @@
-// Sixteen outputs side by side: one register of AVX-512, two of AVX2, or plain arrays, which all round every step in the same way.
+// Sixteen outputs side by side: one register of AVX-512, two of AVX2, four of NEON, or plain arrays, which all round every step in the
+// same way.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__F16C__) && \
-    !defined(BESSEMER_PORTABLE)
+    !defined(BESSEMER_PORTABLE) && !defined(BESSEMER_VNNI_OF_256)
 #define BESSEMER_VNNI 1
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(BESSEMER_PORTABLE)
 #define BESSEMER_AVX2 1
+// AVX2's registers with VNNI: AVX-VNNI's instruction, or AVX-512VL's of the same name, by which a test computes with these loops.
+#if defined(__AVXVNNI__) || defined(BESSEMER_VNNI_OF_256)
+#define BESSEMER_AVX_VNNI 1
+#endif
+#elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(BESSEMER_PORTABLE)
+#define BESSEMER_NEON 1
+#ifdef __ARM_FEATURE_DOTPROD
+#define BESSEMER_DOTPROD 1
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#define BESSEMER_I8MM 1
+#endif
+#endif
+#endif
+// Nothing adds four products of bytes in 32 bits at once: pairs of them are added in 16.
+#if (defined(BESSEMER_AVX2) && !defined(BESSEMER_AVX_VNNI)) || (defined(BESSEMER_NEON) && !defined(BESSEMER_DOTPROD))
+#define BESSEMER_PAIRS 1
 #endif
 #if defined(BESSEMER_VNNI) || defined(BESSEMER_AVX2)
 #include <immintrin.h>
+#elif defined(BESSEMER_NEON)
+#include <arm_neon.h>
+#endif
+
+// Loops over arrays of registers. GCC gives an array registers where its loops are unrolled early, which it takes for too much where a
+// lane is four registers; and passes through memory what it does not inline.
+#if defined(BESSEMER_NEON) && defined(__GNUC__) && !defined(__clang__)
+#define UNROLLED _Pragma("GCC unroll 16")
+#else
+#define UNROLLED
+#endif
+#ifdef BESSEMER_NEON
+#define INLINED inline __attribute__((always_inline))
+#else
+#define INLINED inline
 #endif
 
 namespace bessemer::registers {
@@ -73,6 +105,43 @@ inline uint16_t float_to_half(float value) {
     const uint32_t half = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
     return uint16_t(sign | (half < 0x7c00 ? half : 0x7c00));
 }
+
+#if defined(__x86_64__) && !defined(__FMA__)
+#define BESSEMER_FUSED_IN_DOUBLE 1
+
+// a[i] * b[i] + c[i], rounded once, where std::fma is a call of the library, which computes so too, one number after the other. A
+// product of two floats is a double without rounding; the sum with c is rounded to odd, so that rounding it to a float, which has fewer
+// than 51 bits, is as if the sum had been exact (Boldo and Melquiond 2008). Knuth's two-sum has what the sum left out. A row of `count`
+// numbers, a multiple of 4.
+inline void fused(const float* a, const float* b, const float* c, float* out, int count) {
+    typedef float FourFloats __attribute__((vector_size(16)));
+    typedef double Four __attribute__((vector_size(32)));
+    typedef int64_t FourBits __attribute__((vector_size(32)));
+    for (int i = 0; i < count; i += 4) {
+        FourFloats narrow[3];
+        std::memcpy(narrow, a + i, 16);
+        std::memcpy(narrow + 1, b + i, 16);
+        std::memcpy(narrow + 2, c + i, 16);
+        const Four product = __builtin_convertvector(narrow[0], Four) * __builtin_convertvector(narrow[1], Four);
+        const Four addend = __builtin_convertvector(narrow[2], Four);
+        const Four sum = product + addend, of_addend = sum - product, rest = (product - (sum - of_addend)) + (addend - of_addend);
+        // away from zero or towards it by one bit, where the sum was rounded to even; not where it is no number
+        const FourBits bits = (FourBits)sum, inexact = (rest < 0.0) | (rest > 0.0), even = (bits & 1) - 1;
+        const FourBits outwards = (rest > 0.0) ^ (sum > 0.0);  // 0 where both point the same way, else -1
+        const FourBits odd = bits + (inexact & even & (outwards | 1));
+        const FourFloats rounded = __builtin_convertvector((Four)odd, FourFloats);
+        std::memcpy(out + i, &rounded, 16);
+    }
+}
+inline float fused(float a, float b, float c) {
+    const float as[4] = {a}, bs[4] = {b}, cs[4] = {c};
+    float out[4];
+    fused(as, bs, cs, out, 4);
+    return out[0];
+}
+#else
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+#endif
 
 #ifdef BESSEMER_VNNI
 
@@ -170,6 +239,10 @@ inline int32_t round_to_bytes(const float* p, float factor, int8_t* codes) {
 
 #include "registers_avx2.h"
 
+#elif defined(BESSEMER_NEON)
+
+#include "registers_neon.h"
+
 #else
 
 struct Floats { float v[16]; };
@@ -190,7 +263,11 @@ inline void load_bfloat_pairs(const uint16_t* p, Floats& first, Floats& second) 
 inline void load_e4m3(const uint8_t* p, Floats (&four)[4]) {
     for (int j = 0; j < 4; ++j) EACH_LANE four[j].v[i] = e4m3_to_float(p[4 * i + j]);
 }
+#ifdef BESSEMER_FUSED_IN_DOUBLE
+inline Floats fma(const Floats& a, const Floats& b, const Floats& c) { Floats r; fused(a.v, b.v, c.v, r.v, 16); return r; }
+#else
 inline Floats fma(Floats a, Floats b, Floats c) { Floats r; EACH_LANE r.v[i] = std::fma(a.v[i], b.v[i], c.v[i]); return r; }
+#endif
 inline Floats add(Floats a, Floats b) { Floats r; EACH_LANE r.v[i] = a.v[i] + b.v[i]; return r; }
 inline Floats times(Floats a, Floats b) { Floats r; EACH_LANE r.v[i] = a.v[i] * b.v[i]; return r; }
 inline void store_floats(float* p, Floats a, int64_t count) { for (int i = 0; i < 16 && i < count; ++i) p[i] = a.v[i]; }
