@@ -118,15 +118,22 @@ void numbers() {
             b = draw.any();
             c = draw.any();
             if (i % 4 == 0) continue;
-            // sums near a tie between two floats, what is left of a product, and results below the normal numbers
-            const int exponent = i % 4 == 3 ? -140 : 0;
-            a = std::ldexp(float(1 << 23 | draw.below(1 << 23)), exponent / 2);
-            b = std::ldexp(float(1 << 23 | draw.below(1 << 23)), exponent - exponent / 2 - 23);
-            c = -a * b;
-            if (i % 4 == 2) continue;
-            const int power = int(draw.below(9)) - 4, place = int(draw.below(80)) - 60;
-            if (draw.below(2)) b = std::ldexp(1.0f, power);
-            c = std::ldexp(draw.number(), place);
+            const float sign = draw.below(2) ? 1.0f : -1.0f;
+            const int place = int(draw.below(80));
+            if (i % 4 == 1) {  // what is left of a product
+                a = float(1 << 23 | draw.below(1 << 23));
+                b = float(1 << 23 | draw.below(1 << 23));
+                c = -a * b;
+            } else if (i % 4 == 2) {  // a product halfway between two floats, and less than a float64 keeps of it
+                a = float(4097 + 2 * draw.below(600));
+                b = float(4097 + 2 * draw.below(600));
+                c = std::ldexp(sign, -place);
+            } else {  // a little less than halfway between two floats below the normal numbers
+                const float off = float(draw.below(64)) * 0x1p-23f;
+                a = (1.0f + off) * 0x1p-75f;
+                b = (1.0f - off) * 0x1p-75f * sign;
+                c = std::ldexp(float(draw.below(1 << 22)), -149);
+            }
         }
         store_floats(out.values, fma(load_floats(wide.values), load_floats(other.values), load_floats(third.values)));
         fused.floats(out.values, LANES);
@@ -233,12 +240,13 @@ struct Packed {
     }
 };
 
-// Rows of activations: groups of zeros and of widely different sizes among them, at last an infinity and a NaN.
+// Rows of activations: groups of zeros, of widely different sizes and of halves of a step among them, at last an infinity and a NaN.
 void fill_rows(Floats32& values, int64_t m, int64_t k) {
     fill(values, uint64_t(m));
     for (int64_t r = 0; r < m; ++r)
         for (int64_t i = 0; i < k; ++i) {
             const int64_t group = (r + i / 32) % 7;
+            if (group == 4) values[r * k + i] = i % 32 ? float(i % 32) - 15.5f : 127.0f;  // ties
             values[r * k + i] *= group == 0 ? 0.0f : group == 1 ? 1e-30f : group == 2 ? 1e4f : group == 3 && i % 32 ? 0.0f : 1.0f;
         }
     if (m < 40) return;
