@@ -197,7 +197,20 @@ inline Floats between(int64_t first, int64_t last, Floats a, Floats b) {
     EACH_LANE b.v[i] = i >= first && i < last ? a.v[i] : b.v[i];
     return b;
 }
-inline Floats scaled_by_power(Floats a, Floats n) { EACH_LANE a.v[i] = std::ldexp(a.v[i], int(n.v[i])); return a; }
+// In two steps, as with AVX2; std::ldexp is a call of the library.
+inline Floats scaled_by_power(Floats a, Floats n) {
+    auto power = [](int exponent) {
+        const uint32_t bits = uint32_t(exponent + 127) << 23;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    };
+    EACH_LANE {
+        const int whole = int(n.v[i]), first = whole >> 1;
+        a.v[i] = a.v[i] * power(first) * power(whole - first);
+    }
+    return a;
+}
 inline Floats rounded(Floats a) { EACH_LANE a.v[i] = std::nearbyint(a.v[i]); return a; }
 inline float first_of(Floats a) { return a.v[0]; }
 inline float largest_of(Floats a) {

@@ -27,7 +27,7 @@
 #if (defined(BESSEMER_AVX2) && !defined(BESSEMER_AVX_VNNI)) || (defined(BESSEMER_NEON) && !defined(BESSEMER_DOTPROD))
 #define BESSEMER_PAIRS 1
 #endif
-#if defined(BESSEMER_VNNI) || defined(BESSEMER_AVX2)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(BESSEMER_NEON)
 #include <arm_neon.h>
@@ -109,36 +109,24 @@ inline uint16_t float_to_half(float value) {
 #if defined(__x86_64__) && !defined(__FMA__)
 #define BESSEMER_FUSED_IN_DOUBLE 1
 
-// a[i] * b[i] + c[i], rounded once, where std::fma is a call of the library, which computes so too, one number after the other. A
-// product of two floats is a double without rounding; the sum with c is rounded to odd, so that rounding it to a float, which has fewer
-// than 51 bits, is as if the sum had been exact (Boldo and Melquiond 2008). Knuth's two-sum has what the sum left out. A row of `count`
-// numbers, a multiple of 4.
-inline void fused(const float* a, const float* b, const float* c, float* out, int count) {
-    typedef float FourFloats __attribute__((vector_size(16)));
-    typedef double Four __attribute__((vector_size(32)));
-    typedef int64_t FourBits __attribute__((vector_size(32)));
-    for (int i = 0; i < count; i += 4) {
-        FourFloats narrow[3];
-        std::memcpy(narrow, a + i, 16);
-        std::memcpy(narrow + 1, b + i, 16);
-        std::memcpy(narrow + 2, c + i, 16);
-        const Four product = __builtin_convertvector(narrow[0], Four) * __builtin_convertvector(narrow[1], Four);
-        const Four addend = __builtin_convertvector(narrow[2], Four);
-        const Four sum = product + addend, of_addend = sum - product, rest = (product - (sum - of_addend)) + (addend - of_addend);
-        // away from zero or towards it by one bit, where the sum was rounded to even; not where it is no number
-        const FourBits bits = (FourBits)sum, inexact = (rest < 0.0) | (rest > 0.0), even = (bits & 1) - 1;
-        const FourBits outwards = (rest > 0.0) ^ (sum > 0.0);  // 0 where both point the same way, else -1
-        const FourBits odd = bits + (inexact & even & (outwards | 1));
-        const FourFloats rounded = __builtin_convertvector((Four)odd, FourFloats);
-        std::memcpy(out + i, &rounded, 16);
-    }
+// a * b + c of four lanes, rounded once, where std::fma is a call of the library for each. A product of two floats is a float64 without
+// rounding. Its sum with c is rounded to odd: to the float64 of larger magnitude that is not above it, with the last bit set where
+// anything was left out. Rounding that to float32, which has fewer than 51 bits, is as if the sum had been exact (Boldo and Melquiond
+// 2008). What was left out is Knuth's two-sum; of an infinity it is a NaN, which changes nothing.
+inline __m128 fused(__m128 a, __m128 b, __m128 c) {
+    auto two = [](__m128 first, __m128 second, __m128 third) {
+        const __m128d product = _mm_mul_pd(_mm_cvtps_pd(first), _mm_cvtps_pd(second)), addend = _mm_cvtps_pd(third);
+        const __m128d sum = _mm_add_pd(product, addend), of_addend = _mm_sub_pd(sum, product);
+        const __m128d rest = _mm_add_pd(_mm_sub_pd(product, _mm_sub_pd(sum, of_addend)), _mm_sub_pd(addend, of_addend));
+        const __m128d size = _mm_andnot_pd(_mm_set1_pd(-0.0), rest);
+        const __m128i inexact = _mm_srli_epi64(_mm_castpd_si128(_mm_cmplt_pd(_mm_setzero_pd(), size)), 63);
+        const __m128i outside = _mm_and_si128(inexact, _mm_srli_epi64(_mm_castpd_si128(_mm_xor_pd(rest, sum)), 63));
+        const __m128i odd = _mm_or_si128(_mm_sub_epi64(_mm_castpd_si128(sum), outside), inexact);
+        return _mm_cvtpd_ps(_mm_castsi128_pd(odd));
+    };
+    return _mm_movelh_ps(two(a, b, c), two(_mm_movehl_ps(a, a), _mm_movehl_ps(b, b), _mm_movehl_ps(c, c)));
 }
-inline float fused(float a, float b, float c) {
-    const float as[4] = {a}, bs[4] = {b}, cs[4] = {c};
-    float out[4];
-    fused(as, bs, cs, out, 4);
-    return out[0];
-}
+inline float fused(float a, float b, float c) { return _mm_cvtss_f32(fused(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c))); }
 #else
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 #endif
@@ -264,7 +252,12 @@ inline void load_e4m3(const uint8_t* p, Floats (&four)[4]) {
     for (int j = 0; j < 4; ++j) EACH_LANE four[j].v[i] = e4m3_to_float(p[4 * i + j]);
 }
 #ifdef BESSEMER_FUSED_IN_DOUBLE
-inline Floats fma(const Floats& a, const Floats& b, const Floats& c) { Floats r; fused(a.v, b.v, c.v, r.v, 16); return r; }
+inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+    Floats r;
+    for (int i = 0; i < 16; i += 4)
+        _mm_storeu_ps(r.v + i, fused(_mm_loadu_ps(a.v + i), _mm_loadu_ps(b.v + i), _mm_loadu_ps(c.v + i)));
+    return r;
+}
 #else
 inline Floats fma(Floats a, Floats b, Floats c) { Floats r; EACH_LANE r.v[i] = std::fma(a.v[i], b.v[i], c.v[i]); return r; }
 #endif
