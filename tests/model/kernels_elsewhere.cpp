@@ -51,7 +51,8 @@ template <class T>
 struct Numbers {
     T* values;
     int64_t count;
-    explicit Numbers(int64_t size) : values(static_cast<T*>(::operator new(size_t(size + 64) * sizeof(T), std::align_val_t(64)))), count(size) {
+    explicit Numbers(int64_t size)
+        : values(static_cast<T*>(::operator new(size_t(size + 64) * sizeof(T), std::align_val_t(64)))), count(size) {
         std::memset(static_cast<void*>(values), 0, size_t(size + 64) * sizeof(T));
     }
     Numbers(const Numbers&) = delete;
@@ -179,6 +180,20 @@ void numbers() {
 
 // --- matrices --------------------------------------------------------------------------------------------------------------------
 
+// Of llama.cpp's types by their numbers.
+int64_t block_bytes(int type) {
+    switch (type) {
+        case 6: return 22;    // Q5_0
+        case 7: return 24;    // Q5_1
+        case 12: return 144;  // Q4_K
+        case 13: return 176;  // Q5_K
+        case 14: return 210;  // Q6_K
+        case 20: return 18;   // IQ4_NL
+        case 23: return 136;  // IQ4_XS
+        default: return 17;   // MXFP4
+    }
+}
+
 struct Packed {
     ::Numbers<uint8_t> codes, zeros, parts;
     ::Numbers<uint16_t> scales, offsets;
@@ -188,7 +203,8 @@ struct Packed {
     // type: of GGUF, as llama.cpp numbers them; -1: codes or floats of the kind itself.
     Packed(Kind kind, int64_t n, int64_t k, int32_t group, int type, bool has_zeros, bool has_offsets, bool has_parts, uint64_t seed)
         : codes(blocks(n) * WIDTH * padded(k) * 4), zeros(blocks(n) * WIDTH * padded(k)), parts(blocks(n) * WIDTH * padded(k)),
-          scales(blocks(n) * WIDTH * padded(k)), offsets(blocks(n) * WIDTH * padded(k)), bias(n), wide_scales(blocks(n) * WIDTH * padded(k)) {
+          scales(blocks(n) * WIDTH * padded(k)), offsets(blocks(n) * WIDTH * padded(k)), bias(n),
+          wide_scales(blocks(n) * WIDTH * padded(k)) {
         fill(bias, seed);
         Draw draw{seed + 1};
         for (int64_t i = 0; i < scales.count; ++i) scales[i] = small_half(draw), offsets[i] = small_half(draw);
@@ -222,7 +238,7 @@ struct Packed {
 
     void pack_blocks(int type, uint64_t seed) {
         const bool wide = matrix.group == 256;
-        const int64_t size = type == 6 ? 22 : type == 7 ? 24 : type == 12 ? 144 : type == 13 ? 176 : type == 14 ? 210 : type == 20 ? 18 : type == 23 ? 136 : 17;
+        const int64_t size = block_bytes(type);
         const int64_t count = matrix.n * matrix.k / (wide ? 256 : 32);
         ::Numbers<uint8_t> source(count * size), again(count * size);
         fill_bytes(source, seed);
@@ -485,7 +501,8 @@ void rows() {
 
 // Two layers whose matrices are of these kinds, a prompt and tokens after it.
 void step_of(const char* name, Kind kind, int type, Activation activation, PageType pages_type, int32_t codes_each) {
-    constexpr int64_t HIDDEN = 256, HEADS = 8, KV = 2, WIDTH_OF_HEAD = 32, INNER = 512, VOCABULARY = 301, LAYERS = 2, BLOCK = 16, BLOCKS = 32;
+    constexpr int64_t HIDDEN = 256, HEADS = 8, KV = 2, WIDTH_OF_HEAD = 32, INNER = 256, VOCABULARY = 101, LAYERS = 2;
+    constexpr int64_t BLOCK = 16, BLOCKS = 32;
     const bool of_parts = type == 12 || type == 14;
     uint64_t seed = 100;
     auto made = [&](int64_t n, int64_t k) {
@@ -534,7 +551,8 @@ void step_of(const char* name, Kind kind, int type, Activation activation, PageT
     Hash hash;
     for (int threads : {1, 2}) {
         Step step(model, threads);
-        const Batch prompt{70, 1, tokens.data(), positions.data(), starts, tables, widths, 2, wanted, logits.values, nullptr, nullptr, nullptr, nullptr};
+        const Batch prompt{70, 1, tokens.data(), positions.data(), starts, tables, widths,
+                           2, wanted, logits.values, nullptr, nullptr, nullptr, nullptr};
         must(step.refusal(prompt));
         step.run(prompt);
         hash.floats(logits.values, logits.count);

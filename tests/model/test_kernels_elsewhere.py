@@ -142,6 +142,8 @@ def test_this_processor_has_the_bits_of_plain_cpp(options, plain, tmp_path):
 
 def test_a_library_on_arm_belongs_to_the_features_of_its_processor(monkeypatch, tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd asimddp i8mm\nCPU part\t: 0xd40\n", encoding="utf-8")
+    cpuinfo.write_text(
+        "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd asimddp i8mm\nCPU part\t: 0xd40\n", encoding="utf-8"
+    )
     monkeypatch.setattr(builds, "Path", lambda _: cpuinfo)
     assert builds._processor_features() == ["asimd", "asimddp", "fp", "i8mm"]
