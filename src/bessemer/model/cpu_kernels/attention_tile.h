@@ -9,14 +9,15 @@
 namespace bessemer {
 
 constexpr int64_t SEGMENT = 256;  // keys with a softmax of their own
-// What stays in registers: sums over so many channels of some lines, and sums of products with so many keys, of a tile and of a line or more
-// that reads the pages themselves.
+// What stays in registers: sums over so many channels of some lines, and of so many lines that read the pages themselves.
 #ifdef BESSEMER_NEON
-constexpr int64_t chunk(int lines) { return lines == 1 ? 64 : lines == 2 ? 32 : 16; }
-constexpr int KEYS_OF_TILE = 4, KEYS_OF_PAGES = 2, LINES_OF_PAGES = 2;
+template <int lines>
+constexpr int64_t CHUNK = lines == 1 ? 64 : lines == 2 ? 32 : 16;
+constexpr int LINES_OF_PAGES = 2;
 #else
-constexpr int64_t chunk(int) { return 64; }
-constexpr int KEYS_OF_TILE = 16, KEYS_OF_PAGES = 8, LINES_OF_PAGES = 3;
+template <int lines>
+constexpr int64_t CHUNK = 64;
+constexpr int LINES_OF_PAGES = 3;
 #endif
 
 // What every segment of a tile needs. The 16 keys and values of one tile lie as [channels / 16][16 keys][16 channels], so that
@@ -128,16 +129,24 @@ inline void widen(const void* pages, int64_t offset, int64_t width, float* out) 
 inline Floats products(const float* query, const float* keys, int64_t width) {
     Floats sums[LANES];
     const Floats first = load_floats(query);
-    UNROLLED for (int from = 0; from < LANES; from += KEYS_OF_TILE) {
-        const float* place = keys + from * LANES;
-        UNROLLED for (int key = 0; key < KEYS_OF_TILE; ++key) sums[from + key] = first * load_floats(place + key * LANES);
+#ifdef BESSEMER_NEON
+    UNROLLED for (int four = 0; four < LANES; four += 4) {  // keys, whose sums fill half of the registers
+        const float* place = keys + four * LANES;
+        UNROLLED for (int key = 0; key < 4; ++key) sums[four + key] = first * load_floats(place + key * LANES);
         for (int64_t channel = LANES; channel < width; channel += LANES) {
             const Floats some = load_floats(query + channel);
             place += LANES * LANES;
-            UNROLLED for (int key = 0; key < KEYS_OF_TILE; ++key)
-                sums[from + key] = fma(some, load_floats(place + key * LANES), sums[from + key]);
+            UNROLLED for (int key = 0; key < 4; ++key) sums[four + key] = fma(some, load_floats(place + key * LANES), sums[four + key]);
         }
     }
+#else
+    for (int key = 0; key < LANES; ++key) sums[key] = first * load_floats(keys + key * LANES);
+    for (int64_t channel = LANES; channel < width; channel += LANES) {
+        const Floats some = load_floats(query + channel);
+        keys += LANES * LANES;
+        for (int key = 0; key < LANES; ++key) sums[key] = fma(some, load_floats(keys + key * LANES), sums[key]);
+    }
+#endif
     return sums_of_sixteen(sums);
 }
 
@@ -163,9 +172,8 @@ template <int lines>
 inline void add_values(const Task& task, const float* weights, int64_t first, int64_t last, float* weighted) {
     const int64_t width = task.value_lanes;
     const float* values = task.values;
-    constexpr int64_t CHUNK = chunk(lines);
-    for (int64_t begin = 0; begin < width; begin += CHUNK, values += CHUNK * LANES, weighted += CHUNK) {
-        switch (std::min(CHUNK, width - begin) / LANES) {
+    for (int64_t begin = 0; begin < width; begin += CHUNK<lines>, values += CHUNK<lines> * LANES, weighted += CHUNK<lines>) {
+        switch (std::min(CHUNK<lines>, width - begin) / LANES) {
             case 1: add_values<lines, 1>(weights, values, first, last, weighted, width); break;
             case 2: add_values<lines, 2>(weights, values, first, last, weighted, width); break;
             case 3: add_values<lines, 3>(weights, values, first, last, weighted, width); break;
@@ -187,20 +195,35 @@ inline void few_products(const Task& task, const int64_t* rows, int64_t line, Fl
         const T* key[8];
         for (int i = 0; i < 8; ++i) key[i] = keys + rows[8 * half + i] * task.pages.key_width / EACH;
         Floats sums[lines][8], query[lines];
-        UNROLLED for (int from = 0; from < 8; from += KEYS_OF_PAGES) {
+#ifdef BESSEMER_NEON
+        UNROLLED for (int pair = 0; pair < 8; pair += 2) {  // of keys, whose sums of two lines fill half of the registers
             UNROLLED for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes);
-            UNROLLED for (int i = from; i < from + KEYS_OF_PAGES; ++i) {
+            UNROLLED for (int i = pair; i < pair + 2; ++i) {
                 const Floats wide = Numbers<type>::load(key[i]);
                 UNROLLED for (int l = 0; l < lines; ++l) sums[l][i] = query[l] * wide;
             }
             for (int64_t channel = LANES; channel < task.key_lanes; channel += LANES) {
                 UNROLLED for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes + channel);
-                UNROLLED for (int i = from; i < from + KEYS_OF_PAGES; ++i) {
+                UNROLLED for (int i = pair; i < pair + 2; ++i) {
                     const Floats wide = Numbers<type>::load(key[i] + channel / EACH);
                     UNROLLED for (int l = 0; l < lines; ++l) sums[l][i] = fma(query[l], wide, sums[l][i]);
                 }
             }
         }
+#else
+        for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes);
+        for (int i = 0; i < 8; ++i) {
+            const Floats wide = Numbers<type>::load(key[i]);
+            for (int l = 0; l < lines; ++l) sums[l][i] = query[l] * wide;
+        }
+        for (int64_t channel = LANES; channel < task.key_lanes; channel += LANES) {
+            for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes + channel);
+            for (int i = 0; i < 8; ++i) {
+                const Floats wide = Numbers<type>::load(key[i] + channel / EACH);
+                for (int l = 0; l < lines; ++l) sums[l][i] = fma(query[l], wide, sums[l][i]);
+            }
+        }
+#endif
         UNROLLED for (int l = 0; l < lines; ++l) halves[l][half] = half_sums_of_eight(sums[l]);
     }
     UNROLLED for (int l = 0; l < lines; ++l) found[l] = joined(halves[l][0], halves[l][1]);
@@ -232,9 +255,8 @@ inline void add_few_values(const Task& task, const int64_t* rows, const float* w
 template <PageType type, int lines>
 inline void add_few_values(const Task& task, const int64_t* rows, const float* weights, int64_t first, int64_t last,
                            float* weighted) {
-    constexpr int64_t CHUNK = chunk(lines);
-    for (int64_t begin = 0; begin < task.value_lanes; begin += CHUNK) {
-        switch (std::min(CHUNK, task.value_lanes - begin) / LANES) {
+    for (int64_t begin = 0; begin < task.value_lanes; begin += CHUNK<lines>) {
+        switch (std::min(CHUNK<lines>, task.value_lanes - begin) / LANES) {
             case 1: add_few_values<type, lines, 1>(task, rows, weights, first, last, begin, weighted); break;
             case 2: add_few_values<type, lines, 2>(task, rows, weights, first, last, begin, weighted); break;
             case 3: add_few_values<type, lines, 3>(task, rows, weights, first, last, begin, weighted); break;
