@@ -167,8 +167,8 @@ def raise_failure(line: bytes | None) -> None:
 
 
 def arithmetic() -> str:
-    """What multiplies quantised weights on this processor: `avx512`, `avx2`, `portable` (plain C++), or `modules` where there
-    are no kernels."""
+    """What multiplies quantised weights on this processor: `avx512`, `avx_vnni`, `avx2`, `neon_i8mm`, `neon_dotprod`, `neon`,
+    `portable` (plain C++), or `modules` where there are no kernels."""
     kernels = library()
     return "modules" if kernels is None else kernels.bessemer_arithmetic().decode()
 
@@ -362,7 +362,15 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     return kernels
 
 
-_NAMES = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "portable": "portable C++"}
+_NAMES = {
+    "avx512": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    "neon_i8mm": "NEON with i8mm",
+    "neon_dotprod": "NEON with dotprod",
+    "neon": "NEON",
+    "portable": "portable C++",
+}
 
 
 def kernels_arithmetic() -> str:

@@ -30,6 +30,8 @@ namespace {
 inline void pause_briefly() {
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");  // some ten nanoseconds; "yield" does nothing on most of these processors
 #else
     std::this_thread::yield();
 #endif
