@@ -15,7 +15,8 @@ from bessemer.retrieval import index as indexes
 from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import NAMES_WEIGHT, WORDS_WEIGHT, fused, search
-from bessemer.retrieval.store import Filter, Found, Passage, searched_words
+from bessemer.retrieval.store import Filter, Found, Passage
+from bessemer.retrieval.terms import searched_words
 
 pytest.importorskip("lancedb")
 
