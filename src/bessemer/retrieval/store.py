@@ -24,6 +24,8 @@ from bessemer.retrieval.word_index import WordIndex, build_word_index
 _TABLE = "passages"
 #: Rows above which vectors are searched through an approximate index; below, all are compared.
 APPROXIMATE_ABOVE = 100_000
+#: So many times the wanted hits of an approximate index are compared by their whole vectors. Its own distances are of codes.
+_REFINED = 4
 #: Rows of a batch that is written or read.
 ROWS_AT_ONCE = 4096
 #: Folder of the index of words, beside the rows.
@@ -154,10 +156,16 @@ class LanceStore:
     def by_meaning(self, vector_D: np.ndarray, count: int, where: Filter = EVERYTHING) -> list[Found]:
         """The passages whose vectors are nearest to one, by their cosine."""
         search = self._table.search(vector_D.astype(np.float32), vector_column_name="vector").distance_type("cosine")
+        if self._is_approximate:
+            search = search.refine_factor(_REFINED)
         return [
             Found(_passage(row), {"meaning": rank}, {"meaning": 1 - row["_distance"]})
             for rank, row in enumerate(self._rows(search, count, where, "_distance"), start=1)
         ]
+
+    @cached_property
+    def _is_approximate(self) -> bool:
+        return any(index.columns == ["vector"] for index in self._table.list_indices())
 
     def of_document(self, document: str, numbers: Sequence[int]) -> list[Passage]:
         """Passages of a document by their numbers, in order."""
