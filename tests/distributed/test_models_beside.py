@@ -24,7 +24,7 @@ from bessemer.training.config import LoopConfig
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import open_beside
-from tests.cases import slow
+from tests.cases import slow, slow_but
 
 from ..training.conftest import documents, model_folder, tokenized  # noqa: F401
 from .parity import DENSE, SETTINGS
@@ -92,7 +92,7 @@ def data(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", slow_but({"preference", "rl"}, STAGES))
 def test_no_process_of_two_reads_a_whole_model(two, model_folder, data, stage):  # noqa: F811
     out = data / "out"
     out.mkdir()

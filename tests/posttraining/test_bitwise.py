@@ -10,6 +10,7 @@ from bessemer.posttraining.rl import objective
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import MismatchError
 from bessemer.posttraining.sampling.sampler import rounded_copy
+from tests.cases import slow_but
 from tests.inference.models import small_decoder
 
 from .test_rl import SETTINGS, data, run  # noqa: F401
@@ -25,7 +26,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but({"grpo", "an adapter", "recomputed blocks, micro-batches"}, METHODS))
 def test_no_log_probability_differs_in_a_bit(method, model_folder, data, tmp_path):  # noqa: F811
     changes = {**METHODS[method], "validation_share": 0, "bitwise_consistent": True, "threads": 2}
     run(model_folder, data, tmp_path, **changes)

@@ -55,7 +55,7 @@ def growths(model, optimizer, rate, base):
     ("model", "optimizer", "rate"),
     [
         (NARROW, "adamw", 3e-3),
-        (NARROW.with_changes(tie_word_embeddings=False), "muon", 1e-2),
+        slow(NARROW.with_changes(tie_word_embeddings=False), "muon", 1e-2),
         slow(NARROW.with_changes(norm_offset=True), "lion", 1e-3),
         slow(EXPERTS, "muon", 1e-2),
     ],

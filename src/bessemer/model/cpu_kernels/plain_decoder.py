@@ -14,6 +14,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels.attention import PagesFields, ScoresFields, scores_fields
 from bessemer.model.cpu_kernels.packed import WIDTH, MatrixFields, PackedMatrix, refusal
+from bessemer.model.cpu_kernels.weight_memory import drop_mapped_pages
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention import Attention
 from bessemer.model.layers.attention_backends import Scores
@@ -366,8 +367,12 @@ class PlainDecoder:
         return matrix
 
     def _release(self, layer: nn.Module, matrix: PackedMatrix, first: int = 0) -> None:
-        if self._releases and isinstance(layer, QuantisedLinear):
+        if not self._releases:
+            return
+        if isinstance(layer, QuantisedLinear):
             matrix.take_codes(layer, first)
+        elif isinstance(layer, nn.Linear | nn.Embedding):
+            drop_mapped_pages(layer.weight)
 
     def _matrices(self, matrices: list[PackedMatrix]) -> ProjectionFields:
         self._kept += matrices

@@ -9,6 +9,7 @@
 // with the parts in their order, whatever the rows beside it, and every multiplication that an addition follows fused with it. Of
 // activations of 16 bits both rows of codes have such an output, and theirs is the sum of the two. Below, a row is a row of codes.
 #include <algorithm>
+#include <type_traits>
 
 #include "products.h"
 #include "registers.h"
@@ -21,14 +22,17 @@ using namespace registers;
 #ifdef BESSEMER_AVX2
 constexpr int64_t MOST_ROWS = 4, MOST_ROWS_OF_TWO = 1, FETCHING_ROWS = 2;
 constexpr int NEAR_TO_TWO = 3;                 // the cache that two blocks are fetched to, 3 the first
+constexpr int HALVES_TOGETHER = 2;             // of a part whose halves have scales of their own, before their sums become floats
 constexpr bool SIGNED_BYTES = true;            // codes of 8 bits lose the 128 that was added to them before they are multiplied
 #else
 constexpr int64_t MOST_ROWS = 6;               // multiplied together: their sums stay in registers
 constexpr int64_t MOST_ROWS_OF_TWO = 6;        // so many of them with two blocks of outputs, more with one
 constexpr int64_t FETCHING_ROWS = 4;           // more rows than that wait for sums, not for memory
 constexpr int NEAR_TO_TWO = 2;
+constexpr int HALVES_TOGETHER = 1;
 constexpr bool SIGNED_BYTES = false;
 #endif
+constexpr int64_t MOST_ROWS_OF_SIXES = 4;      // unpacking takes registers of its own
 constexpr int64_t AHEAD = 4096;                 // bytes between the codes that are multiplied and those that are fetched
 // A fetched line brings its neighbour along, but where two places are read in turn.
 constexpr int lines(int blocks) { return blocks == 1 ? 2 : 1; }
@@ -87,67 +91,70 @@ inline void load_pair(const uint8_t* codes, int j, Bytes& upper, Bytes& first, B
     }
 }
 
-// products[h][r][b] += codes * activations, over part h of the H equal ones of a part.
+// products[t][r][b] += codes * activations, over piece first + t of the H equal ones of a part.
 #ifdef BESSEMER_AVX2
 constexpr int PAIRS_TOGETHER[] = {0, 4, 2, 1, 2, 1};  // of fours, whose products stay within 16 bits: registers_avx2.h
 
-template <Codes form, int H, int R, int B>
+template <Codes form, int H, int first, int T, int R, int B>
 inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ahead, const int8_t* activations, int64_t k,
-                          Ints (&products)[H][R][B]) {
+                          Ints (&products)[T][R][B]) {
     if constexpr (form == BYTES) {
-        for (int j = 0; j < 8; ++j)
+        for (int j = 8 / H * first; j < 8 / H * (first + T); ++j)
             for (int b = 0; b < B; ++b) {
                 const uint8_t* place = codes + b * codes_stride + 64 * j;
                 if (R <= FETCHING_ROWS && j % lines(B) == 0) fetch<B>(place + ahead);
                 const ByteWeights weights = byte_weights(load_bytes(place));
-                for (int r = 0; r < R; ++r)
-                    products[j * H / 8][r][b] = dot(products[j * H / 8][r][b], weights, broadcast_four(activations + r * k + 4 * j));
+                Ints(&sums)[R][B] = products[j * H / 8 - first];
+                for (int r = 0; r < R; ++r) sums[r][b] = dot(sums[r][b], weights, broadcast_four(activations + r * k + 4 * j));
             }
     } else if constexpr (form == PLACES) {
         Bytes upper[B];
-        for (int j = 0; j < 4; ++j)
+        for (int j = 4 / H * first; j < 4 / H * (first + T); ++j)
             for (int b = 0; b < B; ++b) {
                 const uint8_t* place = codes + b * codes_stride;
                 if (R <= FETCHING_ROWS && j % lines(B) == 0) fetch<B>(place + 64 * j + ahead);
-                Bytes first, second;
-                load_pair<form>(place, j, upper[b], first, second);
-                const ByteWeights weights[2] = {byte_weights(first), byte_weights(second)};
+                Bytes four, next;
+                load_pair<form>(place, j, upper[b], four, next);
+                const ByteWeights weights[2] = {byte_weights(four), byte_weights(next)};
                 for (int half = 0; half < 2; ++half)
                     for (int r = 0; r < R; ++r) {
-                        const Fours four = broadcast_four(activations + r * k + 8 * j + 4 * half);
-                        products[j * H / 4][r][b] = dot(products[j * H / 4][r][b], weights[half], four);
+                        Ints& sum = products[j * H / 4 - first][r][b];
+                        sum = dot(sum, weights[half], broadcast_four(activations + r * k + 8 * j + 4 * half));
                     }
             }
     } else {
         Bytes upper[B];
         Pairs sums[R][B];
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 4 / H * first; j < 4 / H * (first + T); ++j) {
             if (j % PAIRS_TOGETHER[form] == 0)
                 for (int r = 0; r < R; ++r)
                     for (int b = 0; b < B; ++b) sums[r][b] = zero_pairs();
             for (int b = 0; b < B; ++b) {
                 const uint8_t* place = codes + b * codes_stride;
                 if (R <= FETCHING_ROWS && j % lines(B) == 0) fetch<B>(place + 64 * j + ahead);
-                Bytes first, second;
-                load_pair<form>(place, j, upper[b], first, second);
+                Bytes four, next;
+                load_pair<form>(place, j, upper[b], four, next);
                 for (int r = 0; r < R; ++r) {
-                    sums[r][b] = dot(sums[r][b], first, broadcast_four(activations + r * k + 8 * j));
-                    sums[r][b] = dot(sums[r][b], second, broadcast_four(activations + r * k + 8 * j + 4));
+                    sums[r][b] = dot(sums[r][b], four, broadcast_four(activations + r * k + 8 * j));
+                    sums[r][b] = dot(sums[r][b], next, broadcast_four(activations + r * k + 8 * j + 4));
                 }
             }
             if ((j + 1) % PAIRS_TOGETHER[form] == 0)
                 for (int r = 0; r < R; ++r)
-                    for (int b = 0; b < B; ++b) products[j * H / 4][r][b] = add(products[j * H / 4][r][b], sums[r][b]);
+                    for (int b = 0; b < B; ++b) {
+                        Ints& sum = products[j * H / 4 - first][r][b];
+                        sum = add(sum, sums[r][b]);
+                    }
         }
     }
 }
 #else
-template <Codes form, int H, int R, int B>
+template <Codes form, int H, int first, int T, int R, int B>
 inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ahead, const int8_t* activations, int64_t k,
-                          Ints (&products)[H][R][B]) {
+                          Ints (&products)[T][R][B]) {
     constexpr int PER_LOAD = form == BYTES ? 1 : 2;
     Bytes upper[B];
-    for (int j = 0; j < 8; j += PER_LOAD) {
+    for (int j = 8 / H * first; j < 8 / H * (first + T); j += PER_LOAD) {
         Bytes weights[PER_LOAD][B];
         for (int b = 0; b < B; ++b) {
             const uint8_t* place = codes + b * codes_stride;
@@ -158,8 +165,10 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ah
         for (int half = 0; half < PER_LOAD; ++half)
             for (int r = 0; r < R; ++r) {
                 const Fours four = broadcast_four(activations + r * k + 4 * (j + half));
-                for (int b = 0; b < B; ++b)
-                    products[j * H / 8][r][b] = dot(products[j * H / 8][r][b], weights[half][b], four);
+                for (int b = 0; b < B; ++b) {
+                    Ints& sum = products[j * H / 8 - first][r][b];
+                    sum = dot(sum, weights[half][b], four);
+                }
             }
     }
 }
@@ -168,7 +177,7 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ah
 // Adds parts first … last - 1 of the rows to total[r][b].
 template <Codes form, Scaling scaling, Zeros zeros, int R, int B>
 inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int64_t last, Floats (&total)[R][B]) {
-    constexpr int H = scaling == EACH_HALF_OF_CODES ? 2 : 1;
+    constexpr int H = scaling == EACH_HALF_OF_CODES ? 2 : 1, T = std::min(H, HALVES_TOGETHER);
     constexpr bool FROM_ZERO = zeros == OFFSETS || ((form == BYTES || form == PLACES) && SIGNED_BYTES);  // the sums of products
     constexpr int32_t ZERO = form == SIXES ? 32 : form == FIVES ? 16 : form == FLOATS ? ZERO_OF_MX4 : 1;
     const int64_t k = padded(rows.k), parts = k / GROUP;
@@ -203,51 +212,56 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
                     if constexpr (zeros == OFFSETS) fetch<B>(blocks.offsets + place + (fetched >> 3) * WIDTH);
                 }
         }
-        Ints products[H][R][B];
-        for (int r = 0; r < R; ++r) {
-            const int64_t at = r * parts + part;
-            for (int h = 0; h < H; ++h) {
-                const int32_t sum = FROM_ZERO ? 0 : H == 1 ? corrections[at] : h ? rows.sums[at] - rows.half_sums[at] : rows.half_sums[at];
-                const Ints correction = broadcast(ZERO * sum);
-                for (int b = 0; b < B; ++b)
-                    products[h][r][b] =
-                        zeros == EACH_GROUP ? times_zeros(blocks.zeros + b * blocks.groups_stride + group, correction) : correction;
-            }
-        }
         const int64_t ahead = (fetched - part) * part_bytes(form);
-        multiply_part<form>(codes, blocks.codes_stride, ahead, rows.codes + part * GROUP, k, products);
-        Floats weight_scale[H][B], offset[B];
-        for (int b = 0; b < B; ++b) {
-            if constexpr (scaling == POWERS_OF_TWO) weight_scale[0][b] = powers_of_two(blocks.zeros + b * blocks.groups_stride + group);
-            else if constexpr (OF_CODES) weight_scale[0][b] = group_scale[b];
-            else if constexpr (scaling != WHOLE_ROW) weight_scale[0][b] = load_halves(blocks.scales + b * blocks.groups_stride + group);
-            if constexpr (zeros == OFFSETS) offset[b] = OF_CODES ? group_offset[b] : load_halves(blocks.offsets + b * blocks.groups_stride + group);
-            const int64_t place = part * 2 * WIDTH + b * blocks.parts_stride;
-            if constexpr (scaling == EACH_HALF_OF_CODES) {
-                const int8_t* halves = reinterpret_cast<const int8_t*>(blocks.parts + place);
-                weight_scale[1][b] = times(weight_scale[0][b], to_floats(widened(halves + WIDTH)));
-                weight_scale[0][b] = times(weight_scale[0][b], to_floats(widened(halves)));
+        Floats offset[B];
+        const auto add_halves = [&](auto number) __attribute__((always_inline)) {
+            constexpr int half = number;
+            Ints products[T][R][B];
+            for (int r = 0; r < R; ++r) {
+                const int64_t at = r * parts + part;
+                for (int t = 0; t < T; ++t) {
+                    const int32_t half_sum = H == 1 ? 0 : half + t ? rows.sums[at] - rows.half_sums[at] : rows.half_sums[at];
+                    const Ints correction = broadcast(FROM_ZERO ? 0 : ZERO * (H == 1 ? corrections[at] : half_sum));
+                    for (int b = 0; b < B; ++b)
+                        products[t][r][b] =
+                            zeros == EACH_GROUP ? times_zeros(blocks.zeros + b * blocks.groups_stride + group, correction) : correction;
+                }
             }
-            if constexpr (scaling == EACH_PART_OF_SIGNED_CODES)
-                weight_scale[0][b] = times(weight_scale[0][b], to_floats(widened(reinterpret_cast<const int8_t*>(blocks.parts + place))));
-            if constexpr (scaling == EACH_PART_OF_CODES) {
-                weight_scale[0][b] = times(weight_scale[0][b], to_floats(widened(blocks.parts + place)));
-                offset[b] = times(offset[b], to_floats(widened(blocks.parts + place + WIDTH)));
+            multiply_part<form, H, half>(codes, blocks.codes_stride, ahead, rows.codes + part * GROUP, k, products);
+            Floats weight_scale[T][B];
+            for (int t = 0; t < T; ++t)
+                for (int b = 0; b < B; ++b) {
+                    Floats& scale = weight_scale[t][b];
+                    if constexpr (scaling == POWERS_OF_TWO) scale = powers_of_two(blocks.zeros + b * blocks.groups_stride + group);
+                    else if constexpr (OF_CODES) scale = group_scale[b];
+                    else if constexpr (scaling != WHOLE_ROW) scale = load_halves(blocks.scales + b * blocks.groups_stride + group);
+                    if constexpr (zeros == OFFSETS)
+                        offset[b] = OF_CODES ? group_offset[b] : load_halves(blocks.offsets + b * blocks.groups_stride + group);
+                    const uint8_t* of_part = blocks.parts + (2 * part + half + t) * WIDTH + b * blocks.parts_stride;
+                    if constexpr (scaling == EACH_HALF_OF_CODES || scaling == EACH_PART_OF_SIGNED_CODES)
+                        scale = times(scale, to_floats(widened(reinterpret_cast<const int8_t*>(of_part))));
+                    if constexpr (scaling == EACH_PART_OF_CODES) {
+                        scale = times(scale, to_floats(widened(of_part)));
+                        offset[b] = times(offset[b], to_floats(widened(of_part + WIDTH)));
+                    }
+                }
+            for (int r = 0; r < R; ++r) {
+                const Floats scale = broadcast(rows.scales[r * parts + part]);
+                for (int b = 0; b < B; ++b)
+                    for (int t = 0; t < T; ++t) {
+                        const Floats sum = to_floats(products[t][r][b]);
+                        if constexpr (scaling == WHOLE_ROW) total[r][b] = fma(sum, scale, total[r][b]);
+                        else total[r][b] = fma(times(sum, scale), weight_scale[t][b], total[r][b]);
+                    }
             }
-        }
-        for (int r = 0; r < R; ++r) {
-            const Floats scale = broadcast(rows.scales[r * parts + part]);
-            for (int b = 0; b < B; ++b) {
-                if constexpr (scaling == WHOLE_ROW) total[r][b] = fma(to_floats(products[0][r][b]), scale, total[r][b]);
-                else
-                    for (int h = 0; h < H; ++h)
-                        total[r][b] = fma(times(to_floats(products[h][r][b]), scale), weight_scale[h][b], total[r][b]);
-            }
-            if constexpr (zeros == OFFSETS) {
+        };
+        add_halves(std::integral_constant<int, 0>());
+        if constexpr (T < H) add_halves(std::integral_constant<int, T>());
+        if constexpr (zeros == OFFSETS)
+            for (int r = 0; r < R; ++r) {
                 const Floats sum = broadcast(rows.scales[r * parts + part] * float(-rows.sums[r * parts + part]));
                 for (int b = 0; b < B; ++b) total[r][b] = fma(sum, offset[b], total[r][b]);
             }
-        }
     }
 }
 
@@ -321,7 +335,8 @@ void few_rows_of(const Matrix& matrix, const Rows& rows, float* out, int64_t str
 
 template <Codes form, Scaling scaling, Zeros zeros>
 void any_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first_block, int64_t last_block) {
-    const int64_t most_rows = MOST_ROWS / rows.codes_each, tiles = (rows.m + most_rows - 1) / most_rows;
+    constexpr int64_t MOST = form == SIXES ? std::min(MOST_ROWS, MOST_ROWS_OF_SIXES) : MOST_ROWS;
+    const int64_t most_rows = MOST / rows.codes_each, tiles = (rows.m + most_rows - 1) / most_rows;
     const int64_t bytes = padded(matrix.k) / GROUP * part_bytes(form), most = std::max<int64_t>(NEAR_BYTES / bytes / 2 * 2, 2);
     for (int64_t first = first_block; first < last_block; first += most) {
         const int64_t last = std::min(first + most, last_block);
@@ -329,7 +344,7 @@ void any_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride
             const int64_t row = rows.m * tile / tiles, end = rows.m * (tile + 1) / tiles;
             const Rows some = some_rows(rows, row, end);
             float* place = out + row * stride;
-            few_rows_of<form, scaling, zeros, MOST_ROWS>(matrix, some, place, stride, first, last);
+            few_rows_of<form, scaling, zeros, MOST>(matrix, some, place, stride, first, last);
         }
     }
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import new_folder, write_json
 from bessemer.model.config import ModelConfig
+from bessemer.model.cpu_kernels.weight_memory import passing_memory
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
 from bessemer.model.formats.gguf_base import SETTINGS, GgufFamily, GgufHead, Plus
@@ -258,7 +259,7 @@ class GgufFile:
         shapes = scheme.tensors(*info.shape)
         if as_it_is and isinstance(scheme, GgufBlocks):
             return Codes(scheme, {part: self._mapped(info, spec.dtype).view(spec.shape) for part, spec in shapes.items()})
-        made = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in shapes.items()}
+        made = {part: passing_memory(spec.shape, spec.dtype) for part, spec in shapes.items()}
         if as_it_is and split_blocks(self._mapped(info, torch.uint8), kind, made):
             return Codes(scheme, made)
         whole = {part: tensor.view(-1) for part, tensor in made.items()}
