@@ -134,5 +134,5 @@ def test_a_kill_at_any_moment_leaves_a_whole_index(tmp_path, capsys, kind):
         seen.add(left == whole["after"])
         code, _, _ = run(capsys, "index", str(docs), str(out), "--embedder", "none")
         assert code == 0 and state_of(out) == whole["after"], moment
-        assert {path.name for path in out.iterdir()} <= {"index.json", "versions", "cache", "roots.json"}, moment
+        assert {path.name for path in out.iterdir()} <= {"index.json", "versions", "cache", "roots.json", "access.json"}, moment
     assert seen == {False, True}
