@@ -109,9 +109,9 @@ def _without_plural(word: str) -> str:
 
 def _without_ed_and_ing(word: str, first: int) -> str:
     """Step 1b. first: where R1 begins."""
-    for suffix in ("eedly", "eed"):
-        if word.endswith(suffix):
-            rest = word[: -len(suffix)]
+    for longer in ("eedly", "eed"):
+        if word.endswith(longer):
+            rest = word[: -len(longer)]
             if rest in ("proc", "exc", "succ"):
                 return f"{rest}eed"
             return f"{rest}ee" if len(rest) >= first else word
