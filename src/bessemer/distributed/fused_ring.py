@@ -180,7 +180,8 @@ class _FusedRingAttention(torch.autograd.Function):
         wide = torch.promote_types(query_BHTC.dtype, torch.float32)
         out_BHTC = torch.zeros_like(query_BHTC, dtype=wide)
         log_sum_BHT = out_BHTC.new_full(out_BHTC.shape[:-1], -torch.inf)
-        block, kept = (key_BKTC.contiguous(), value_BKTC.contiguous()), ()
+        block = [key_BKTC.contiguous(), value_BKTC.contiguous()]
+        kept: Sequence[Any] = ()
         ranks = dist.get_world_size(group)
         for step in range(ranks):
             coming = Passing(block, group) if step < ranks - 1 else None
@@ -192,7 +193,7 @@ class _FusedRingAttention(torch.autograd.Function):
                 so_far.copy_(out)
                 so_far_log_sum.copy_(log_sum)
             if coming is not None:
-                block = tuple(coming.received())
+                block = list(coming.received())
         out_BHTC = out_BHTC.to(query_BHTC.dtype)
         context.save_for_backward(query_BHTC, key_BKTC, value_BKTC, out_BHTC, log_sum_BHT)
         context.scale, context.group, context.kept = scale, group, kept

@@ -142,9 +142,9 @@ class _Counted:
         self._known: dict[str, tuple[int, ...]] = {}
         self.lengths = np.empty(0, np.int64)
         self._documents = np.zeros(0, np.int64)
-        lengths = []
+        lengths: list[np.ndarray] = []
         for batch in batches:
-            lengths.append(self._count(batch, sum(map(len, lengths)), stream))
+            lengths.append(self._count(batch, sum(len(one) for one in lengths), stream))
         self.lengths = np.concatenate(lengths) if lengths else self.lengths
 
     def _count(self, texts: list[str], first: int, stream: BinaryIO) -> np.ndarray:
@@ -223,6 +223,6 @@ def _read(entries: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def _write(stream: BinaryIO, array: np.ndarray) -> None:
-    stream.write(memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b"")
+    stream.write(np.ascontiguousarray(array).data.cast("B") if len(array) else b"")
     stream.flush()
     os.fsync(stream.fileno())

@@ -94,7 +94,8 @@ def _data(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
         # of the last block, what belongs to this group
         of_last = job.matrices_of(layers[-1:]) if job.gathers_narrow else job.blocks[layers[-1]]
         dense_too = inside.cut or inside.whole
-        last = Weights(*(of_last.cut, of_last.whole) if dense_too else (), experts=of_last.experts if inside.experts else 0)
+        of_dense = (of_last.cut, of_last.whole) if dense_too else (0, 0)
+        last = Weights(*of_dense, of_last.experts if inside.experts else 0)
         block_size, root_size, last_size = (weights.in_use(layout) for weights in (inside, outside, last))
         again = passes - 1 if last_size else 0
         gathers = passes * units - again + root

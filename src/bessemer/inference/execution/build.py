@@ -401,10 +401,10 @@ def choose_backend(
     """
     attention = _attention_in_place(model, memory, config)
     if attention is not None:
-        linear, static = without_kernels(model, opened), None
+        of_codes, static = without_kernels(model, opened), None
         if memory.has_spare:
-            static = StaticSteps(model, memory, config.max_num_seqs, attention, CudaGraphs(), linear)
-        return Backend(linear, attention, static)
+            static = StaticSteps(model, memory, config.max_num_seqs, attention, CudaGraphs(), of_codes)
+        return Backend(of_codes, attention, static)
     wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
     decoded = decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
     packs = wanted and decoded is None and library() is not None and holds_decoded(model)

@@ -268,7 +268,7 @@ def gpu_weight(stored: Codes) -> GpuWeight | None:
         kind = "int8"
     elif isinstance(scheme, Int4):
         kind = {"fixed": "int4", "code": "int4 code", "offset": "int4 offset"}[scheme.zero]
-        zeros = {"fixed": scales, "code": tensors.get("zeros"), "offset": tensors.get("offsets")}[scheme.zero]
+        zeros = scales if scheme.zero == "fixed" else tensors[{"code": "zeros", "offset": "offsets"}[scheme.zero]]
         inputs *= 2
     elif isinstance(scheme, Fp8):
         kind, codes = "fp8", codes.view(torch.uint8)
