@@ -21,7 +21,7 @@ from bessemer.model.vision.folder import (
     save_vision_language,
 )
 from bessemer.model.vision.model import Vision, pixel_shuffle
-from tests.model.vision_models import ENCODERS, MODELS, TOKENS, make, pictures, row
+from tests.model.vision_models import ENCODERS, IMAGE, MODELS, TOKENS, make, pictures, row
 
 TOLERANCE = 1e-4
 
@@ -37,7 +37,13 @@ def pair(request, tmp_path_factory):
 
 def their_pixels(theirs, pixels):
     """Pixels as the model takes them: Idefics3's have a dimension of the pictures of each text."""
-    return pixels if isinstance(theirs, transformers.LlavaForConditionalGeneration) else pixels[None]
+    return pixels[None] if theirs.config.model_type in ("idefics3", "smolvlm") else pixels
+
+
+def their_logits(theirs, tokens_BT, pixels):
+    """Logits with pictures; Gemma 3 is told which tokens are those of pictures."""
+    types = {"token_type_ids": (tokens_BT == IMAGE).long()} if theirs.config.model_type == "gemma3" else {}
+    return theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels), **types).logits
 
 
 @torch.no_grad()
@@ -45,7 +51,7 @@ def test_logits_equal_those_of_transformers(pair):
     theirs, ours, tokens = pair
     assert ours.config.tokens_per_tile == tokens
     pixels, tokens_BT = pictures(2), row(tokens, images=2)
-    expected = theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    expected = their_logits(theirs, tokens_BT, pixels)
     assert expected.std() > 0.2
     assert (ours(tokens_BT, Pixels(pixels)) - expected).abs().max() < TOLERANCE
     blind = theirs(tokens_BT).logits
@@ -85,10 +91,10 @@ def test_a_saved_model_is_opened_by_transformers_and_by_us(pair, tmp_path):
     again = load_vision_language(tmp_path)
     assert again.config == ours.config
     pixels, tokens_BT = pictures(1), row(tokens)
-    expected = theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    expected = their_logits(theirs, tokens_BT, pixels)
     opened, loading = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    logits = opened(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    logits = their_logits(opened, tokens_BT, pixels)
     assert (logits - expected).abs().max() < TOLERANCE / 10
     assert torch.equal(again(tokens_BT, Pixels(pixels)), ours(tokens_BT, Pixels(pixels)))
 
@@ -100,7 +106,7 @@ def test_gradients_of_a_projector_equal_those_of_transformers(pair):
         theirs.zero_grad()
         ours.requires_grad_(False)
         ours.vision.projector.requires_grad_(True).zero_grad()
-        theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits.square().mean().backward()
+        their_logits(theirs, tokens_BT, pixels).square().mean().backward()
         ours(tokens_BT, Pixels(pixels)).square().mean().backward()
     grads = {name: weight.grad for name, weight in theirs.named_parameters()}
     for name, weight in ours.vision.projector.named_parameters():

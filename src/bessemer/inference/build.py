@@ -68,7 +68,7 @@ from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.library import find_kept
 from bessemer.model.storage.model_config import read_end_tokens, read_sampling_settings
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
-from bessemer.model.vision.folder import is_vision_folder, load_vision_language
+from bessemer.model.vision.folder import is_vision_folder, load_vision_language, read_vision_language
 from bessemer.model.vision.prompts import PictureReader, open_picture_reader
 from bessemer.model.vision.trained import VisionDecoder
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -168,6 +168,8 @@ def _open_vision(
     """A model that reads pictures."""
     if config.processes > 1:
         raise ConfigError(f"parallel: {path} reads pictures, and such a model is served by one process")
+    if config.batch_invariant and read_vision_language(path).is_bidirectional:
+        raise ConfigError(f"batch_invariant: {path} reads pictures whole, and batch-invariant steps cut prompts into blocks")
     if has_adapter:
         raise ConfigError(f"{path}: adapters of models that read pictures are not read")
     whole = load_vision_language(path, device)
@@ -304,11 +306,12 @@ def assemble(
     opened: bool,
     sharded: ShardedModel | None = None,
     identity: str | None = None,
+    least_chunk: int = 1,
 ) -> tuple[EngineCore, str]:
     """The engine core of a model, and a line about its KV cache: how many blocks, of which type, how much memory.
 
     opened: whether the model was opened to be served, and is not one in training. sharded: the model's shards, where worker
-    processes hold some. identity: as of `OpenedModel`, for a prefix store. Raises ConfigError, and ArtefactError for a draft
+    processes hold some. identity: as of `OpenedModel`, for a prefix store. least_chunk: as of `Scheduler`. Raises ConfigError, and ArtefactError for a draft
     model that cannot be read.
     """
     check_model_length(model.config, config)
@@ -329,12 +332,13 @@ def assemble(
         groups,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_logits_rows=max(_MOST_LOGITS // model.config.vocab_size, align or 1),
+        max_logits_rows=max(_MOST_LOGITS // model.config.vocab_size, align or 1, least_chunk),
         max_waiting=config.max_waiting,
         state_slots=memory.state_slots,
         snapshots=memory.snapshot_count,
         block_size=config.block_size,
         align=align,
+        least_chunk=least_chunk,
         share_generated=not config.batch_invariant,
         share_prefixes=config.prefix_cache,
     )

@@ -7,7 +7,7 @@ holds is never encoded. Its vectors stay with the request, whose prompt may be c
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -71,15 +71,27 @@ def _without_pictures(message: Message, pictures: list[Picture]) -> Message:
 
 
 class GivenRows(NamedTuple):
-    """Rows of a batch that are vectors and not tokens: their places, in rising order, and the vectors, (M, D)."""
+    """Rows of a batch that are vectors and not tokens: their places, in rising order, and the vectors, (M, D).
+
+    is_bidirectional: whether rows that follow each other without a gap see each other.
+    """
 
     rows: list[int]
     vectors_MD: Tensor
+    is_bidirectional: bool = False
 
     def within(self, start: int, end: int, moved: int = 0) -> GivenRows:
         """Those of the rows start : end, moved by so many."""
         first, last = bisect_left(self.rows, start), bisect_left(self.rows, end)
-        return GivenRows([row + moved for row in self.rows[first:last]], self.vectors_MD[first:last])
+        return GivenRows([row + moved for row in self.rows[first:last]], self.vectors_MD[first:last], self.is_bidirectional)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """The first and the last row of each run without a gap."""
+        first = 0
+        for index, row in enumerate(self.rows):
+            if index + 1 == len(self.rows) or self.rows[index + 1] != row + 1:
+                yield self.rows[first], row
+                first = index + 1
 
 
 class RequestImages:
@@ -94,7 +106,7 @@ class RequestImages:
     @property
     def marks(self) -> tuple[ImageMark, ...]:
         """What the prefix cache distinguishes them by."""
-        return tuple(ImageMark(span.start, span.end, span.digest) for span in self._spans)
+        return tuple(ImageMark(span.start, span.end, span.digest, _runs(span)) for span in self._spans)
 
     @property
     def encoded(self) -> int:
@@ -111,5 +123,14 @@ class RequestImages:
                 vectors_MD = self._vectors[index]
                 if vectors_MD is None:
                     vectors_MD = self._vectors[index] = self._encode(span.prepared)
-                given.append(GivenRows([place - start for place in span.places[first:last]], vectors_MD[first:last]))
+                rows = [place - start for place in span.places[first:last]]
+                given.append(GivenRows(rows, vectors_MD[first:last], span.is_bidirectional))
         return given
+
+
+def _runs(span: ImageSpan) -> tuple[tuple[int, int], ...]:
+    """The tokens first : end of a picture that no chunk may cut: those that see each other."""
+    if not span.is_bidirectional:
+        return ()
+    runs = GivenRows(list(span.places), Tensor()).runs()
+    return tuple((first, last + 1) for first, last in runs)

@@ -163,10 +163,16 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
         embedded: EmbeddedRows | None = None,
+        seen_until_BT: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token after each, (B, T, V), or scores. Arguments as for `hidden`."""
         hidden_BTD = self.hidden(
-            tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache, embedded=embedded
+            tokens_BT,
+            positions_BT=positions_BT,
+            document_ids_BT=document_ids_BT,
+            cache=cache,
+            embedded=embedded,
+            seen_until_BT=seen_until_BT,
         )
         return self.logits(hidden_BTD)
 
@@ -197,6 +203,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         real: list[int] | None = None,
         embedded: EmbeddedRows | None = None,
+        seen_until_BT: Tensor | None = None,
         pictures: object = None,
     ) -> Tensor:
         """States after the last norm, (B, T, D), which `logits` turns into logits.
@@ -208,11 +215,19 @@ class Decoder(nn.Module):
         whose attention goes by distance, or is linear, cannot (`shares_prefixes`). None: each token is its own document's.
         cache: holds the tokens before these and is extended by them; not together with the other three.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
-        embedded: tokens that are given as vectors. pictures: of a model that has an encoder of them, `VisionDecoder`.
+        embedded: tokens that are given as vectors. seen_until_BT: the last place in its row that each token sees, its own or one
+        behind it; None: its own. A paged cache knows it itself. pictures: of a model that has an encoder of them, `VisionDecoder`.
         """
         assert pictures is None, "this decoder has no encoder of pictures"
         hidden_BTD = self._pre_norm_hidden(
-            tokens_BT, positions_BT, document_ids_BT, cache, real, visible_to_BT=visible_to_BT, embedded=embedded
+            tokens_BT,
+            positions_BT,
+            document_ids_BT,
+            cache,
+            real,
+            visible_to_BT=visible_to_BT,
+            embedded=embedded,
+            seen_until_BT=seen_until_BT,
         )
         return self.normed(hidden_BTD)
 
@@ -253,6 +268,7 @@ class Decoder(nn.Module):
         keep: Callable[[int, Tensor], None] | None = None,
         visible_to_BT: Tensor | None = None,
         embedded: EmbeddedRows | None = None,
+        seen_until_BT: Tensor | None = None,
     ) -> Tensor:
         """States after the last block, before the last norm, (B, T, D)."""
         length = tokens_BT.shape[1]
@@ -264,7 +280,9 @@ class Decoder(nn.Module):
         hidden_BTD = self._embedded(tokens_BT, positions_BT, embedded)
         if cache is None or cache.masked:
             aligned = cache is None or cache.aligned
-            masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT)
+            masks = self._masks(
+                length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT, seen_until_BT
+            )
         else:
             masks = dict.fromkeys(self.config.types, AttentionMask())
         # given positions may lie anywhere in the context
@@ -350,6 +368,7 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None,
         aligned: bool,
         visible_to_BT: Tensor | None = None,
+        seen_until_BT: Tensor | None = None,
     ) -> dict[LayerType, AttentionMask]:
         """What each kind of layer may see; one mask a kind, whatever the number of layers."""
         config, device = self.config, hidden_BTD.device
@@ -369,12 +388,14 @@ class Decoder(nn.Module):
                 slopes_H=slopes_H,
                 aligned=aligned,
                 dense=has_scores and self.attention_backend in DENSE_BACKENDS,
+                **({} if seen_until_BT is None else {"seen_until_BT": seen_until_BT}),
             )
             # block masks need whole rows: a cache and sharded rows have other keys
             whole = slots_BT is None and isinstance(self.rows, WholeRows)
             if self.attention_backend == "flex" and whole and has_scores:
                 masks[kind] = masks[kind]._replace(blocks=block_mask(masks[kind], queries, keys, device))
             if self.is_batch_invariant:
+                assert seen_until_BT is None, "pictures whose tokens see each other are computed otherwise"
                 assert slots_BT is None and slopes_H is None, "rows without a cache, whose attention does not go by distance"
                 documents = DocumentKeys(documents_BT, visible_to_BT, len(hidden_BTD), keys)
                 masks[kind] = masks[kind]._replace(keys=documents)

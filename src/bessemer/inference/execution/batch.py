@@ -93,6 +93,16 @@ class Batch:
             snapshots=sequence.snapshots,
         )
 
+    def seen_until(self) -> dict[int, int]:
+        """The last row that a row sees, of rows that see others behind them, which are of the same sequence."""
+        return {
+            row: last
+            for part in self.given
+            if part.is_bidirectional
+            for first, last in part.runs()
+            for row in range(first, last)
+        }
+
     def append_tokens(
         self,
         tokens: Sequence[int],

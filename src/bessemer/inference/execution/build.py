@@ -294,13 +294,13 @@ def choose_backend(
     if memory.by_head:
         pages = compiled_page_attention()
         static = StaticSteps(model, memory, config.max_num_seqs, pages, CudaGraphs()) if memory.has_spare else None
-        return Backend(without_kernels(model, opened), FlexPagesAttention(memory, pages), static)
+        return Backend(without_kernels(model, opened), FlexPagesAttention(memory, pages, model.dtype), static)
     wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
     decoded = decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
     packs = wanted and decoded is None and library() is not None and holds_decoded(model)
     if packs and not modules_only and CompiledSteps.supports(model) is None:
         steps = CompiledSteps(model, memory, config.threads, activation_bits=config.activation_bits, release=opened)
-        return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads()), steps, generator=steps)
+        return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads(), model.dtype), steps, generator=steps)
     if config.cpu_kernels == "on" and library() is None:
         raise ConfigError(f"cpu_kernels: on: {unavailable()}")
     threads = config.threads or torch.get_num_threads()
@@ -312,5 +312,5 @@ def choose_backend(
     elif model.device.type == "cpu" and is_quantised(model):
         linear = PackedCodes(model, threads, activation_bits=config.activation_bits, release=opened)
     if wanted and CompiledAttention.supports(model):
-        return Backend(linear, CompiledAttention(memory, threads))
+        return Backend(linear, CompiledAttention(memory, threads, model.dtype))
     return Backend(linear, GatheredAttention(memory, model.dtype))

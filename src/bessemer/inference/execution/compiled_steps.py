@@ -170,8 +170,13 @@ class CompiledSteps:
         return [f"compiled kernels ({kernels_arithmetic()})", *describe_codes(self.model, self._activation_bits)]
 
     def takes(self, batch: Batch) -> Sequence[int]:
-        """The sequences without an adapter."""
-        return [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
+        """The sequences without an adapter, and without pictures whose tokens see each other: the kernels are causal."""
+        rows = batch.seen_until()
+        return [
+            sequence
+            for sequence, adapter in enumerate(batch.adapters)
+            if adapter is None and not (rows and any(row in rows for row in range(*batch.starts[sequence : sequence + 2])))
+        ]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, context: StepContext | None = None) -> Tensor:

@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip_vision_model": {"image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
@@ -62,6 +63,20 @@ _LLAMA = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
 }
+#: Of a Gemma 3 within another model, likewise.
+_GEMMA3 = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+}
+_GEMMA3_BASES = {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
 _SIZES["siglip2_vision_model"] = _SIZES["clip_vision_model"] = _SIZES["siglip_vision_model"]
 _SIZES["smolvlm_vision"] = _SIZES["idefics3_vision"]
 
@@ -104,7 +119,9 @@ class VisionLanguageConfig:
     """A model that reads pictures: an encoder, a projector, a decoder.
 
     image_token_id: the token whose embedding a picture's vectors take the place of. scale_factor: patches along a side that
-    pixel shuffle joins into one token; 0: a two-layer perceptron projects each patch (LLaVA). feature_layers: of LLaVA, the
+    pixel shuffle joins into one token; 0: none is (LLaVA, Gemma 3). pooled_side: tokens along a side, each the mean of a square of
+    patches (Gemma 3); 0: none are. around: the tokens before and behind a picture's (Gemma 3), of which a template writes the
+    first. feature_layers: of LLaVA, the
     encoder's layers whose states are projected, counted as Python counts, where 0 are the embeddings. drops_class: whether the
     token before the patches is left out.
     """
@@ -114,6 +131,8 @@ class VisionLanguageConfig:
     text: ModelConfig
     image_token_id: int
     scale_factor: int = 0
+    pooled_side: int = 0
+    around: tuple[int, int] | None = None
     feature_layers: tuple[int, ...] = ()
     feature_layer_is_list: bool = False
     drops_class: bool = False
@@ -123,10 +142,17 @@ class VisionLanguageConfig:
     @property
     def tokens_per_tile(self) -> int:
         """Tokens of the decoder that one square of `image_size` pixels takes."""
+        if self.pooled_side:
+            return self.pooled_side**2
         patches = self.vision.grid**2
         if self.scale_factor:
             return patches // self.scale_factor**2
         return patches + (self.vision.has_class_token and not self.drops_class)
+
+    @property
+    def is_bidirectional(self) -> bool:
+        """Whether a picture's tokens see each other, also those behind them, in the decoder (Gemma 3)."""
+        return self.model_type == "gemma3"
 
 
 def read_vision_config(values: Values) -> VisionConfig:
@@ -203,9 +229,12 @@ def read_vision_language_config(values: Values) -> VisionLanguageConfig:
         raise ConfigError(f"models with pictures of the type {kind!r} are not read; known are {', '.join(ARCHITECTURES)}")
     if not all(isinstance(values.get(part), Mapping) for part in ("vision_config", "text_config")):
         raise ConfigError("a model with pictures needs a vision_config and a text_config")
-    of_text = {"model_type": "llama", **values["text_config"]}
-    tied = values.get("tie_word_embeddings") or of_text.get("tie_word_embeddings")
-    text = _text_config(of_text | {"tie_word_embeddings": bool(tied)})
+    of_text = {"model_type": "gemma3_text" if kind == "gemma3" else "llama", **values["text_config"]}
+    given = [part["tie_word_embeddings"] for part in (values, of_text) if part.get("tie_word_embeddings") is not None]
+    tied = any(given) if given else kind == "gemma3"
+    text = _text_config(of_text | {"tie_word_embeddings": tied})
+    if kind == "gemma3":
+        return _gemma3(values, text)
     if kind == "llava":
         return _llava(values, text)
     vision = _vision_config(f"{kind}_vision", values["vision_config"])
@@ -245,6 +274,25 @@ def _llava(values: Values, text: ModelConfig) -> VisionLanguageConfig:
     )
 
 
+def _gemma3(values: Values, text: ModelConfig) -> VisionLanguageConfig:
+    of_vision, of_text = values["vision_config"], values["text_config"]
+    if of_text.get("use_bidirectional_attention"):
+        raise ConfigError("text_config: use_bidirectional_attention: a decoder whose texts see what follows is not read")
+    kind = str(of_vision.get("model_type", "siglip_vision_model"))
+    if kind != "siglip_vision_model":
+        raise ConfigError(f"vision_config: Gemma 3's encoder is SigLIP's, one of the type {kind!r} is not read")
+    vision = replace(_vision_config(kind, of_vision), has_head=False)
+    tokens = values.get("mm_tokens_per_image", 256)
+    side = math.isqrt(tokens) if isinstance(tokens, int) and tokens > 0 else 0
+    if not side or side**2 != tokens or side > vision.grid or vision.grid // (vision.grid // side) != side:
+        raise ConfigError(f"mm_tokens_per_image: a side of {vision.grid} patches is not made {tokens!r} tokens by means of squares")
+    names = {"boi_token_index": 255_999, "eoi_token_index": 256_000, "image_token_index": 262_144}
+    begin, end, image = (
+        _token(values.get(name, values.get(name.replace("index", "id"), usual)), text) for name, usual in names.items()
+    )
+    return VisionLanguageConfig("gemma3", vision, text, image, pooled_side=side, around=(begin, end))
+
+
 def _encoder_of_llava(values: Values) -> str:
     kind = str(values.get("model_type", "clip_vision_model"))
     if kind not in ("clip_vision_model", "siglip_vision_model"):
@@ -258,6 +306,9 @@ def _text_config(values: Values) -> ModelConfig:
         raise ConfigError(f"text_config: unknown architecture {values.get('model_type')!r}; supported: {', '.join(FAMILIES)}")
     if family.model_type == "llama":
         values = _LLAMA | {name: value for name, value in values.items() if value is not None}
+    if family.model_type == "gemma3_text":
+        bases = {} if values.get("rope_parameters") else _GEMMA3_BASES
+        values = _GEMMA3 | bases | {name: value for name, value in values.items() if value is not None}
     for name in family.required:
         if not isinstance(values.get(name), int):
             raise ConfigError(f"text_config: {name}: a whole number is needed, got {values.get(name)!r}")
@@ -287,6 +338,14 @@ def write_vision_language_config(config: VisionLanguageConfig) -> dict[str, Any]
         "vision_config": write_vision_config(config.vision),
         "tie_word_embeddings": config.text.tie_word_embeddings,
     }
+    if config.around is not None:
+        begin, end = config.around
+        return values | {
+            "mm_tokens_per_image": config.tokens_per_tile,
+            "boi_token_index": begin,
+            "eoi_token_index": end,
+            "image_token_index": config.image_token_id,
+        }
     if config.model_type != "llava":
         return values | {"image_token_id": config.image_token_id, "scale_factor": config.scale_factor}
     layers = config.feature_layers

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ _PROCESSORS: dict[str, tuple[Method, dict[str, Any]]] = {
         {"resample": 1, "size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}, "do_image_splitting": True},
     ),
 }
+_PROCESSORS["Gemma3ImageProcessor"] = ("fixed", {"resample": 2, "size": {"height": 224, "width": 224}})
 _PROCESSORS["LlavaImageProcessor"] = _PROCESSORS["CLIPImageProcessor"]
 _PROCESSORS["SmolVLMImageProcessor"] = _PROCESSORS["Idefics3ImageProcessor"]
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -54,7 +55,7 @@ class Prepared:
     """A picture as an encoder reads it, but for the normalisation.
 
     tiles: (N, side, side, 3) uint8, or of a picture in patches (1, height, width, 3). rows, columns: of tiles, 0 where the
-    picture is one. digest: equal for equal tiles.
+    picture is one. Beside the tiles there is the whole picture, as the last one or, of Gemma 3, the first. digest: equal for equal tiles.
     """
 
     tiles: NDArray[np.uint8] = field(repr=False, compare=False)
@@ -69,6 +70,23 @@ class Prepared:
         return cls(tiles, rows, columns, hashlib.sha256(said + b"\0" + tiles.tobytes()).digest())
 
 
+class PanAndScan(NamedTuple):
+    """Gemma 3's crops of long pictures: from which ratio of sides on, how many at most, and their shorter side at least."""
+
+    least_ratio: float
+    most_crops: int
+    least_side: int
+
+    def crops(self, height: int, width: int) -> int:
+        """In how many crops the longer side is cut; 0 where the picture is not."""
+        longer, shorter = max(height, width), min(height, width)
+        if longer / shorter < self.least_ratio:
+            return 0
+        count = min(longer // self.least_side, math.floor(longer / shorter + 0.5))
+        count = min(self.most_crops, max(2, count))
+        return 0 if min(math.ceil(longer / count), shorter) < self.least_side else count
+
+
 @dataclass(frozen=True)
 class Preprocessor:
     """How a model's pictures are prepared. Names as in `preprocessor_config.json`.
@@ -81,6 +99,7 @@ class Preprocessor:
     size: tuple[int, int] | int | None = None
     crop_size: tuple[int, int] | None = None
     pads_to_square: bool = False
+    pan_and_scan: PanAndScan | None = None
     max_image_size: int = 0
     splits: bool = False
     patch_size: int = 0
@@ -99,6 +118,8 @@ class Preprocessor:
         if self.method == "patches":
             height, width = patched_size(picture.height, picture.width, self.patch_size, self.max_num_patches)
             return Prepared.of(np.asarray(self._resized(image, height, width))[None])
+        if self.pan_and_scan is not None:
+            return self._with_crops(image, self.pan_and_scan)
         if self.pads_to_square:
             image = self._padded(image)
         if isinstance(self.size, int):
@@ -122,6 +143,21 @@ class Preprocessor:
         return Pixels(torch.from_numpy(padded), mask, torch.tensor([[rows, columns]]))
 
     # -- inside
+
+    def _with_crops(self, image: PillowImage, settings: PanAndScan) -> Prepared:
+        assert isinstance(self.size, tuple)
+        tiles = [np.asarray(self._resized(image, *self.size))]
+        count = settings.crops(image.height, image.width)
+        if count == 0:
+            return Prepared.of(np.stack(tiles))
+        is_wide = image.width >= image.height
+        step = math.ceil(max(image.size) / count)
+        for start in range(0, count * step, step):
+            box = (start, 0, start + step, image.height) if is_wide else (0, start, image.width, start + step)
+            # the last one ends with the picture
+            crop = image.crop((box[0], box[1], min(box[2], image.width), min(box[3], image.height)))
+            tiles.append(np.asarray(self._resized(crop, *self.size)))
+        return Prepared.of(np.stack(tiles), *((1, count) if is_wide else (count, 1)))
 
     def _in_tiles(self, image: PillowImage) -> Prepared:
         side = self.max_image_size
@@ -271,6 +307,7 @@ def preprocessor_of(values: Mapping[str, Any]) -> Preprocessor:
         size=_size(given["size"]) if "size" in given and given.get("do_resize", True) and method != "patches" else None,
         crop_size=_square(given["crop_size"]) if given.get("do_center_crop") else None,
         pads_to_square=name == "LlavaImageProcessor" and bool(given.get("do_pad")),
+        pan_and_scan=_pan_and_scan(given) if name == "Gemma3ImageProcessor" and given.get("do_pan_and_scan") else None,
         max_image_size=int(given["max_image_size"]["longest_edge"]) if method == "tiles" else 0,
         splits=bool(given.get("do_image_splitting")),
         patch_size=int(given.get("patch_size", 0)),
@@ -279,6 +316,19 @@ def preprocessor_of(values: Mapping[str, Any]) -> Preprocessor:
         mean=tuple(map(float, given.get("image_mean", mean))) if is_normalised else None,
         std=tuple(map(float, given.get("image_std", std))) if is_normalised else None,
     )
+
+
+def _pan_and_scan(given: Mapping[str, Any]) -> PanAndScan:
+    """With what Gemma 3's processor takes where a file leaves it out."""
+    if not given.get("do_resize", True):
+        raise ConfigError("do_resize: false is not read where a picture is cut into crops")
+    least, most, side = (
+        given.get(f"pan_and_scan_{name}", usual)
+        for name, usual in (("min_ratio_to_activate", 1.2), ("max_num_crops", 4), ("min_crop_size", 256))
+    )
+    if int(most) < 2 or int(side) < 1:
+        raise ConfigError(f"pan_and_scan: at least 2 crops of at least 1 pixel are needed, got {most!r} of {side!r}")
+    return PanAndScan(float(least), int(most), int(side))
 
 
 def _size(given: Any) -> tuple[int, int] | int:

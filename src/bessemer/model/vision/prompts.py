@@ -2,7 +2,8 @@
 
 A chat template writes one image token for each picture. Before the model reads the prompt, that token becomes as many as the
 picture has vectors, with Idefics3's and SmolVLM's marks of tiles around them: `<row_1_col_1>` for each tile, and `<global-img>`
-for the whole picture.
+for the whole picture. Gemma 3's token is `<start_of_image>`, which stays before a picture's; line breaks around join those of
+the text, as if the whole were encoded at once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 # Shapes: M tokens of a picture that have vectors, D hidden.
 
+#: What Gemma 3 writes before and behind each of its pictures.
+_BREAKS = "\n\n"
 _FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
@@ -33,7 +36,8 @@ class ImageSpan:
     """A picture in a prompt: the tokens from `start` up to `end`, marks of tiles included.
 
     places: the tokens among them that have vectors, as places in the prompt, in rising order. digest: of the prepared pixels;
-    with the tokens, all that the vectors depend on in one model.
+    with the tokens, all that the vectors depend on in one model. is_bidirectional: whether the tokens of `places` that follow
+    each other without a gap see each other.
     """
 
     start: int
@@ -41,6 +45,7 @@ class ImageSpan:
     places: Sequence[int] = field(repr=False)
     digest: bytes
     prepared: Prepared = field(repr=False)
+    is_bidirectional: bool = False
 
 
 class ImagePrompt(NamedTuple):
@@ -76,32 +81,49 @@ class PictureReader:
 
     @property
     def image_token_id(self) -> int:
-        """The token that stands for a picture in a prompt."""
+        """The token whose embedding a vector takes the place of."""
         return self.vision.config.image_token_id
+
+    @property
+    def placeholder_id(self) -> int:
+        """The token that a chat template writes for a picture."""
+        around = self.config.around
+        return self.image_token_id if around is None else around[0]
+
+    @property
+    def least_chunk(self) -> int:
+        """Most tokens of a prompt that are computed together, because they see each other; 1 in most models."""
+        return self.config.tokens_per_tile if self.config.is_bidirectional else 1
 
     def expand(self, ids: Sequence[int], pictures: Sequence[Picture | Prepared]) -> ImagePrompt:
         """The prompt with a picture in place of each image token. Raises RequestError where there are more or fewer."""
-        image, count = self.image_token_id, sum(id == self.image_token_id for id in ids)
+        image, placeholder = self.image_token_id, self.placeholder_id
+        count = sum(id == placeholder for id in ids)
         if count != len(pictures):
             raise RequestError(f"the prompt has places for {count} pictures, and {len(pictures)} are given")
         expanded: list[int] = []
         spans: list[ImageSpan] = []
-        waiting = iter(pictures)
+        prepared = [one if isinstance(one, Prepared) else self.preprocessor.prepare(one) for one in pictures]
+        if self.config.around is not None:
+            return self._with_texts(ids, prepared)
+        waiting = iter(prepared)
         for id in ids:
-            if id != image:
+            if id != placeholder:
                 expanded.append(id)
                 continue
-            given = next(waiting)
-            prepared = given if isinstance(given, Prepared) else self.preprocessor.prepare(given)
-            tokens, start = self.tokens(prepared), len(expanded)
+            one = next(waiting)
+            tokens, start = self.tokens(one), len(expanded)
             expanded += tokens
             places = [start + place for place, token in enumerate(tokens) if token == image]
-            spans.append(ImageSpan(start, len(expanded), places, prepared.digest, prepared))
+            spans.append(ImageSpan(start, len(expanded), places, one.digest, one))
         return ImagePrompt(expanded, tuple(spans))
 
     def tokens(self, prepared: Prepared) -> list[int]:
         """The tokens of a picture. Raises RequestError for more tiles than the model has marks for."""
         tile = [self.image_token_id] * self.config.tokens_per_tile
+        if self.config.around is not None:
+            first, *_, last = (self._tokenizer.encode(text, add_bos=False) for text in self._texts(prepared))
+            return [*first, *self._marked(prepared), *last]
         if not self.config.scale_factor:
             return tile
         fake, whole = self._mark(_FAKE), self._mark(_GLOBAL)
@@ -120,6 +142,56 @@ class PictureReader:
         place = self.vision.encoder.post_layernorm.weight
         vectors_NMD: Tensor = self.vision(pixels._replace(values=pixels.values.to(place.device, place.dtype)))
         return vectors_NMD.flatten(0, 1)
+
+    def _texts(self, prepared: Prepared) -> list[str]:
+        """What Gemma 3's processor writes before, between and behind the whole picture and its crops."""
+        crops = len(prepared.tiles) - 1
+        if not crops:
+            return [_BREAKS, _BREAKS]
+        first = [f"Here is the original image {_BREAKS}", f"{_BREAKS} and here are some crops to help you see better {_BREAKS}"]
+        return [*first, *[f"{_BREAKS} {_BREAKS}"] * (crops - 1), _BREAKS]
+
+    def _marked(self, prepared: Prepared) -> list[int]:
+        """The tokens of Gemma 3's pictures, from the first mark to the last."""
+        assert self.config.around is not None
+        begin, end = self.config.around
+        marked = [begin, *[self.image_token_id] * self.config.tokens_per_tile, end]
+        ids = [*marked]
+        for text in self._texts(prepared)[1:-1]:
+            ids += [*self._tokenizer.encode(text, add_bos=False), *marked]
+        return ids
+
+    def _with_texts(self, ids: Sequence[int], pictures: Sequence[Prepared]) -> ImagePrompt:
+        """A prompt of Gemma 3's form: the text around a picture is encoded as one with what its processor writes there."""
+        expanded: list[int] = []
+        spans: list[ImageSpan] = []
+        waiting = iter(pictures)
+        # where the text begins that is not ended yet, and what the picture before it has written
+        begin, lead = 0, ""
+        for id in ids:
+            if id != self.placeholder_id and not self._tokenizer.is_special(id):
+                expanded.append(id)
+                continue
+            prepared = next(waiting) if id == self.placeholder_id else None
+            texts = ["", ""] if prepared is None else self._texts(prepared)
+            expanded[begin:] = self._joined(lead, expanded[begin:], texts[0])
+            lead, start = texts[-1], len(expanded)
+            expanded += [id] if prepared is None else self._marked(prepared)
+            begin = len(expanded)
+            if prepared is not None:
+                places = [place for place in range(start, begin) if expanded[place] == self.image_token_id]
+                spans.append(ImageSpan(start, begin, places, prepared.digest, prepared, self.config.is_bidirectional))
+        expanded[begin:] = self._joined(lead, expanded[begin:], "")
+        return ImagePrompt(expanded, tuple(spans))
+
+    def _joined(self, before: str, ids: list[int], behind: str) -> list[int]:
+        """A text between two others, encoded as one; each by itself where its ids are not those of its encoding."""
+        if not before and not behind:
+            return ids
+        text = self._tokenizer.decode(ids)
+        if self._tokenizer.encode(text, add_bos=False) == ids:
+            return self._tokenizer.encode(before + text + behind, add_bos=False)
+        return [*self._tokenizer.encode(before, add_bos=False), *ids, *self._tokenizer.encode(behind, add_bos=False)]
 
     @cached_property
     def _new_lines(self) -> tuple[list[int], list[int]]:

@@ -57,7 +57,7 @@ class PictureEncoder:
         return tokens
 
     def _expanded(self, example: Encoded, pictures: Sequence[np.ndarray]) -> Encoded:
-        places = np.flatnonzero(example.ids == self.reader.image_token_id)
+        places = np.flatnonzero(example.ids == self.reader.placeholder_id)
         if len(places) > len(pictures):
             raise RowError(f"the chat template has places for {len(places)} pictures, and {len(pictures)} are given")
         ids: list[np.ndarray] = []
