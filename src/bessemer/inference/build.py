@@ -62,12 +62,14 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
 from bessemer.model.formats.gguf_import import parts_of
+from bessemer.model.formats.gguf_mmproj import find_mmproj, read_mmproj
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.library import find_kept
 from bessemer.model.storage.model_config import read_end_tokens, read_sampling_settings
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
+from bessemer.model.vision.config import VisionLanguageConfig
 from bessemer.model.vision.folder import is_vision_folder, load_vision_language, read_vision_language
 from bessemer.model.vision.prompts import PictureReader, open_picture_reader
 from bessemer.model.vision.trained import VisionDecoder
@@ -129,6 +131,8 @@ def open_model(
     path, own = tuned_model(named) or TunedModel(named, None)
     if choose_device(device).type == "cpu":
         _check_size(path)
+    if config.mmproj is not None and path.suffix != ".gguf":
+        raise ConfigError(f"mmproj: of a GGUF file, and {path} is none")
     if is_vision_folder(path):
         return _open_vision(path, tokenizer, choose_device(device), config, has_adapter=adapter is not None)
     if config.processes > 1:
@@ -147,8 +151,16 @@ def open_model(
         tokenizer = tokenizer or opened.tokenizer
         if tokenizer is None:
             raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")
-        model, identity = _in_fast_dtype(opened.model, config), _identity(path)
-        return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids), identity=identity)
+        mmproj = find_mmproj(path) if config.mmproj is None else Path(config.mmproj)
+        pictures, files = None, [path]
+        if mmproj is not None:
+            read = read_mmproj(mmproj, opened.model.config, tokenizer)
+            vision = read.vision.requires_grad_(False).to(opened.model.device)
+            pictures, files = PictureReader(vision, read.preprocessor, tokenizer), [path, mmproj]
+            _check_whole_pictures(read.vision.config, mmproj, config)
+        model, identity = _in_fast_dtype(opened.model, config), _identity(*files)
+        ends = frozenset(opened.end_tokens or tokenizer.eos_ids)
+        return OpenedModel(model, tokenizer, ends, identity=identity, pictures=pictures)
     whole, identity = load_model(path, choose_device(device)), _identity(path)
     is_plain = whole.dtype == torch.float32 and not is_quantised(whole)
     if own is not None and adapter is None and (is_plain or trains_modules(own)):
@@ -168,8 +180,7 @@ def _open_vision(
     """A model that reads pictures."""
     if config.processes > 1:
         raise ConfigError(f"parallel: {path} reads pictures, and such a model is served by one process")
-    if config.batch_invariant and read_vision_language(path).is_bidirectional:
-        raise ConfigError(f"batch_invariant: {path} reads pictures whole, and batch-invariant steps cut prompts into blocks")
+    _check_whole_pictures(read_vision_language(path), path, config)
     if has_adapter:
         raise ConfigError(f"{path}: adapters of models that read pictures are not read")
     whole = load_vision_language(path, device)
@@ -186,6 +197,11 @@ def _open_vision(
         identity=_identity(path),
         pictures=open_picture_reader(vision, path, tokenizer),
     )
+
+
+def _check_whole_pictures(shape: VisionLanguageConfig, path: Path, config: EngineConfig) -> None:
+    if config.batch_invariant and shape.is_bidirectional:
+        raise ConfigError(f"batch_invariant: {path} reads pictures whole, and batch-invariant steps cut prompts into blocks")
 
 
 def _check_size(path: Path) -> None:

@@ -280,9 +280,7 @@ class Decoder(nn.Module):
         hidden_BTD = self._embedded(tokens_BT, positions_BT, embedded)
         if cache is None or cache.masked:
             aligned = cache is None or cache.aligned
-            masks = self._masks(
-                length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT, seen_until_BT
-            )
+            masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT, seen_until_BT)
         else:
             masks = dict.fromkeys(self.config.types, AttentionMask())
         # given positions may lie anywhere in the context

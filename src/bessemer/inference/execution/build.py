@@ -300,7 +300,9 @@ def choose_backend(
     packs = wanted and decoded is None and library() is not None and holds_decoded(model)
     if packs and not modules_only and CompiledSteps.supports(model) is None:
         steps = CompiledSteps(model, memory, config.threads, activation_bits=config.activation_bits, release=opened)
-        return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads(), model.dtype), steps, generator=steps)
+        return Backend(
+            StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads(), model.dtype), steps, generator=steps
+        )
     if config.cpu_kernels == "on" and library() is None:
         raise ConfigError(f"cpu_kernels: on: {unavailable()}")
     threads = config.threads or torch.get_num_threads()

@@ -231,9 +231,7 @@ class GatheredBatch(PagedBatch):
         alike = len(set(lengths)) == 1
         lengths_B1 = None if alike else inputs.put([[length] for length in lengths])
         seen_until_BT = inputs.put(seen_until) if self._seen_until and seen_until != slots else None
-        return _Members(
-            inputs.put(rows), inputs.put(padded), inputs.put(slots), max(lengths), lengths_B1, alike, seen_until_BT
-        )
+        return _Members(inputs.put(rows), inputs.put(padded), inputs.put(slots), max(lengths), lengths_B1, alike, seen_until_BT)
 
     def _span(self, members: _Members, window: int | None) -> _AttendingSpan:
         """Masks of the members, computed on the device once its numbers have arrived."""

@@ -69,9 +69,7 @@ def attention_mask(
     assert visible_to_BT is None or (window is None and slopes_H is None)
     # a distance below 0 has no penalty
     assert seen_until_BT is None or slopes_H is None
-    mask = AttentionMask(
-        slots_BT, documents_BT, window, slopes_H, visible_to_BT=visible_to_BT, seen_until_BT=seen_until_BT
-    )
+    mask = AttentionMask(slots_BT, documents_BT, window, slopes_H, visible_to_BT=visible_to_BT, seen_until_BT=seen_until_BT)
     if plain or not dense:
         return mask
     scores_BHTS = bias(mask, torch.arange(queries, device=device), torch.arange(keys, device=device))

@@ -232,7 +232,12 @@ def read_vision_language_config(values: Values) -> VisionLanguageConfig:
     of_text = {"model_type": "gemma3_text" if kind == "gemma3" else "llama", **values["text_config"]}
     given = [part["tie_word_embeddings"] for part in (values, of_text) if part.get("tie_word_embeddings") is not None]
     tied = any(given) if given else kind == "gemma3"
-    text = _text_config(of_text | {"tie_word_embeddings": tied})
+    return joined_config(values, _text_config(of_text | {"tie_word_embeddings": tied}))
+
+
+def joined_config(values: Values, text: ModelConfig) -> VisionLanguageConfig:
+    """The settings of a model whose decoder is known: what `config.json` says of the rest. Raises ConfigError."""
+    kind = str(values["model_type"])
     if kind == "gemma3":
         return _gemma3(values, text)
     if kind == "llava":
@@ -275,8 +280,8 @@ def _llava(values: Values, text: ModelConfig) -> VisionLanguageConfig:
 
 
 def _gemma3(values: Values, text: ModelConfig) -> VisionLanguageConfig:
-    of_vision, of_text = values["vision_config"], values["text_config"]
-    if of_text.get("use_bidirectional_attention"):
+    of_vision = values["vision_config"]
+    if values.get("text_config", {}).get("use_bidirectional_attention"):
         raise ConfigError("text_config: use_bidirectional_attention: a decoder whose texts see what follows is not read")
     kind = str(of_vision.get("model_type", "siglip_vision_model"))
     if kind != "siglip_vision_model":
@@ -285,7 +290,9 @@ def _gemma3(values: Values, text: ModelConfig) -> VisionLanguageConfig:
     tokens = values.get("mm_tokens_per_image", 256)
     side = math.isqrt(tokens) if isinstance(tokens, int) and tokens > 0 else 0
     if not side or side**2 != tokens or side > vision.grid or vision.grid // (vision.grid // side) != side:
-        raise ConfigError(f"mm_tokens_per_image: a side of {vision.grid} patches is not made {tokens!r} tokens by means of squares")
+        raise ConfigError(
+            f"mm_tokens_per_image: a side of {vision.grid} patches is not made {tokens!r} tokens by means of squares"
+        )
     names = {"boi_token_index": 255_999, "eoi_token_index": 256_000, "image_token_index": 262_144}
     begin, end, image = (
         _token(values.get(name, values.get(name.replace("index", "id"), usual)), text) for name, usual in names.items()

@@ -268,9 +268,19 @@ def _cropped(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.u
 
 
 def read_preprocessor(folder: Path) -> Preprocessor:
-    """How a folder's model takes pictures, from `preprocessor_config.json`, or the part of `processor_config.json` about them.
+    """How a folder's model takes pictures. Raises ArtefactError as `preprocessor_values`, and where it says what is not known."""
+    values = preprocessor_values(folder)
+    try:
+        return preprocessor_of(values)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        path = folder / (PREPROCESSOR if (folder / PREPROCESSOR).is_file() else PROCESSOR)
+        raise ArtefactError(f"{path}: {error}") from None
 
-    Raises ArtefactError where neither is there or says what is not known.
+
+def preprocessor_values(folder: Path) -> dict[str, Any]:
+    """What a folder says of the preparation of pictures: `preprocessor_config.json`, or a part of `processor_config.json`.
+
+    Raises ArtefactError where neither is there.
     """
     for name in (PREPROCESSOR, PROCESSOR):
         path = folder / name
@@ -279,12 +289,8 @@ def read_preprocessor(folder: Path) -> Preprocessor:
         values = read_json(path, "settings of pictures")
         if isinstance(values, Mapping) and name == PROCESSOR:
             values = values.get("image_processor")
-        if not isinstance(values, Mapping):
-            continue
-        try:
-            return preprocessor_of(values)
-        except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtefactError(f"{path}: {error}") from None
+        if isinstance(values, Mapping):
+            return dict(values)
     raise ArtefactError(f"{folder}: nothing says how pictures are prepared: {PREPROCESSOR} is missing")
 
 
