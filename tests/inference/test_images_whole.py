@@ -122,7 +122,7 @@ def test_log_probabilities_of_a_prompt_with_a_picture(open_engine):
 def test_settings_under_which_pictures_would_be_cut_are_refused(open_engine):
     with pytest.raises(ConfigError, match="chunks of 16 tokens: raise max_num_batched_tokens to at least 18"):
         open_engine(max_num_batched_tokens=17, max_num_seqs=3)
-    with pytest.raises(ConfigError, match="batch_invariant: .* reads pictures whole"):
+    with pytest.raises(ConfigError, match=r"batch_invariant: .* reads pictures whole"):
         open_engine(batch_invariant=True)
 
 

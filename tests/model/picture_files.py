@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from PIL import Image
 
-from bessemer.model.vision.config import VisionLanguageConfig, read_vision_language_config
+from bessemer.model.vision.config import VisionLanguageConfig, read_vision_language_config, write_vision_language_config
 from bessemer.model.vision.folder import initial_vision_language, save_vision_language
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.tokenizers import write_small_tokenizer
@@ -142,14 +142,13 @@ def small_gemma3_config(tokenizer) -> VisionLanguageConfig:
             "vocab_size": tokenizer.vocab_size,
             "hidden_size": 48,
             "intermediate_size": 64,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
             "max_position_embeddings": 512,
             "sliding_window": 6,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     }
     return read_vision_language_config(values)
@@ -160,6 +159,18 @@ def write_gemma3_model(folder, **settings):
     write_picture_tokenizer(folder, GEMMA3_MARKS, GEMMA3_TEMPLATE)
     settings = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}} | settings
     return _write_random(folder, small_gemma3_config(load_tokenizer(folder)), settings)
+
+
+def write_llava_model(folder):
+    """A folder with a tiny LLaVA of random weights over a CLIP, whose answers depend on its pictures; returns the model."""
+    template = TEMPLATE.replace("<end_of_utterance>", "")
+    tokenizer = load_tokenizer(write_picture_tokenizer(folder, ("<image>",), template))
+    small = small_config(tokenizer)
+    values = write_vision_language_config(small) | {"model_type": "llava", "image_token_index": small.image_token_id}
+    values["vision_config"] |= {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    values |= {"vision_feature_select_strategy": "default", "vision_feature_layer": -2}
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": 16}
+    return _write_random(folder, read_vision_language_config(values), settings)
 
 
 def write_picture_model(folder, **changes):

@@ -327,8 +327,8 @@ def assemble(
     """The engine core of a model, and a line about its KV cache: how many blocks, of which type, how much memory.
 
     opened: whether the model was opened to be served, and is not one in training. sharded: the model's shards, where worker
-    processes hold some. identity: as of `OpenedModel`, for a prefix store. least_chunk: as of `Scheduler`. Raises ConfigError, and ArtefactError for a draft
-    model that cannot be read.
+    processes hold some. identity: as of `OpenedModel`, for a prefix store. least_chunk: as of
+    `Scheduler`. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
     """
     check_model_length(model.config, config)
     mtp_layers, _ = mtp_layers_of(config, model.config)

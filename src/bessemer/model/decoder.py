@@ -215,8 +215,9 @@ class Decoder(nn.Module):
         whose attention goes by distance, or is linear, cannot (`shares_prefixes`). None: each token is its own document's.
         cache: holds the tokens before these and is extended by them; not together with the other three.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
-        embedded: tokens that are given as vectors. seen_until_BT: the last place in its row that each token sees, its own or one
-        behind it; None: its own. A paged cache knows it itself. pictures: of a model that has an encoder of them, `VisionDecoder`.
+        embedded: tokens that are given as vectors. seen_until_BT: the last place in its row that each token sees, its own or
+        one behind it; None: its own. A paged cache knows it itself. pictures: of a model that has an encoder of them,
+        `VisionDecoder`.
         """
         assert pictures is None, "this decoder has no encoder of pictures"
         hidden_BTD = self._pre_norm_hidden(

@@ -10,15 +10,16 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.store import new_file, new_folder, read_json, write_json
+from bessemer.core.store import new_file, new_folder, write_json
 from bessemer.model.config import ModelConfig
+from bessemer.model.formats.gguf_base import GgufFamily
 from bessemer.model.formats.gguf_export import add_info, add_key, encoded, export_gguf
 from bessemer.model.formats.gguf_import import GgufFile, import_gguf
 from bessemer.model.formats.gguf_mixtures import GGUF_DTYPES
@@ -73,7 +74,7 @@ _DEFAULT_SCALE = {"idefics3": 2, "gemma3": 4}
 class MmprojFile(GgufFile):
     """An open `mmproj` file."""
 
-    families = {ARCHITECTURE: None}
+    families: ClassVar[Mapping[str, GgufFamily | None]] = {ARCHITECTURE: None}
 
 
 class Mmproj(NamedTuple):
@@ -90,8 +91,8 @@ class Mmproj(NamedTuple):
 def export_vision_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]:
     """Write the decoder of a folder's model to `path`, and its encoder and projector to `mmproj-NAME` beside it.
 
-    Each is there whole or not at all. dtype: as of `export_gguf`; an encoder has 8 bits or more. Returns notes, a sentence each.
-    Raises as `export_gguf`, and ArtefactError for what an `mmproj` has no place for.
+    Each is there whole or not at all. dtype: as of `export_gguf`; an encoder has 8 bits or more. Returns notes, a sentence
+    each. Raises as `export_gguf`, and ArtefactError for what an `mmproj` has no place for.
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}")

@@ -119,11 +119,10 @@ class VisionLanguageConfig:
     """A model that reads pictures: an encoder, a projector, a decoder.
 
     image_token_id: the token whose embedding a picture's vectors take the place of. scale_factor: patches along a side that
-    pixel shuffle joins into one token; 0: none is (LLaVA, Gemma 3). pooled_side: tokens along a side, each the mean of a square of
-    patches (Gemma 3); 0: none are. around: the tokens before and behind a picture's (Gemma 3), of which a template writes the
-    first. feature_layers: of LLaVA, the
-    encoder's layers whose states are projected, counted as Python counts, where 0 are the embeddings. drops_class: whether the
-    token before the patches is left out.
+    pixel shuffle joins into one token; 0: none is (LLaVA, Gemma 3). pooled_side: tokens along a side, each the mean of a
+    square of patches (Gemma 3); 0: none are. around: the tokens before and behind a picture's (Gemma 3), of which a template
+    writes the first. feature_layers: of LLaVA, the encoder's layers whose states are projected, counted as Python counts, where
+    0 are the embeddings. drops_class: whether the token before the patches is left out.
     """
 
     model_type: str

@@ -127,7 +127,8 @@ class VisionLanguageModel(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Logits of the token after each, (B, T, V). pixels: of all pictures or tiles of the rows, in their order; the other
-        arguments as for `Decoder.hidden`. A picture whose tokens see each other is whole in these. Raises as `embedded_rows`."""
+        arguments as for `Decoder.hidden`. A picture whose tokens see each other is whole in these. Raises as `embedded_rows`.
+        """
         embedded = None if pixels is None else self.embedded_rows(tokens_BT, pixels)
         seen_until_BT = None
         if embedded is not None and self.config.is_bidirectional:

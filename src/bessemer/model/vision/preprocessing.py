@@ -55,7 +55,7 @@ class Prepared:
     """A picture as an encoder reads it, but for the normalisation.
 
     tiles: (N, side, side, 3) uint8, or of a picture in patches (1, height, width, 3). rows, columns: of tiles, 0 where the
-    picture is one. Beside the tiles there is the whole picture, as the last one or, of Gemma 3, the first. digest: equal for equal tiles.
+    picture is one. The whole picture is the last one, or, of Gemma 3, the first. digest: equal for equal tiles.
     """
 
     tiles: NDArray[np.uint8] = field(repr=False, compare=False)
@@ -268,7 +268,7 @@ def _cropped(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.u
 
 
 def read_preprocessor(folder: Path) -> Preprocessor:
-    """How a folder's model takes pictures. Raises ArtefactError as `preprocessor_values`, and where it says what is not known."""
+    """How a folder's model takes pictures. Raises ArtefactError as `preprocessor_values`, and for what is not known."""
     values = preprocessor_values(folder)
     try:
         return preprocessor_of(values)
