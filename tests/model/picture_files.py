@@ -66,11 +66,12 @@ def png_header(width, height, depth=8):
 #: What Gemma 3's prompts consist of besides text, and its chat template.
 GEMMA3_MARKS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>", "<start_of_turn>", "<end_of_turn>")
 GEMMA3_TEMPLATE = (
-    "<|endoftext|>{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
+    "<|endoftext|>{% for message in messages %}<start_of_turn>"
+    "{{ ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}{{ '<end_of_turn>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 
 

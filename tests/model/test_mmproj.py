@@ -145,7 +145,7 @@ def test_what_does_not_go_together_is_named(written, tmp_path):
         read_mmproj(path, ours.config.text, tokenizer)
     with pytest.raises(ArtefactError, match=r"this is the encoder of pictures of a model \(mmproj\)"):
         Engine(file, config=EngineConfig(kv_memory=0.01))
-    with pytest.raises(ConfigError, match="mmproj: of a GGUF file, and .* is none"):
+    with pytest.raises(ConfigError, match=r"mmproj: of a GGUF file, and .* is none"):
         Engine(folder, config=EngineConfig(kv_memory=0.01, mmproj=str(file)))
 
 

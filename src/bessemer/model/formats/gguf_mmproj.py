@@ -134,8 +134,11 @@ def _write(model: VisionLanguageModel, folder: Path, path: Path, dtype: str) -> 
     preprocessor = preprocessor_values(folder)
     wanted = _TYPES.get(dtype, "F16")
     notes = [] if dtype in _TYPES else [f"the encoder of pictures is in f16: {dtype} is of the decoder"]
-    if vision.hidden_act == "gelu" or config.projector_act == "gelu":
+    is_llava = config.model_type == "llava"
+    if vision.hidden_act == "gelu" or (is_llava and config.projector_act == "gelu"):
         notes.append("llama.cpp computes the encoder's or the projector's GELU by its tanh form")
+    if is_llava and vision.has_class_token:
+        notes.append("llama.cpp puts CLIP's class token behind the patches and shifts their positions: it sees otherwise")
     ours = {name: tensor.detach() for name, tensor in model.vision.state_dict().items()}
     names = dict(_names(config, ours))
     tensors = {theirs: _stored(name, ours[name]) for name, theirs in names.items()}

@@ -97,26 +97,33 @@ class PictureReader:
 
     def expand(self, ids: Sequence[int], pictures: Sequence[Picture | Prepared]) -> ImagePrompt:
         """The prompt with a picture in place of each image token. Raises RequestError where there are more or fewer."""
+        return self.expand_traced(ids, pictures)[0]
+
+    def expand_traced(self, ids: Sequence[int], pictures: Sequence[Picture | Prepared]) -> tuple[ImagePrompt, list[int]]:
+        """As `expand`, and of each token its place among `ids`; -1 for those of pictures, and of texts encoded anew."""
         image, placeholder = self.image_token_id, self.placeholder_id
         count = sum(id == placeholder for id in ids)
         if count != len(pictures):
             raise RequestError(f"the prompt has places for {count} pictures, and {len(pictures)} are given")
-        expanded: list[int] = []
-        spans: list[ImageSpan] = []
         prepared = [one if isinstance(one, Prepared) else self.preprocessor.prepare(one) for one in pictures]
         if self.config.around is not None:
             return self._with_texts(ids, prepared)
+        expanded: list[int] = []
+        origins: list[int] = []
+        spans: list[ImageSpan] = []
         waiting = iter(prepared)
-        for id in ids:
+        for origin, id in enumerate(ids):
             if id != placeholder:
                 expanded.append(id)
+                origins.append(origin)
                 continue
             one = next(waiting)
             tokens, start = self.tokens(one), len(expanded)
             expanded += tokens
+            origins += [-1] * len(tokens)
             places = [start + place for place, token in enumerate(tokens) if token == image]
             spans.append(ImageSpan(start, len(expanded), places, one.digest, one))
-        return ImagePrompt(expanded, tuple(spans))
+        return ImagePrompt(expanded, tuple(spans)), origins
 
     def tokens(self, prepared: Prepared) -> list[int]:
         """The tokens of a picture. Raises RequestError for more tiles than the model has marks for."""
@@ -161,28 +168,35 @@ class PictureReader:
             ids += [*self._tokenizer.encode(text, add_bos=False), *marked]
         return ids
 
-    def _with_texts(self, ids: Sequence[int], pictures: Sequence[Prepared]) -> ImagePrompt:
+    def _with_texts(self, ids: Sequence[int], pictures: Sequence[Prepared]) -> tuple[ImagePrompt, list[int]]:
         """A prompt of Gemma 3's form: the text around a picture is encoded as one with what its processor writes there."""
         expanded: list[int] = []
+        origins: list[int] = []
         spans: list[ImageSpan] = []
         waiting = iter(pictures)
-        # where the text begins that is not ended yet, and what the picture before it has written
-        begin, lead = 0, ""
-        for id in ids:
-            if id != self.placeholder_id and not self._tokenizer.is_special(id):
-                expanded.append(id)
+        # the text that is not ended yet, and what the picture before it has written
+        text: list[int] = []
+        lead = ""
+        # an end closes the last text
+        for origin, id in enumerate([*ids, None]):
+            if id is not None and id != self.placeholder_id and not self._tokenizer.is_special(id):
+                text.append(id)
                 continue
             prepared = next(waiting) if id == self.placeholder_id else None
             texts = ["", ""] if prepared is None else self._texts(prepared)
-            expanded[begin:] = self._joined(lead, expanded[begin:], texts[0])
-            lead, start = texts[-1], len(expanded)
-            expanded += [id] if prepared is None else self._marked(prepared)
-            begin = len(expanded)
+            joined = self._joined(lead, text, texts[0])
+            expanded += joined
+            origins += range(origin - len(text), origin) if joined == text else [-1] * len(joined)
+            lead, text, start = texts[-1], [], len(expanded)
             if prepared is not None:
-                places = [place for place in range(start, begin) if expanded[place] == self.image_token_id]
-                spans.append(ImageSpan(start, begin, places, prepared.digest, prepared, self.config.is_bidirectional))
-        expanded[begin:] = self._joined(lead, expanded[begin:], "")
-        return ImagePrompt(expanded, tuple(spans))
+                expanded += self._marked(prepared)
+                places = [place for place in range(start, len(expanded)) if expanded[place] == self.image_token_id]
+                spans.append(ImageSpan(start, len(expanded), places, prepared.digest, prepared, self.config.is_bidirectional))
+                origins += [-1] * (len(expanded) - start)
+            elif id is not None:
+                expanded.append(id)
+                origins.append(origin)
+        return ImagePrompt(expanded, tuple(spans)), origins
 
     def _joined(self, before: str, ids: list[int], behind: str) -> list[int]:
         """A text between two others, encoded as one; each by itself where its ids are not those of its encoding."""
