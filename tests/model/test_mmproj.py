@@ -10,7 +10,7 @@ from bessemer.inference.images import chat_prompt
 from bessemer.model.formats import ExportOptions, export_model, find_model, import_model
 from bessemer.model.formats import gguf_mmproj as mmproj_files
 from bessemer.model.formats.gguf_mmproj import export_vision_gguf, find_mmproj, read_mmproj
-from bessemer.model.vision.folder import load_vision_language, read_vision_language
+from bessemer.model.vision.folder import is_vision_folder, load_vision_language, read_vision_language
 from bessemer.model.vision.pictures import Picture
 from bessemer.model.vision.preprocessing import read_preprocessor
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -147,6 +147,22 @@ def test_what_does_not_go_together_is_named(written, tmp_path):
         Engine(file, config=EngineConfig(kv_memory=0.01))
     with pytest.raises(ConfigError, match=r"mmproj: of a GGUF file, and .* is none"):
         Engine(folder, config=EngineConfig(kv_memory=0.01, mmproj=str(file)))
+
+
+def test_a_decoder_with_a_file_beside_it_that_is_not_read_is_opened_alone(written, tmp_path, monkeypatch, capsys):
+    folder, _ = written
+    whole = mmproj_files._keys
+    monkeypatch.setattr(mmproj_files, "_keys", lambda *given: whole(*given) | {"clip.projector_type": "qwen2.5vl_merger"})
+    export_vision_gguf(folder, tmp_path / "model.gguf")
+    engine = Engine(tmp_path / "model.gguf", config=EngineConfig(kv_memory=0.01, cpu_kernels="off"))
+    assert engine.pictures is None
+    said = capsys.readouterr()
+    assert "reads no pictures: " in said.out + said.err and "'qwen2.5vl_merger' are not read" in said.out + said.err
+    notes = import_model(find_model(str(tmp_path / "model.gguf")), tmp_path / "back")
+    assert notes[0].startswith("the decoder alone is read: ") and not is_vision_folder(tmp_path / "back")
+    named = EngineConfig(kv_memory=0.01, mmproj=str(tmp_path / "mmproj-model.gguf"))
+    with pytest.raises(ArtefactError, match="are not read"):
+        Engine(tmp_path / "model.gguf", config=named)
 
 
 def test_damaged_files_are_named(written, tmp_path, monkeypatch):

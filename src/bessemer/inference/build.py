@@ -62,7 +62,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
 from bessemer.model.formats.gguf_import import parts_of
-from bessemer.model.formats.gguf_mmproj import find_mmproj, read_mmproj
+from bessemer.model.formats.gguf_mmproj import Mmproj, find_mmproj, read_mmproj
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
@@ -131,6 +131,8 @@ def open_model(
     path, own = tuned_model(named) or TunedModel(named, None)
     if choose_device(device).type == "cpu":
         _check_size(path)
+    if config.mmproj is not None and config.processes > 1:
+        raise ConfigError("parallel: a model that reads pictures is served by one process; leave --mmproj out")
     if config.mmproj is not None and path.suffix != ".gguf":
         raise ConfigError(f"mmproj: of a GGUF file, and {path} is none")
     if is_vision_folder(path):
@@ -151,13 +153,12 @@ def open_model(
         tokenizer = tokenizer or opened.tokenizer
         if tokenizer is None:
             raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")
-        mmproj = find_mmproj(path) if config.mmproj is None else Path(config.mmproj)
+        mmproj = _mmproj_of(path, config, opened.model.config, tokenizer)
         pictures, files = None, [path]
         if mmproj is not None:
-            read = read_mmproj(mmproj, opened.model.config, tokenizer)
-            vision = read.vision.requires_grad_(False).to(opened.model.device)
-            pictures, files = PictureReader(vision, read.preprocessor, tokenizer), [path, mmproj]
-            _check_whole_pictures(read.vision.config, mmproj, config)
+            vision = mmproj.vision.requires_grad_(False).to(opened.model.device)
+            pictures, files = PictureReader(vision, mmproj.preprocessor, tokenizer), [path, mmproj.path]
+            _check_whole_pictures(vision.config, mmproj.path, config)
         model, identity = _in_fast_dtype(opened.model, config), _identity(*files)
         ends = frozenset(opened.end_tokens or tokenizer.eos_ids)
         return OpenedModel(model, tokenizer, ends, identity=identity, pictures=pictures)
@@ -197,6 +198,21 @@ def _open_vision(
         identity=_identity(path),
         pictures=open_picture_reader(vision, path, tokenizer),
     )
+
+
+def _mmproj_of(path: Path, config: EngineConfig, text: ModelConfig, tokenizer: Tokenizer) -> Mmproj | None:
+    """What a GGUF model sees pictures with: the file that the settings name, or the one beside it, if that can be read."""
+    if config.mmproj is not None:
+        return read_mmproj(Path(config.mmproj), text, tokenizer)
+    beside = find_mmproj(path)
+    if beside is None:
+        return None
+    try:
+        return read_mmproj(beside, text, tokenizer)
+    except ArtefactError as error:
+        # the decoder is whole without it
+        PlainLines().say(f"  the model reads no pictures: {error}")
+        return None
 
 
 def _check_whole_pictures(shape: VisionLanguageConfig, path: Path, config: EngineConfig) -> None:

@@ -125,7 +125,11 @@ def import_model(source: ModelSource, out: Path, *, dtype: str | None = None, sp
         from bessemer.model.formats.gguf_mmproj import find_mmproj, import_vision_gguf
 
         if (mmproj := find_mmproj(source.path)) is not None:
-            return import_vision_gguf(source.path, mmproj, out, dtype=as_torch)
+            try:
+                return import_vision_gguf(source.path, mmproj, out, dtype=as_torch)
+            except ArtefactError as error:
+                note = f"the decoder alone is read: {error}"
+                return [note, *import_gguf(source.path, out, dtype=as_torch, split=split)]
         return import_gguf(source.path, out, dtype=as_torch, split=split)
     if source.kind == "hub":
         from bessemer.model.storage.library import download

@@ -78,8 +78,9 @@ class MmprojFile(GgufFile):
 
 
 class Mmproj(NamedTuple):
-    """The encoder and projector of a file, and how pictures are prepared, as `preprocessor_config.json` says it."""
+    """The encoder and projector of a file, and how pictures are prepared: `values` are as in `preprocessor_config.json`."""
 
+    path: Path
     vision: Vision
     preprocessor: Preprocessor
     values: dict[str, Any]
@@ -276,7 +277,7 @@ def read_mmproj(path: Path, text: ModelConfig, tokenizer: Tokenizer) -> Mmproj:
             vision = Vision(config)
         weights = _weights(file, config, {name: tuple(tensor.shape) for name, tensor in vision.state_dict().items()})
     vision.load_state_dict(weights, assign=True)
-    return Mmproj(vision.eval(), preprocessor, values)
+    return Mmproj(path, vision.eval(), preprocessor, values)
 
 
 def import_vision_gguf(path: Path, mmproj: Path, out: Path, *, dtype: torch.dtype | None = None) -> list[str]:
