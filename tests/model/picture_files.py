@@ -174,6 +174,31 @@ def write_llava_model(folder):
     return _write_random(folder, read_vision_language_config(values), settings)
 
 
+#: What Qwen2.5-VL's prompts consist of besides text, and its chat template.
+QWEN_MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+#: Squares of 8 pixels, from 4 to 40 of them.
+NATIVE = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 256, "max_pixels": 2560}
+
+
+def write_qwen_model(folder, **settings):
+    """A folder with a tiny Qwen2.5-VL of random weights whose answers depend on its pictures; returns the model."""
+    tokenizer = load_tokenizer(write_picture_tokenizer(folder, QWEN_MARKS, QWEN_TEMPLATE))
+    values = write_vision_language_config(small_config(tokenizer, image_token_id=tokenizer.control_id("<|image_pad|>")))
+    values["text_config"] |= {"model_type": "qwen2_5_vl_text", "rope_parameters": None, "rope_theta": 10_000.0}
+    values["text_config"]["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 2, 2]}
+    values |= {"model_type": "qwen2_5_vl"}
+    values["vision_config"] = {"hidden_size": 32, "intermediate_size": 36, "depth": 3, "num_heads": 2, "patch_size": 4}
+    values["vision_config"] |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", **NATIVE} | settings
+    return _write_random(folder, read_vision_language_config(values), settings)
+
+
 def write_picture_model(folder, **changes):
     """A folder with a tiny SmolVLM of random weights whose answers depend on its pictures; returns the model."""
     write_picture_tokenizer(folder)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.scheduling.sequence import ImageMark, ScheduledChunk
+from bessemer.model.vision.native import rope_positions
 from bessemer.model.vision.pictures import Picture, read_picture
 from bessemer.model.vision.preprocessing import Prepared
 from bessemer.model.vision.prompts import ImageSpan
@@ -102,11 +103,25 @@ class RequestImages:
         self._spans = spans
         self._encode = encode
         self._vectors: list[Tensor | None] = [None] * len(spans)
+        self._grids = [span.grid for span in spans if span.grid is not None]
 
     @property
     def marks(self) -> tuple[ImageMark, ...]:
         """What the prefix cache distinguishes them by."""
         return tuple(ImageMark(span.start, span.end, span.digest, _runs(span)) for span in self._spans)
+
+    @property
+    def turns(self) -> bool:
+        """Whether tokens are turned by positions of three numbers, behind the pictures too."""
+        return bool(self._grids)
+
+    def rope_of_chunk(self, chunk: ScheduledChunk) -> dict[int, tuple[int, int, int]]:
+        """The positions of a chunk's tokens by which they are turned, where these are not their places; tokens are counted from
+        the chunk's first."""
+        if not self._grids:
+            return {}
+        positions = rope_positions(self._grids, chunk.start, chunk.count)
+        return {row: turn for row, turn in enumerate(positions) if turn != (chunk.start + row,) * 3}
 
     @property
     def encoded(self) -> int:

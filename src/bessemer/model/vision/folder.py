@@ -205,6 +205,13 @@ def _stored(config: VisionLanguageConfig, names: Sequence[str]) -> Iterator[Stor
     for one in family_of(config.text).stored(config.text, ours):
         views = tuple(replace(view, name=_DECODER + view.name) for view in one.views)
         yield replace(one, name=_text_name(config, one.name), views=views)
+    if config.vision.is_native:
+        for name in names:
+            if name.startswith(_ENCODER):
+                yield Stored("visual." + name.removeprefix(_ENCODER), (TensorView(name),))
+            elif name.startswith(_PROJECTOR):
+                yield Stored("visual.merger." + name.removeprefix(_PROJECTOR), (TensorView(name),))
+        return
     is_tower = config.model_type in _TOWERS
     encoder = "vision_tower.vision_model." if is_tower else "model.vision_model."
     projector = "multi_modal_projector." if is_tower else "model.connector.modality_projection."
@@ -216,6 +223,8 @@ def _stored(config: VisionLanguageConfig, names: Sequence[str]) -> Iterator[Stor
 
 
 def _text_name(config: VisionLanguageConfig, name: str) -> str:
+    if config.vision.is_native:
+        return name
     if config.model_type in _TOWERS:
         return f"language_model.{name}"
     return name if not name.startswith("model.") else f"model.text_model.{name.removeprefix('model.')}"
@@ -224,6 +233,11 @@ def _text_name(config: VisionLanguageConfig, name: str) -> str:
 def _spellings(config: VisionLanguageConfig, name: str) -> Iterator[str]:
     """The names under which a file may hold a tensor that is published as `name`."""
     yield name
+    if config.vision.is_native:
+        yield f"model.{name}"
+        if name.startswith("model."):
+            yield name.replace("model.", "model.language_model.", 1)
+        return
     if config.model_type not in _TOWERS:
         return
     shorter = name.replace("vision_tower.vision_model.", "vision_tower.")

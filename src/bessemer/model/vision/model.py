@@ -19,6 +19,7 @@ from bessemer.model.layers.embedding import EmbeddedRows
 from bessemer.model.layers.norms import RMSNorm
 from bessemer.model.vision.config import VisionLanguageConfig
 from bessemer.model.vision.encoder import ACTIVATIONS, Pixels, VisionEncoder
+from bessemer.model.vision.native import GridSpan, Merger, NativeEncoder, rope_positions
 
 # Shapes: N pictures or tiles, L patches, M image tokens, B batch, T time, D hidden, V vocabulary.
 
@@ -82,13 +83,21 @@ class Vision(nn.Module):
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__()
         self.config = config
+        if config.vision.is_native:
+            self.encoder: nn.Module = NativeEncoder(config.vision)
+            self.projector: nn.Module = Merger(config.vision, config.text.hidden_size)
+            return
         self.encoder = VisionEncoder(config.vision)
         kind = ShuffleProjector if config.scale_factor else PooledProjector if config.pooled_side else MlpProjector
-        self.projector: nn.Module = kind(config)
+        self.projector = kind(config)
 
     def forward(self, pixels: Pixels) -> Tensor:
-        """Vectors of the decoder's width for each picture or tile, (N, tokens, D)."""
+        """Vectors of the decoder's width for each picture or tile, (N, tokens, D); of pictures in shapes of their own, (1,
+        tokens of all, D)."""
         config = self.config
+        if config.vision.is_native:
+            return cast(Tensor, self.projector(self.encoder(pixels)))[None]
+        assert isinstance(self.encoder, VisionEncoder)
         if config.scale_factor or config.pooled_side:
             return cast(Tensor, self.projector(self.encoder(pixels)))
         states = self.encoder.states(pixels, config.feature_layers)
@@ -105,6 +114,22 @@ class VisionLanguageModel(nn.Module):
         self.config = config
         self.vision = Vision(config)
         self.decoder = Decoder(config.text)
+        self.decoder.rope_sections = config.rope_sections
+
+    def rope_positions(self, tokens_BT: Tensor, pixels: Pixels) -> Tensor:
+        """Positions of three numbers of tokens with pictures, (3, B, T)."""
+        assert pixels.shapes is not None
+        merge, rows = self.config.vision.merge_size, []
+        grids = iter((pixels.shapes // merge).tolist())
+        for tokens in tokens_BT.tolist():
+            spans: list[GridSpan] = []
+            behind = 0
+            for place, token in enumerate(tokens):
+                if token == self.config.image_token_id and place >= behind:
+                    spans.append(GridSpan(place, *next(grids)))
+                    behind = place + spans[-1].rows * spans[-1].columns
+            rows.append(list(rope_positions(spans, 0, len(tokens))))
+        return torch.tensor(rows, device=tokens_BT.device).permute(2, 0, 1)
 
     def embedded_rows(self, tokens_BT: Tensor, pixels: Pixels) -> EmbeddedRows:
         """The vectors of pictures, and the places of the image tokens that they are for, in the order of the rows.
@@ -125,11 +150,15 @@ class VisionLanguageModel(nn.Module):
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
+        rope_3BT: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token after each, (B, T, V). pixels: of all pictures or tiles of the rows, in their order; the other
         arguments as for `Decoder.hidden`. A picture whose tokens see each other is whole in these. Raises as `embedded_rows`.
         """
         embedded = None if pixels is None else self.embedded_rows(tokens_BT, pixels)
+        if embedded is not None and rope_3BT is None and self.config.rope_sections:
+            assert pixels is not None and cache is None, "positions behind a cache depend on what it holds"
+            rope_3BT = self.rope_positions(tokens_BT, pixels)
         seen_until_BT = None
         if embedded is not None and self.config.is_bidirectional:
             seen_until_BT = ends_of_runs(tokens_BT == self.config.image_token_id)
@@ -143,6 +172,7 @@ class VisionLanguageModel(nn.Module):
             cache=cache,
             embedded=embedded,
             seen_until_BT=seen_until_BT,
+            rope_3BT=rope_3BT,
         )
         return logits_BTV
 

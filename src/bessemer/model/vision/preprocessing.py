@@ -26,7 +26,7 @@ from bessemer.model.vision.pictures import Picture
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
-Method = Literal["fixed", "tiles", "patches"]
+Method = Literal["fixed", "tiles", "patches", "native"]
 
 #: Most pixels along a side of a picture before it is cut into tiles (Idefics3's processor).
 _MOST_SIDE = 4096
@@ -44,6 +44,7 @@ _PROCESSORS: dict[str, tuple[Method, dict[str, Any]]] = {
     ),
 }
 _PROCESSORS["Gemma3ImageProcessor"] = ("fixed", {"resample": 2, "size": {"height": 224, "width": 224}})
+_PROCESSORS["Qwen2VLImageProcessor"] = ("native", {"resample": 3, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2})
 _PROCESSORS["LlavaImageProcessor"] = _PROCESSORS["CLIPImageProcessor"]
 _PROCESSORS["SmolVLMImageProcessor"] = _PROCESSORS["Idefics3ImageProcessor"]
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -104,6 +105,10 @@ class Preprocessor:
     splits: bool = False
     patch_size: int = 0
     max_num_patches: int = 0
+    merge_size: int = 0
+    temporal_patch_size: int = 1
+    min_pixels: int = 0
+    max_pixels: int = 0
     rescale_factor: float | None = 1 / 255
     mean: tuple[float, ...] | None = _HALF
     std: tuple[float, ...] | None = _HALF
@@ -118,6 +123,10 @@ class Preprocessor:
         if self.method == "patches":
             height, width = patched_size(picture.height, picture.width, self.patch_size, self.max_num_patches)
             return Prepared.of(np.asarray(self._resized(image, height, width))[None])
+        if self.method == "native":
+            factor = self.patch_size * self.merge_size
+            height, width = native_size(picture.height, picture.width, factor, self.min_pixels, self.max_pixels)
+            return Prepared.of(np.asarray(self._resized(image, height, width))[None], height // factor, width // factor)
         if self.pan_and_scan is not None:
             return self._with_crops(image, self.pan_and_scan)
         if self.pads_to_square:
@@ -132,6 +141,8 @@ class Preprocessor:
     def pixels(self, prepared: Prepared) -> Pixels:
         """What an encoder reads of a prepared picture, float32."""
         normal = self._normalised(prepared.tiles)
+        if self.method == "native":
+            return self._in_squares(normal[0])
         if self.method != "patches":
             return Pixels(torch.from_numpy(np.ascontiguousarray(normal.transpose(0, 3, 1, 2))))
         _, height, width, channels = normal.shape
@@ -143,6 +154,16 @@ class Preprocessor:
         return Pixels(torch.from_numpy(padded), mask, torch.tensor([[rows, columns]]))
 
     # -- inside
+
+    def _in_squares(self, normal: NDArray[np.float32]) -> Pixels:
+        """Patches square by square, each as many times as it has frames."""
+        height, width, channels = normal.shape
+        patch, merge = self.patch_size, self.merge_size
+        rows, columns = height // patch, width // patch
+        split = normal.reshape(rows // merge, merge, patch, columns // merge, merge, patch, channels)
+        patches = split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, channels, 1, patch**2)
+        frames = np.repeat(patches, self.temporal_patch_size, axis=2).reshape(rows * columns, -1)
+        return Pixels(torch.from_numpy(frames), shapes=torch.tensor([[rows, columns]]))
 
     def _with_crops(self, image: PillowImage, settings: PanAndScan) -> Prepared:
         assert isinstance(self.size, tuple)
@@ -247,6 +268,19 @@ def patched_size(height: int, width: int, patch: int, most: int) -> tuple[int, i
     return scaled(low, height), scaled(low, width)
 
 
+def native_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """The size, (height, width), in whole squares of `factor` pixels, from `least` to `most` pixels, about in the picture's own
+    shape (Qwen2-VL's rule)."""
+    tall, wide = round(height / factor) * factor, round(width / factor) * factor
+    if tall * wide > most:
+        scale = math.sqrt(height * width / most)
+        return tuple(max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))  # type: ignore[return-value]
+    if tall * wide < least:
+        scale = math.sqrt(least / (height * width))
+        return math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+    return tall, wide
+
+
 def _with_shorter_side(height: int, width: int, shorter: int) -> tuple[int, int]:
     longer = int(shorter * max(height, width) / min(height, width))
     return (longer, shorter) if width <= height else (shorter, longer)
@@ -302,15 +336,20 @@ def preprocessor_of(values: Mapping[str, Any]) -> Preprocessor:
         raise ConfigError(f"pictures prepared by {name!r} are not read; known are {', '.join(_PROCESSORS)}")
     method, defaults = _PROCESSORS[name]
     given = {**defaults, **{key: value for key, value in values.items() if value is not None}}
-    is_clip = name in ("CLIPImageProcessor", "LlavaImageProcessor")
+    is_clip = name in ("CLIPImageProcessor", "LlavaImageProcessor", "Qwen2VLImageProcessor")
     mean, std = (_CLIP_MEAN, _CLIP_STD) if is_clip else (_HALF, _HALF)
     is_normalised = given.get("do_normalize", True)
     if method == "tiles" and given.get("do_image_splitting", True) and not given.get("do_resize", True):
         raise ConfigError("do_resize: false is not read where a picture is cut into tiles")
+    sizes = given["size"] if method == "native" and isinstance(given.get("size"), Mapping) else {}
+    if method == "native" and not given.get("do_resize", True):
+        raise ConfigError("do_resize: false is not read where a picture keeps its shape")
     return Preprocessor(
         method,
         int(given["resample"]),
-        size=_size(given["size"]) if "size" in given and given.get("do_resize", True) and method != "patches" else None,
+        size=_size(given["size"])
+        if "size" in given and given.get("do_resize", True) and method in ("fixed", "tiles")
+        else None,
         crop_size=_square(given["crop_size"]) if given.get("do_center_crop") else None,
         pads_to_square=name == "LlavaImageProcessor" and bool(given.get("do_pad")),
         pan_and_scan=_pan_and_scan(given) if name == "Gemma3ImageProcessor" and given.get("do_pan_and_scan") else None,
@@ -318,6 +357,10 @@ def preprocessor_of(values: Mapping[str, Any]) -> Preprocessor:
         splits=bool(given.get("do_image_splitting")),
         patch_size=int(given.get("patch_size", 0)),
         max_num_patches=int(given.get("max_num_patches", 0)),
+        merge_size=int(given.get("merge_size", 0)),
+        temporal_patch_size=int(given.get("temporal_patch_size", 1)),
+        min_pixels=int(given.get("min_pixels") or sizes.get("shortest_edge") or 56 * 56),
+        max_pixels=int(given.get("max_pixels") or sizes.get("longest_edge") or 28 * 28 * 1280),
         rescale_factor=float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else None,
         mean=tuple(map(float, given.get("image_mean", mean))) if is_normalised else None,
         std=tuple(map(float, given.get("image_std", std))) if is_normalised else None,

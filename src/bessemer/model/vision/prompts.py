@@ -20,6 +20,7 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.model.vision.config import VisionLanguageConfig
 from bessemer.model.vision.model import Vision
+from bessemer.model.vision.native import GridSpan
 from bessemer.model.vision.pictures import Picture
 from bessemer.model.vision.preprocessing import Prepared, Preprocessor, read_preprocessor
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ class ImageSpan:
 
     places: the tokens among them that have vectors, as places in the prompt, in rising order. digest: of the prepared pixels;
     with the tokens, all that the vectors depend on in one model. is_bidirectional: whether the tokens of `places` that follow
-    each other without a gap see each other.
+    each other without a gap see each other. grid: where the tokens have positions of three numbers.
     """
 
     start: int
@@ -46,6 +47,7 @@ class ImageSpan:
     digest: bytes
     prepared: Prepared = field(repr=False)
     is_bidirectional: bool = False
+    grid: GridSpan | None = None
 
 
 class ImagePrompt(NamedTuple):
@@ -65,6 +67,12 @@ class PictureReader:
         self.preprocessor = preprocessor
         self._tokenizer = tokenizer
         config = vision.config
+        if config.vision.is_native:
+            given = (preprocessor.patch_size, preprocessor.merge_size, preprocessor.temporal_patch_size)
+            taken = (config.vision.patch_size, config.vision.merge_size, config.vision.temporal_patch_size)
+            if preprocessor.method != "native" or given != taken:
+                raise ArtefactError(f"{tokenizer.folder}: pictures are prepared as {given}, and the encoder takes {taken}")
+            return
         side = config.vision.image_size
         given = preprocessor.max_image_size if preprocessor.method == "tiles" else preprocessor.crop_size or preprocessor.size
         if given not in (side, (side, side)) or (preprocessor.method == "tiles") != bool(config.scale_factor):
@@ -122,11 +130,14 @@ class PictureReader:
             expanded += tokens
             origins += [-1] * len(tokens)
             places = [start + place for place, token in enumerate(tokens) if token == image]
-            spans.append(ImageSpan(start, len(expanded), places, one.digest, one))
+            grid = GridSpan(start, one.rows, one.columns) if self.config.vision.is_native else None
+            spans.append(ImageSpan(start, len(expanded), places, one.digest, one, grid=grid))
         return ImagePrompt(expanded, tuple(spans)), origins
 
     def tokens(self, prepared: Prepared) -> list[int]:
         """The tokens of a picture. Raises RequestError for more tiles than the model has marks for."""
+        if self.config.vision.is_native:
+            return [self.image_token_id] * (prepared.rows * prepared.columns)
         tile = [self.image_token_id] * self.config.tokens_per_tile
         if self.config.around is not None:
             first, *_, last = (self._tokenizer.encode(text, add_bos=False) for text in self._texts(prepared))
@@ -146,7 +157,7 @@ class PictureReader:
     def vectors(self, prepared: Prepared) -> Tensor:
         """The vectors of a picture's image tokens, (M, D), in the type of the encoder's weights."""
         pixels = self.preprocessor.pixels(prepared)
-        place = self.vision.encoder.post_layernorm.weight
+        place = next(self.vision.parameters())
         vectors_NMD: Tensor = self.vision(pixels._replace(values=pixels.values.to(place.device, place.dtype)))
         return vectors_NMD.flatten(0, 1)
 

@@ -41,6 +41,7 @@ class VisionDecoder(Decoder):
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config.text)
         self.vision_config = config
+        self.rope_sections = config.rope_sections
         self.vision = Vision(config)
 
     @classmethod

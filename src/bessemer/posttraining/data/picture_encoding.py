@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bessemer.core.errors import RequestError
+from bessemer.core.errors import ConfigError, RequestError
 from bessemer.model.vision.folder import is_vision_folder, read_vision_language
 from bessemer.model.vision.model import Vision
 from bessemer.model.vision.pictures import Picture, read_picture
@@ -101,6 +101,8 @@ def open_picture_encoder(model: Path, tokenizer: Tokenizer, file: Path) -> Pictu
     if not is_vision_folder(model):
         return None
     config = read_vision_language(model)
+    if config.vision.is_native:
+        raise ConfigError(f"{model}: pictures in shapes of their own are not trained on yet; they are served")
     # the settings alone are read, not the weights
     with torch.device("meta"):
         vision = Vision(config)
