@@ -1,4 +1,4 @@
-"""Generation by a model whose pictures have positions of three numbers (Qwen2.5-VL): the engine's answers are the model's own."""
+"""Generation by a model whose pictures have positions of three numbers (Qwen2.5-VL): an engine's answers are the model's own."""
 
 import numpy as np
 import pytest

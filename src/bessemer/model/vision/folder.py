@@ -1,4 +1,5 @@
-"""Models that read pictures on disk, in Hugging Face's form: LLaVA, Idefics3, SmolVLM and Gemma 3, and encoders alone.
+"""Models that read pictures on disk, in Hugging Face's form: LLaVA, Idefics3, SmolVLM, Gemma 3 and Qwen2.5-VL, and
+encoders alone.
 
 The spelling of tensors has changed over the versions of `transformers`: `language_model.model.…` of published LLaVAs is
 `model.language_model.…` within it, and `vision_tower.vision_model.…` lacks its middle in new files. Both are read, the

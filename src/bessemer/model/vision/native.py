@@ -1,8 +1,9 @@
 """Qwen2.5-VL's pictures (Bai et al. 2025): an encoder at any resolution, its merger, and positions of three numbers.
 
-A picture keeps its shape. Its patches have rotary positions of two numbers, row and column; most layers attend within windows of
-8 × 8 patches, some within the whole picture; squares of 2 × 2 patches become one token. In the decoder a token of a picture has
-three positions, of which each turns a part of a head's channels (M-RoPE, Wang et al. 2024, section 2.1): time, row and column.
+A picture keeps its shape. Its patches have rotary positions of two numbers, row and column; most layers attend within
+windows of 8 × 8 patches, some within the whole picture; squares of 2 × 2 patches become one token. In the decoder a token of a
+picture has three positions, of which each turns a part of a head's channels (M-RoPE, Wang et al. 2024, section 2.1): time, row
+and column.
 
 Modules are called as the tensors in Hugging Face's files.
 """
