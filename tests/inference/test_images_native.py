@@ -1,4 +1,4 @@
-"""Generation by a model whose pictures have positions of three numbers (Qwen2.5-VL): an engine's answers are the model's own."""
+"""Generation by a model whose pictures have positions of three numbers (Qwen2.5-VL): the engine answers as the model itself."""
 
 import numpy as np
 import pytest
