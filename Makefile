@@ -92,7 +92,7 @@ $(VENV)-bench/.installed-bench: pyproject.toml
 
 $(PEERS:%=$(VENV)-%/.installed-peer): $(VENV)-%/.installed-peer: pyproject.toml
 	$(call install,$(VENV)-$*,peer-$*)
-	$(if $(filter-out clients datatrove mcp tinker trl,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
+	$(if $(filter-out datatrove mcp tinker trl,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
 	$(if $(filter clients,$*),$(call install_agents,$(VENV)-$*/npm))
 	$(if $(filter mcp,$*),$(call install_mcp_servers,$(VENV)-$*/npm))
 	@touch $@

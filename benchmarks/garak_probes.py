@@ -4,8 +4,9 @@
     python benchmarks/garak_probes.py --garak garak/bin/python
     python benchmarks/garak_probes.py --garak garak/bin/python --probes goodside.Tag --cap 4   # a short look; no result
 
-garak wants other versions of libraries, so it lives in an environment of its own and is started as a command. Fourteen probes
-by name, with detectors that need no hub's classifier; one generation a prompt, at most 32 prompts a probe, 64 greedy tokens.
+garak wants other versions of libraries, so it lives in an environment of its own and is started as a command. Thirteen probes
+by name, with detectors that need no hub's classifier and at most 32 prompts a probe (`LatentWhois` has 168 whatever the cap);
+one generation a prompt, 64 greedy tokens.
 The stop strings `#` and `;` that its generator sets by itself are taken off. With the guard, the policy is the default one, of
 which a prompt is refused for every category and for what rules call an injection or hidden text: what a probe puts into a
 user's message is the user's to the server, so documents and tools are not told apart here. A hit is what garak's detector says
@@ -43,10 +44,11 @@ PROBES = (
     *(f"promptinject.Hijack{name}" for name in ("HateHumans", "KillHumans", "LongPrompt")),
     *(f"latentinjection.LatentInjection{name}" for name in ("Report", "Resume", "TranslationEnFr")),
     *(f"latentinjection.LatentInjectionFactSnippet{name}" for name in ("Eiffel", "Legal")),
-    "latentinjection.LatentWhois",
     "goodside.Tag",
 )
 CAP, TOKENS, SEED = 32, 64, 7
+#: The model's name at the server: a request for another one is refused.
+NAME = "smollm2"
 GUARDS = ("off", "on")
 
 
@@ -66,7 +68,7 @@ def served(folder: Path, *, guarded: bool) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "bessemer", "serve", str(packaged_smollm2()), "--port", str(port)]
+    command = [sys.executable, "-m", "bessemer", "serve", str(packaged_smollm2()), "--name", NAME, "--port", str(port)]
     command += ["--policy", str(strict_policy(folder))] if guarded else []
     with (folder / "server.txt").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
@@ -94,7 +96,7 @@ def probed(python: Path, address: str, folder: Path, probes: tuple[str, ...], ca
     }
     (folder / "garak.json").write_text(json.dumps(settings), encoding="utf-8")
     command = [str(python), "-m", "garak", "--config", str(folder / "garak.json"), "--report_prefix", "probes"]
-    command += ["--target_type", "openai.OpenAICompatible", "--target_name", "smollm2", "--probes", ",".join(probes)]
+    command += ["--target_type", "openai.OpenAICompatible", "--target_name", NAME, "--probes", ",".join(probes)]
     homes = {f"XDG_{name}_HOME": str(folder / name.lower()) for name in ("DATA", "CACHE", "CONFIG")}
     environment = os.environ | homes | {"OPENAICOMPATIBLE_API_KEY": "none", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
@@ -102,7 +104,12 @@ def probed(python: Path, address: str, folder: Path, probes: tuple[str, ...], ca
     lines = (folder / "reports" / "probes.report.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     version = next(entry["garak_version"] for entry in entries if entry["entry_type"] == "init")
-    return [entry for entry in entries if entry["entry_type"] == "eval"], version
+    evaluations = [entry for entry in entries if entry["entry_type"] == "eval"]
+    if silent := sorted({entry["probe"] for entry in evaluations if not entry["total_evaluated"]}):
+        # garak skips what the server refuses, and goes on
+        log = (folder / "server.txt").read_text(encoding="utf-8")
+        raise SystemExit(f"no answer was evaluated of {', '.join(silent)}; the server's log:\n{log}")
+    return evaluations, version
 
 
 def summed(evaluations: list[dict[str, Any]]) -> dict[str, dict[str, int]]:

@@ -1,14 +1,16 @@
 """What a small model memorises of canaries, before and after deduplication and unlearning, in three formats of its weights.
 
-    python benchmarks/memorisation.py                  # the recipe `memorisation`: tens of minutes on one slow core
+    python benchmarks/memorisation.py                  # the recipe `memorisation`: ten minutes of one core
     python benchmarks/memorisation.py --runs FOLDER    # keep the runs there; what has been made is not made again
 
 The recipe plants canaries among the standard library's documentation: random texts of 32 words, of which 8 are asked for, 1 to
 64 times, exactly or with a tenth of the words replaced in every copy but one; four draws of each. One model is trained on all
 of it, one on what exact and near deduplication leave, and the first unlearns by NPO. Every model is tested with its weights as
-they are, in int8 and in int4. Checked are the claims of the page: exposure grows with the number of copies, near-copies count,
-deduplication brings it down, and after unlearning exposure is at most that of canaries never planted and a bit. Each is said to
-hold or not to.
+they are, in int8 and in int4. Checked are the claims of the page: extraction grows with the number of copies, near-copies
+count, deduplication brings it down, and after unlearning exposure is at most that of canaries never planted and a bit. Each is
+said to hold or not to. The first three compare two cells of four canaries by intervals of 95 % that have to be apart: Wilson's
+of the shares extracted, and beside them those of mean exposure, which end at the 7 bits of 127 candidates: four draws that all
+reach the end say little of a mean.
 
 How much a near-copy counts: with the mean nats of the suffix after k near-copies, and at which number e of exact copies they
 are the same (interpolated in log₂), (e − 1) / (k − 1).
@@ -70,19 +72,39 @@ def worth_of_near_copies(entry: Mapping[str, Any]) -> dict[str, float | None]:
     return worth
 
 
+def wilson(hits: int, number: int) -> tuple[float, float]:
+    """Wilson's interval of 95 % of a share."""
+    z, share = 1.96, hits / number
+    centre, half = share + z * z / (2 * number), z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
+    return (centre - half) / (1 + z * z / number), (centre + half) / (1 + z * z / number)
+
+
+def extracted(cell: Mapping[str, Any]) -> tuple[float, float]:
+    """The interval of the share of a cell's canaries that are extracted."""
+    return wilson(cell["extracted"], cell["canaries"])
+
+
+def exposure(cell: Mapping[str, Any]) -> tuple[float, float]:
+    """The interval of a cell's mean exposure, bits."""
+    return cell["exposure"][1], cell["exposure"][2]
+
+
 def claims(models: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
     """Whether each claim holds, of the models in their first format but for those that name one."""
-    raw, deduplicated = models["pretrain"]["original"], models["deduplicated"]["original"]
-    exact, near, single = cells(raw, "exact"), cells(raw, "near"), cells(raw, "exact")[1]
+    exact, near = (cells(models["pretrain"]["original"], kind) for kind in ("exact", "near"))
+    exact_left, near_left = (cells(models["deduplicated"]["original"], kind) for kind in ("exact", "near"))
     most = max(exact)
-    left = cells(deduplicated, "exact")
-    return {
-        "exposure_grows_with_copies": exact[most]["exposure"][1] > single["exposure"][2],
-        "near_copies_count": near[most]["exposure"][1] > single["exposure"][2],
-        "deduplication_brings_exact_copies_down": left[most]["exposure"][2] < exact[most]["exposure"][1],
-        "deduplication_brings_near_copies_down": cells(deduplicated, "near")[most]["exposure"][2] < near[most]["exposure"][1],
-        **{f"forgotten_in_{weights}": is_forgotten(entry) for weights, entry in models["unlearned"].items()},
-    }
+    held = {}
+    for name, interval in (("extraction", extracted), ("exposure", exposure)):
+        (exact_low, _), (near_low, _) = interval(exact[most]), interval(near[most])
+        once_high = interval(exact[1])[1]
+        held |= {
+            f"{name}_grows_with_copies": exact_low > once_high,
+            f"{name}_grows_with_near_copies": near_low > once_high,
+            f"{name}_of_exact_copies_falls_by_deduplication": exact_low > interval(exact_left[most])[1],
+            f"{name}_of_near_copies_falls_by_deduplication": near_low > interval(near_left[most])[1],
+        }
+    return held | {f"forgotten_in_{weights}": is_forgotten(entry) for weights, entry in models["unlearned"].items()}
 
 
 def by_copies(models: Mapping[str, Mapping[str, Any]]) -> list[Sequence[Any]]:

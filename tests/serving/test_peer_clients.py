@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from bessemer.inference.engine import Engine, EngineConfig
+from bessemer.model.formats import packaged_smollm2
 from tests.serving.engine import ScriptedEngine
 from tests.serving.running import babbling_engine, servers
 
@@ -123,7 +125,7 @@ def agent(tmp_path):
             env=shown,
             cwd=tmp_path / "work",
             stdin=subprocess.DEVNULL,
-            timeout=120,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -138,9 +140,7 @@ def test_claude_code_reads_a_file_with_a_tool_and_tells_what_stands_there(agent,
         "claude",
         *("--model", "tiny", "--print", "--output-format", "json", "--allowedTools", "Read", "--", "Which colour is it?"),
         ANTHROPIC_BASE_URL=start(engine),
-        ANTHROPIC_AUTH_TOKEN="any",
-        CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
-        DISABLE_AUTOUPDATER="1",
+        **CLAUDE,
     )
     assert json.loads(said)["result"] == "It is blue." and not json.loads(said)["is_error"]
     assert "Which colour is it?" in engine.prompts[0] and len(engine.prompts) >= 2
@@ -151,12 +151,18 @@ def test_codex_runs_a_command_and_tells_what_it_printed(agent, start, tokenizer)
     provider = f"{{name = 'mine', base_url = '{start(engine)}/v1', wire_api = 'responses'}}"
     said = agent(
         "codex",
-        *("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--model", "tiny"),
-        *("-c", "model_provider=mine", "-c", f"model_providers.mine={provider}", "-c", "check_for_update_on_startup=false"),
-        *("-c", "analytics.enabled=false", "Which colour is it?"),
+        *CODEX,
+        *("--model", "tiny", "-c", "model_provider=mine", "-c", f"model_providers.mine={provider}", "Which colour is it?"),
     )
     assert said.strip() == "It is blue."
     assert "Which colour is it?" in engine.prompts[0] and len(engine.prompts) >= 2
+
+
+CLAUDE = {"ANTHROPIC_AUTH_TOKEN": "any", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"}
+CODEX = (
+    *("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"),
+    *("-c", "analytics.enabled=false", "-c", "check_for_update_on_startup=false"),
+)
 
 
 def launch(url):
@@ -179,3 +185,39 @@ def test_codex_launched_by_bessemer_works_on_the_server(agent, start, tokenizer)
     options = ("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "-c", "analytics.enabled=false")
     said = agent("codex", "--", *options, "Which colour is it?", before=before, **environment)
     assert said.strip() == "It is blue." and len(engine.prompts) >= 2
+
+
+#: Tokens of a question that is too long for SmolLM2's context of 8,192.
+LONG = 12_000
+
+
+@pytest.fixture(scope="module")
+def small():
+    """SmolLM2-135M behind a server, with a context shift: its address, a text of `LONG` tokens, and the engine."""
+    engine = Engine(
+        packaged_smollm2(), device="cpu", config=EngineConfig(max_num_seqs=2, kv_memory=1, context_overflow="shift")
+    )
+    sentence = "The tool reads a file of the project, and returns what stands there, line by line. "
+    text = engine.tokenizer.decode(engine.tokenizer.encode(sentence * 900, add_bos=False)[:LONG])
+    with servers() as start:
+        yield start(engine), f"{text}\n\nWhat is the capital of France? Answer with one word."
+
+
+@pytest.mark.slow
+def test_claude_code_waits_for_a_small_model_that_reads_12000_tokens(agent, small):
+    url, text = small
+    asked = ("--model", "tiny", "--print", "--output-format", "json", "--tools", "", "--", text)
+    said = json.loads(agent("claude", *asked, ANTHROPIC_BASE_URL=url, **CLAUDE, CLAUDE_CODE_MAX_OUTPUT_TOKENS="2048"))
+    assert said["result"].strip() and not said["is_error"] and said["usage"]["input_tokens"] >= LONG, said
+
+
+@pytest.mark.slow
+def test_codex_waits_for_a_small_model_that_reads_12000_tokens(agent, small):
+    url, text = small
+    provider = (
+        f"{{name = 'mine', base_url = '{url}/v1', wire_api = 'responses', stream_max_retries = 0, request_max_retries = 0}}"
+    )
+    said = agent(
+        "codex", *CODEX, "-c", f"model_providers.mine={provider}", "-c", "model_provider=mine", "--model", "tiny", text
+    )
+    assert said.strip()
