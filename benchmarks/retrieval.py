@@ -5,12 +5,12 @@
 
 The documentation of the interpreter's standard library is indexed as `bessemer index python_docs` does, and each question of
 `retrieval_questions.json` is searched for by words, by meaning, by both, and, with `--rerank`, by both and then a reranker;
-with `--expand`, which may be repeated, by both and by headings that a language model writes. A question is found where a
-passage of one of its objects is among the first k (recall@k); MRR is the mean of 1 / rank of the first such passage within
-ten; nDCG@10 counts every passage of these objects as right. Questions that no text there answers (`near_misses`) are to be
-refused: the limit of what speaks for an answer (`answer.evidence`: the best passage's cosine, with written headings also their
-similarity) is fitted on the calibration part and used on the test part. Ways of searching are chosen on
-`retrieval_development.json`, whose objects are others.
+with `--expand`, which may be repeated, by both and by headings that a language model writes, and then reranked by the same
+model. A question is found where a passage of one of its objects is among the first k (recall@k); MRR is the mean of 1 / rank
+of the first such passage within ten; nDCG@10 counts every passage of these objects as right. Questions that no text there
+answers (`near_misses`) are to be refused: the limit of what speaks for an answer (`answer.evidence`: the best passage's
+cosine, with written headings also their similarity) is fitted on the calibration part and used on the test part. Ways of
+searching are chosen on `retrieval_development.json`, whose objects are others.
 
 Times are of the processor, all threads together; that of headings is measured on the first questions. Result: `retrieval.json`.
 """
@@ -47,7 +47,7 @@ from bessemer.retrieval.documents import documents_of, sources_of  # noqa: E402
 from bessemer.retrieval.expansion import HeadingWriter  # noqa: E402
 from bessemer.retrieval.index import OpenIndex, build_index, open_index  # noqa: E402
 from bessemer.retrieval.measures import measured as measures_of  # noqa: E402
-from bessemer.retrieval.rerank import open_reranker  # noqa: E402
+from bessemer.retrieval.rerank import HeadingReranker, open_reranker  # noqa: E402
 from bessemer.retrieval.search import Mode, search  # noqa: E402
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
@@ -96,7 +96,8 @@ class Remembered:
 
     def __init__(self, model: Path, examples: Sequence[str], kept: Path | None) -> None:
         """kept: a file of headings that earlier runs wrote; those by this model, code and examples count."""
-        self._writer = HeadingWriter(Engine(model))
+        engine = Engine(model)
+        self._writer, self.reranker = HeadingWriter(engine), HeadingReranker(engine)
         self._examples = examples
         self._kept = kept
         self._key = hash_value([hash_file(model), hash_file(Path(expansion.__file__)), list(examples)])
@@ -178,7 +179,10 @@ def ways(index: OpenIndex, rows: Sequence[Mapping[str, Any]], expanders: Mapping
         queries = [row["question"] for row in rows]
         expander.write(queries)
         found = found_by(replace(plain, expander=expander), "hybrid", rows)
-        figures[_key(name)] = found | {"cpu_milliseconds": found["cpu_milliseconds"] + expander.milliseconds(queries)}
+        writing = expander.milliseconds(queries)
+        figures[_key(name)] = found | {"cpu_milliseconds": found["cpu_milliseconds"] + writing}
+        found = found_by(replace(plain, expander=expander, reranker=expander.reranker), "hybrid", rows)
+        figures[_reranked(name)] = found | {"cpu_milliseconds": found["cpu_milliseconds"] + writing}
     return figures
 
 
@@ -189,6 +193,10 @@ def every(part: Mapping[str, Any]) -> list[str]:
 
 def _key(name: str) -> str:
     return f"headings_{name}"
+
+
+def _reranked(name: str) -> str:
+    return f"headings_and_reranked_{name}"
 
 
 def refusals(index: OpenIndex, parts: Mapping[str, Any]) -> dict[str, float]:
@@ -213,7 +221,12 @@ def tables(figures: Mapping[str, Any], expanders: Mapping[str, str]) -> dict[str
     columns = [("search", ""), *((f"recall@{k}", ".2f") for k in RANKS), ("MRR", ".2f"), ("nDCG@10", ".2f"), ("CPU ms", ".0f")]
     names = [*(f"recall_at_{k}" for k in RANKS), "mrr", "ndcg_at_10", "cpu_milliseconds"]
     labels = {way: way for way in (*MODES, "reranked")} | {
-        _key(name): f"hybrid and headings by {model}" for name, model in expanders.items()
+        key: label
+        for name, model in expanders.items()
+        for key, label in (
+            (_key(name), f"hybrid and headings by {model}"),
+            (_reranked(name), "the same, reranked by the same model"),
+        )
     }
     shown = {way: label for way, label in labels.items() if way in figures}
     searches = [(label, *(figures[way][name] for name in names)) for way, label in shown.items()]

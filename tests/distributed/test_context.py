@@ -1,6 +1,7 @@
 """Ranks that share the tokens of a row compute what one process computes, by either method."""
 
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed import context as ring
+from bessemer.distributed import fused_ring
 from bessemer.distributed.context import ContextParallelRows
 from bessemer.distributed.layout import Layout, ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
@@ -164,6 +166,53 @@ def test_attention_in_tiles_with_all_that_can_be_done_to_scores(four, method):
         for tensor, expected in zip(tensors[:4], whole[:4], strict=True):
             torch.testing.assert_close(tensor, expected[:, :, columns], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sum(tensors[4] for _, tensors in found), whole[4], rtol=1e-12, atol=1e-12)
+
+
+def fused(ranks):
+    """Plain causal attention over rows of as many ranks, and its gradients: by the definition (0), or by fused kernels."""
+    generator, length = torch.Generator().manual_seed(2), 64
+    query, key, value, gradient = (
+        torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4)
+    )
+    columns, calls = slice(None), []
+    if ranks:
+        columns = ContextParallelRows(dist.group.WORLD).local_rows(length // ranks).places(torch.device("cpu"))
+    tensors = [tensor[:, :, columns].clone().requires_grad_() for tensor in (query, key, value)]
+    if ranks:
+        rows = ContextParallelRows(dist.group.WORLD, masks=False)
+        mask = rows.attention_mask(len(columns), len(columns), torch.float64, torch.device("cpu"))
+        with patch.object(fused_ring, "_FUSED_DEVICES", ("cpu",)), patch.object(ring, "ring_attention", calls.append):
+            out = rows.ring(*tensors, mask, Scores(0.4))
+    else:
+        out = explicit(*tensors, attention_mask(length, length, torch.float64, torch.device("cpu")), Scores(0.4))
+    out.backward(gradient[:, :, columns])
+    assert not calls
+    return columns, [out.detach(), *(tensor.grad for tensor in tensors)]
+
+
+def test_fused_kernels_that_pass_keys_round_give_the_attention_of_whole_rows(four):
+    _, whole = fused(0)
+    for columns, tensors in four.run(fused, ranks=4):
+        for tensor, expected in zip(tensors, whole, strict=True):
+            torch.testing.assert_close(tensor, expected[:, :, columns], rtol=1e-12, atol=1e-12)
+
+
+def test_fused_kernels_are_for_plain_causal_attention_in_16_bits_on_a_gpu():
+    heads = torch.empty(1, 2, 8, 16, dtype=torch.bfloat16, device="meta")
+    plain = attention_mask(
+        8, 32, torch.bfloat16, torch.device("cpu"), slots_BT=torch.arange(8)[None], aligned=False, dense=False
+    )
+    with patch.object(fused_ring, "_FUSED_DEVICES", ("meta",)):
+        assert fused_ring.can_fuse(heads, heads, plain, Scores(0.4), 4)
+        for mask, scores in (
+            (plain._replace(window=31), Scores(0.4)),
+            (plain._replace(slopes_H=torch.ones(2)), Scores(0.4)),
+            (plain._replace(documents_BT=torch.zeros(1, 32)), Scores(0.4)),
+            (plain, Scores(0.4, softcap=3.0)),
+            (plain, Scores(0.4, None, torch.ones(2))),
+        ):
+            assert not fused_ring.can_fuse(heads, heads, mask, scores, 4)
+    assert not fused_ring.can_fuse(heads, heads, plain, Scores(0.4), 4)
 
 
 def test_every_rank_has_the_same_number_of_pairs_to_compute():

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from bessemer.core.metrics import METRICS, read_metrics
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.sharding import apply_fsdp
+from bessemer.distributed.sharding import apply_fsdp, release_gathered
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.layers.feed_forward import Experts
@@ -128,6 +130,8 @@ def seen_dtypes():
         module.register_forward_pre_hook(lambda *given, prefix=prefix: note(*given, prefix=prefix), with_kwargs=True)
     with torch.autocast("cpu", torch.bfloat16):
         model.hidden(torch.arange(16)[None])
+    # no backward pass follows, in which the last block would be
+    release_gathered(model)
     matrices = {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
@@ -143,3 +147,21 @@ def test_only_matrices_of_blocks_are_gathered_in_bfloat16(two):
         rest = {name.rpartition(".")[2] for name in seen.keys() - matrices}
         assert rest >= {"weight", "bias", "gate_up_bias", "down_bias"}
         assert set(stored.values()) == {torch.float32}
+
+
+def gathered_after_a_forward_pass(tied):
+    """The modules that FSDP gathers by themselves, and those that are still gathered where the backward pass begins."""
+    model = initial_decoder(ModelConfig(**TWO_LAYERS | {"tie_word_embeddings": tied}), seed=3).train()
+    apply_fsdp(model, Mesh.of(Layout(data_shard=2), "cpu"))
+    model.hidden(torch.arange(8)[None])
+    units = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    own = {name: next(module.parameters()) for name, module in units.items()}
+    return set(units), {name for name, parameter in own.items() if not isinstance(parameter, DTensor)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_head_and_blocks_are_gathered_by_themselves_and_the_last_block_stays(two, tied):
+    ends = set() if tied else {"embed_tokens", "lm_head"}
+    for units, kept in two.run(gathered_after_a_forward_pass, tied=tied):
+        assert units == {"", "layers.0", "layers.1"} | ends
+        assert kept == {"", "layers.1"} | ends

@@ -66,7 +66,7 @@ def test_an_invariant_engine_gives_the_same_bits_every_way(name, way, tokenizer,
 
 def test_a_folder_is_served_from_the_card(tokenizer, device, tmp_path, answers_on_the_processor):
     save_model(small_decoder("dense"), tmp_path, tokenizer=tokenizer.folder)
-    engine = Engine(tmp_path, device=device.type)
+    engine = Engine(tmp_path, device=device.type, config=EngineConfig(dtype="float32"))
     assert engine.model.device.type == device.type
     assert {pages.keys.device.type for pages in engine.core.runner.memory.layers.values()} == {device.type}
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), answers_on_the_processor("dense"))

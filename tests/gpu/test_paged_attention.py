@@ -7,6 +7,8 @@ import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.cuda_graphs import cannot_be_static
+from bessemer.inference.execution.flash_attention import is_installed
+from bessemer.inference.execution.paged_attention import GatheredAttention
 from tests.gpu.comparison import assert_same_but_for_ties
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder
@@ -119,3 +121,26 @@ def test_replayed_steps_compute_with_weights_that_a_trainer_changed_or_moved(tok
     engine.update_weights()
     assert not captured(engine)
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), engine_of(model, tokenizer).generate(PROMPTS, PARAMS))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("library", ["flash", "flashinfer"])
+def test_an_installed_library_reads_pages_with_the_tokens_of_gathered_ones(library, graphs, tokenizer, device):
+    if not is_installed(library):
+        pytest.skip(f"without {library}")
+    shape = ARCHITECTURES["windows"] | {"attn_logit_softcapping": 20.0, "qk_norm": "none", "max_position_embeddings": 1024}
+    model = random_decoder(BASE.with_changes(head_dim=64, **shape)).to(device, torch.bfloat16)
+    gathered = engine_of(model, tokenizer, paged_attention="gather").generate(PROMPTS, PARAMS)
+    engine = engine_of(model, tokenizer, paged_attention=library, block_size=256, cuda_graphs=graphs)
+    assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), gathered, error=0.1, tie=0.1)
+    assert bool(engine.core.runner.backend.whole) == (graphs and library == "flash")
+
+
+def test_where_nothing_is_said_pages_are_not_gathered(tokenizer, device):
+    model = wide_decoder("dense").to(device, torch.bfloat16)
+    engine = Engine(model, tokenizer, config=EngineConfig(max_num_seqs=4))
+    assert not isinstance(engine.core.runner.backend.attention, GatheredAttention)
+    assert engine.config.max_num_batched_tokens == 8192
+    assert_same_but_for_ties(
+        engine.generate(PROMPTS, PARAMS), engine_of(model, tokenizer).generate(PROMPTS, PARAMS), error=0.1, tie=0.1
+    )

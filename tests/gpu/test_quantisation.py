@@ -87,5 +87,7 @@ def test_codes_calibrated_on_the_card_change_the_logits_less_than_rounding(metho
 def test_answers_of_a_quantised_model_are_nearly_those_of_the_processor(name, attention, tokenizer, device):
     model = quantised_decoder(**SETTINGS[name])
     expected = Engine(model, tokenizer, config=EngineConfig(cpu_kernels="off")).generate(PROMPTS, PARAMS)
-    found = Engine(model.to(device), tokenizer, config=EngineConfig(paged_attention=attention)).generate(PROMPTS, PARAMS)
+    engine = Engine(model.to(device), tokenizer, config=EngineConfig(paged_attention=attention))
+    assert "codes multiplied by Triton kernels" in engine.arithmetic
+    found = engine.generate(PROMPTS, PARAMS)
     assert_same_but_for_ties(found, expected, error=0.01, tie=0.01)  # pages are float16

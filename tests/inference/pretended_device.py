@@ -85,7 +85,7 @@ def in_place(model, memory):
 
 
 def static(model, memory):
-    steps = StaticSteps(model, memory, ROWS, pages_in_place)
+    steps = StaticSteps(model, memory, ROWS, FlexPagesAttention(memory, pages_in_place, model.dtype))
     return Runner(model, memory, Backend(OwnWeights(), FlexPagesAttention(memory, pages_in_place, model.dtype), steps))
 
 

@@ -16,6 +16,7 @@ from bessemer.inference.execution import build as kv_memory
 from bessemer.inference.execution.runner import run_worker
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel, encode, mesh_of, shard_model
 from bessemer.inference.execution.weights import AdapterNumbers
+from tests.inference.listed_attention import listed_attention
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder
 from tests.model.tokenizers import write_small_tokenizer
@@ -50,9 +51,10 @@ def decoder(name, changes=None):
     return random_decoder(BASE.with_changes(**ARCHITECTURES[name] | (changes or {})))
 
 
-def shared(use, name, parallel, *, changes=None, settings=None, free=None, **arguments):
+def shared(use, name, parallel, *, changes=None, settings=None, free=None, in_place=False, **arguments):
     """On every rank: what `use(engine, **arguments)` gives, on rank 0, of an engine of a small decoder that all share; on the
-    others the shapes of their pages. free: by rank the memory that the machine says is free."""
+    others the shapes of their pages. free: by rank the memory that the machine says is free. in_place: pages are read where
+    they lie, as FlexAttention lists them."""
     config = EngineConfig(parallel=parallel, **{"block_size": 8, **(settings or {})})
     model = decoder(name, changes)
     mesh = mesh_of(config.parallel, torch.device("cpu"))
@@ -60,6 +62,9 @@ def shared(use, name, parallel, *, changes=None, settings=None, free=None, **arg
         folder = Path(stack.enter_context(TemporaryDirectory()))
         if free is not None:
             stack.enter_context(patch.object(kv_memory, "free_bytes", lambda device: free[mesh.rank]))
+        if in_place:
+            stack.enter_context(patch.object(kv_memory, "compiled_page_attention", lambda: listed_attention))
+            config = config.with_changes(paged_attention="flex")
         shard_model(model, mesh, torch.device("cpu"))
         if mesh.rank:
             runner, draft = worker_runners(model, config, mesh)

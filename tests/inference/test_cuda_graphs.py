@@ -11,6 +11,7 @@ from bessemer.inference.engine import EngineConfig
 from bessemer.inference.execution import build as execution_build
 from bessemer.inference.execution.build import PageLayout, page_layout
 from bessemer.inference.execution.cuda_graphs import StaticSteps, cannot_be_static, sizes_up_to
+from bessemer.inference.execution.flex_attention import FlexPagesAttention
 from tests.inference.listed_attention import listed_attention
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.inference.steps import Steps, by_modules
@@ -33,7 +34,9 @@ class Repeated:
 
 
 def static_runner(decoder, memory, rows=8, capture=None):
-    static = StaticSteps(decoder, memory, rows, listed_attention, capture or Repeated())
+    static = StaticSteps(
+        decoder, memory, rows, FlexPagesAttention(memory, listed_attention, decoder.dtype), capture or Repeated()
+    )
     return by_modules(decoder, memory, flex=listed_attention, static=static)
 
 
@@ -164,6 +167,7 @@ def tokenizer(tmp_path_factory):
 def test_an_engine_on_static_tensors_makes_the_same_tokens_but_for_ties(name, way, tokenizer, monkeypatch):
     monkeypatch.setattr(execution_build, "compiled_page_attention", lambda: listed_attention)
     monkeypatch.setattr(execution_build, "page_layout", lambda *_: PageLayout(True, True))
+    monkeypatch.setattr(execution_build, "paged_way", lambda *_: "flex")
     capture = Repeated()
     monkeypatch.setattr(execution_build, "CudaGraphs", lambda: capture)
     model = small_decoder(name)

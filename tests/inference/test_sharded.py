@@ -72,13 +72,13 @@ def captured(engine):
     return [(one.token_ids, one.captured.states) for one in made]
 
 
-def compare(pool, tokenizer, name, parallel, changes=None, settings=None):
+def compare(pool, tokenizer, name, parallel, changes=None, settings=None, **options):
     """The same requests to an engine of one process and to one that the pool shares, both with few pages."""
     model, settings = decoder(name, changes), settings or {}
     one = Engine(model, tokenizer, config=EngineConfig(block_size=BLOCK, **few_pages(model) | settings))
     greedy, sampled, *_ = answers(one)
     more = few_pages(model, parallel.get("tensor", 1)) | settings
-    found = pool.run(shared, use=answers, name=name, parallel=parallel, changes=changes, settings=more)
+    found = pool.run(shared, use=answers, name=name, parallel=parallel, changes=changes, settings=more, **options)
     others_greedy, others_sampled, preemptions, cached = found[0]
     for first, second in zip(others_greedy, greedy, strict=True):
         assert_same_but_for_ties(first, second)
@@ -116,6 +116,11 @@ MORE_CASES = [
 )
 def test_two_processes_answer_as_one(two, tokenizer, name, parallel, changes, settings):
     compare(two, tokenizer, name, parallel, changes, settings)
+
+
+@pytest.mark.parametrize("name", ["windows", pytest.param("alibi", marks=pytest.mark.slow)])
+def test_processes_that_share_a_model_read_pages_where_they_lie(two, tokenizer, name):
+    compare(two, tokenizer, name, {"tensor": 2}, in_place=True)
 
 
 @pytest.mark.slow

@@ -44,13 +44,14 @@ VALUES = {
 
 class Head(NamedTuple):
     """A file in parts. keys: each with its name and its value. lengths: where 64-bit numbers stand that are no values: of keys,
-    tensors, strings, lists, shapes and offsets."""
+    tensors, strings, lists, shapes and offsets. offsets: those of the last, behind each tensor's number type."""
 
     keys: list[tuple[str, bytes, bytes]]
     tensors: int
     infos: bytes
     data: bytes
     lengths: list[int]
+    offsets: list[int]
 
 
 def read(content: bytes) -> Head:
@@ -88,14 +89,15 @@ def read(content: bytes) -> Head:
         end = value(kind, at + 4)
         keys.append((name, content[begin:at], content[at:end]))
         at = end
-    begin = at
+    begin, offsets = at, []
     for _ in range(tensors):
         at = text(at)
         (dimensions,) = struct.unpack_from("<I", content, at)
         lengths += range(at + 4, at + 4 + 8 * dimensions, 8)
         lengths.append(at + 8 + 8 * dimensions)
+        offsets.append(lengths[-1])
         at += 4 + 8 * dimensions + 12
-    return Head(keys, tensors, content[begin:at], content[-(-at // 32) * 32 :], lengths)
+    return Head(keys, tensors, content[begin:at], content[-(-at // 32) * 32 :], lengths, offsets)
 
 
 def changed_files(path: Path) -> Iterator[tuple[str, str, bytes]]:

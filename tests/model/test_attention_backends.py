@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from bessemer.model import decoder as decoder_module
 from bessemer.model.layers import attention_backends
@@ -149,6 +149,10 @@ def test_queries_that_a_norm_left_in_float32_are_attended_in_the_dtype_of_the_va
     assert (found - explicit(query, key, value, mask, Scores(0.3))).abs().max() < 0.05
 
 
+#: What `graphs` puts another in the place of.
+compiled_on_a_gpu = attention_backends._block_mask_maker
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """FlexAttention compiled as on a GPU, each graph computed as it stands; counts the graphs."""
@@ -158,6 +162,7 @@ def graphs(monkeypatch):
     compiled_flex_attention = attention_backends._compiled_flex_attention
     monkeypatch.setattr(attention_backends, "_needs_kernel", lambda device: True)
     monkeypatch.setattr(attention_backends, "_compiled_flex_attention", compiled)
+    monkeypatch.setattr(attention_backends, "_block_mask_maker", lambda device: create_block_mask)
     return counter
 
 
@@ -176,6 +181,29 @@ def test_twelve_lengths_and_numbers_of_rows_of_a_gpu_take_one_graph(graphs):
         found, expected = attended(3 + number % 3, 130 + 40 * number)
         assert (found - expected).abs().max() < 1e-5
     assert graphs.frame_count == 1
+
+
+def test_kernels_are_compiled_where_blocks_are_not_as_in_validation(graphs):
+    with torch.compiler.set_stance("force_eager"):
+        found, expected = attended(2, 40)
+    assert graphs.frame_count == 1 and (found - expected).abs().max() < 1e-5
+
+
+def test_masks_are_compiled_where_kernels_are(graphs, monkeypatch):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = attention_backends._compiled_block_mask.__wrapped__(counter)
+    monkeypatch.setattr(attention_backends, "_compiled_block_mask", lambda: compiled)
+    monkeypatch.setattr(attention_backends, "_block_mask_maker", compiled_on_a_gpu)
+    for length in (300, 520):
+        documents_BT = (torch.arange(length) // 150).expand(2, -1)
+        mask = attention_mask(length, length, torch.float32, CPU, documents_BT=documents_BT, window=140, dense=False)
+        found = block_mask(mask, length, length, CPU)
+        with monkeypatch.context() as plain:
+            plain.setattr(attention_backends, "_needs_kernel", lambda device: False)
+            expected = block_mask(mask, length, length, CPU)
+        assert torch.equal(found.to_dense(), expected.to_dense())
+    assert 1 <= counter.frame_count <= 2
 
 
 def test_more_kinds_of_attention_than_are_compiled_are_an_error_and_not_attention_without_a_kernel(graphs, monkeypatch):

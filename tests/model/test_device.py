@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bessemer.model import device
-from bessemer.model.device import is_fast, product_cost
+from bessemer.model.device import _chain_seconds, is_fast, product_cost, served_dtype, slower_than_processor
 
 CPU = torch.device("cpu")
 
@@ -15,6 +15,36 @@ def timed(monkeypatch):
         monkeypatch.setattr(device, "_product_seconds", lambda dtype: seconds[str(dtype).removeprefix("torch.")])
 
     return set_seconds
+
+
+def test_a_macs_gpu_that_is_slower_than_the_processor_is_said_in_one_line():
+    took = {"mps": 0.03, "cpu": 0.01}
+
+    def seconds(device, rows, width, dtype):
+        assert (rows, width) == (1, 576)
+        return took[device.type]
+
+    line = slower_than_processor(torch.device("mps"), 1, 576, torch.float32, seconds)
+    assert "3.0 times as long as its processor" in line and "--device cpu" in line and "\n" not in line
+    took["mps"] = 0.005
+    assert slower_than_processor(torch.device("mps"), 1, 576, torch.float32, seconds) is None
+    assert slower_than_processor(torch.device("cuda"), 1, 576, torch.float32, seconds) is None
+    assert _chain_seconds(torch.device("cpu"), 2, 8, torch.float32) > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "own", "device", "served"),
+    [
+        ("auto", "float32", "cuda", "bfloat16"),
+        ("auto", "float16", "cuda", "float16"),
+        ("auto", "float32", "cpu", "float32"),
+        ("float32", "bfloat16", "cuda", "float32"),
+        ("float16", "float32", "cpu", "float16"),
+    ],
+)
+def test_a_model_is_served_in_the_dtype_of_the_settings(setting, own, device, served, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert served_dtype(setting, getattr(torch, own), torch.device(device)) == getattr(torch, served)
 
 
 def test_what_a_dtype_costs_is_measured_and_not_named(timed):

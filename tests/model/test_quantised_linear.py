@@ -7,7 +7,7 @@ from torch.nn import functional
 from bessemer.model.quantisation import schemes as w8a8
 from bessemer.model.quantisation.integers import find_grid, in_groups, pack, round_to_nearest, search_grid, unpack
 from bessemer.model.quantisation.quantised_layers import QuantisedEmbedding, QuantisedLinear
-from bessemer.model.quantisation.schemes import W8A8, Int4, Int8, int8_product
+from bessemer.model.quantisation.schemes import W8A8, Int4, Int8, int8_product, padded_int_mm
 
 SCHEMES = {
     "int8 by output": Int8(),
@@ -142,3 +142,18 @@ def test_a_product_that_adds_in_16_bits_is_found_out(monkeypatch):
         assert not w8a8._int_mm_is_exact()
     finally:
         w8a8._int_mm_is_exact.cache_clear()
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 5, 12), (17, 8, 16), (40, 24, 64)])
+def test_products_of_integers_have_the_sizes_that_a_gpu_asks_for(rows, outputs, inputs, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-127, 128, (count, inputs), generator=generator).to(torch.int8) for count in (rows, outputs))
+
+    def product(first, second):
+        # cuBLAS's rules, as PyTorch states them
+        assert first.shape[0] > 16 and first.shape[1] % 8 == 0 and second.shape[1] % 8 == 0
+        assert first.dtype == second.dtype == torch.int8
+        return first.int() @ second.int()
+
+    monkeypatch.setattr(torch, "_int_mm", product)
+    assert torch.equal(padded_int_mm(left, right), left.int() @ right.int().T)

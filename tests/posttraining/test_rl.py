@@ -14,16 +14,20 @@ from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
 from bessemer.core.report import StageReport
+from bessemer.inference.engine import Engine
+from bessemer.model.storage.folder import load_model
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.data.examples import drawn
 from bessemer.posttraining.rewards.config import RewardContext
 from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rl import specs as report
+from bessemer.posttraining.rl import stage as rl_stage
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.policy_sampler import PolicySampler
 from bessemer.posttraining.rl.rollouts import CollapseError, RolloutSource, check_collapse
 from bessemer.posttraining.rl.stage import gather_prompts, rl
+from bessemer.posttraining.sampling import sampler as sampling
 from bessemer.posttraining.sampling.samples import Prompt, Sample
 from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.model_roles import POLICY, ModelRoles
@@ -148,6 +152,48 @@ def test_a_sampler_whose_cache_is_free_while_training_samples_the_same(model_fol
         run(model_folder, data, tmp_path / name, steps=2, sleep=sleep)
     awake, asleep = ((tmp_path / name / "completions.jsonl").read_text() for name in ("awake", "asleep"))
     assert awake == asleep
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_on_a_card_a_copy_in_the_dtype_of_the_products_samples_with_the_weights_of_each_step(
+    model_folder, data, tmp_path, monkeypatch
+):
+    engines = []
+
+    class Watched(Engine):
+        def __init__(self, model, *given, **named):
+            engines.append(model)
+            super().__init__(model, *given, **named)
+
+    monkeypatch.setattr(sampling, "_COPYING_DEVICES", ("cpu",))
+    monkeypatch.setattr(sampling, "Engine", Watched)
+    run(model_folder, data, tmp_path, steps=2, dtype="bfloat16", learning_rate=2e-2)
+    (copy,) = engines
+    assert copy.dtype == torch.bfloat16
+    before, trained = (load_model(folder).state_dict() for folder in (model_folder, tmp_path / "model"))
+    # filled for the second rollout, by the first step's weights, which the second step has moved on from
+    moved = {name: (copy.state_dict()[name].float() - tensor.float()).norm() for name, tensor in trained.items()}
+    assert sum(moved.values()) > 0
+    assert sum(moved.values()) < sum((before[name].float() - tensor.float()).norm() for name, tensor in trained.items())
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert max(line["log_ratio_max"] for line in lines) < 0.1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_on_a_card_an_adapter_is_passed_beside_the_copy_that_samples(model_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "_COPYING_DEVICES", ("cpu",))
+    run(model_folder, data, tmp_path, steps=2, dtype="bfloat16", learning_rate=2e-2, adapter={"rank": 2})
+    # the second rollout is by the adapter of the first step
+    assert max(line["log_ratio_max"] for line in read_metrics(tmp_path / "metrics.jsonl")) < 0.1
+
+
+def test_on_a_card_bfloat16_and_a_cache_that_sleeps_are_what_is_not_given(monkeypatch):
+    monkeypatch.setattr(rl_stage, "is_fast", lambda dtype, device: True)
+    given = RLConfig.parse({"data": ["x.jsonl"], "rewards": ["r.py:f"]}, "rl")
+    here, there = (rl_stage.settings_on(given, torch.device(name)) for name in ("cpu", "cuda"))
+    assert (here.dtype, here.sleep, there.dtype, there.sleep) == ("float32", False, "bfloat16", True)
+    chosen = rl_stage.settings_on(given.with_changes(dtype="float32", sleep=False), torch.device("cuda"))
+    assert (chosen.dtype, chosen.sleep) == ("float32", False)
 
 
 @pytest.mark.usefixtures("one_thread")

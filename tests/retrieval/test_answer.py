@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import log
 
 import pytest
 
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.retrieval.answer import NOT_HELD, NearestJudge, ask, calibrated_limit, checked, citing, evidence
+from bessemer.retrieval.answer import NOT_HELD, NearestJudge, ask, best_source, calibrated_limit, checked, citing, evidence
 from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import Hit, search
@@ -89,3 +90,50 @@ def test_sources_that_the_context_does_not_hold_are_left_out(tmp_path):
     engine = babbling_engine(tmp_path / "engine", context=1024)
     answer = ask(engine, index, "Which iron number?", params=SamplingParams(max_tokens=8, temperature=0))
     assert 1 <= len(answer.sources) < 5
+
+
+@dataclass(frozen=True)
+class Score:
+    total: float
+
+
+class Reader:
+    """An engine whose model refuses to answer from a source, read alone, with a given probability."""
+
+    def __init__(self, refused):
+        self.refused = refused
+        self.tokenizer = self
+        self.longest = 1000
+
+    def apply_chat_template(self, messages, add_generation_prompt):
+        return [messages[-1]["content"]]
+
+    def encode(self, text, add_bos):
+        return [text]
+
+    def score_items(self, items):
+        shown = [(prompt, only) for (prompt,), (only,) in items]
+        assert all(text == NOT_HELD for ((text,),) in [(only,) for _, only in shown])
+        return [[Score(log(next(p for name, p in self.refused.items() if name in prompt)))] for prompt, _ in shown]
+
+
+def test_the_answer_is_of_the_source_that_holds_it_by_the_model_and_of_the_first_where_that_does_not_say():
+    sources = [hit(1, "Iron rusts."), hit(2, "Copper turns green."), hit(3, "Zinc is grey.")]
+    assert best_source(Reader({"Iron": 0.5, "Copper": 0.5, "Zinc": 0.5}), "What?", sources, 8) == 1
+    assert best_source(Reader({"Iron": 0.999, "Copper": 0.001, "Zinc": 0.999}), "What?", sources, 8) == 2
+    assert best_source(Reader({"Iron": 1.0, "Copper": 1.0, "Zinc": 0.0001}), "What?", sources, 8) == 3
+
+
+@pytest.mark.parametrize("reading", ["together", "each"])
+def test_a_quoted_answer_is_a_sentence_of_a_source_and_cites_it(tmp_path, reading):
+    text = "Iron rusts in water. It melts at 1538 degrees."
+    build_index([IndexedDocument("a.md", text)], tmp_path / "i", IndexConfig(embedder="none"))
+    engine = babbling_engine(tmp_path / "engine", context=2048)
+    index, params = open_index(tmp_path / "i"), SamplingParams(max_tokens=64, temperature=1.5, seed=3)
+    answer = ask(engine, index, "Does iron rust?", params=params, reading=reading, quote=True)
+    (quote,) = answer.quotes
+    assert text.encode()[quote.start : quote.end].decode() == quote.text and answer.cited == [1]
+    assert quote.text in ("Iron rusts in water", "It melts at 1538 degrees")
+    # where the model babbles from one source, a sentence is cited that this source bears out, or none
+    free = ask(engine, index, "Does iron rust?", params=params, reading=reading)
+    assert set(free.cited) <= {1} and (reading == "together" or all(one.is_supported for one in free.statements if one.cited))

@@ -16,7 +16,7 @@ from bessemer.assistant.messages import Message, Returned, as_messages
 from bessemer.assistant.tools import Tool
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.retrieval.answer import SYSTEM, grounded, most_sources, prompt_of
-from bessemer.retrieval.citations import CitationReader, citing, nearest_sentence
+from bessemer.retrieval.citations import CitationReader, attributed, citing, nearest_sentence, quotable, quotes_in
 from tests.assistant.conftest import tagged_tokenizer  # noqa: F401
 from tests.cases import slow
 from tests.retrieval.test_answer import hit
@@ -145,3 +145,29 @@ def test_no_answer_cites_what_there_is_not_however_wild_it_is(tmp_path, answers)
             assert set(brackets) <= {f"[{number}]" for number in range(1, len(used) + 1)}, completion.text
             cited += len(brackets)
     assert cited or answers < 1000
+
+
+def test_a_sentence_is_cited_by_the_source_that_bears_it_out_and_by_none_without():
+    said = "In water iron rusts [2]. Copper turns green! Nobody knows why [1]. So?"
+    assert attributed(said, SOURCES, [1, 2]) == "In water iron rusts [1]. Copper turns green [2]! Nobody knows why. So?"
+    assert attributed(said, SOURCES, [2]) == "In water iron rusts. Copper turns green [2]! Nobody knows why. So?"
+
+
+def test_what_may_be_quoted_stands_in_its_source_word_for_word():
+    sources = [*SOURCES, hit(3, "It says “no”. [4]")]
+    found = quotable(sources)
+    assert found[1] == "“Iron rusts in water” [1]." and len(found) == 4
+    quotes = [quote for text in found for quote in quotes_in(text, sources)]
+    assert [quote.source for quote in quotes] == [1, 1, 2]
+    for quote in quotes:
+        text = sources[quote.source - 1].passage.text.encode()
+        assert text[quote.start - 100 : quote.end - 100].decode() == quote.text
+    assert found[-1] == "See  [3]." and attributed(found[2], sources, [2]) == found[2]
+
+
+def test_a_sentence_over_wrapped_lines_is_quoted_whole_and_found_as_its_source_has_it():
+    sources = [hit(1, "Stop\n\nWait until the thread ends,\nor the time is over. Then go on.\n\nsee also\n")]
+    assert quotable(sources) == ["“Wait until the thread ends, or the time is over” [1]."]
+    (quote,) = quotes_in(quotable(sources)[0], sources)
+    assert quote.text == "Wait until the thread ends,\nor the time is over" and (quote.start, quote.end) == (106, 153)
+    assert not list(quotes_in("“         ” [1]", sources))

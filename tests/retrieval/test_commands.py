@@ -51,6 +51,11 @@ def test_a_question_is_answered_by_a_models_folder_with_sources_and_marks(tmp_pa
     assert all(set(one["cited"]) <= {1} for one in answer["statements"])
     code, printed, _ = run(capsys, "ask", model, index, "Does iron rust?", "--max-tokens", "24", "--device", "cpu")
     assert code == 0 and "[1] metal.md#0, bytes 0 to 20" in printed
+    quoted = ("--sources", "each", "--quote", "--device", "cpu")
+    code, printed, _ = run(capsys, "ask", model, index, "Does iron rust?", *quoted)
+    assert code == 0 and "“Iron rusts in water” [1]." in printed
+    code, _, error = run(capsys, "ask", model, index, "Does iron rust?", "--sources", "eech")
+    assert code == 2 and "--sources eech: it is together, each; did you mean 'each'?" in error
     code, printed, _ = run(capsys, "ask", model, index, "zebra", "--device", "cpu")
     assert code == 0 and "The documents do not answer this." in printed
 

@@ -67,6 +67,7 @@ def test_openai_client_lists_the_model(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     model = client.models.retrieve("tiny")
     assert (model.max_model_len, model.root, model.parent) == (128, "tiny", None)
+    assert (model.input_modalities, model.image_size) == (["text"], None)
     assert model.permission[0]["allow_sampling"] and not model.permission[0]["allow_fine_tuning"]
 
 

@@ -1,12 +1,16 @@
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.data.batch import Batch
-from bessemer.training.model_setup import recompute_activations, use_float8
+from bessemer.training.model_setup import narrow_residuals, recompute_activations, use_float8
 from bessemer.training.objectives import next_token_loss
 
 from .conftest import TINY
@@ -69,3 +73,38 @@ def test_float8_without_its_package_is_one_clear_line(decoder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.float8", None)
     with pytest.raises(ConfigError, match="float8: true needs the package torchao"):
         use_float8(decoder)
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_sharded_weights_of_float8_are_gathered_in_it(decoder, gathers, monkeypatch):
+    asked = {}
+    package = ModuleType("torchao.float8")
+    package.Float8LinearConfig = lambda **settings: settings
+
+    def convert(model, *, module_filter_fn, config):
+        asked.update(config)
+        assert not module_filter_fn(model.norm, "norm")
+
+    package.convert_to_float8_training = convert
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.float8", package)
+    use_float8(decoder, gathers=gathers)
+    assert asked == {"enable_fsdp_float8_all_gather": gathers}
+
+
+def test_a_residual_stream_in_bfloat16_is_kept_so_and_changes_the_loss_little(decoder):
+    tokens_BT = torch.randint(0, decoder.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    seen = []
+    for block in decoder.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return float(functional.cross_entropy(decoder(tokens_BT)[:, :-1].flatten(0, 1).float(), tokens_BT[:, 1:].flatten()))
+
+    before = loss()
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    narrow_residuals(decoder)
+    assert loss() == pytest.approx(before, rel=0.02)
+    assert set(seen) == {torch.bfloat16}

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from bessemer.core.errors import CheckpointError, StorageError
 from bessemer.core.hashing import hash_files
@@ -16,7 +19,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint import manager as checkpoint
 from bessemer.training.checkpoint.manager import INDEX, CheckpointManager, checkpoint_weights
-from bessemer.training.checkpoint.state import RANDOM_STATES, TrainingState
+from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, TrainingState
 from bessemer.training.checkpoint.storage import _MetadataUnpickler
 from bessemer.training.optim.muon import orthogonalised
 from bessemer.training.optim.optimizers import build_optimizers, role_of, scale_learning_rates
@@ -280,3 +283,23 @@ def test_a_path_is_read_whichever_version_of_python_has_named_its_class(module):
     # Python 3.13 alone keeps it in a module of its own
     written = f"c{module}\nPosixPath\n(Vmodel\ntR.".encode()
     assert _MetadataUnpickler(io.BytesIO(written)).load() == Path("model")
+
+
+def test_copies_for_a_checkpoint_are_not_changed_by_training_and_lie_where_the_last_ones_lay():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight, copies = torch.ones(2, 3), HostCopies()
+        sharded = DTensor.from_local(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        values = {"model": {"weight": weight, "sharded": sharded}, "parts": [weight[0]], "step": 3}
+        first = copies.copy(values)
+        weight.zero_()
+        sharded.zero_()
+        copies.wait()
+        assert first["step"] == 3 and bool((first["model"]["weight"] == 1).all()) and bool((first["parts"][0] == 1).all())
+        kept = first["model"]["sharded"]
+        assert isinstance(kept, DTensor) and kept.placements == sharded.placements and bool((kept.to_local() == 1).all())
+        second = copies.copy(values)
+        assert second["model"]["weight"].data_ptr() == first["model"]["weight"].data_ptr()
+        assert not second["model"]["weight"].any() and not second["model"]["sharded"].to_local().any()
+    finally:
+        dist.destroy_process_group()

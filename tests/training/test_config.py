@@ -35,3 +35,9 @@ def test_settings_are_read_without_torch():
 def test_a_retired_setting_is_refused_with_its_new_name(retired, name):
     with pytest.raises(ConfigError, match=f"the setting '{retired}' is now '{name}'"):
         PretrainConfig.parse({"steps": 1, retired: 1}, "pretrain")
+
+
+def test_checkpoints_are_seldom_in_runs_that_take_hours():
+    config = PretrainConfig(steps=1)
+    assert (config.minutes_between_checkpoints(3600), config.minutes_between_checkpoints(4 * 3600)) == (1, 30)
+    assert config.with_changes(checkpoint_minutes=5).minutes_between_checkpoints(4 * 3600) == 5

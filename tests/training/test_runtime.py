@@ -129,13 +129,22 @@ def test_packed_documents_on_a_card_are_attended_to_in_blocks_where_heads_are_wi
     assert model.attention_backend == backend
 
 
-def test_validation_is_without_kernels_made_for_training():
+def test_validation_and_old_log_probabilities_are_by_the_attention_of_training():
     model = small_decoder("dense")
-    runtime = runtime_of("cpu")
     model.set_attention_backend("flex")
-    with runtime.evaluating(model):
-        assert model.attention_backend == "sdpa"
+    with runtime_of("cpu").evaluating(model):
+        assert model.attention_backend == "flex" and not model.training
     assert model.attention_backend == "flex"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "precision"),
+    [("cuda", "bfloat16", "high"), ("cuda", "float32", "highest"), ("cpu", "bfloat16", "highest")],
+)
+def test_what_autocast_leaves_in_float32_is_multiplied_in_tf32_on_a_card(device, dtype, precision):
+    with runtime_of(device, dtype).running():
+        assert torch.get_float32_matmul_precision() == precision
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(

@@ -175,23 +175,41 @@ def ask(
     ] = None,
     rerank: Rerank = None,
     expand: Expand = None,
+    sources: Annotated[
+        str, typer.Option(help="together, or each: a small model reads each source alone, and answers from the best.")
+    ] = "together",
+    quote: Annotated[bool, typer.Option("--quote", help="Answer with a sentence of a source, word for word.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     device: Device = "auto",
     runs: Runs = Path("runs"),
 ) -> None:
     """Answer a question from an index, with the sources of each sentence. Sentences that these do not bear out are marked."""
     from bessemer.cli.named import find_served
+    from bessemer.core.config import nearest
+    from bessemer.core.errors import ConfigError
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.retrieval.answer import NearestJudge
     from bessemer.retrieval.answer import ask as answer_from
     from bessemer.retrieval.store import Filter
 
+    if sources not in (readings := ["together", "each"]):
+        raise ConfigError(f"--sources {sources}: it is {', '.join(readings)}{nearest(sources, readings)}")
     opened = _opened(place, rerank, expand, runs)
     judge = None if least is None else NearestJudge(least)
     with Engine(find_served(model, runs), device=device) as engine:
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
-        answer = answer_from(engine, opened, question, count=count, where=Filter(only or ()), judge=judge, params=params)
+        answer = answer_from(
+            engine,
+            opened,
+            question,
+            count=count,
+            where=Filter(only or ()),
+            judge=judge,
+            params=params,
+            reading=sources,  # type: ignore[arg-type]
+            quote=quote,
+        )
     if as_json:
         print(json.dumps(_answer_figures(answer), ensure_ascii=False, indent=2))
         return
@@ -218,6 +236,9 @@ def questions(
         float, typer.Option(help="--cited: share of the questions whose passage is not among the sources.", min=0, max=1)
     ] = 0.25,
     longest: Annotated[int, typer.Option(help="--cited: most characters of a source; short ones save time.", min=100)] = 1000,
+    most_sources: Annotated[
+        int, typer.Option(help="--cited: most sources of a conversation; 1 for answers by ask --sources each.", min=1, max=8)
+    ] = 4,
     negatives: Annotated[
         int | None,
         typer.Option(
@@ -238,7 +259,9 @@ def questions(
         raise ConfigError("--cited, --negatives: the one makes conversations, the other rows for an embedder; give one")
     opened = open_index(place)
     if cited:
-        rows = list(cited_conversations(opened, count, unanswered=unanswered, longest=longest, seed=seed))
+        rows = list(
+            cited_conversations(opened, count, unanswered=unanswered, longest=longest, most_sources=most_sources, seed=seed)
+        )
     elif negatives is not None:
         rows = list(contrastive_rows(opened, count, negatives, seed))
     else:

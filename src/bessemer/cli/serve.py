@@ -151,6 +151,12 @@ def serve(
         float | None, _models(help="Close a model of --also when nobody has asked for it for as many seconds.", min=0)
     ] = None,
     kv_memory: Annotated[float | None, _memory(help="GiB for the KV cache; a quarter of what is free.")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, _memory(help="Share of a GPU's memory that weights, a step and the KV cache may take; 0.9.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, _memory(help="Most tokens of a step: longer prompts are read in chunks; 512, on a GPU 8,192.")
+    ] = None,
     max_model_len: Annotated[
         int | None, _memory(help="At most this many tokens of prompt and answer together; the model's context.")
     ] = None,
@@ -169,6 +175,12 @@ def serve(
     ] = None,
     queue_seconds: Annotated[
         float | None, _requests(help="Longest wait of a request in the queue, in seconds, before it gets 503 (default 120).")
+    ] = None,
+    dtype: Annotated[
+        str | None, _speed(help="Type of weights and activations: auto (default), float32, bfloat16 or float16.")
+    ] = None,
+    paged_attention: Annotated[
+        str | None, _speed(help="How KV blocks are read on a GPU: auto (default), flash, flashinfer, flex or gather.")
     ] = None,
     threads: Annotated[int | None, _speed(help="Threads of the compiled CPU kernels; measured.")] = None,
     activation_bits: Annotated[int | None, _speed(help=ACTIVATION_BITS)] = None,
@@ -277,8 +289,9 @@ def serve(
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     lengths = ("max_model_len", "context_overflow", "context_keep")
-    memory = ("kv_memory", "kv_cache_dtype", "max_num_seqs", *lengths, "prefix_cache", "prefix_store")
-    given = given_options(context, *memory, "threads", "activation_bits", "batch_invariant", "mmproj")
+    memory = ("kv_memory", "gpu_memory_utilization", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", *lengths)
+    speed = ("dtype", "paged_attention", "threads", "activation_bits", "batch_invariant", "mmproj")
+    given = given_options(context, *memory, "prefix_cache", "prefix_store", *speed)
     given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
     if watermark is not None:
         given["watermark"] = watermark_of(watermark)

@@ -25,8 +25,13 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
+
+#: Where Linux's control groups are mounted, and which this process is in.
+_GROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+_Number = TypeVar("_Number", int, float)
 
 _REPORTED_PACKAGES = (
     "bessemer",
@@ -81,31 +86,36 @@ def cpu_quota() -> float | None:
     """Processor time that the groups of this process may use, in cores (0.5: half of one); None without a limit.
 
     The smallest quota of its group and of those above it (Linux, cgroup v2: `cpu.max`; v1: `cpu.cfs_quota_us`)."""
-    return _quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    return _quota(_GROUPS, _MEMBERSHIP)
 
 
 def _quota(root: Path, membership: Path) -> float | None:
     """`cpu_quota` of the groups that are mounted below `root`, of a process whose `/proc/PID/cgroup` is `membership`."""
+    return _least(_group_quota(group) for group in _groups("cpu", root, membership))
+
+
+def _least(limits: Iterable[_Number | None]) -> _Number | None:
+    """The smallest of the limits that there are; None where there is none."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _groups(controller: str, root: Path = _GROUPS, membership: Path = _MEMBERSHIP) -> Iterator[Path]:
+    """The folders of a process's groups that may limit what a controller counts, and of those above them (cgroup v2 and v1)."""
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return None
-    quotas: list[float] = []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        # in a container its group is mounted as the root, but the path is that of the host
-        groups = [Path(path.lstrip("/")), *Path(path.lstrip("/")).parents]
         if not controllers:
-            mounts = (root, root / "unified")
-        elif "cpu" in controllers.split(","):
-            mounts = (root / controllers, root / "cpu")
+            mounts: tuple[Path, ...] = (root, root / "unified")
+        elif controller in controllers.split(","):
+            mounts = tuple(dict.fromkeys((root / controllers, root / controller)))
         else:
             continue
-        for group in (mount / group for mount in mounts for group in groups):
-            quota = _group_quota(group)
-            if quota is not None:
-                quotas.append(quota)
-    return min(quotas) if quotas else None
+        # in a container its group is mounted as the root, but the path is that of the host
+        groups = [Path(path.lstrip("/")), *Path(path.lstrip("/")).parents]
+        yield from (mount / group for mount in mounts for group in groups)
 
 
 def _group_quota(group: Path) -> float | None:
@@ -159,25 +169,28 @@ def available_memory_bytes() -> int | None:
 
 def free_memory_bytes() -> int | None:
     """Unused memory of the machine, or what a container's limit leaves; None where the system does not say."""
-    limits = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+    return _least([_available(Path("/proc/meminfo")), *map(_left_in_group, _groups("memory"))])
 
 
 def most_memory_bytes() -> int | None:
-    """Memory that this process can ever have, used or not: the machine's, a container's limit, or that of `ulimit -v`."""
-    limits = [available_memory_bytes(), _limit_of_group(Path("/sys/fs/cgroup"))]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+    """Memory that this process can ever have, used or not: the machine's, a container's or another group's limit, or that of
+    `ulimit -v`."""
+    return _least([available_memory_bytes(), *map(_limit_of_group, _groups("memory"))])
+
+
+#: From which on a limit of cgroup v1, which always has one, is none.
+_NO_LIMIT = 1 << 60
 
 
 def _limit_of_group(group: Path) -> int | None:
-    """Bytes that a container may have; None without a limit."""
-    try:
-        limit = (group / "memory.max").read_text().strip()
-    except OSError:
-        return None
-    return int(limit) if limit.isdecimal() else None
+    """Bytes that the processes of a group may have; None without a limit."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        try:
+            limit = (group / name).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            continue
+        return int(limit) if limit.isdecimal() and int(limit) < _NO_LIMIT else None
+    return None
 
 
 def _available(meminfo: Path) -> int | None:
@@ -189,14 +202,18 @@ def _available(meminfo: Path) -> int | None:
 
 
 def _left_in_group(group: Path) -> int | None:
-    """Bytes that a container's limit leaves, with cached files counted as free; None without a limit."""
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
+    """Bytes that a group's limit leaves, with cached files counted as free; None without a limit."""
+    limit = _limit_of_group(group)
+    if limit is None:
         return None
-    cached = int(parts.get("active_file", 0)) + int(parts.get("inactive_file", 0))
-    return None if limit == "max" else max(0, int(limit) - max(0, used - cached))
+    used = "memory.current" if (group / "memory.current").exists() else "memory.usage_in_bytes"
+    try:
+        taken = int((group / used).read_text())
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = sum(int(parts.get(name, 0)) for name in ("active_file", "inactive_file"))
+    except (OSError, ValueError):
+        return limit
+    return max(0, limit - max(0, taken - cached))
 
 
 def host() -> dict[str, Any]:

@@ -12,9 +12,8 @@ heads, G query heads of a group, C channels, V channels of a value.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from bessemer.distributed.collectives import to_autocast_dtype
-from bessemer.distributed.layout import chunks_of_rank
+from bessemer.distributed.fused_ring import Passing, RowShard, Tile, can_fuse, fused_ring_attention, merged
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention import AttentionLayer
@@ -33,61 +32,6 @@ from bessemer.model.layers.attention_mask import AttentionMask, attention_mask, 
 
 #: Queries and keys of a tile; the scores of a tile are in memory at once.
 _TILE = 512
-
-
-@dataclass(frozen=True)
-class RowShard:
-    """The tokens of a row on a rank: `length` of them, half from the front and half from the back (`Layout.columns`)."""
-
-    rank: int
-    ranks: int
-    length: int
-
-    @property
-    def each(self) -> int:
-        """Tokens of each half."""
-        return self.length // 2
-
-    @property
-    def starts(self) -> tuple[int, int]:
-        """The positions of the halves' first tokens in the row."""
-        front, back = chunks_of_rank(self.rank, self.ranks)
-        return front * self.each, back * self.each
-
-    def places(self, device: torch.device) -> Tensor:
-        """The positions of all tokens in the row, (T,)."""
-        return torch.cat([torch.arange(start, start + self.each, device=device) for start in self.starts])
-
-    def tiles(self, size: int) -> Iterator[Tile]:
-        """The tokens in tiles of at most `size` consecutive tokens of the row."""
-        for half, first in enumerate(self.starts):
-            for start in range(0, self.each, size):
-                here = slice(half * self.each + start, half * self.each + min(start + size, self.each))
-                yield Tile(here, first + start, here.stop - here.start)
-
-
-class Tile(NamedTuple):
-    """Consecutive tokens of a row: their slice on this rank, and the position of the first in the row."""
-
-    here: slice
-    first: int
-    size: int
-
-    @property
-    def last(self) -> int:
-        """The position of the last in the row."""
-        return self.first + self.size - 1
-
-
-def merged(output: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two sets of keys, from each one's output (…, V) and log of the softmax's sum (…).
-
-    A log of −∞ stands for no key, with output 0.
-    """
-    total = torch.logaddexp(log_sum, other_log_sum)
-    reference = total.masked_fill(total == -torch.inf, 0.0)
-    weight, other_weight = ((part - reference).exp()[..., None] for part in (log_sum, other_log_sum))
-    return output * weight + other * other_weight, total
 
 
 def ring_attention(
@@ -122,7 +66,7 @@ class _RingAttention(torch.autograd.Function):
             log_sum_BKGT.copy_(work.by_head(sinks_H))
         block: Sequence[Tensor] = (key_BKTC.contiguous(), value_BKTV.contiguous())
         for step in range(work.ranks):
-            coming = _Passing(block, group) if step < work.ranks - 1 else None
+            coming = Passing(block, group) if step < work.ranks - 1 else None
             for queries, keys in work.pairs(step):
                 scores_BKGTS, _ = work.scores(queries, keys, block[0])
                 partial_log_sum = scores_BKGTS.logsumexp(-1)
@@ -150,9 +94,9 @@ class _RingAttention(torch.autograd.Function):
         common_BKGT = (gradient_BKGTV * out_BKGTV).sum(-1)
         query_gradient = torch.zeros_like(work.query_BKGTC)
         block: Sequence[Tensor] = (key_BKTC.contiguous(), value_BKTV.contiguous())
-        travelling: _Passing | None = None
+        travelling: Passing | None = None
         for step in range(work.ranks):
-            coming = _Passing(block, group) if step < work.ranks - 1 else None
+            coming = Passing(block, group) if step < work.ranks - 1 else None
             key_gradient, value_gradient = (torch.zeros_like(tensor, dtype=work.dtype) for tensor in block)
             for queries, keys in work.pairs(step):
                 scores_BKGTS, slope = work.scores(queries, keys, block[0])
@@ -169,7 +113,7 @@ class _RingAttention(torch.autograd.Function):
             if travelling is not None:
                 so_far = travelling.received()
                 key_gradient, value_gradient = key_gradient + so_far[0], value_gradient + so_far[1]
-            travelling = _Passing((key_gradient, value_gradient), group)
+            travelling = Passing((key_gradient, value_gradient), group)
             if coming is not None:
                 block = coming.received()
         assert travelling is not None
@@ -231,25 +175,6 @@ class _LocalQueries:
         queries_T = torch.arange(queries.here.start, queries.here.stop, device=device)
         bias_BHTS = bias(mask, queries_T, torch.arange(keys.first, keys.last + 1, device=device))
         return products + bias_BHTS.unflatten(1, (self._key_heads, -1) if bias_BHTS.shape[1] > 1 else (1, 1)), slope
-
-
-class _Passing:
-    """Asynchronous send of tensors to the next rank of a group, and receive of those of the previous rank."""
-
-    def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        self._sent = tensors
-        self._coming = [torch.empty_like(tensor) for tensor in tensors]
-        to, of = (rank + 1) % ranks, (rank - 1) % ranks
-        operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=to) for tensor in tensors]
-        operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=of) for tensor in self._coming]
-        self._works = dist.batch_isend_irecv(operations)
-
-    def received(self) -> list[Tensor]:
-        """The received tensors, after all sends and receives have completed."""
-        for work in self._works:
-            work.wait()
-        return self._coming
 
 
 def apply_context_parallel(model: nn.Module, mesh: Mesh, method: Literal["all_gather", "ring"]) -> None:
@@ -372,6 +297,8 @@ class ContextParallelRows:
         """Ring attention: keys and values are passed from rank to rank."""
         query_BHTC, key_BKTC, value_BKTC = map(to_autocast_dtype, (query_BHTC, key_BKTC, value_BKTC))
         with torch.autocast(query_BHTC.device.type, enabled=False):
+            if can_fuse(query_BHTC, value_BKTC, mask, scores, self.ranks):
+                return fused_ring_attention(query_BHTC, key_BKTC, value_BKTC, scores.scale, self.group)
             return ring_attention(query_BHTC, key_BKTC, value_BKTC, mask, scores, self.group)
 
 

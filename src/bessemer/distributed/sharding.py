@@ -115,9 +115,11 @@ _MATRICES = frozenset({"weight", "gate_up_proj", "down_proj"})
 
 
 def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, offload: bool = False) -> None:
-    """Shard a model's parameters over the mesh, in place, block by block, the rest as one more unit.
+    """Shard a model's parameters over the mesh, in place, block by block; embedding and head, where they are not tied, each by
+    itself, and the rest as one more unit.
 
-    Each block's weights are gathered before it runs, and its gradients reduce-scattered after its backward pass. Gradients are
+    Each block's weights are gathered before it runs, and its gradients reduce-scattered after its backward pass. Those of the
+    last block stay gathered between its passes, which follow each other, and the head's from the last norm on. Gradients are
     sums over ranks, not means: the loss is weighted by its fraction of the step's targets. Parameters become DTensors; names
     stay. Under expert parallelism experts are sharded over the ranks that have the same ones. offload: shards and optimizer
     states are kept in host memory.
@@ -126,7 +128,8 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, 
     summed in float32. Everything else (norms, biases, routers, embedding, head) is gathered as it is stored, with the rest of
     the model: so no number changes. None: the matrices too.
 
-    A pipeline stage gathers its weights once a step and reduces its gradients once, when its schedule says so.
+    The units of a pipeline stage are its blocks and the rest: it gathers its weights once a step and reduces gradients once,
+    when its schedule says so.
     """
     is_stage = isinstance(model, DecoderStage)
     policy: OffloadPolicy = CPUOffloadPolicy() if offload and torch.cuda.is_available() else OffloadPolicy()
@@ -135,27 +138,48 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, 
         fully_shard,
         mesh=mesh.data,
         offload_policy=policy,
-        reshard_after_forward=False if is_stage else None,
         shard_placement_fn=placement,
     )
+
+    def kept(block: nn.Module) -> bool | None:
+        return False if is_stage else block is not model.blocks[-1]
+
+    ends = [] if is_stage or model.config.tie_word_embeddings else [model.embed_tokens, model.head]
+    for end in ends:
+        shard(end, reshard_after_forward=False)
     if dtype is None:
-        for unit in (*model.blocks, model):
-            shard(unit)
+        for block in model.blocks:
+            shard(block, reshard_after_forward=kept(block))
+        shard(model, reshard_after_forward=False if is_stage else None)
     else:
         matrices = set(product_matrices(model))
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         # the model comes first, so that it holds the blocks' other parameters
-        shard(model, ignored_params=matrices)
+        shard(model, ignored_params=matrices, reshard_after_forward=False if is_stage else None)
         for block in model.blocks:
-            shard(block, mp_policy=precision, ignored_params=set(block.parameters()) - matrices)
-    for unit in (*model.blocks, model):
+            others = set(block.parameters()) - matrices
+            shard(block, mp_policy=precision, ignored_params=others, reshard_after_forward=kept(block))
+    for unit in (*ends, *model.blocks, model):
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         # gloo reduces only by sums
         unit.set_force_sum_reduction_for_comms(True)
+    if ends:
+        # the loss reads the head's matrix, and does not call the module
+        model.norm.register_forward_pre_hook(_gathers(model.head))
     # training calls these, not `forward`: FSDP must hook them to gather parameters outside the blocks
     for method in () if is_stage else ("hidden", "hidden_and_mtp"):
         register_fsdp_forward_method(model, method)
+
+
+def _gathers(head: nn.Module) -> Callable[[nn.Module, Any], None]:
+    """A hook that gathers the head's parameters before another module runs."""
+
+    def gather(module: nn.Module, inputs: Any) -> None:
+        assert isinstance(head, FSDPModule)
+        head.unshard()
+
+    return gather
 
 
 def product_matrices(model: Decoder) -> list[nn.Parameter]:

@@ -23,16 +23,20 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
 from bessemer.inference.execution.build import (
+    MOST_LOGITS,
     check_model_length,
     describe_pages,
     describe_states,
+    gpu_share,
     memory_budget,
     new_runner,
     page_type,
     paged_memory,
     plan_blocks,
     plan_snapshots,
+    resolved_for,
     shared_backend,
+    step_bytes,
 )
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups, state_bytes
@@ -60,14 +64,14 @@ from bessemer.model.adapters.trained import merged
 from bessemer.model.attention.base import is_recurrent
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device, is_fast
+from bessemer.model.device import choose_device, is_fast, served_dtype, slower_than_processor
 from bessemer.model.formats.gguf_import import parts_of
 from bessemer.model.formats.gguf_mmproj import Mmproj, find_mmproj, read_mmproj
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.library import find_kept
-from bessemer.model.storage.model_config import read_end_tokens, read_sampling_settings
+from bessemer.model.storage.model_config import read_end_tokens, read_model_config, read_sampling_settings
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
 from bessemer.model.vision.config import VisionLanguageConfig
 from bessemer.model.vision.folder import is_vision_folder, load_vision_language, read_vision_language
@@ -129,8 +133,7 @@ def open_model(
     if not named.exists() and (kept := find_kept(str(model))) is not None:
         named = kept
     path, own = tuned_model(named) or TunedModel(named, None)
-    if choose_device(device).type == "cpu":
-        _check_size(path)
+    _check_size(path, choose_device(device), config.processes)
     if config.mmproj is not None and config.processes > 1:
         raise ConfigError("parallel: a model that reads pictures is served by one process; leave --mmproj out")
     if config.mmproj is not None and path.suffix != ".gguf":
@@ -146,6 +149,10 @@ def open_model(
         except BaseException:
             sharded.close()
             raise
+    if choose_device(device).type == "mps" and path.is_dir():
+        shape = read_model_config(path)
+        if slow := slower_than_processor(choose_device(device), 1, shape.hidden_size, torch.float32):
+            PlainLines().say(slow)
     if path.suffix == ".gguf":
         opened = open_gguf(path, choose_device(device))
         if opened.encoded is not None:
@@ -220,14 +227,20 @@ def _check_whole_pictures(shape: VisionLanguageConfig, path: Path, config: Engin
         raise ConfigError(f"batch_invariant: {path} reads pictures whole, and batch-invariant steps cut prompts into blocks")
 
 
-def _check_size(path: Path) -> None:
-    """Refuse weights that this machine's memory cannot hold, before any are read. Raises ConfigError."""
+def _check_size(path: Path, device: torch.device, processes: int) -> None:
+    """Refuse weights that the device's memory cannot hold, before any are read. processes: that share a model, each on a GPU of
+    its own, or all in this machine's memory. Raises ConfigError."""
     files = path.glob("*.safetensors") if path.is_dir() else parts_of(path)
-    needed, most = sum(file.stat().st_size for file in files if file.is_file()), most_memory_bytes()
+    needed = sum(file.stat().st_size for file in files if file.is_file())
+    if device.type == "cuda":
+        most: int | None = torch.cuda.mem_get_info(device)[1] * processes
+        where, larger = "the GPUs have" if processes > 1 else "this GPU has", "more GPUs (parallel), or `device: cpu`"
+    else:
+        most, where, larger = most_memory_bytes(), "this process can have", "or a larger machine"
     if most is not None and needed > most:
         raise ConfigError(
-            f"{path}: the weights take {size(needed)}, and this process can have {size(most)} of memory; "
-            "take a smaller or a quantised model (`bessemer quantize`), or a larger machine"
+            f"{path}: the weights take {size(needed)}, and {where} {size(most)} of memory; "
+            f"take a smaller or a quantised model (`bessemer quantize`), {larger}"
         )
 
 
@@ -239,9 +252,18 @@ def _identity(*places: Path) -> str:
 
 
 def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:
-    """The model in float32 where this processor is slow in its own dtype and the memory suffices. Not where the compiled
-    kernels compute it, which widen weights of 16 bits themselves."""
-    if model.device.type != "cpu" or model.dtype.itemsize > 2 or is_quantised(model) or is_fast(model.dtype, model.device):
+    """The model in the dtype of the settings (`served_dtype`); or in float32 where this processor is slow in its own dtype and
+    the memory suffices. Not where the compiled kernels compute it, which widen weights of 16 bits themselves."""
+    wanted = served_dtype(config.dtype, model.dtype, model.device)
+    if wanted != model.dtype:
+        return model.to(wanted)
+    if (
+        config.dtype != "auto"
+        or model.device.type != "cpu"
+        or model.dtype.itemsize > 2
+        or is_quantised(model)
+        or is_fast(model.dtype, model.device)
+    ):
         return model
     if config.cpu_kernels != "off" and CompiledSteps.supports(model) is None:
         return model
@@ -326,10 +348,6 @@ def new_prefix_store(config: EngineConfig, runner: Runner, scheduler: Scheduler,
     )
 
 
-#: Most logits of one step that come of tokens read, where each token's are wanted: 256 MiB of float32.
-_MOST_LOGITS = 1 << 26
-
-
 def assemble(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -349,11 +367,11 @@ def assemble(
     check_model_length(model.config, config)
     mtp_layers, _ = mtp_layers_of(config, model.config)
     if sharded is None:
-        memory, blocks = new_memory(model, config)
+        memory, blocks = new_memory(model, config, opened=opened)
         runner = new_runner(model, memory, config, opened, modules_only=mtp_layers > 0)
     else:
         with sharded.workers.together():
-            memory, blocks = new_memory(model, config, sharded.mesh)
+            memory, blocks = new_memory(model, config, sharded.mesh, opened=opened)
         runner = new_runner(model, memory, config, opened, workers=sharded.workers, axis=sharded.axis)
     groups = [
         BlockGroup(BlockPool(count, config.block_size), group.window)
@@ -364,7 +382,7 @@ def assemble(
         groups,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_logits_rows=max(_MOST_LOGITS // model.config.vocab_size, align or 1, least_chunk),
+        max_logits_rows=max(MOST_LOGITS // model.config.vocab_size, align or 1, least_chunk),
         max_waiting=config.max_waiting,
         state_slots=memory.state_slots,
         snapshots=memory.snapshot_count,
@@ -390,13 +408,16 @@ def worker_runners(
 
     axis: as in `Runner`. Made by the same collectives as `assemble` on rank 0.
     """
-    memory, _ = new_memory(model, config, mesh)
-    runner = Runner(model, memory, shared_backend(model, memory), batch_invariant=config.batch_invariant, axis=axis)
+    config = resolved_for(config, model.config, page_type(model, config), model.device)
+    memory, _ = new_memory(model, config, mesh, opened=config.processes > 1)
+    runner = Runner(model, memory, shared_backend(model, memory, config), batch_invariant=config.batch_invariant, axis=axis)
     return runner, shared_draft_runner(config, model.device, mesh)
 
 
-def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, list[int]]:
-    """A model's KV cache, and how many blocks each group of layers has.
+def new_memory(
+    model: Decoder, config: EngineConfig, mesh: Mesh = ALONE, *, opened: bool = False
+) -> tuple[PagedMemory, list[int]]:
+    """A model's KV cache, and how many blocks each group of layers has. opened: as of `assemble`.
 
     All processes that share the model call it, and get as many as the one with the least memory. Raises ConfigError.
     """
@@ -404,7 +425,8 @@ def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tupl
     mtp_layers, mtp_spare_blocks = mtp_layers_of(config, model.config)
     share = HeadShare(mesh.place.tensor, mesh.layout.tensor)
     sharing = mesh.processes_here if device.type == "cpu" else 1
-    budget = memory_budget(config, device, sharing)
+    in_all, needed = gpu_share(config, device, opened), step_bytes(model.config, config, model.dtype)
+    budget = memory_budget(config, device, sharing, share=in_all, reserved=needed)
     snapshots = plan_snapshots(model.config, config, model.dtype, budget, ranks=share.ranks)
     budget -= snapshots * state_bytes(model.config, model.dtype, share.ranks)
     blocks = plan_blocks(model.config, config, dtype, budget, mtp_layers, ranks=share.ranks)

@@ -10,6 +10,9 @@ from pydantic import model_validator
 from bessemer.core.config import Config, setting
 from bessemer.inference.sampling.params import WatermarkConfig
 
+#: Most that a setting of memory may say: a pebibyte.
+_MOST_GIB = 1 << 20
+
 
 class SpeculationConfig(Config):
     """Speculative decoding: draft tokens are proposed and verified in one step. The output distribution stays the same."""
@@ -73,18 +76,39 @@ class EngineConfig(Config):
     context_keep: int = setting(
         256, "first tokens that a shift keeps, such as the instructions; at most half of the context", unit="tokens", ge=0
     )
-    block_size: int = setting(16, "positions of a KV block", unit="tokens", ge=1, le=1024)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "type of the weights that are no codes, and of activations; auto: the model's own, of float32 bfloat16 on a GPU that "
+        "multiplies in it, and float32 on a processor that is slow in the model's",
+    )
+    block_size: int = setting(
+        16,
+        "positions of a KV block; where nothing is given, 256 on a GPU whose blocks FlashAttention reads",
+        unit="tokens",
+        ge=1,
+        le=1024,
+    )
     kv_memory: float | None = setting(
         None,
-        "memory for the KV cache; none: a quarter of what is free, or less where all that may run at once needs less",
+        "memory for the KV cache; none: a quarter of what is free, or less where all that may run at once needs less, and on a "
+        "GPU what gpu_memory_utilization leaves",
         unit="GiB",
         gt=0,
+        le=_MOST_GIB,
+    )
+    gpu_memory_utilization: float | None = setting(
+        None,
+        "share of a GPU's memory that weights, a step and the KV cache take together; none: 0.9 for a model that is opened "
+        "from its folder or file, without a draft model; else the KV cache gets a quarter of what is free",
+        gt=0,
+        le=1,
     )
     state_memory: float | None = setting(
         None,
         "share of kv_memory for snapshots of linear attention's states, for prompts that share a prefix; none: up to half",
         unit="GiB",
         ge=0,
+        le=_MOST_GIB,
     )
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = setting(
         "auto",
@@ -94,7 +118,11 @@ class EngineConfig(Config):
     max_num_seqs: int = setting(64, "sequences computed at once", ge=1)
     max_waiting: int | None = setting(None, "requests that may wait; one more is refused; none: any number", ge=0)
     max_num_batched_tokens: int = setting(
-        512, "most tokens of one step: prompts are read in chunks, so that running requests go on", unit="tokens", ge=1
+        512,
+        "most tokens of one step: prompts are read in chunks, so that running requests go on; where nothing is given, 8,192 on "
+        "a GPU",
+        unit="tokens",
+        ge=1,
     )
     prefix_cache: bool = setting(True, "reuse cached KV blocks for prompts that share a prefix")
     prefix_store: str | None = setting(
@@ -107,6 +135,7 @@ class EngineConfig(Config):
         "most that a model's prefixes take of the disk; those used longest ago go first",
         unit="GiB",
         gt=0,
+        le=_MOST_GIB,
     )
     mmproj: str | None = setting(
         None,
@@ -122,12 +151,14 @@ class EngineConfig(Config):
         "bits to which the compiled CPU kernels round activations that meet quantised weights; 16: answers as of a product in "
         "floating point, for twice the arithmetic",
     )
-    paged_attention: Literal["auto", "gather", "flex"] = setting(
+    paged_attention: Literal["auto", "gather", "flash", "flashinfer", "flex"] = setting(
         "auto",
-        "how PyTorch reads KV blocks: gathered into one tensor, or in place by FlexAttention; auto: gathered, until flex has "
-        "been timed on a GPU",
+        "how PyTorch reads KV blocks: gathered into one tensor, or in place by FlashAttention, FlashInfer or FlexAttention; "
+        "auto: on a GPU the first of these three that is installed and can, elsewhere gathered",
     )
-    cuda_graphs: bool = setting(True, "on a GPU, with `paged_attention: flex`: launch a step of one token each at once")
+    cuda_graphs: bool = setting(
+        True, "on a GPU, with KV blocks read in place by flash or flex: launch a step of one token each at once"
+    )
     async_scheduling: Literal["auto", "on", "off"] = setting(
         "auto",
         "sample on the device, and schedule the next step while it computes the current one; auto: on a GPU, without "
@@ -152,10 +183,6 @@ class EngineConfig(Config):
             without = "cpu_kernels: off" if self.cpu_kernels == "off" else "parallel"
             raise ValueError(
                 f"activation_bits: only the compiled CPU kernels round activations, not with {without}; leave it out"
-            )
-        if self.processes > 1 and self.paged_attention == "flex":
-            raise ValueError(
-                "paged_attention: flex and parallel do not go together: processes that share a model gather its KV blocks"
             )
         if self.processes > 1 and self.speculation is not None and self.speculation.method == "mtp":
             raise ValueError("speculation by mtp and parallel do not go together; take ngram or draft")

@@ -18,7 +18,7 @@ from bessemer.inference.async_generation import AsyncGeneration, StepDriver
 from bessemer.inference.build import assemble, open_model
 from bessemer.inference.capture import Capture
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.execution.build import model_length
+from bessemer.inference.execution.build import model_length, page_type, resolved_for
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.execution.weights import LoadedAdapters, WeightsStamp
 from bessemer.inference.images import PicturePrompt, chat_prompt
@@ -87,6 +87,8 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
         self.config = config or EngineConfig()
         opened = open_model(model, tokenizer, device, self.config, adapter=adapter)
         self.model = opened.model
+        kv_dtype = page_type(self.model, self.config)
+        self.config = resolved_for(self.config, self.model.config, kv_dtype, self.model.device)
         self.tokenizer = opened.tokenizer
         #: Sampling settings in the model's folder, by the names of `SamplingParams`.
         self.sampling_settings: Mapping[str, Any] = opened.sampling_settings

@@ -25,7 +25,7 @@ from bessemer.inference.capture import Capture, Captured, Pooling, embeddings
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import new_runner, paged_memory
+from bessemer.inference.execution.build import new_runner, page_type, paged_memory, resolved_for
 from bessemer.inference.execution.kv_cache import layer_groups
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.execution.weights import (
@@ -392,6 +392,7 @@ class TextScorer:
     def __init__(self, model: Decoder, longest: int, config: EngineConfig | None = None) -> None:
         """longest: tokens of the longest text. Raises ConfigError where the model cannot be served as the settings say."""
         config = config or EngineConfig()
+        config = resolved_for(config, model.config, page_type(model, config), model.device)
         self._model = model
         self._longest = longest
         self._chunk = config.max_num_batched_tokens

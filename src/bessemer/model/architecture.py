@@ -9,6 +9,10 @@ from pydantic import model_validator
 from bessemer.core.config import Config, setting
 from bessemer.model.attention import LayerType
 
+#: Far above every model's: of layers; of heads, experts and channels of a head; of channels elsewhere; of a vocabulary.
+#: A file that says more is damaged, and tensors of the largest sizes still have a number of elements that 64 bits hold.
+MOST_LAYERS, MOST_HEADS, LARGEST_WIDTH, LARGEST_VOCAB = 1 << 14, 1 << 16, 1 << 20, 1 << 24
+
 
 class RopeScaling(Config):
     """How rotary frequencies are changed so that a model reads further than it was trained (`model/layers/positions.py`)."""
@@ -44,8 +48,8 @@ class Architecture(Config):
     model_type: str | None = setting(
         None, "Hugging Face family whose form the folder has; none: the first that can hold these settings"
     )
-    hidden_size: int = setting(128, "width of the residual stream", unit="channels", ge=1)
-    num_hidden_layers: int = setting(4, "blocks of attention and feed-forward", ge=1)
+    hidden_size: int = setting(128, "width of the residual stream", unit="channels", ge=1, le=LARGEST_WIDTH)
+    num_hidden_layers: int = setting(4, "blocks of attention and feed-forward", ge=1, le=MOST_LAYERS)
     max_position_embeddings: int = setting(512, "context: the longest sequence that the model reads", unit="tokens", ge=1)
     tie_word_embeddings: bool = setting(True, "use the embedding table as the output head too")
     embedding_multiplier: float = setting(1.0, "factor on the embedded tokens (Gemma: the root of hidden_size)", gt=0)
@@ -63,9 +67,11 @@ class Architecture(Config):
     rms_norm_eps: float = setting(1e-6, "added to the mean square in every norm", gt=0)
 
     # attention
-    num_attention_heads: int = setting(4, "query heads of each block", ge=1)
-    num_key_value_heads: int = setting(2, "key and value heads, each shared by a group of query heads", ge=1)
-    head_dim: int = setting(32, "width of one head; even, because rotary positions turn pairs", unit="channels", ge=2)
+    num_attention_heads: int = setting(4, "query heads of each block", ge=1, le=MOST_HEADS)
+    num_key_value_heads: int = setting(2, "key and value heads, each shared by a group of query heads", ge=1, le=MOST_HEADS)
+    head_dim: int = setting(
+        32, "width of one head; even, because rotary positions turn pairs", unit="channels", ge=2, le=MOST_HEADS
+    )
     qk_norm: Literal["none", "head", "full", "unit"] = setting(
         "head",
         "norm of queries and keys: of each head, over all heads, or of each head that is turned, without a weight (Llama 4)",
@@ -82,18 +88,28 @@ class Architecture(Config):
     sliding_window: int | None = setting(None, "tokens that sliding attention sees, itself included", unit="tokens", ge=1)
 
     # latent attention (DeepSeek-V2, section 2.1): on where kv_lora_rank is set
-    kv_lora_rank: int | None = setting(None, "width of the latent that keys and values are made from", unit="channels", ge=1)
-    q_lora_rank: int | None = setting(None, "width of the latent that queries are made from; none: made directly", ge=1)
-    qk_nope_head_dim: int = setting(0, "latent attention: channels of a head without position", unit="channels", ge=0)
-    qk_rope_head_dim: int = setting(0, "latent attention: channels of a head with rotary position", unit="channels", ge=0)
-    v_head_dim: int = setting(0, "latent attention: width of a value head", unit="channels", ge=0)
+    kv_lora_rank: int | None = setting(
+        None, "width of the latent that keys and values are made from", unit="channels", ge=1, le=LARGEST_WIDTH
+    )
+    q_lora_rank: int | None = setting(
+        None, "width of the latent that queries are made from; none: made directly", ge=1, le=LARGEST_WIDTH
+    )
+    qk_nope_head_dim: int = setting(
+        0, "latent attention: channels of a head without position", unit="channels", ge=0, le=MOST_HEADS
+    )
+    qk_rope_head_dim: int = setting(
+        0, "latent attention: channels of a head with rotary position", unit="channels", ge=0, le=MOST_HEADS
+    )
+    v_head_dim: int = setting(0, "latent attention: width of a value head", unit="channels", ge=0, le=MOST_HEADS)
 
     # linear attention: gated DeltaNet (Yang et al. 2024), in layers of the type linear_attention
-    linear_num_key_heads: int = setting(2, "DeltaNet: query and key heads", ge=1)
-    linear_num_value_heads: int = setting(4, "DeltaNet: value heads, a multiple of the key heads", ge=1)
-    linear_key_head_dim: int = setting(32, "DeltaNet: width of a query and key head", unit="channels", ge=1)
-    linear_value_head_dim: int = setting(32, "DeltaNet: width of a value head", unit="channels", ge=1)
-    linear_conv_kernel_dim: int = setting(4, "DeltaNet: length of the convolution before it", unit="tokens", ge=1)
+    linear_num_key_heads: int = setting(2, "DeltaNet: query and key heads", ge=1, le=MOST_HEADS)
+    linear_num_value_heads: int = setting(4, "DeltaNet: value heads, a multiple of the key heads", ge=1, le=MOST_HEADS)
+    linear_key_head_dim: int = setting(32, "DeltaNet: width of a query and key head", unit="channels", ge=1, le=MOST_HEADS)
+    linear_value_head_dim: int = setting(32, "DeltaNet: width of a value head", unit="channels", ge=1, le=MOST_HEADS)
+    linear_conv_kernel_dim: int = setting(
+        4, "DeltaNet: length of the convolution before it", unit="tokens", ge=1, le=MOST_HEADS
+    )
 
     # positions
     position_type: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = setting(
@@ -109,16 +125,18 @@ class Architecture(Config):
     no_rope_layers: tuple[int, ...] | None = setting(None, "1 for a layer with rotary positions, 0 for one without; none: all")
 
     # feed-forward
-    intermediate_size: int = setting(384, "width inside the feed-forward", unit="channels", ge=1)
+    intermediate_size: int = setting(384, "width inside the feed-forward", unit="channels", ge=1, le=LARGEST_WIDTH)
     hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu"] = setting("silu", "activation function")
     gated_mlp: bool = setting(True, "down(act(gate(x)) · up(x)); else down(act(up(x)))")
     mlp_bias: bool = setting(False, "biases in the feed-forward")
 
     # experts: in the layers that `is_sparse` names
-    num_experts: int = setting(0, "experts of a sparse layer; 0: every layer is dense", ge=0)
+    num_experts: int = setting(0, "experts of a sparse layer; 0: every layer is dense", ge=0, le=MOST_HEADS)
     num_experts_per_tok: int = setting(2, "experts that each token visits", ge=1)
-    moe_intermediate_size: int = setting(128, "width inside an expert", unit="channels", ge=1)
-    shared_expert_intermediate_size: int = setting(0, "width inside the expert that every token visits; 0: none", ge=0)
+    moe_intermediate_size: int = setting(128, "width inside an expert", unit="channels", ge=1, le=LARGEST_WIDTH)
+    shared_expert_intermediate_size: int = setting(
+        0, "width inside the expert that every token visits; 0: none", ge=0, le=LARGEST_WIDTH
+    )
     shared_expert_gate: bool = setting(False, "a sigmoid gate on the shared expert")
     first_k_dense_replace: int = setting(0, "the first layers that stay dense", ge=0)
     decoder_sparse_step: int = setting(1, "the last of this many layers is sparse", ge=1)
@@ -222,7 +240,7 @@ class Architecture(Config):
 class DecoderShape(Architecture):
     """A whole decoder: its shape, its vocabulary, and the tokens at which a text begins and ends."""
 
-    vocab_size: int = setting(..., "tokens in the vocabulary", unit="tokens", ge=1)
+    vocab_size: int = setting(..., "tokens in the vocabulary", unit="tokens", ge=1, le=LARGEST_VOCAB)
     bos_token_id: int | None = setting(None, "token that begins every text", ge=0)
     eos_token_id: int | None = setting(None, "token that ends a text", ge=0)
     num_scores: int = setting(

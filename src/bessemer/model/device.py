@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -49,6 +50,15 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     return product_cost(dtype, device) <= 1.0
 
 
+def served_dtype(setting: str, own: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a model in `own` is served: that of the setting; for `auto` the model's own, of float32 bfloat16 on a
+    GPU that multiplies faster in it."""
+    if setting != "auto":
+        return getattr(torch, setting)  # type: ignore[no-any-return]
+    is_slow = device.type == "cuda" and own == torch.float32 and product_cost(torch.bfloat16, device) < 1
+    return torch.bfloat16 if is_slow else own
+
+
 def check_dtype(dtype: str, device: torch.device) -> None:
     """Raise ConfigError when a dtype that the settings name makes matmuls much slower than float32's on this device."""
     if dtype == "auto":
@@ -82,6 +92,51 @@ def _product_seconds(dtype: torch.dtype) -> float:
     while len(times) < 2 or (len(times) <= _REPETITIONS and sum(times) < _ENOUGH_SECONDS):
         start = time.perf_counter()
         torch.mm(left, right)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+#: Products of a chain that is timed on a device beside the processor.
+_CHAIN = 32
+
+
+def slower_than_processor(
+    device: torch.device,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    seconds: Callable[[torch.device, int, int, torch.dtype], float] | None = None,
+) -> str | None:
+    """A line that says that a Mac's GPU takes longer than its processor for a chain of products of a model; None where it does
+    not, and on other devices.
+
+    A product of few rows is sooner computed by the processor than handed to the GPU. rows: tokens of a step. width: channels of
+    the model. seconds: of a chain of products; None: measured.
+    """
+    if device.type != "mps":
+        return None
+    seconds, processor = seconds or _chain_seconds, torch.device("cpu")
+    own = seconds(device, rows, width, dtype)
+    other = seconds(processor, rows, width, dtype if is_fast(dtype, processor) else torch.float32)
+    if own <= other:
+        return None
+    return (
+        f"  slow: this machine's GPU (mps) takes {own / other:.1f} times as long as its processor for {rows:,} rows of this "
+        f"model's width ({width:,}); take --device cpu"
+    )
+
+
+def _chain_seconds(device: torch.device, rows: int, width: int, dtype: torch.dtype) -> float:
+    """Seconds of the faster of two chains of products, each of the result of the one before."""
+    hidden = torch.ones(rows, width, device=device, dtype=dtype)
+    weight = torch.full((width, width), 1 / width, device=device, dtype=dtype)
+    times = []
+    for _ in range(3):
+        start, product = time.perf_counter(), hidden
+        for _ in range(_CHAIN):
+            product = product @ weight
+        # a number on the host waits for the device
+        float(product[0, 0])
         times.append(time.perf_counter() - start)
     return min(times[1:])
 

@@ -5,6 +5,11 @@ always names a source that was given. Afterwards every sentence is compared with
 of its content words that they have. Sentences below a limit are marked. Text between quotation marks is looked for in the
 sources, and comes back with its place in the document (`citations.py`).
 
+A small model that reads five sources mixes them up, and cites any. So sources can also be read one at a time (`each`): of each
+alone the model says how likely it holds the answer, this is added to the search's order, and the answer is written from the
+best one. Its sentences are cited by what bears them out, not by what the model writes. A quote is chosen by the model among
+the sentences of the sources, so it is one by construction.
+
 What was retrieved is data: it stands in the user's message as parts of origin `document`, numbers in brackets in it are no
 citations, and control tokens in it are text to the tokenizer.
 """
@@ -14,13 +19,23 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from math import expm1, log
+from typing import Any, Literal, Protocol
 
 from bessemer.assistant.messages import Message, MessagePart
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.retrieval.citations import Quote, Statement, checked_statements, citing, quotes_in, without_citations
+from bessemer.retrieval.citations import (
+    Quote,
+    Statement,
+    attributed,
+    checked_statements,
+    citing,
+    quotable,
+    quotes_in,
+    without_citations,
+)
 from bessemer.retrieval.index import OpenIndex
 from bessemer.retrieval.search import Hit, search
 from bessemer.retrieval.store import EVERYTHING, Filter
@@ -30,6 +45,14 @@ SYSTEM = (
     "If the sources do not hold the answer, say that they do not."
 )
 NOT_HELD = "The documents do not answer this."
+#: How sources are read: as one text, or each alone.
+Reading = Literal["together", "each"]
+#: What a unit of the logarithm of a source's rank takes from its log-odds of holding the answer, in nats, where each is read
+#: alone: the second is answered from where its odds are 64 times those of the first. Not fitted yet: of the first and second
+#: passages, 62 and 12 % are right (`benchmarks/retrieval_development.json`), so odds that one can trust ask for 2.4.
+RANK_WEIGHT = 6.0
+#: Least probability that counts, which bounds log-odds.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -105,18 +128,70 @@ def ask(
     where: Filter = EVERYTHING,
     judge: Judge | None = None,
     params: SamplingParams | None = None,
+    reading: Reading = "together",
+    quote: bool = False,
 ) -> Answer:
-    """Answer a question from an index. count: sources at most; fewer where the context holds no more.
-
-    judge: refuses questions that the documents do not answer; None: the model alone decides. Raises RequestError as `search`.
+    """Answer a question from an index. count: sources at most; fewer where the context holds no more. The others are those of
+    `answer_from`. Raises RequestError as `search`.
     """
     hits = search(index, question, count, where=where)
+    return answer_from(engine, question, hits, judge=judge, params=params, reading=reading, quote=quote)
+
+
+def answer_from(
+    engine: Engine,
+    question: str,
+    hits: Sequence[Hit],
+    *,
+    judge: Judge | None = None,
+    params: SamplingParams | None = None,
+    reading: Reading = "together",
+    quote: bool = False,
+) -> Answer:
+    """Answer a question from what a search found.
+
+    judge: refuses questions that the documents do not answer; None: the model alone decides, and with `quote` nothing is
+    refused. reading: whether the model reads the sources together, or each alone and answers from the best. quote: the answer
+    is a sentence of a source, which the model chooses.
+    """
     if not hits or (judge is not None and not judge.holds(question, hits)):
         return Answer(NOT_HELD, hits, is_held=False)
     params = params or SamplingParams(max_tokens=256, temperature=0)
+    if reading == "each":
+        number = best_source(engine, question, hits, params.max_tokens)
+        text = _from_one(engine, question, hits[number - 1], params, quote, is_judged=judge is not None)
+        return checked(attributed(text, hits, [number]), hits)
     messages, used = prompt_of(engine, question, hits, params.max_tokens)
-    completion = engine.chat(messages, params.with_changes(**citation_form(used)))
-    return checked(completion.text.strip(), used)
+    form = {"choice": quotable(used)} if quote else citation_form(used)
+    return checked(engine.chat(messages, params.with_changes(**form)).text.strip(), used)
+
+
+def best_source(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> int:
+    """The number of the source that most likely answers: by a model's log-odds that it does, and by its rank."""
+    odds = holding(engine, question, hits, answer_tokens)
+    return max(range(1, len(hits) + 1), key=lambda number: (odds[number - 1] - RANK_WEIGHT * log(number), -number))
+
+
+def holding(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> list[float]:
+    """Of each source, read alone, a model's log-odds that it answers the question: that its answer is not that the documents do
+    not."""
+    refusal = engine.tokenizer.encode(NOT_HELD, add_bos=False)
+    items = []
+    for hit in hits:
+        messages, _ = prompt_of(engine, question, [hit], answer_tokens)
+        items.append((engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True), [refusal]))
+    refused = [min(score.total, log(1 - _LEAST)) for (score,) in engine.score_items(items)]
+    return [log(-expm1(total)) - max(total, log(_LEAST)) for total in refused]
+
+
+def _from_one(engine: Engine, question: str, hit: Hit, params: SamplingParams, quote: bool, *, is_judged: bool) -> str:
+    """An answer from one source. Where a judge has found that the documents hold one and the model has not, it is a quote."""
+    messages, used = prompt_of(engine, question, [hit], params.max_tokens)
+    if not quote:
+        text = engine.chat(messages, params.with_changes(**citation_form(used))).text.strip()
+        if not is_judged or NOT_HELD not in text:
+            return text
+    return engine.chat(messages, params.with_changes(choice=quotable(used))).text
 
 
 def citation_form(sources: Sequence[Hit]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 A citation is the number of a source in brackets, `[2]`. `citing` is the regular expression that decoding is held to, so that a
 citation names a source that was given. `CitationReader` finds citations in a text that grows, each with the sentence of its
 source that shares most words with what was said; `checked_statements` compares whole sentences with the sources that they cite.
+`attributed` cites them anew by that measure.
+`quotable` are the sentences that an answer may quote.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ _CITATION = re.compile(r"\[([0-9]{1,4})\]")
 _LONGEST_MARK = len("[1234]")
 #: Characters before a citation in which its sentence begins.
 _SENTENCE_CHARACTERS = 2_000
-_QUOTED = re.compile(r"“([^“”]{8,})”|\"([^\"]{8,})\"")
+#: What ends a sentence; its citation stands before.
+_ENDS = ".!?:;,"
+#: Characters of the shortest text that is a quote.
+_SHORTEST_QUOTE = 8
+#: Blanks of a sentence that says something: four words.
+_FEWEST_BLANKS = 3
+_QUOTED = re.compile(rf"“([^“”]{{{_SHORTEST_QUOTE},}})”|\"([^\"]{{{_SHORTEST_QUOTE},}})\"")
 _WORD = re.compile(r"\w+")
 
 
@@ -138,19 +146,65 @@ def checked_statements(text: str, sources: Sequence[Hit]) -> list[Statement]:
     return statements
 
 
+def attributed(text: str, sources: Sequence[Hit], among: Sequence[int]) -> str:
+    """A text whose sentences are cited by what bears them out. Each cites that source, of the numbers `among`, which has most
+    of its content words, the first of equal ones, if it has at least the share `SUPPORT` of them. Other citations are left
+    out."""
+    words = {number: set(content_words(sources[number - 1].passage.shown)) for number in among}
+    parts = []
+    for span in sentences(text):
+        sentence = re.sub(rf"\s*{_CITATION.pattern}", "", text[span.start : span.end])
+        own = content_words(sentence)
+        shares = {number: sum(word in known for word in own) / len(own) for number, known in words.items()} if own else {}
+        best = max(shares, key=lambda number: (shares[number], -number), default=0)
+        said = sentence.rstrip()
+        if best and shares[best] >= SUPPORT:
+            end = len(said.rstrip(_ENDS))
+            parts += [said[:end], f" [{best}]", said[end:], sentence[len(said) :]]
+        else:
+            parts.append(sentence)
+    return "".join(parts)
+
+
+def quotable(sources: Sequence[Hit]) -> list[str]:
+    """Answers that quote a sentence of a source, without what ends it, with its citation. A source without a sentence that can
+    stand between quotation marks gives its name, unquoted."""
+    answers = []
+    for number, hit in enumerate(sources, start=1):
+        found = [" ".join(one.split()).rstrip(_ENDS) for one in _unwrapped(hit.passage.text)]
+        fitting = [one for one in found if len(one) >= _SHORTEST_QUOTE and not set("“”[]") & set(one)]
+        # a name or a label alone says little
+        quoted = [one for one in fitting if one.count(" ") >= _FEWEST_BLANKS] or fitting
+        answers += [f"“{one}” [{number}]." for one in quoted] or [f"See {without_citations(hit.passage.title)} [{number}]."]
+    return list(dict.fromkeys(answers))
+
+
+def _unwrapped(text: str) -> Iterator[str]:
+    """The sentences of a text, also over lines that were wrapped."""
+    begun = ""
+    for span in sentences(text):
+        begun += text[span.start : span.end]
+        if begun.endswith("\n\n") or not begun.endswith("\n") or begun.rstrip().endswith(tuple(".!?:")):
+            yield begun
+            begun = ""
+    if begun:
+        yield begun
+
+
 def content_words(text: str) -> list[str]:
     """The words of a text in small letters, stop words left out."""
     return [word for word in _WORD.findall(text.lower()) if word not in PLAIN_WORDS]
 
 
 def quotes_in(text: str, sources: Sequence[Hit]) -> Iterator[Quote]:
-    """The quotes in an answer that a source holds word for word."""
+    """The quotes in an answer that a source holds word for word, as it has them: with its line breaks."""
     for match in _QUOTED.finditer(text):
-        quoted = match[1] or match[2]
+        if not (words := (match[1] or match[2]).split()):
+            continue
+        form = re.compile(r"\s+".join(map(re.escape, words)))
         for number, hit in enumerate(sources, start=1):
-            place = hit.passage.text.find(quoted)
-            if place >= 0:
-                yield Quote(quoted, number, *_bytes_of(hit.passage, Span(place, place + len(quoted))))
+            if found := form.search(hit.passage.text):
+                yield Quote(found[0], number, *_bytes_of(hit.passage, Span(*found.span())))
                 break
 
 

@@ -8,7 +8,7 @@ from bessemer.core.config import Config, setting
 
 #: Raised when the same documents and settings give another index, or other conversations, than before.
 INDEX_VERSION = 1
-CITED_VERSION = 1
+CITED_VERSION = 2
 QUESTIONS_VERSION = 1
 
 
@@ -43,6 +43,7 @@ class CitedConfig(Config):
     count: int = setting(240, "most conversations, each on another document", ge=1)
     unanswered: float = setting(0.25, "share whose sources do not hold the answer, which says so", ge=0, le=1)
     longest: int = setting(500, "most characters of a source; passages with more take no part", unit="characters", ge=100)
+    most_sources: int = setting(4, "most sources of a conversation, which has one at least", ge=1, le=8)
 
 
 class QuestionsConfig(Config):

@@ -33,8 +33,8 @@ from bessemer.retrieval.store import Passage
 
 #: Fewest and most characters of an answer's sentence.
 _SHORTEST, _LONGEST = 20, 200
-#: Sources of a conversation: at least, at most.
-_SOURCES = (2, 4)
+#: Most sources of a conversation.
+MOST_SOURCES = 4
 #: Passages that are searched for, of which those that may be sources are taken.
 _SEARCHED = 12
 #: What a sentence of documentation begins with where it says what a function does, and the verb of the question that it gives.
@@ -100,17 +100,24 @@ def question_of(passage: Passage, seed: int = 0) -> Question | None:
 
 
 def cited_conversations(
-    index: OpenIndex, count: int, *, unanswered: float = 0.25, longest: int = 1000, seed: int = 0
+    index: OpenIndex,
+    count: int,
+    *,
+    unanswered: float = 0.25,
+    longest: int = 1000,
+    most_sources: int = MOST_SOURCES,
+    seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Rows for tuning a model on answers with citations: {messages, held, document}. unanswered: share of the questions whose
     passage is not among the sources. longest: most characters of a source; passages with more take no part, which saves time.
+    most_sources: each conversation has one to so many; with 1 a model learns to answer from a source alone (`ask`, `each`).
 
     Raises SourceError as `make_questions`.
     """
     for question in make_questions(index, count, seed, longest):
         draw = random.Random(f"{seed} {question.text} {question.passage.id}")
         is_held = draw.random() >= unanswered
-        number = draw.randint(*_SOURCES)
+        number = draw.randint(1, most_sources)
         hits = search(index, question.text, _SEARCHED)
         others = [hit for hit in hits if len(hit.passage.text) <= longest and _is_other(hit.passage, question)]
         sources = others[:number]

@@ -31,8 +31,9 @@ _NAME = re.compile(r"\w[._]\w|\d|[a-z][A-Z]|[\"`“]\w")
 #: Passages that each search returns: so many for each wanted one, and the fewest. Up to a fourth of the fewest, the first hits
 #: are the same however many are wanted.
 _CANDIDATES, _FEWEST = 4, 200
-#: Passages that a reranker orders, at least.
-RERANKED = 50
+#: Passages that a reranker orders, at least, and where written headings have brought the right ones to the front: more found no
+#: more among the first ten (`benchmarks/retrieval_development.json`, Qwen2.5-Coder-1.5B-Instruct).
+RERANKED, RERANKED_WITH_HEADINGS = 50, 20
 #: Most characters of a query.
 MOST_CHARACTERS = 20_000
 #: From this Jaccard similarity of their runs of three words, two passages are copies.
@@ -90,7 +91,8 @@ def search(
         raise RequestError(f"the query has {len(query):,} characters, at most {MOST_CHARACTERS:,} are searched for")
     if mode == "meaning" and index.embedder is None:
         raise RequestError("this index has no vectors, so it is searched by words")
-    pool = count if index.reranker is None else max(count, RERANKED)
+    fewest = RERANKED_WITH_HEADINGS if mode == "hybrid" and index.expander is not None else RERANKED
+    pool = count if index.reranker is None else max(count, fewest)
     wanted = max(_FEWEST, _CANDIDATES * pool)
     words = index.store.by_words(query, wanted, where) if mode != "meaning" else []
     meaning: list[Found] = []

@@ -47,7 +47,7 @@ def index_next_steps(stage: StageReport) -> list[str]:
     if not (stage.run.folder / "model").exists():
         return []
     run, place = shlex.quote(stage.run.name), shlex.quote(str(stage.run.folder / "index"))
-    return [f"bessemer ask {run} {place} 'How do I parse JSON?'", f"bessemer serve {run} --index {place}"]
+    return [f"bessemer ask {run} {place} 'How do I parse JSON?' --sources each", f"bessemer serve {run} --index {place}"]
 
 
 def cited_report(stage: StageReport) -> Section:
@@ -140,6 +140,7 @@ def _cited(context: StageContext) -> dict[str, Any]:
             config.count,
             unanswered=config.unanswered,
             longest=config.longest,
+            most_sources=config.most_sources,
             seed=context.seed,
         )
     )

@@ -62,9 +62,10 @@ def held_layers(job: PlannedJob, candidate: Candidate) -> list[int]:
 
 
 def _data(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
-    """FSDP: an all-gather of each block's weights forward and backward, one of the rest; a reduce-scatter of gradients; an
-    all-reduce over replicas. In every micro-batch; in a pipeline once a step. In bfloat16 only matrices are gathered with their
-    block."""
+    """FSDP: an all-gather of each block's weights forward and backward, of the last one's once; of embedding and head, where
+    they are not tied, and of the rest one each; a reduce-scatter of gradients; an all-reduce over replicas. In every
+    micro-batch; in a pipeline, whose ranks gather the ends with the rest, once a step. In bfloat16 only matrices are gathered
+    with their block."""
     layout, layers = candidate.layout, held_layers(job, candidate)
     if layout.world_size == 1:
         return
@@ -88,8 +89,16 @@ def _data(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
             matrices = Weights(dense.cut, dense.whole, of_products.experts if inside.experts else 0)
             inside, outside, gathered_bytes = matrices, outside + (inside - matrices), NARROW_BYTES
         root = 1 if outside != Weights() else 0
-        block_size, root_size = (weights.in_use(layout) for weights in (inside, outside))
-        gathers, gathered = passes * units + root, passes * gathered_bytes * block_size + WEIGHT_BYTES * root_size
+        if outside.cut and passes == 2 and not job.model.tie_word_embeddings:
+            root += 2
+        # of the last block, what belongs to this group
+        of_last = job.matrices_of(layers[-1:]) if job.gathers_narrow else job.blocks[layers[-1]]
+        dense_too = inside.cut or inside.whole
+        last = Weights(*(of_last.cut, of_last.whole) if dense_too else (), experts=of_last.experts if inside.experts else 0)
+        block_size, root_size, last_size = (weights.in_use(layout) for weights in (inside, outside, last))
+        again = passes - 1 if last_size else 0
+        gathers = passes * units - again + root
+        gathered = gathered_bytes * (passes * block_size - again * last_size) + WEIGHT_BYTES * root_size
         scatters, scattered = units + root, WEIGHT_BYTES * (block_size + root_size)
         if ranks > 1:
             yield Traffic("data", "all-gather", ranks, gathers * micro_batches, gathered * micro_batches)

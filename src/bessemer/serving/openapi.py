@@ -44,7 +44,15 @@ def _one_of(*values: str) -> dict[str, Any]:
 
 _USAGE = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT)
 _FINISH = {"enum": ["stop", "length", "tool_calls", "content_filter", None]}
-_MODEL = _object(id=_TEXT, object=_one_of("model"), created=_COUNT, owned_by=_TEXT, max_model_len={"type": ["integer", "null"]})
+_MODEL = _object(
+    id=_TEXT,
+    object=_one_of("model"),
+    created=_COUNT,
+    owned_by=_TEXT,
+    max_model_len={"type": ["integer", "null"]},
+    input_modalities={"type": ["array", "null"], "items": _one_of("text", "image")},
+    image_size={"type": ["object", "null"]},
+)
 _HEALTH = _object(status=_TEXT, model=_TEXT)
 
 #: The body of an error.

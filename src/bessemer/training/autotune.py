@@ -28,7 +28,7 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
-from bessemer.model.device import check_dtype, choose_device, is_fast
+from bessemer.model.device import check_dtype, choose_device, is_fast, slower_than_processor
 from bessemer.model.storage.model_config import read_decoder_config
 from bessemer.training.config import LoopConfig, check_compiler
 from bessemer.training.config_parts import VALIDATIONS
@@ -92,6 +92,10 @@ def resolve(
     """
     mesh = _checked_mesh(config, model, choose_device(device))
     return _resolved(config, model, mesh, choose_device(device), progress=progress, folder=folder, cost=cost)
+
+
+#: Most rows of the products that a Mac's GPU is timed by.
+_MOST_TIMED_ROWS = 4096
 
 
 def _checked_mesh(config: LoopConfig, model: Path, device: torch.device) -> Mesh:
@@ -271,6 +275,9 @@ def prepare_run(
     """
     chosen_device = choose_device(device)
     mesh = _checked_mesh(config, model, chosen_device)
+    rows, width = min(config.batch_size * config.context_length, _MOST_TIMED_ROWS), read_decoder_config(model).hidden_size
+    if slow := slower_than_processor(chosen_device, rows, width, torch.float32):
+        progress.say(slow)
     measured_settings = partial(_resolved, config, model, mesh, chosen_device, progress=progress, folder=folder, cost=cost)
     if only_resolve:
         raise SettingsResolvedError(*measured_settings())

@@ -51,6 +51,12 @@ class LoopConfig(
     )
 
     @model_validator(mode="after")
+    def _check_residuals(self) -> Self:
+        if self.residual_dtype == "bfloat16" and self.dtype != "bfloat16":
+            raise ValueError(f"residual_dtype: bfloat16 goes with dtype: bfloat16, not with {self.dtype}")
+        return self
+
+    @model_validator(mode="after")
     def _check_profile(self) -> Self:
         if self.profile and self.steps and self.profile.range[-1] > self.steps:
             raise ValueError(f"profile: steps {self.profile.steps}, but the run has {self.steps:,}")

@@ -258,6 +258,10 @@ class ComputeSettings(Config):
         "float16 uses loss scaling.",
     )
     float8: bool = setting(False, "Matmuls of the blocks in float8, through torchao, on GPUs that support it.")
+    residual_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "Dtype of the residual stream under `dtype: bfloat16`; bfloat16 takes half the memory, and rounds each layer's sum.",
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none",
         "What the backward pass recomputes: nothing, everything but matmuls and attention, whole blocks.",
@@ -284,7 +288,12 @@ class ComputeSettings(Config):
 class CheckpointSettings(Config):
     """When checkpoints are written, and which are kept."""
 
-    checkpoint_minutes: float = setting(1.0, "Time between checkpoints.", unit="minutes", affects_output=False, gt=0)
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = setting(
+        "auto",
+        "Time between checkpoints. auto: 1, and 30 in a run that takes two hours or more.",
+        unit="minutes",
+        affects_output=False,
+    )
     checkpoint_every: int | None = setting(
         None,
         "Keep the first checkpoint and those at multiples of this number of steps.",
@@ -293,8 +302,20 @@ class CheckpointSettings(Config):
         gt=0,
     )
     checkpoint_background: Literal["auto"] | bool = setting(
-        "auto", "Write checkpoints from a copy while training continues. auto: on a GPU.", affects_output=False
+        "auto",
+        "Write checkpoints from a copy in host memory, pinned on a GPU, while training continues. auto: on a GPU.",
+        affects_output=False,
     )
+
+    def minutes_between_checkpoints(self, expected_seconds: float) -> float:
+        """Time between checkpoints of a run that is expected to take as long."""
+        if self.checkpoint_minutes != "auto":
+            return self.checkpoint_minutes
+        return _OFTEN if expected_seconds < _HOURS_SECONDS else _SELDOM
+
+
+#: Minutes between checkpoints of short and of long runs, and from which seconds on a run is long.
+_OFTEN, _SELDOM, _HOURS_SECONDS = 1.0, 30.0, 2 * 3600
 
 
 class MonitoringSettings(Config):

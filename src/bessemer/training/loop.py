@@ -386,7 +386,8 @@ class TrainingLoop:
     def _save_if_due(self, finished: FinishedStep) -> None:
         """Save a checkpoint by time, by step, after the best validation, at the end, and before an interrupt takes effect."""
         config, state, best = self.config, self.state, self.guards.best
-        due = time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes
+        minutes = config.minutes_between_checkpoints(state.seconds / state.step * self._steps)
+        due = time.monotonic() - self._saved_at >= 60 * minutes
         due, stop = self._mesh.any(due and self._mesh.leads, self.interrupts.received is not None)
         kept = config.checkpoint_every is not None and state.step % config.checkpoint_every == 0
         extra = finished.extra

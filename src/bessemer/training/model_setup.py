@@ -85,13 +85,14 @@ class Unscaled:
     def load_state_dict(self, values: dict[str, Any]) -> None: ...
 
 
-def use_float8(model: Decoder) -> None:
+def use_float8(model: Decoder, *, gathers: bool = False) -> None:
     """Compute the matmuls of the blocks in float8 with a scale per tensor, through torchao (Micikevicius et al. 2022).
 
-    Raises ConfigError where torchao is not installed. Needs a GPU with float8 (compute capability 8.9 or more).
+    gathers: whether FSDP gathers their weights, in float8 then, a quarter of the bytes. Raises ConfigError where torchao is not
+    installed. Needs a GPU with float8 (compute capability 8.9 or more).
     """
     try:
-        from torchao.float8 import convert_to_float8_training
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise ConfigError("float8: true needs the package torchao: pip install torchao") from None
 
@@ -100,7 +101,14 @@ def use_float8(model: Decoder) -> None:
         weight: Tensor | None = getattr(module, "weight", None)
         return name.startswith("layers.") and weight is not None and all(size % 16 == 0 for size in weight.shape)
 
-    convert_to_float8_training(model, module_filter_fn=inside_blocks)
+    settings = Float8LinearConfig(enable_fsdp_float8_all_gather=gathers)
+    convert_to_float8_training(model, module_filter_fn=inside_blocks, config=settings)
+
+
+def narrow_residuals(model: Decoder) -> None:
+    """Keep the residual stream in bfloat16, half of what it takes in float32: it begins so behind the embedding, and what
+    products in bfloat16 add to it leaves it so. Norms read it in float32."""
+    model.embed_tokens.register_forward_hook(lambda module, inputs, out: out.to(torch.bfloat16))
 
 
 Recompute = Literal["none", "selective", "full"]
@@ -201,7 +209,10 @@ def prepare_model(model: Decoder, config: LoopConfig, runtime: Runtime, mesh: Me
     mesh.layout.check(model.config, config.context_length)
 
     if config.float8:
-        use_float8(model)
+        # tensor parallelism cuts the matrices first, and torchao's gathered weights know no second axis
+        use_float8(model, gathers=mesh.layout.stage_ranks > 1 and mesh.layout.tensor == 1)
+    if config.residual_dtype == "bfloat16":
+        narrow_residuals(model)
     # FlexAttention skips masked blocks. Selective recomputation does not support it, and pipeline stages and split rows have
     # other masks
     if config.packed and mesh.layout.context == mesh.layout.pipeline == 1 and config.activation_checkpointing != "selective":

@@ -122,6 +122,11 @@ class Runtime:
             adapts_threads=config.threads == "auto" and device.type == "cpu" and processes == 1,
         )
 
+    @property
+    def allows_tf32(self) -> bool:
+        """Whether products that autocast leaves in float32 are computed in TF32: on a GPU, of a run in 16 bits."""
+        return self.dtype != "float32" and torch.device(self.device).type == "cuda"
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """While entered, sets threads and, on a CPU or where asked for, deterministic algorithms; restores the previous state.
@@ -136,9 +141,13 @@ class Runtime:
         torch.set_num_threads(self.threads)
         torch.use_deterministic_algorithms(strict or self.deterministic)
         deterministic.fill_uninitialized_memory = False
+        precision = torch.get_float32_matmul_precision()
+        if self.allows_tf32:
+            torch.set_float32_matmul_precision("high")
         try:
             yield
         finally:
+            torch.set_float32_matmul_precision(precision)
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict, warn_only=warn)
             deterministic.fill_uninitialized_memory = fill
@@ -190,20 +199,16 @@ class Runtime:
 
     @contextmanager
     def evaluating(self, model: Decoder) -> Iterator[None]:
-        """For validation and samples during training: evaluation mode, no gradients, no compiling of new shapes; so without
-        `flex`, whose kernels are made for training's."""
-        training, flexible = model.training, model.attention_backend == "flex"
+        """For validation, samples and old log-probabilities during training: evaluation mode, no gradients, no compiling of new
+        shapes. Attention is that of training: the kernels of `flex` are compiled once for any shape."""
+        training = model.training
         model.eval()
-        if flexible:
-            model.set_attention_backend("sdpa")
         try:
             with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             release_gathered(model)
             model.train(training)
-            if flexible:
-                model.set_attention_backend("flex")
 
 
 #: Choices by step, in the folder of a run.

@@ -24,6 +24,7 @@ from bessemer.webapp.feedback import FeedbackApi
 from bessemer.webapp.forward_api import ForwardApi
 from bessemer.webapp.lineage_api import LineageApi
 from bessemer.webapp.model_copy import ModelCopy
+from bessemer.webapp.pictures_api import PicturesApi
 from bessemer.webapp.runs_api import RunsApi
 from bessemer.webapp.token_api import TokenApi
 from bessemer.webapp.xray_api import XrayApi
@@ -139,6 +140,7 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
         copy = ModelCopy(served, settings.folder, settings.makes_xrays)
         apis = (
             TokenApi(served),
+            PicturesApi(served),
             ForwardApi(served, copy),
             ChangeApi(served, copy),
             LineageApi(served, settings.runs, settings.run),

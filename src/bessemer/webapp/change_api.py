@@ -17,7 +17,7 @@ from bessemer.serving.runtime.bodies import ApiError, Body, Name, read_body
 from bessemer.serving.runtime.served import Served
 from bessemer.serving.runtime.streams import EventStream
 from bessemer.webapp.model_copy import LONGEST_PROMPT, Check, ModelCopy, Tell
-from bessemer.webapp.token_api import AttentionHead, TokenId
+from bessemer.webapp.token_api import AttentionHead, TokenId, check_without_pictures
 
 #: Likeliest tokens that are told of each place.
 _LIKELIEST = 5
@@ -108,6 +108,7 @@ class ChangeApi:
         tokenizer = self._served.engine.tokenizer
         if max(*body.before, body.token or 0) >= tokenizer.vocab_size:
             raise ApiError(f"token ids are below {tokenizer.vocab_size:,}", parameter="before", code="invalid_value")
+        check_without_pictures(self._served.engine, body.before)
         for edit in (body.edit, body.patch and body.patch.edit):
             if edit and not edit.first <= edit.last < len(body.before):
                 raise ApiError(f"an edit is of tokens 0 … {len(body.before) - 1}", parameter="edit", code="invalid_value")

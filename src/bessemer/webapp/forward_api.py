@@ -52,9 +52,9 @@ class ForwardApi:
 
     async def forward(self, request: Request) -> EventStream:
         body = await read_body(ForwardRequest, request)
-        served, captured = await captured_states(self._served, request, body, _all_heads)
-        steps = await asyncio.to_thread(_steps, served.engine, captured, body.token)
-        return EventStream(self._events(request, body, captured, steps))
+        read = await captured_states(self._served, request, body, all_heads)
+        steps = await asyncio.to_thread(_steps, read.served.engine, read.captured, body.token)
+        return EventStream(self._events(request, body, read.captured, steps))
 
     async def _events(
         self, request: Request, body: ForwardRequest, captured: Captured, steps: dict[str, Any]
@@ -62,6 +62,8 @@ class ForwardApi:
         yield server_sent_event(steps)
         try:
             self._copy.check_offered(body.model)
+            if body.images:
+                raise ApiError("layers are split by a copy of the model that reads no pictures; here they stay whole")
             self._copy.check_length(len(body.before), LONGEST_PROMPT, "before")
             work = partial(self._split, body, captured)
             async with aclosing(self._copy.events(request, len(body.before), work)) as events:
@@ -101,7 +103,8 @@ class ForwardApi:
             )
 
 
-def _all_heads(config: ModelConfig) -> Sequence[tuple[int, int]]:
+def all_heads(config: ModelConfig) -> Sequence[tuple[int, int]]:
+    """Every (layer, head) that has attention weights."""
     layers = [layer for layer in range(config.num_hidden_layers) if not variant_of(config, layer).recurrent]
     return [(layer, head) for layer in layers for head in range(config.num_attention_heads)]
 

@@ -27,7 +27,7 @@ from bessemer.serving.runtime.served import Served
 from bessemer.serving.runtime.streams import EventStream, server_sent_event
 from bessemer.webapp.access import check_owner, missing, named_run, off_the_loop
 from bessemer.webapp.origins import described_example, example_files, last_documents, origins_of
-from bessemer.webapp.token_api import TokenId
+from bessemer.webapp.token_api import TokenId, check_without_pictures
 
 if TYPE_CHECKING:
     from bessemer.pipeline.run_folder import RunFolder
@@ -86,6 +86,7 @@ class LineageApi:
         self._served.check_unguarded()
         body = await read_body(EarlierRequest, request)
         self._check(request, body.model, [*body.before, body.token])
+        check_without_pictures(self._served.engine, body.before)
         caller_of(request).spend(prompt=min(len(body.before), _LONGEST))
 
         with self._served.worker.admit(1):
@@ -97,6 +98,7 @@ class LineageApi:
         self._served.check_unguarded()
         body = await read_body(GrowthRequest, request)
         self._check(request, body.model, [*body.before, *body.ids])
+        check_without_pictures(self._served.engine, body.before)
         caller_of(request).spend(prompt=min(len(body.before) + len(body.ids), _LONGEST))
         models = await off_the_loop(lambda: self._models)
         events = self._growth_events(models, body)

@@ -17,7 +17,8 @@ from fastapi.responses import JSONResponse
 from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import BessemerError, RequestError
 from bessemer.model.decoder import Decoder
-from bessemer.model.storage.tuned_folder import load_whole
+from bessemer.model.storage.tuned_folder import load_whole, tuned_model
+from bessemer.model.vision.folder import is_vision_folder, load_vision_language
 from bessemer.serving.runtime.bodies import ApiError, overloaded
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served
@@ -167,7 +168,14 @@ class ModelCopy:
                 kind="server_error",
                 code="not_available",
             )
-        return load_whole(self._folder).float().eval()
+        return _decoder_of(self._folder).float().eval()
+
+
+def _decoder_of(folder: Path) -> Decoder:
+    """The decoder of a model; of one that reads pictures too, the part that reads text."""
+    tuned = tuned_model(folder)
+    path = folder if tuned is None else tuned.folder
+    return load_vision_language(path).decoder if is_vision_folder(path) else load_whole(folder)
 
 
 @contextmanager

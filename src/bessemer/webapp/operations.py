@@ -9,6 +9,7 @@ from bessemer.webapp.change_api import ChangeRequest
 from bessemer.webapp.feedback import Feedback
 from bessemer.webapp.forward_api import ForwardRequest
 from bessemer.webapp.lineage_api import EarlierRequest, GrowthRequest
+from bessemer.webapp.pictures_api import PatchRequest, PicturesRequest
 from bessemer.webapp.token_api import PiecesRequest, TokenRequest
 from bessemer.webapp.xray_api import WithoutRequest, XrayRequest
 
@@ -38,6 +39,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         _object("alternatives", "lens", "entropy_bits", "kept", "vocabulary"),
         TokenRequest,
         tag="Pages",
+    ),
+    ("/inspect/pictures", "post"): Operation(
+        "How much of its attention a token gives to each part of the prompt's pictures.",
+        _object("pictures", "before", "layers", "heads", "strongest"),
+        PicturesRequest,
+        tag="Pages",
+    ),
+    ("/inspect/patch", "post"): Operation(
+        "What each layer would say behind one token of the prompt.", _object("id", "piece", "lens"), PatchRequest, tag="Pages"
     ),
     ("/inspect/forward", "post"): Operation(
         "A token's way through the model, as a stream of events.", None, ForwardRequest, tag="Pages"

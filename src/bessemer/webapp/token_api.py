@@ -6,23 +6,27 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.capture import Capture, Captured
 from bessemer.inference.engine import Engine
+from bessemer.inference.images import PicturePrompt
 from bessemer.inference.sampling.distribution import truncated_logits
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inspection.inspect import piece_of
 from bessemer.inspection.recording import lens_logits
 from bessemer.model.config import ModelConfig
-from bessemer.serving.runtime.bodies import ApiError, Body, Name, read_body
+from bessemer.model.vision.prompts import ImageSpan
+from bessemer.serving.config import IMAGES
+from bessemer.serving.runtime.bodies import ApiError, Body, Name, misfit, read_body
 from bessemer.serving.runtime.clients import caller_of
+from bessemer.serving.runtime.pictures import image_of_uri, prepared_pictures
 from bessemer.serving.runtime.served import Served
 from bessemer.serving.runtime.streams import as_api_error
 
@@ -51,12 +55,24 @@ class AttentionHead(Body):
 class NextToken(Body):
     """A token with the ones before it.
 
-    before: the prompt, and the answer up to the token. token: the one that came; None: only what could come.
+    before: the prompt, and the answer up to the token. token: the one that came; None: only what could come. images: the
+    pictures of the prompt, each a `data:` URI with one image token in `before`, as `prompt_token_ids` of a chat has them.
     """
 
     model: Name
     before: Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
     token: TokenId | None = None
+    images: Annotated[list[str], Field(max_length=IMAGES.most)] = Field(default_factory=list, repr=False)
+
+    @field_validator("images")
+    @classmethod
+    def _are_pictures(cls, images: list[str]) -> list[str]:
+        for image in images:
+            try:
+                image_of_uri(image)
+            except ValueError as error:
+                raise misfit("images", str(error)) from None
+        return images
 
 
 class TokenRequest(NextToken):
@@ -103,16 +119,36 @@ class TokenApi:
     async def token(self, request: Request) -> dict[str, Any]:
         body = await read_body(TokenRequest, request)
         attention = () if body.attention is None else ((body.attention.layer, body.attention.head),)
-        served, captured = await captured_states(self._served, request, body, lambda config: attention)
-        return await asyncio.to_thread(_described, served.engine, body, captured)
+        read = await captured_states(self._served, request, body, lambda config: attention)
+        described = await asyncio.to_thread(_described, read.served.engine, body, read.captured)
+        if not read.spans:
+            return described
+        # with pictures there are more tokens than were sent
+        reader = read.served.engine.pictures
+        return described | {"before": read.ids, "image_token_id": reader and reader.image_token_id}
+
+
+class ReadToken(NamedTuple):
+    """A model, and what it was captured at one token of. ids: the prompt as it was read, where each picture has as many tokens
+    as it has vectors; spans: the pictures in it."""
+
+    served: Served
+    captured: Captured
+    ids: list[int]
+    spans: tuple[ImageSpan, ...]
 
 
 async def captured_states(
-    root: Served, request: Request, body: NextToken, attention: Callable[[ModelConfig], Sequence[tuple[int, int]]]
-) -> tuple[Served, Captured]:
-    """The model, and its states at the last token before one, computed beside the requests that run.
+    root: Served,
+    request: Request,
+    body: NextToken,
+    attention: Callable[[ModelConfig], Sequence[tuple[int, int]]],
+    position: int | None = None,
+) -> ReadToken:
+    """A model's states at the last token before one, computed beside the requests that run.
 
-    attention: (layer, head) of which weights are captured too. Raises ApiError for what is wrong with the request.
+    attention: (layer, head) of which weights are captured too. position: of another token instead. Raises ApiError for what is
+    wrong with the request.
     """
     caller = caller_of(request)
     root.check_unguarded()
@@ -122,18 +158,23 @@ async def captured_states(
     if any(id >= vocab_size for id in (*body.before, body.token or 0)):
         raise ApiError(f"token ids are below {vocab_size:,}", parameter="before", code="invalid_value")
     engine, config = served.engine, served.engine.model.config
+    prompt, ids, spans = await asyncio.to_thread(_with_pictures, engine, body)
+    if position is not None and position >= len(ids):
+        raise ApiError(
+            f"the prompt has {len(ids):,} tokens, and none at {position}", parameter="position", code="invalid_value"
+        )
     capture = Capture(
         states=tuple(range(config.num_hidden_layers + 1)),
         attention=tuple(attention(config)),
         routing=tuple(layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer)),
-        positions=(len(body.before) - 1,),
+        positions="last" if position is None else (position,),
     )
     params = SamplingParams(max_tokens=1, temperature=0.0)
     with served.worker.admit(1):
         try:
             made = await asyncio.to_thread(
                 engine.prepare,
-                body.before,
+                prompt,
                 params,
                 adapter=served.adapter(body.model),
                 cache_salt=caller.salt(None),
@@ -143,7 +184,28 @@ async def captured_states(
             raise as_api_error(error) from None
         (completion,) = await served.worker.complete([made], params, caller)
     assert completion.captured is not None, "the request has a capture"
-    return served, completion.captured
+    return ReadToken(served, completion.captured, ids, spans)
+
+
+def _with_pictures(engine: Engine, body: NextToken) -> tuple[list[int] | PicturePrompt, list[int], tuple[ImageSpan, ...]]:
+    """The prompt, its tokens as they are read, and the pictures in it. Raises ApiError."""
+    if not body.images:
+        check_without_pictures(engine, body.before)
+        return body.before, body.before, ()
+    content = [{"type": "image", "image": image_of_uri(image)} for image in body.images]
+    try:
+        pictures = prepared_pictures([{"content": content}], engine)
+        assert engine.pictures is not None, "`prepared_pictures` refuses them"
+        ids, spans = engine.pictures.expand(body.before, pictures)
+    except RequestError as error:
+        raise ApiError(str(error), parameter="images", code="invalid_value") from None
+    return PicturePrompt(body.before, pictures), ids, spans
+
+
+def check_without_pictures(engine: Engine, ids: Sequence[int]) -> None:
+    """Raises ApiError for tokens that stand for pictures: without these they would be read as words."""
+    if engine.pictures is not None and engine.pictures.image_token_id in ids:
+        raise ApiError("the prompt has pictures, which are not read here", parameter="before", code="invalid_value")
 
 
 def _described(engine: Engine, body: TokenRequest, captured: Captured) -> dict[str, Any]:
@@ -158,7 +220,7 @@ def _described(engine: Engine, body: TokenRequest, captured: Captured) -> dict[s
         "vocabulary": len(share_V),
         "alternatives": [_alternative(engine, id, share_V, sampled_V) for id in shown],
         "token": None,
-        "lens": _lens(engine, shares_LV, body.token),
+        "lens": lens_of(engine, shares_LV, body.token),
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "attention": None,
@@ -193,7 +255,7 @@ def _alternative(engine: Engine, id: int, share_V: Tensor, sampled_V: Tensor) ->
     return {"id": id, "piece": piece, "probability": float(share_V[id]), "sampled": float(sampled_V[id])}
 
 
-def _lens(engine: Engine, shares_LV: Tensor, token: int | None) -> list[dict[str, Any]]:
+def lens_of(engine: Engine, shares_LV: Tensor, token: int | None) -> list[dict[str, Any]]:
     """The logit lens: the likeliest tokens after each layer."""
     tokenizer = engine.tokenizer
     lens = []

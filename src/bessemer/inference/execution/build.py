@@ -5,18 +5,27 @@ The KV cache gets as many blocks as the memory left by the weights holds, or as 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.progress import PlainLines
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.backend import Backend, Linear
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.cuda_graphs import CudaGraphs, StaticSteps, cannot_be_static
+from bessemer.inference.execution.flash_attention import (
+    FLASH_BLOCK,
+    KernelPagesAttention,
+    PageLibrary,
+    cannot_read,
+    page_kernel,
+)
 from bessemer.inference.execution.flex_attention import FlexPagesAttention, compiled_page_attention
 from bessemer.inference.execution.kv_cache import (
     PAGE_TYPES,
@@ -48,6 +57,10 @@ from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_qua
 
 #: Of the memory that is free, the share that pages get where nothing is said.
 _SHARE = 0.25
+#: Of a GPU's memory, the share that an engine takes where nothing is said.
+_GPU_SHARE = 0.9
+#: Most logits of one step that come of tokens read, where each token's are wanted: 256 MiB of float32.
+MOST_LOGITS = 1 << 26
 #: Of the memory for pages, the share that states of linear attention get at most where nothing is said.
 _STATES_SHARE = 0.5
 #: Saved states that can be of use, for each answer that runs.
@@ -88,9 +101,37 @@ def check_model_length(config: ModelConfig, engine: EngineConfig) -> None:
         )
 
 
-def memory_budget(engine: EngineConfig, device: torch.device, sharing: int = 1) -> int:
-    """Bytes for the KV cache and for snapshots of states. sharing: processes that share the same free memory."""
-    return int(free_bytes(device) * _SHARE) // sharing if engine.kv_memory is None else int(engine.kv_memory * _GIB)
+def memory_budget(
+    engine: EngineConfig, device: torch.device, sharing: int = 1, *, share: float | None = None, reserved: int = 0
+) -> int:
+    """Bytes for the KV cache and for snapshots of states. sharing: processes that share the same free memory.
+
+    share: of a GPU's memory, what all may take together (`gpu_share`); None: a quarter of what is free is the cache's.
+    reserved: bytes that a step needs beside it.
+    """
+    if engine.kv_memory is not None:
+        return int(engine.kv_memory * _GIB)
+    if share is not None:
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - (1 - share) * total) - reserved
+    return int(free_bytes(device) * _SHARE) // sharing
+
+
+def gpu_share(engine: EngineConfig, device: torch.device, opened: bool) -> float | None:
+    """The share of a GPU's memory that an engine may take; None on other devices, and where only a part of what is free is for
+    the cache: that of a model in training, and beside a draft model, which is opened afterwards."""
+    if device.type != "cuda" or engine.gpu_memory_utilization is not None:
+        return engine.gpu_memory_utilization if device.type == "cuda" else None
+    has_draft = engine.speculation is not None and engine.speculation.method == "draft"
+    return _GPU_SHARE if opened and not has_draft else None
+
+
+def step_bytes(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype) -> int:
+    """Memory that a step takes at most, by its largest tensors: what a block keeps of each token, and three copies of the
+    logits in float32."""
+    widths = 6 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_attention_heads * config.head_dim
+    rows = max(engine.max_num_seqs, MOST_LOGITS // config.vocab_size)
+    return engine.max_num_batched_tokens * widths * dtype.itemsize + 3 * 4 * rows * config.vocab_size
 
 
 def plan_snapshots(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, *, ranks: int = 1) -> int:
@@ -182,17 +223,47 @@ class PageLayout(NamedTuple):
     spare: bool
 
 
+#: Channels of a head below which FlexAttention has no kernel on a GPU.
+_NARROWEST_HEAD = 16
+#: How pages are read.
+PagedWay = Literal["gather", "flash", "flashinfer", "flex"]
+_LIBRARIES: tuple[PageLibrary, ...] = ("flash", "flashinfer")
+
+
+def paged_way(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> PagedWay:
+    """How a model's pages of a type are read, by PyTorch's modules, where the settings say `auto` or name a way.
+
+    auto: on a GPU in place, by the first of FlashAttention, FlashInfer and FlexAttention that can. Raises ConfigError where
+    they are to be read in a way that cannot be.
+    """
+    asked = engine.paged_attention
+    if asked == "gather" or (asked == "auto" and device.type != "cuda"):
+        return "gather"
+    for name in _LIBRARIES:
+        if asked in ("auto", name):
+            reason = cannot_read(name, config, engine.block_size, dtype, device)
+            if reason is None:
+                return name
+            if asked == name:
+                raise ConfigError(f"paged_attention: {name}: {reason}; use auto")
+    reason = must_gather(config, engine, dtype, device)
+    if reason is None:
+        return "flex"
+    if asked == "flex":
+        raise ConfigError(f"paged_attention: flex: {reason}; use auto or gather")
+    return "gather"
+
+
 def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, mtp_layers: int = 0) -> PageLayout:
     """The layout of a model's pages of a type that the settings ask for.
 
-    mtp_layers: MTP modules that have pages too. Raises ConfigError where pages are to be read in place and cannot be.
+    mtp_layers: MTP modules that have pages too. Raises as `paged_way`.
     """
-    if config.paged_attention != "flex":
+    way = paged_way(model.config, config, dtype, model.device)
+    if way == "gather":
         return PageLayout(False, False)
-    if reason := must_gather(model, config, dtype):
-        raise ConfigError(f"paged_attention: flex: {reason}; use auto or gather")
     graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not mtp_layers
-    return PageLayout(True, graphs and cannot_be_static(model) is None)
+    return PageLayout(way == "flex", graphs and way != "flashinfer" and cannot_be_static(model) is None)
 
 
 def paged_memory(
@@ -224,18 +295,40 @@ def paged_memory(
     )
 
 
-def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str | None:
+def must_gather(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why FlexAttention cannot read a model's pages of a type in place; None where it can."""
-    device = model.device.type
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention reads a KV cache in float32, bfloat16 and float16, not in {name_of_page_type(dtype)}"
-    if device == "cuda" and (config.block_size < 16 or config.block_size & (config.block_size - 1)):
-        return f"on a GPU FlexAttention reads KV blocks of 16, 32, 64, … tokens, not of {config.block_size}"
-    if device == "cpu" and model.config.attention_sinks:
+    if device.type == "cuda" and (engine.block_size < 16 or engine.block_size & (engine.block_size - 1)):
+        return f"on a GPU FlexAttention reads KV blocks of 16, 32, 64, … tokens, not of {engine.block_size}"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "on a GPU FlexAttention needs the package triton"
+    shape = page_shape(config)
+    if device.type == "cuda" and min(shape.key_width, shape.value_width) < _NARROWEST_HEAD:
+        return f"on a GPU FlexAttention has kernels for heads of {_NARROWEST_HEAD} channels and more"
+    if device.type == "cpu" and config.attention_sinks:
         return "on a processor FlexAttention keeps no sums, which attention sinks need"
-    if device == "cpu" and config.cpu_kernels == "on":
+    if device.type == "cpu" and engine.cpu_kernels == "on":
         return "the compiled kernels (cpu_kernels: on) read KV blocks in an order of their own"
-    return None if device in ("cuda", "cpu") else f"FlexAttention is for cuda and cpu here, not for {device}"
+    return None if device.type in ("cuda", "cpu") else f"FlexAttention is for cuda and cpu here, not for {device.type}"
+
+
+#: Most tokens of a step on a GPU where nothing is said: enough for its products to be bound by arithmetic.
+_GPU_STEP_TOKENS = 8192
+
+
+def resolved_for(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> EngineConfig:
+    """The settings with what hangs on the device: on a GPU, steps of more tokens, and KV blocks of the size that FlashAttention
+    reads where it is installed and can read this model's. What was given stays. dtype: of the KV cache."""
+    if device.type != "cuda":
+        return config
+    changes: dict[str, int] = {}
+    if "max_num_batched_tokens" not in config.model_fields_set and not config.batch_invariant:
+        changes["max_num_batched_tokens"] = max(_GPU_STEP_TOKENS, config.max_num_batched_tokens)
+    is_free = "block_size" not in config.model_fields_set and config.paged_attention in ("auto", "flash")
+    if is_free and cannot_read("flash", model, FLASH_BLOCK, dtype, device) is None:
+        changes["block_size"] = FLASH_BLOCK
+    return config.with_changes(**changes) if changes else config
 
 
 def new_runner(
@@ -255,7 +348,7 @@ def new_runner(
     asked for and cannot be built.
     """
     if workers is not None:
-        backend = shared_backend(model, memory)
+        backend = shared_backend(model, memory, config)
     else:
         backend = choose_backend(model, memory, config, opened, modules_only)
         backend = replace(backend, samples=samples_on_device(memory, config))
@@ -272,9 +365,24 @@ def samples_on_device(memory: PagedMemory, config: EngineConfig) -> bool:
     return config.async_scheduling == "on" or (memory.device.type == "cuda" and not config.batch_invariant)
 
 
-def shared_backend(model: Decoder, memory: PagedMemory) -> Backend:
+def shared_backend(model: Decoder, memory: PagedMemory, config: EngineConfig) -> Backend:
     """The backend of each of several processes that share a model."""
-    return Backend(OwnWeights(), GatheredAttention(memory, model.dtype))
+    return Backend(OwnWeights(), _attention_in_place(model, memory, config) or GatheredAttention(memory, model.dtype))
+
+
+def _attention_in_place(
+    model: Decoder, memory: PagedMemory, config: EngineConfig
+) -> FlexPagesAttention | KernelPagesAttention | None:
+    """What reads a model's pages in place; None where they are gathered, on a GPU with a line that says why."""
+    way = paged_way(model.config, config, memory.dtype, memory.device)
+    if way == "flex":
+        return FlexPagesAttention(memory, compiled_page_attention(), model.dtype)
+    if way != "gather":
+        return KernelPagesAttention(memory, page_kernel(way, memory), model.dtype)
+    if memory.device.type == "cuda" and config.paged_attention == "auto" and memory.groups:
+        reason = must_gather(model.config, config, memory.dtype, memory.device)
+        PlainLines().say(f"  slow: keys and values are gathered before every layer's attention: {reason}")
+    return None
 
 
 def choose_backend(
@@ -282,7 +390,7 @@ def choose_backend(
 ) -> Backend:
     """The first that can compute a model's steps, of:
 
-    - pages read in place by FlexAttention, where the settings ask for it, with decode steps on static tensors;
+    - pages read in place (`paged_way`), on a GPU or where the settings ask for it, with decode steps on static tensors;
     - whole steps by the compiled CPU kernels, for plain decoders;
     - the model's modules, with compiled attention and packed codes where there are kernels; where there are none, or PyTorch
       is faster, quantised weights are dequantised once.
@@ -291,10 +399,12 @@ def choose_backend(
     of weights that are dequantised. A line says where memory holds none and every product dequantises a matrix. Arguments and
     errors as those of `new_runner`.
     """
-    if memory.by_head:
-        pages = compiled_page_attention()
-        static = StaticSteps(model, memory, config.max_num_seqs, pages, CudaGraphs()) if memory.has_spare else None
-        return Backend(without_kernels(model, opened), FlexPagesAttention(memory, pages, model.dtype), static)
+    attention = _attention_in_place(model, memory, config)
+    if attention is not None:
+        linear, static = without_kernels(model, opened), None
+        if memory.has_spare:
+            static = StaticSteps(model, memory, config.max_num_seqs, attention, CudaGraphs(), linear)
+        return Backend(linear, attention, static)
     wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
     decoded = decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
     packs = wanted and decoded is None and library() is not None and holds_decoded(model)

@@ -14,15 +14,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bessemer.inference.execution.backend import StatelessCache, StepContext
+from bessemer.inference.execution.backend import Linear, StatelessCache, StepContext
 from bessemer.inference.execution.batch import Batch, StepInputs, fill_pending
-from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.inference.execution.linear import OwnWeights, TritonCodes
 from bessemer.model.attention.base import is_recurrent
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.cache import AttentionInputs
 from bessemer.model.layers.feed_forward import SparseFeedForward
-from bessemer.model.quantisation.quantised_layers import QuantisedExperts
+from bessemer.model.quantisation.quantised_layers import QuantisedExperts, using_packed_matmuls
 
 # Shapes: B rows of a size, G groups of layers, W pages of the longest text, V vocabulary.
 
@@ -39,6 +39,8 @@ def cannot_be_static(model: Decoder) -> str | None:
     if model.config.rope_scaling.rope_type == "dynamic":
         return "with dynamic scaling the rotary angles hang on the longest text"
     if any(isinstance(module, QuantisedExperts) for module in model.modules()):
+        if TritonCodes.supports(model):
+            return None
         return "quantised experts are computed one by one, as many as are visited"
     # elsewhere the grouped product looks at the groups' sizes on the host
     grouped = model.device.type != "cuda" or (
@@ -91,6 +93,20 @@ def uncaptured(compute: Callable[[], Tensor]) -> CapturedStep:
     return compute
 
 
+class LayerPages(Protocol):
+    """Attention of all layers for one step over pages."""
+
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        """Write one layer's new keys and values, and attend, (1, H, N, V)."""
+
+
+class StaticAttention(Protocol):
+    """Attention over pages whose numbers are on the device only."""
+
+    def static_pages(self, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int]) -> LayerPages:
+        """Of one new token of each of B sequences. spare: a page of each group that no sequence holds."""
+
+
 class _StaticNumbers(NamedTuple):
     """Inputs of a step of B rows, int32: tokens, positions and block tables."""
 
@@ -107,14 +123,24 @@ class StaticSteps:
     invariant = False
 
     def __init__(
-        self, model: Decoder, memory: PagedMemory, rows: int, attention: PageAttention, capture: GraphCapture = uncaptured
+        self,
+        model: Decoder,
+        memory: PagedMemory,
+        rows: int,
+        attention: StaticAttention,
+        capture: GraphCapture = uncaptured,
+        linear: Linear | None = None,
     ) -> None:
+        """linear: the matmuls of the weights; None: the modules' own."""
         assert memory.has_spare and cannot_be_static(model) is None, "ask cannot_be_static first"
         self.model = model
         self.memory = memory
         self.sizes = sizes_up_to(rows)
         self._attention = attention
         self._capture = capture
+        self._linear = linear or OwnWeights()
+        #: Those that captured steps compute with.
+        self._matmuls = self._linear.matmuls
         self._steps: dict[int, CapturedStep] = {}
         #: As of `WholeSteps`: never any.
         self.states: dict[int, Tensor] = {}
@@ -142,7 +168,8 @@ class StaticSteps:
     def forward(self, batch: Batch, context: StepContext) -> Tensor:
         """Logits of every sequence, (B, V) float32."""
         inputs = context.inputs
-        if not self._steps:
+        if not self._steps or self._matmuls is not self._linear.matmuls:
+            self._steps.clear()
             self._capture_all(inputs)
         inputs.begin()
         size = next(size for size in self.sizes if size >= batch.sequences)
@@ -167,6 +194,7 @@ class StaticSteps:
 
     def _capture_all(self, inputs: StepInputs) -> None:
         """Capture all sizes, the largest first: the others reuse its memory."""
+        self._matmuls = self._linear.matmuls
         self.model.reserve_positions(self.memory.longest)
         self._tables = [table for name, table in self.model.named_buffers() if name.startswith("rotary")]
         for size in reversed(self.sizes):
@@ -197,8 +225,9 @@ class StaticSteps:
 
         def compute() -> Tensor:
             cache = _StaticCache(self.memory, positions_B, tables_GBW, self._spare, self._attention)
-            hidden_BD = self.model.norm(self.model.pre_norm_hidden(tokens_B[None], cache=cache)[0])
-            return self.model.logits(hidden_BD)
+            with using_packed_matmuls(self._matmuls):
+                hidden_BD = self.model.norm(self.model.pre_norm_hidden(tokens_B[None], cache=cache)[0])
+                return self.model.logits(hidden_BD)
 
         return compute
 
@@ -207,21 +236,13 @@ class _StaticCache(StatelessCache):
     """A `Cache` for one new token of each of B sequences, whose numbers are on the device only."""
 
     def __init__(
-        self, memory: PagedMemory, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int], attention: PageAttention
+        self, memory: PagedMemory, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int], attention: StaticAttention
     ) -> None:
         #: Most tokens that any text can have. The length of the longest current text is only on the device, and the host would
         #: have to wait for it.
         self.live = memory.longest
         self._positions_B = positions_B
-        groups = []
-        for index, (group, tables_BW) in enumerate(zip(memory.groups, tables_GBW, strict=True)):
-            columns_B1 = (positions_B // memory.block_size)[:, None].long()
-            blocks_B = tables_BW.gather(1, columns_B1)[:, 0].long()
-            places_B = (positions_B % memory.block_size).long()
-            begun_B = torch.where(places_B == 0, blocks_B, spare[index])
-            mask = page_mask(tables_BW, positions_B[:, None], group.window, memory.block_size, memory.pages_of(index))
-            groups.append(PageGroup(blocks_B, places_B, begun_B, [Tiles(None, None, None, mask)]))
-        self._pages = FlexPages(memory, groups, attention)
+        self._pages = attention.static_pages(positions_B, tables_GBW, spare)
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
         assert count == len(self._positions_B) and real is None

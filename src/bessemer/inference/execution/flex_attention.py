@@ -205,7 +205,7 @@ class FlexPages:
 class FlexPagesAttention:
     """FlexAttention reads pages where they lie."""
 
-    arithmetic: Sequence[str] = ()
+    arithmetic: Sequence[str] = ("attention over KV blocks by FlexAttention",)
 
     def __init__(self, memory: PagedMemory, attention: PageAttention, dtype: torch.dtype) -> None:
         """dtype: the model's."""
@@ -216,6 +216,18 @@ class FlexPagesAttention:
             # its page masks are causal
             return GatheredBatch(self._memory, batch, inputs, self._dtype)
         return FlexBatch(self._memory, batch, inputs, self._attention)
+
+    def static_pages(self, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int]) -> FlexPages:
+        """As of `StaticAttention`: one new token of each of B sequences."""
+        memory, groups = self._memory, []
+        for index, (group, tables_BW) in enumerate(zip(memory.groups, tables_GBW, strict=True)):
+            columns_B1 = (positions_B // memory.block_size)[:, None].long()
+            blocks_B = tables_BW.gather(1, columns_B1)[:, 0].long()
+            places_B = (positions_B % memory.block_size).long()
+            begun_B = torch.where(places_B == 0, blocks_B, spare[index])
+            mask = page_mask(tables_BW, positions_B[:, None], group.window, memory.block_size, memory.pages_of(index))
+            groups.append(PageGroup(blocks_B, places_B, begun_B, [Tiles(None, None, None, mask)]))
+        return FlexPages(memory, groups, self._attention)
 
 
 class _TileNumbers(NamedTuple):

@@ -6,6 +6,7 @@ product takes longer than all the rest.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -90,6 +91,32 @@ class DequantisedWeights(OwnWeights):
         self.matmuls = decoded_products(self._model, self.dtype)
 
 
+class TritonCodes(OwnWeights):
+    """Codes of quantised layers, multiplied as they lie by Triton kernels, on a GPU."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+        self._unknown: list[str] = []
+        self.weights_changed()
+
+    @staticmethod
+    def supports(model: Decoder) -> bool:
+        """Whether there are kernels for a model's codes where it lies."""
+        return model.device.type == "cuda" and is_quantised(model) and importlib.util.find_spec("triton") is not None
+
+    @property
+    def arithmetic(self) -> Sequence[str]:
+        """As of `Linear`."""
+        others = f", but for {', '.join(self._unknown)}, which PyTorch reads out at each product" if self._unknown else ""
+        return [f"codes multiplied by Triton kernels{others}"]
+
+    def weights_changed(self) -> None:
+        """As of `Linear`."""
+        from bessemer.model.quantisation.triton_products import gpu_products
+
+        self.matmuls, self._unknown = gpu_products(self._model)
+
+
 class StepsCodes(OwnWeights):
     """The codes that whole steps have packed, for sequences that go through the modules: much faster than to dequantise in
     every step."""
@@ -129,7 +156,10 @@ def _holds(model: Decoder, needed: int) -> bool:
 
 
 def without_kernels(model: Decoder, opened: bool) -> Linear:
-    """The weights of a model that no kernels pack: of one that is served, dequantised once where memory holds them."""
+    """The weights of a model that no kernels pack: codes on a GPU by kernels of its own; of a model that is served, dequantised
+    once where memory holds them."""
+    if TritonCodes.supports(model):
+        return TritonCodes(model)
     if not opened or not is_quantised(model):
         return OwnWeights()
     needed = decoded_bytes(model, None)

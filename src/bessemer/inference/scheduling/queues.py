@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
@@ -98,7 +99,8 @@ class SequenceQueues:
 
     def longest(self, most: int) -> int:
         """The most tokens of one sequence that the memory holds, at most `most`. Depends on nothing that changes."""
-        return bisect_right(range(1, most + 1), False, key=lambda length: not self._holds(length))
+        # a model may declare a context that no list could count
+        return bisect_right(range(1, min(most, sys.maxsize - 1) + 1), False, key=lambda length: not self._holds(length))
 
     def check(self, limit: int) -> None:
         """Raises RequestError when a sequence of `limit` tokens could not fit even alone. Depends on nothing that changes."""

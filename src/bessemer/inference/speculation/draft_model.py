@@ -78,7 +78,7 @@ def share_draft(
     """
     shard_model(model, mesh, device)
     memory, blocks = draft_memory(model, config, mesh)
-    return Runner(model, memory, shared_backend(model, memory), workers=workers, is_draft=True), blocks
+    return Runner(model, memory, shared_backend(model, memory, config), workers=workers, is_draft=True), blocks
 
 
 def shared_draft_runner(config: EngineConfig, device: torch.device, mesh: Mesh) -> Runner | None:

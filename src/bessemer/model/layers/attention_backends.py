@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -201,7 +202,6 @@ def block_mask(mask: AttentionMask, queries: int, keys: int, device: torch.devic
 
     Without blocks that are masked whole, attention over packed documents costs what their own lengths do.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
 
     def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         place = query if mask.slots_BT is None else mask.slots_BT[batch, query]
@@ -221,7 +221,29 @@ def block_mask(mask: AttentionMask, queries: int, keys: int, device: torch.devic
 
     by_row = (mask.slots_BT, mask.documents_BT, mask.seen_until_BT)
     rows = next((len(each) for each in by_row if each is not None), None)
-    return create_block_mask(may_see, rows, None, queries, keys, device=str(device))
+    with _kernels_compile():
+        blocks: BlockMask = _block_mask_maker(device)(may_see, rows, None, queries, keys, device=str(device))
+    return blocks
+
+
+def _block_mask_maker(device: torch.device) -> Any:
+    """`create_block_mask`, where kernels are compiled itself compiled: uncompiled it makes a number for each query and key."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return _compiled_block_mask() if _needs_kernel(device) else create_block_mask
+
+
+@cache
+def _compiled_block_mask(backend: str | Callable[..., Any] = "inductor") -> Any:
+    """`create_block_mask` for any number of rows and any length, compiled for each kind of mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, backend=backend, dynamic=True)
+
+
+def _kernels_compile() -> AbstractContextManager[Any]:
+    """While entered, kernels of attention are compiled also where blocks are not, as in validation (`Runtime.evaluating`)."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("default")
 
 
 #: Kernels of FlexAttention that may be compiled: of each kind of layer one for many rows and one for a single row, with and
@@ -282,16 +304,18 @@ def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Attenti
         blocks = block_mask(mask, query_BHTC.shape[2], key_BKSC.shape[2], query_BHTC.device)
     # under autocast norms leave queries and keys in float32
     query_BHTC, key_BKSC = query_BHTC.to(value_BKSV.dtype), key_BKSC.to(value_BKSV.dtype)
-    out = _flex_kernel(query_BHTC, key_BKSC, value_BKSV)(
-        query_BHTC,
-        key_BKSC,
-        value_BKSV,
-        score_mod=None if scores.softcap is None and mask.slopes_H is None else changed,
-        block_mask=blocks,
-        scale=scores.scale,
-        enable_gqa=query_BHTC.shape[1] != key_BKSC.shape[1],
-        return_aux=None if scores.sinks_H is None else AuxRequest(lse=True),
-    )
+    kernel = _flex_kernel(query_BHTC, key_BKSC, value_BKSV)
+    with _kernels_compile() if _needs_kernel(query_BHTC.device) else nullcontext():
+        out = kernel(
+            query_BHTC,
+            key_BKSC,
+            value_BKSV,
+            score_mod=None if scores.softcap is None and mask.slopes_H is None else changed,
+            block_mask=blocks,
+            scale=scores.scale,
+            enable_gqa=query_BHTC.shape[1] != key_BKSC.shape[1],
+            return_aux=None if scores.sinks_H is None else AuxRequest(lse=True),
+        )
     if scores.sinks_H is None:
         attended_BHTV: Tensor = out
         return attended_BHTV

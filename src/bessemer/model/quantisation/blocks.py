@@ -102,8 +102,8 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 #: The numbers of IQ4_NL's codes (kvalues_iq4nl), and twice those of floats of 4 bits (e2m1).
-_PLACES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_E2M1_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, -0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
+PLACES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, -0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 
 
 def _looked_up(packed: Tensor, table: tuple[float, ...]) -> Tensor:
@@ -112,18 +112,18 @@ def _looked_up(packed: Tensor, table: tuple[float, ...]) -> Tensor:
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _looked_up(blocks[..., 2:], _PLACES)
+    return _half(blocks, 0) * _looked_up(blocks[..., 2:], PLACES)
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     low = _bits(blocks[..., 4:8], 4).transpose(-1, -2).flatten(-2)
     high = _bits(blocks[..., 2:4], 2).transpose(-1, -2).flatten(-2)
     steps = _half(blocks, 0) * ((low | high << 4).to(torch.float32) - 32)
-    return (steps[..., None] * _looked_up(blocks[..., 8:].unflatten(-1, (8, 16)), _PLACES)).flatten(-2)
+    return (steps[..., None] * _looked_up(blocks[..., 8:].unflatten(-1, (8, 16)), PLACES)).flatten(-2)
 
 
 def _mxfp4(blocks: Tensor) -> Tensor:
-    return powers_of_two(blocks[..., :1]) * _looked_up(blocks[..., 1:], _E2M1_DOUBLED)
+    return powers_of_two(blocks[..., :1]) * _looked_up(blocks[..., 1:], E2M1_DOUBLED)
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:

@@ -112,6 +112,8 @@ class QuantisedWeight(nn.Module):
 
 #: From inputs (…, K) to outputs (…, N), in the inputs' type.
 Product = Callable[[Tensor], Tensor]
+#: From visits sorted by expert (V, K) and the visits of each (E,) to outputs (V, N).
+VisitsProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 class QuantisedLinear(QuantisedWeight):
@@ -175,12 +177,13 @@ class TakesPackedMatmul(Protocol):
 
 @dataclass(frozen=True)
 class PackedMatmuls:
-    """Matmuls from the same codes that replace a model's own for a time: of layers, of each matrix of a stack; and weights
-    that were dequantised once."""
+    """Matmuls from the same codes that replace a model's own for a time: of layers, of each matrix of a stack, of all of a
+    stack at once; and weights that were dequantised once."""
 
     products: Mapping[QuantisedLinear, Product]
     stacks: Mapping[Any, Sequence[Product]] = field(default_factory=dict)
     weights: Mapping[QuantisedLinear, Tensor] = field(default_factory=dict)
+    grouped: Mapping[Any, VisitsProduct] = field(default_factory=dict)
 
 
 @contextmanager
@@ -190,6 +193,8 @@ def using_packed_matmuls(matmuls: PackedMatmuls) -> Iterator[None]:
     # not by `setattr`: nn.Module's takes a fifth of a small model's step
     for part, product in parts:
         vars(part)["packed_matmul"] = product
+    for stack, visits_product in matmuls.grouped.items():
+        vars(stack)["grouped_matmul"] = visits_product
     for layer, weight in matmuls.weights.items():
         vars(layer)["dequantised_weight"] = weight
     try:
@@ -197,6 +202,8 @@ def using_packed_matmuls(matmuls: PackedMatmuls) -> Iterator[None]:
     finally:
         for part, _ in parts:
             vars(part)["packed_matmul"] = None
+        for stack in matmuls.grouped:
+            vars(stack)["grouped_matmul"] = None
         for layer in matmuls.weights:
             vars(layer)["dequantised_weight"] = None
 
@@ -238,6 +245,8 @@ class QuantisedStack(QuantisedWeight):
         self._matrices: list[QuantisedLinear] = []
         #: Replaces the product of each matrix for a time, from the same codes (`using_packed_matmuls`).
         self.packed_matmul: Sequence[Product] | None = None
+        #: Replaces the products of all matrices for a time.
+        self.grouped_matmul: VisitsProduct | None = None
 
     def product(self, expert: int, hidden: Tensor) -> Tensor:
         """The product with one expert's matrix, (…, K) to (…, N)."""
@@ -298,6 +307,15 @@ class QuantisedExperts(Experts):
     def visited(self, visits_VD: Tensor, sizes_E: Tensor) -> Tensor:
         """What the experts make of their visits, (V, D)."""
         assert isinstance(self.gate_up_proj, QuantisedStack) and isinstance(self.down_proj, QuantisedStack)
+        if self.gate_up_proj.grouped_matmul is not None and self.down_proj.grouped_matmul is not None:
+            inner = self.gate_up_proj.grouped_matmul(visits_VD, sizes_E)
+            if self.gate_up_bias is None or self.down_bias is None:
+                return self.down_proj.grouped_matmul(self.gate(inner), sizes_E)
+            expert_V = torch.arange(len(sizes_E), device=sizes_E.device)
+            expert_V = expert_V.repeat_interleave(sizes_E, output_size=len(visits_VD))
+            inner = inner + self.gate_up_bias[expert_V].to(inner.dtype)
+            out = self.down_proj.grouped_matmul(self.gate(inner), sizes_E)
+            return out + self.down_bias[expert_V].to(out.dtype)
         outputs = []
         for expert, tokens in enumerate(visits_VD.split(sizes_E.tolist())):
             if not len(tokens):

@@ -15,8 +15,8 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from bessemer.model.device import widest_float
 from bessemer.model.quantisation.base import Codes, MatrixRole, Scheme, TensorSpec
 from bessemer.model.quantisation.config import GROUP_SIZES, QuantizeConfig
 from bessemer.model.quantisation.integers import (
@@ -207,14 +207,27 @@ def int8_product(hidden: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
 
 
 def integer_product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
-    """Exact sums of products of int8 matrices, (M, N): whole numbers, in int32 or float64. The right one may be in float32."""
+    """Exact sums of products of int8 matrices, int32 (M, N). The right one may be in float32."""
     device = left_MK.device
     if device.type == "cpu":
         is_widened = right_NK.dtype == torch.float32 or not _int_mm_is_exact()
         return _sums_in_float32(left_MK, right_NK) if is_widened else torch._int_mm(left_MK, right_NK.T)
-    # elsewhere `_int_mm` asks for certain sizes; in float64 every sum below 2^53 is exact too
-    wide = widest_float(device)
-    return left_MK.to(wide) @ right_NK.T.to(wide) if wide == torch.float64 else _sums_in_float32(left_MK, right_NK)
+    return padded_int_mm(left_MK, right_NK) if device.type == "cuda" else _sums_in_float32(left_MK, right_NK)
+
+
+#: Rows of the left matrix, and what inputs and outputs are multiples of, as `_int_mm` asks for them on a GPU.
+_LEAST_ROWS, _MULTIPLE = 32, 8
+
+
+def padded_int_mm(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+    """PyTorch's product of int8 matrices on a GPU, int32 (M, N), of any sizes: zeros fill them up."""
+    rows, (outputs, inputs) = len(left_MK), right_NK.shape
+    more_rows, more_inputs, more_outputs = max(0, _LEAST_ROWS - rows), -inputs % _MULTIPLE, -outputs % _MULTIPLE
+    if more_rows or more_inputs:
+        left_MK = functional.pad(left_MK, (0, more_inputs, 0, more_rows))
+    if more_inputs or more_outputs:
+        right_NK = functional.pad(right_NK, (0, more_inputs, 0, more_outputs))
+    return torch._int_mm(left_MK, right_NK.T)[:rows, :outputs]
 
 
 def _sums_in_float32(left_MK: Tensor, right_NK: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
 Method = Literal["fixed", "tiles", "patches", "native"]
+#: Left, top, right, bottom.
+Box = tuple[float, float, float, float]
 
 #: Most pixels along a side of a picture before it is cut into tiles (Idefics3's processor).
 _MOST_SIDE = 4096
@@ -56,19 +58,22 @@ class Prepared:
     """A picture as an encoder reads it, but for the normalisation.
 
     tiles: (N, side, side, 3) uint8, or of a picture in patches (1, height, width, 3). rows, columns: of tiles, 0 where the
-    picture is one. The whole picture is the last one, or, of Gemma 3, the first. digest: equal for equal tiles.
+    picture is one. The whole picture is the last one, or, of Gemma 3, the first. digest: equal for equal tiles. box: the part
+    of the picture that the tiles are of, as left, top, right and bottom in shares of its width and height; beyond 0 and 1 where
+    the picture was padded.
     """
 
     tiles: NDArray[np.uint8] = field(repr=False, compare=False)
     rows: int
     columns: int
     digest: bytes
+    box: Box = field(default=(0.0, 0.0, 1.0, 1.0), compare=False)
 
     @classmethod
-    def of(cls, tiles: NDArray[np.uint8], rows: int = 0, columns: int = 0) -> Prepared:
+    def of(cls, tiles: NDArray[np.uint8], rows: int = 0, columns: int = 0, box: Box = (0.0, 0.0, 1.0, 1.0)) -> Prepared:
         """Prepared tiles with their digest."""
         said = f"{tiles.shape},{rows},{columns}".encode()
-        return cls(tiles, rows, columns, hashlib.sha256(said + b"\0" + tiles.tobytes()).digest())
+        return cls(tiles, rows, columns, hashlib.sha256(said + b"\0" + tiles.tobytes()).digest(), box)
 
 
 class PanAndScan(NamedTuple):
@@ -135,8 +140,18 @@ class Preprocessor:
             image = self._resized(image, *_with_shorter_side(image.height, image.width, self.size))
         elif self.size is not None:
             image = self._resized(image, *self.size)
-        pixels = np.asarray(image)
-        return Prepared.of((pixels if self.crop_size is None else _cropped(pixels, *self.crop_size))[None])
+        pixels, box = np.asarray(image), self._box(picture, image)
+        return Prepared.of((pixels if self.crop_size is None else _cropped(pixels, *self.crop_size))[None], box=box)
+
+    @property
+    def useful_size(self) -> dict[str, int] | None:
+        """The size to which a larger picture is made smaller, by the side that is meant, in the words of
+        `preprocessor_config.json`: `longest_edge` or `shortest_edge`; None: every picture is read as large as it is."""
+        if self.size is None:
+            return None
+        if isinstance(self.size, tuple):
+            return {"shortest_edge": max(self.size)}
+        return {"longest_edge" if self.method == "tiles" else "shortest_edge": self.size}
 
     def pixels(self, prepared: Prepared) -> Pixels:
         """What an encoder reads of a prepared picture, float32."""
@@ -179,6 +194,22 @@ class Preprocessor:
             crop = image.crop((box[0], box[1], min(box[2], image.width), min(box[3], image.height)))
             tiles.append(np.asarray(self._resized(crop, *self.size)))
         return Prepared.of(np.stack(tiles), *((1, count) if is_wide else (count, 1)))
+
+    def _box(self, picture: Picture, resized: PillowImage) -> Box:
+        """The part of a picture that is left of it, padded, resized and then cropped."""
+        left, top, width, height = 0.0, 0.0, float(picture.width), float(picture.height)
+        if self.pads_to_square:
+            side = max(picture.width, picture.height)
+            left, top = -float((side - picture.width) // 2), -float((side - picture.height) // 2)
+            width = height = float(side)
+        if self.crop_size is not None:
+            tall, wide = self.crop_size
+            down, across = height / resized.height, width / resized.width
+            # rounded down, also below 0 where the crop is larger
+            top += (resized.height - tall) // 2 * down
+            left += (resized.width - wide) // 2 * across
+            width, height = wide * across, tall * down
+        return left / picture.width, top / picture.height, (left + width) / picture.width, (top + height) / picture.height
 
     def _in_tiles(self, image: PillowImage) -> Prepared:
         side = self.max_image_size

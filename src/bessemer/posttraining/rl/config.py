@@ -219,7 +219,7 @@ class RLConfig(TuningConfig):
 
     sleep: bool = setting(
         False,
-        "Free the memory of the sampler's KV cache while training.",
+        "Free the memory of the sampler's KV cache while training; where nothing is given, true on a GPU.",
         affects_output=False,
     )
 
@@ -236,7 +236,9 @@ class RLConfig(TuningConfig):
     )
     skip_loss_spikes: Literal["always"] | bool = setting(False, "As in pretrain; gradient norms of rewards vary more.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "float32", "Dtype of matmuls; in another than float32 the sampler's log-probabilities differ from the trainer's."
+        "float32",
+        "Dtype of matmuls; in another than float32 the sampler's log-probabilities differ from the trainer's. Where nothing is "
+        "given, bfloat16 on a GPU that multiplies in it; the sampler then has a copy of the weights in it.",
     )
     compile: Literal["auto"] | bool = setting(False, "Compile the blocks; rows have a new length at each rollout.")
 

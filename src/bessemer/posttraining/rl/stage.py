@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
+
 from bessemer.core.errors import ConfigError, RequestError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.records import TABLES
 from bessemer.model.decoder import Decoder
+from bessemer.model.device import choose_device, is_fast
 from bessemer.model.storage.model_config import holds_codes
 from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, read_examples
 from bessemer.posttraining.data.formats import Turns, messages_of
@@ -45,6 +48,17 @@ from bessemer.training.objectives import Objective
 from bessemer.training.trainer import Trainer
 
 
+def settings_on(config: RLConfig, device: torch.device) -> RLConfig:
+    """The settings with what hangs on the device and is not given: on a GPU bfloat16, where it multiplies in it, and a cache
+    whose memory is free while training."""
+    if device.type != "cuda" or config.bitwise_consistent:
+        return config
+    changes: dict[str, Any] = {} if "sleep" in config.model_fields_set else {"sleep": True}
+    if "dtype" not in config.model_fields_set and is_fast(torch.bfloat16, device):
+        changes["dtype"] = "bfloat16"
+    return config.with_changes(**changes) if changes else config
+
+
 def rl(
     config: RLConfig,
     model: Path,
@@ -65,6 +79,7 @@ def rl(
     sampler and trainer must agree and do not, and what `TrainingJob` raises.
     """
     run = RunContext(out, **options)
+    config = settings_on(config, choose_device(run.device))
     tokenizer = load_tokenizer(model)
     objective: Objective = PolicyObjective.of(config) if config.pair_loss is None else pair_objective(config)
     environments = None

@@ -11,7 +11,7 @@ import torch
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import derive_seed
-from bessemer.inference.collective import CollectiveEngine
+from bessemer.inference.collective import CollectiveEngine, copy_trained, serving_copy
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.steps.plain import MOST_TOKENS
@@ -36,6 +36,9 @@ SamplingEngine = Engine | CollectiveEngine | ServerPool
 
 #: Form of the policy's weights while it samples.
 SamplerWeights = Literal["policy", "int8", "int4", "fp8"]
+
+#: Where the engine samples from a copy of weights that are wider than the trainer's products.
+_COPYING_DEVICES = ("cuda",)
 
 #: The engine's name for the adapter in training.
 _ADAPTER = "policy"
@@ -76,13 +79,15 @@ class Sampler:
         self.seed = seed
         self._models: ModelRoles | None = None
         self._engine: Engine | CollectiveEngine | None = None
+        #: The policy in the dtype of the trainer's products, which the engine then has; None: it has the policy.
+        self._copy: Decoder | None = None
         #: Name of the policy's adapter in the engine; None: merged, or there is none.
         self.adapter: str | None = None
 
     def bind(self, models: ModelRoles) -> None:
         """Sample with the policy of these models from now on."""
         if models is not self._models:
-            self._models, self._engine, self.adapter = models, None, None
+            self._models, self._engine, self._copy, self.adapter = models, None, None, None
 
     @property
     def models(self) -> ModelRoles:
@@ -113,6 +118,8 @@ class Sampler:
                 self._engine = self._new_engine(model, kernels)
             elif self._settings.sleeps:
                 self._engine.wake()
+            if self._copy is not None and self.adapter is None:
+                copy_trained(model, self._copy)
             if self.adapter is None:
                 self._engine.update_weights(version=models.version)
             else:
@@ -136,6 +143,14 @@ class Sampler:
         engine.update_weights(version=self.models.version)
         return engine
 
+    def _serving_dtype(self, model: Decoder) -> torch.dtype | None:
+        """The dtype of a copy of the policy that samples: on a GPU that of the trainer's products, since its weights are
+        float32 and the engine has no autocast. None: the policy's own weights sample."""
+        runtime = self.models.runtime
+        is_wide = model.dtype == torch.float32 and not is_quantised(model) and not model.is_batch_invariant
+        serves = is_wide and runtime.dtype != "float32" and torch.device(runtime.device).type in _COPYING_DEVICES
+        return getattr(torch, runtime.dtype) if serves else None
+
     def _engine_config(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> EngineConfig:
         models, settings = self.models, self._settings
         sequences = min(max(settings.sequences, 1), _MOST_SEQUENCES)
@@ -150,12 +165,16 @@ class Sampler:
         )
 
     def _new_engine(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> Engine | CollectiveEngine:
-        models, config = self.models, self._engine_config(model, kernels)
+        models, config, dtype = self.models, self._engine_config(model, kernels), self._serving_dtype(model)
         engine: Engine | CollectiveEngine
-        if models.mesh.alone:
+        if not models.mesh.alone:
+            engine = CollectiveEngine(model, self.tokenizer, models.mesh, config, dtype=dtype)
+        elif dtype is None:
             engine = Engine(model, self.tokenizer, config=config)
         else:
-            engine = CollectiveEngine(model, self.tokenizer, models.mesh, config)
+            self._copy = serving_copy(model, models.mesh, dtype)
+            copy_trained(model, self._copy)
+            engine = Engine(self._copy, self.tokenizer, config=config)
         if self.adapter is not None:
             engine.load_adapter(self.adapter, models.adapter())
         return engine

@@ -147,6 +147,9 @@ class OpenAIApi:
             "parent": served.model_name if is_adapter else None,
             # vLLM's name of the context length; unknown while an additional model is not loaded
             "max_model_len": None if engine is None else engine.context_length,
+            # OpenRouter's name of what a model reads, and the size beyond which a picture has no use
+            "input_modalities": None if engine is None else ["text"] if engine.pictures is None else ["text", "image"],
+            "image_size": None if engine is None or engine.pictures is None else engine.pictures.preprocessor.useful_size,
             "permission": [{**_PERMISSION, "id": f"modelperm-{name}", "created": self.started}],
         }
 

@@ -24,7 +24,7 @@ from bessemer.core.hashing import hash_files
 from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
-from bessemer.training.checkpoint.state import RANDOM_STATES, TrainingState, copied
+from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, TrainingState
 from bessemer.training.checkpoint.storage import CheckpointReader, ProcessNotes, ShardWriter, check_plain, read_checkpoint
 
 #: Format number of a checkpoint's index; raised when its shape changes.
@@ -64,6 +64,7 @@ class CheckpointManager:
         self._group = None if mesh.alone else dist.new_group(backend="gloo", timeout=job_timeout())
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._writing: Future[Path] | None = None
+        self._copies = HostCopies()
         folder.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Path | None:
@@ -77,7 +78,8 @@ class CheckpointManager:
         values, final = state.read(), checkpoint_of_step(self.folder, state.step)
         if self._thread is None:
             return self._write(values, state.step, final)
-        self._writing = self._thread.submit(self._write, copied(values), state.step, final)
+        # the copies are ordered before what training does next, and only the thread that writes waits for them
+        self._writing = self._thread.submit(self._write_copies, self._copies.copy(values), state.step, final)
         return final
 
     def wait(self) -> None:
@@ -85,6 +87,10 @@ class CheckpointManager:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def _write_copies(self, values: dict[str, Any], step: int, final: Path) -> Path:
+        self._copies.wait()
+        return self._write(values, step, final)
 
     def _write(self, values: dict[str, Any], step: int, final: Path) -> Path:
         unfinished = final.parent / f".{final.name}.partial"

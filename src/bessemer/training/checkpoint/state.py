@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bessemer.core.errors import CheckpointError
@@ -127,15 +128,50 @@ def _accelerator(model: nn.Module) -> torch.device | None:
     return device
 
 
-def copied(values: Any) -> Any:
-    """Nested values whose tensors are copies on the CPU, which training does not change."""
-    if isinstance(values, Mapping):
-        return {name: copied(value) for name, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return type(values)(copied(value) for value in values)
-    if isinstance(values, Tensor):
-        return values.detach().cpu().clone() if values.device.type == "cpu" else values.detach().cpu()
-    return values
+class HostCopies:
+    """Copies of nested values in host memory, which training does not change.
+
+    The memory is kept for the next copy. Of tensors on a GPU it is pinned: the host goes on at once, and `wait` waits.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._pins = False
+        self._copied: torch.cuda.Event | None = None
+
+    def copy(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values with copies of their tensors; those of the call before are gone."""
+        copies: dict[str, Any] = self._copy(values, "")
+        if self._pins:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return copies
+
+    def wait(self) -> None:
+        """Wait until the copies hold their values."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _copy(self, values: Any, name: str) -> Any:
+        if isinstance(values, Mapping):
+            return {key: self._copy(value, f"{name}.{key}") for key, value in values.items()}
+        if isinstance(values, (list, tuple)):
+            return type(values)(self._copy(value, f"{name}.{place}") for place, value in enumerate(values))
+        if isinstance(values, DTensor):
+            kept: Any = self._kept_copy(values.to_local(), name)
+            return DTensor(kept, values._spec, requires_grad=False)
+        return self._kept_copy(values, name) if isinstance(values, Tensor) else values
+
+    def _kept_copy(self, tensor: Tensor, name: str) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            # states in codes, as of torchao
+            return tensor.detach().cpu() if tensor.device.type != "cpu" else tensor.detach().clone()
+        kept, tensor, is_cuda = self._kept.get(name), tensor.detach(), tensor.device.type == "cuda"
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda)
+            self._kept[name] = kept
+        self._pins = self._pins or is_cuda
+        return kept.copy_(tensor, non_blocking=is_cuda)
 
 
 class ModelState:

@@ -38,12 +38,17 @@ function keep(node, id, logProb, alternatives) {
 
 /** The events of an answer to a conversation: { text, thinking, ids, reason, usage }. says: takes a note for the answer.
  *
- *  A small model's context fills soon: the oldest turns are left out until the request fits, and the answer says so. */
-export async function* chatEvents(conversation, node, signal, says) {
+ *  A small model's context fills soon: the oldest turns are left out until the request fits, and the answer says so. goesOn: whether it
+ *  goes on behind its text. */
+export async function* chatEvents(conversation, node, signal, says, goesOn = false) {
   const path = messagesTo(conversation, node.parent), system = path[0]?.role === "system" ? path.splice(0, 1) : [];
   const options = { ...node.settings }, stores = await documents.storesOf(conversation);
   if (stores.length) options.retrieval = { vector_store_ids: stores };
-  let left = 0, response;
+  if (goesOn) {
+    path.push({ role: "assistant", content: node.content });
+    Object.assign(options, { continue_final_message: true, add_generation_prompt: false });
+  }
+  let left = (goesOn && node.left) || 0, response;
   for (;;) {
     const recorded = { return_token_ids: true, logprobs: true, top_logprobs: RECORDED, return_tokens_as_token_ids: true };
     const body = { ...options, stream: true, stream_options: { include_usage: true }, ...recorded, messages: [...system, ...path.slice(left)] };
@@ -60,11 +65,12 @@ export async function* chatEvents(conversation, node, signal, says) {
       else throw error;
     }
   }
+  if (left) node.left = left;
   if (left) says(`the oldest ${left} messages no longer fit the model's context`);
   const calls = [];
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
-    if (event.prompt_token_ids) node.promptIds = event.prompt_token_ids;
+    if (event.prompt_token_ids && !goesOn) node.promptIds = event.prompt_token_ids;
     if (event.retrieval) { node.sources = event.retrieval.sources; node.annotations = []; }
     const choice = event.choices[0];
     for (const one of choice?.delta?.annotations ?? []) node.annotations.push(one);

@@ -7,8 +7,9 @@ import { contextOf, inWords, loadModels, models, sampling, settings } from "./se
 import * as store from "./store.js";
 import { closeToken, openTokens } from "./token.js";
 import * as documents from "./documents.js";
+import * as pictures from "./pictures.js";
 
-const log = byId("log"), scroll = byId("scroll"), prompt = byId("prompt"), send = byId("send");
+const log = byId("log"), scroll = byId("scroll"), prompt = byId("prompt"), send = byId("send"), picker = byId("model-picker");
 let conversations = [], current = store.newConversation();
 /** Why there are no models; null: there are, or will be. */
 let problem = null;
@@ -37,7 +38,7 @@ async function begin() {
 
 // --- conversations ----------------------------------------------------------------------------------------------------
 
-const titleOf = (conversation) => conversation.title || Object.values(conversation.nodes).find((node) => node.role === "user")?.content.slice(0, 80) || "New conversation";
+const titleOf = (conversation) => conversation.title || Object.values(conversation.nodes).find((node) => node.role === "user" && node.content)?.content.slice(0, 80) || (Object.keys(conversation.nodes).length ? "Pictures" : "New conversation");
 
 async function save(conversation = current) {
   if (!Object.keys(conversation.nodes).length && !conversation.system && !conversation.documents?.files.length) return;
@@ -152,8 +153,11 @@ function drawMessage(node) {
   const article = make("article", { class: node.role, data: { node: node.id } });
   const entry = { node, article, text, below, view: null, thinking: null, taken: node.content.length, thought: node.thinking?.length ?? 0 };
   shown.set(node.id, entry);
-  if (node.role === "user") text.textContent = node.content;
-  else {
+  if (node.role === "user") {
+    text.textContent = node.content;
+    if (node.images) article.append(pictures.pictures(node.images));
+    text.hidden = !node.content;
+  } else {
     if (node.thinking) growThinking(entry, node.thinking);
     entry.view = new MarkdownView(text, node.content, citer(node));
     if (running.has(node.id)) article.classList.add("working");
@@ -189,7 +193,7 @@ function drawBelow(entry) {
       action("›", "Later branch", go(1), { disabled: place === others.length - 1, "aria-label": "Later branch" }));
   }
   if (running.has(node.id)) { below.replaceChildren(...parts); return; }
-  if (node.role === "user") parts.push(action("Edit", "Ask something else here; what was said stays as a branch", () => edit(entry, "Ask", (said) => ask(said, node.parent))));
+  if (node.role === "user") parts.push(action("Edit", "Ask something else here; what was said stays as a branch", () => edit(entry, "Ask", (said, images) => ask(said, node.parent, images))));
   else {
     if (canContinue(node)) parts.push(action("Continue", "Go on where the answer was cut", () => proceed(node)));
     parts.push(
@@ -199,7 +203,7 @@ function drawBelow(entry) {
       action("Good", "A good answer", () => judge(entry, true), { "aria-pressed": node.thumb === true ? "true" : "false" }),
       action("Bad", "A bad answer", () => judge(entry, false), { "aria-pressed": node.thumb === false ? "true" : "false" }),
     );
-    if (node.ids?.length) parts.push(action("Tokens", "The tokens of the answer by their surprise, and what else could have come", () => { documents.closeSource(); openTokens(entry, goOn); }));
+    if (node.ids?.length) parts.push(action("Tokens", "The tokens of the answer by their surprise, and what else could have come", () => { documents.closeSource(); openTokens(entry, goOn, store.imagesBefore(current, node)); }));
     if (!isHidden(node)) parts.push(...[node.stats, node.settings && inWords(node.settings)].map((said) => make("span", { class: "facts-of-answer" }, said ?? "")));
   }
   below.replaceChildren(...parts);
@@ -217,14 +221,20 @@ const isHidden = (node) => Boolean(pair?.blind && pair.ids.includes(node.id));
 function edit(entry, label, done) {
   const area = make("textarea", { "aria-label": "Text", rows: String(Math.min(20, entry.node.content.split("\n").length + 1)) });
   area.value = entry.node.content;
-  const cancel = () => { entry.text.hidden = false; form.remove(); };
-  const form = make("form", { class: "editing", onsubmit: (event) => { event.preventDefault(); if (area.value.trim()) done(area.value); } },
-    area, make("div", { class: "row" }, make("button", { class: "strong" }, label), action("Cancel", "", cancel)));
+  // what was asked of has its pictures in the form, where they can be taken out
+  let images = entry.node.images ?? [];
+  const asked = entry.article.querySelector(":scope > .pictures"), place = make("div");
+  const drawImages = () => place.replaceChildren(...(images.length ? [pictures.pictures(images, (others) => { images = others; drawImages(); })] : []));
+  drawImages();
+  const cancel = () => { entry.text.hidden = !entry.node.content; if (asked) asked.hidden = false; form.remove(); };
+  const form = make("form", { class: "editing", onsubmit: (event) => { event.preventDefault(); if (area.value.trim() || images.length) done(area.value, images); } },
+    place, area, make("div", { class: "row" }, make("button", { class: "strong" }, label), action("Cancel", "", cancel)));
   area.addEventListener("keydown", (event) => {
     if (event.key === "Escape") { event.stopPropagation(); cancel(); }
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
   });
   entry.text.hidden = true;
+  if (asked) asked.hidden = true;
   entry.text.after(form);
   area.focus();
 }
@@ -236,6 +246,8 @@ const before = (node) => store.messagesTo(current, node.parent);
 let telling = Promise.resolve();
 function tell(row, path = "feedback", method = "POST") {
   if (!given.feedback) return;
+  // preferences are learnt from text
+  if (row?.prompt.some((message) => typeof message.content !== "string")) { say("what is said of an answer to pictures stays in this browser"); return; }
   telling = telling.then(() => request(path, { body: row, method })).catch((error) => say(error.message));
 }
 
@@ -309,12 +321,23 @@ function keep(id, isChosen = true) {
 // --- asking -----------------------------------------------------------------------------------------------------------
 
 
-async function ask(text, parent = current.leaf) {
-  if (asking || !models.length || !text.trim()) return;
+/** Why a question with so many pictures cannot be sent; null: it can. */
+const blindness = (count, parent = current.leaf) => pictures.blindness(sidesAsked().map((side) => byId("settings").querySelector(`[data-side=${side}] [name=model]`).value || models[0]?.id), count > 0, store.pathTo(current, parent).some((node) => node.images));
+const sidesAsked = () => (byId("beside").checked ? ["first", "second"] : ["first"]);
+
+async function ask(text, parent = current.leaf, images = null) {
+  if (asking || !models.length || !(text.trim() || images?.length || (images === null && pictures.count()))) return;
   if (isRunning()) { say("an answer is still being made"); return; }
+  const blind = blindness(images?.length ?? pictures.count(), parent);
+  if (blind || (images === null && pictures.isReading())) { say(blind ?? "a picture is still being read"); return; }
   if (pair) keep(pair.ids[0], false);
   if (parent === current.leaf && current.nodes[parent]?.role === "user") parent = current.nodes[parent].parent;
+  // a question whose pictures were refused is not sent again with the next one
+  const refused = parent === current.leaf && current.nodes[parent]?.failure && !current.nodes[parent].content && current.nodes[current.nodes[parent].parent];
+  if (refused?.images) parent = refused.parent;
   const node = store.addNode(current, parent, "user", text);
+  const taken = images ?? pictures.take();
+  if (taken.length) node.images = taken;
   current.updated = Date.now();
   prompt.value = "";
   grow();
@@ -328,7 +351,7 @@ async function ask(text, parent = current.leaf) {
 
 async function answerTo(parent) {
   if (isRunning()) return;
-  const asked = byId("beside").checked ? ["first", "second"] : ["first"];
+  const asked = sidesAsked();
   let options;
   try { options = asked.map(sampling); } catch (error) { toggleSettings(true); say(error.message); alert(error.message); return; }
   const conversation = current;
@@ -359,6 +382,8 @@ function goOn(node, place, id, beginning) {
   const branch = store.addNode(current, node.parent, "assistant");
   branch.settings = node.settings;
   branch.promptIds = node.promptIds;
+  branch.promptTokens = node.promptTokens;
+  branch.left = node.left;
   branch.sources = node.sources;
   branch.ids = [...node.ids.slice(0, place), id];
   if (node.top?.[place]) {
@@ -376,7 +401,10 @@ function proceed(node) {
   delete node.failure;
   pair = null;
   drawLog();
-  makeAnswer(node, (signal) => completionEvents(node, signal));
+  const conversation = current;
+  // plain completions take no pictures: there the conversation goes on with the answer's text
+  if (store.imagesBefore(conversation, node).length) makeAnswer(node, (signal, says) => chatEvents(conversation, node, signal, says, true));
+  else makeAnswer(node, (signal) => completionEvents(node, signal));
 }
 
 /** Take an answer as it comes, and draw it once a frame. */
@@ -424,6 +452,8 @@ async function makeAnswer(node, source) {
   shown.get(node.id)?.view.finish();
   await pause();
   node.reason = reason;
+  // a picture is one of the prompt's ids, and many of its tokens
+  if (usage) node.promptTokens ??= usage.prompt_tokens;
   node.stats = [described(usage, last - first, first - started, reason, node.content, note), documents.support(node)].filter(Boolean).join(" · ");
   store.touch(node);
   conversation.updated = Date.now();
@@ -469,7 +499,11 @@ function documentsChanged(conversation) {
     if (!byId("conversations").querySelector("input")) drawConversations();
   };
 }
-function attachFiles(files) { if (files.length) documents.attach(current, [...files], documentsChanged(current)); }
+function attachFiles(files) {
+  const [images, others] = [[...files].filter(pictures.isPicture), [...files].filter((file) => !pictures.isPicture(file))];
+  if (images.length) pictures.add(images, picker.value, updateSend);
+  if (others.length) documents.attach(current, others, documentsChanged(current));
+}
 
 function atBottom() { return scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80; }
 function toBottom() { scroll.scrollTop = scroll.scrollHeight; drawEnd(); }
@@ -488,13 +522,15 @@ function showQuestion(id) {
 }
 function updateSend() {
   send.textContent = isRunning() ? "Stop" : "Send";
-  send.disabled = !isRunning() && (!models.length || !prompt.value.trim());
+  const blind = models.length ? blindness(pictures.count()) : null;
+  pictures.warn(blind);
+  send.disabled = !isRunning() && (!models.length || pictures.isReading() || Boolean(blind) || !(prompt.value.trim() || pictures.count()));
   drawContext();
 }
 /** How much of the model's context the last answer and what came before it take. */
 function drawContext() {
   const last = store.pathTo(current, current.leaf).findLast((node) => node.promptIds), context = models.find((one) => one.id === last?.settings.model)?.max_model_len;
-  const meter = byId("context"), used = last ? last.promptIds.length + last.ids.length : 0;
+  const meter = byId("context"), used = last ? (last.promptTokens ?? last.promptIds.length) + last.ids.length : 0;
   meter.hidden = !context;
   if (context) meter.replaceChildren(make("meter", { min: "0", max: String(context), high: String(0.85 * context), value: String(used), "aria-label": "Context used" }), ` ${whole(used)} of ${whole(context)} tokens`);
 }
@@ -515,7 +551,7 @@ prompt.addEventListener("keydown", (event) => {
   if (event.key === "ArrowUp" && !prompt.value) {
     const asked = store.pathTo(current, current.leaf).findLast((node) => node.role === "user");
     const entry = asked && shown.get(asked.id);
-    if (entry) { event.preventDefault(); edit(entry, "Ask", (said) => ask(said, asked.parent)); }
+    if (entry) { event.preventDefault(); edit(entry, "Ask", (said, images) => ask(said, asked.parent, images)); }
   }
 });
 document.addEventListener("keydown", (event) => {
@@ -549,7 +585,7 @@ byId("import-file").addEventListener("change", async () => {
   byId("import-file").value = "";
   if (!file) return;
   let taken = [];
-  try { taken = (JSON.parse(await file.text()).conversations ?? []).map(store.checked).filter(Boolean); } catch { /* not JSON */ }
+  try { taken = (JSON.parse(await file.text()).conversations ?? []).map((one) => store.checked(one, pictures.checkedImages)).filter(Boolean); } catch { /* not JSON */ }
   if (!taken.length) { say("the file holds no conversations"); alert("The file holds no conversations."); return; }
   conversations = [...conversations.filter((one) => !taken.some((other) => other.id === one.id)), ...taken];
   for (const conversation of taken) await save(conversation);
@@ -558,6 +594,17 @@ byId("import-file").addEventListener("change", async () => {
 
 byId("attach").addEventListener("click", () => byId("attach-files").click());
 byId("attach-files").addEventListener("change", () => { attachFiles(byId("attach-files").files); byId("attach-files").value = ""; });
+byId("camera").addEventListener("click", () => byId("camera-file").click());
+byId("camera-file").addEventListener("change", () => { attachFiles(byId("camera-file").files); byId("camera-file").value = ""; });
+document.addEventListener("paste", (event) => {
+  const files = [...(event.clipboardData?.files ?? [])].filter(pictures.isPicture);
+  // what was copied as text has often a picture of it, too
+  if (!files.length || event.clipboardData.getData("text/plain") || document.querySelector("dialog[open]")) return;
+  event.preventDefault();
+  attachFiles(files);
+});
+// another model may see, or not
+for (const part of [settings, picker, byId("beside")]) part.addEventListener("change", updateSend);
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     if (!event.dataTransfer?.types.includes("Files")) return;

@@ -1,5 +1,5 @@
 // Conversations, kept in this browser alone (IndexedDB). A conversation is a tree of messages: `leaf` is the end of the branch shown.
-// Several tabs may change one: what is written is merged with what lies there, message by message, and the other tabs are told.
+// A question's pictures, `images`, are in it as data URIs. Several tabs may change one: what is written is merged with what lies there, message by message, and the other tabs are told.
 
 const NAME = "bessemer", STORE = "conversations";
 const others = new BroadcastChannel(NAME);
@@ -103,12 +103,23 @@ export function pathTo(conversation, id) {
  *  the next, since templates want the two sides in turn. */
 export function messagesTo(conversation, id) {
   const said = [];
-  for (const { role, content } of pathTo(conversation, id)) {
+  for (const { role, content, images } of pathTo(conversation, id)) {
     if (role === "assistant" && !content.trim()) continue;
-    if (said.at(-1)?.role === role) said.at(-1).content += `\n\n${content}`;
-    else said.push({ role, content });
+    const whole = images?.length ? [...images.map(({ data }) => ({ type: "image_url", image_url: { url: data } })), ...partsOf(content)] : content;
+    if (said.at(-1)?.role !== role) said.push({ role, content: whole });
+    else if (typeof whole === "string" && typeof said.at(-1).content === "string") said.at(-1).content += `\n\n${whole}`;
+    else said.at(-1).content = [...partsOf(said.at(-1).content), ...partsOf("\n\n"), ...partsOf(whole)];
   }
   return conversation.system ? [{ role: "system", content: conversation.system }, ...said] : said;
+}
+
+const partsOf = (content) => (typeof content === "string" ? (content ? [{ type: "text", text: content }] : []) : content);
+
+/** The pictures of the conversation before an answer, as the model read them: without those of turns that no longer fitted. */
+export function imagesBefore(conversation, node) {
+  const asked = pathTo(conversation, node.parent), sent = messagesTo(conversation, node.parent).filter((one) => one.role !== "system").slice(node.left ?? 0);
+  const wanted = sent.flatMap(({ content }) => (typeof content === "string" ? [] : content.filter((part) => part.type === "image_url"))).length;
+  return wanted ? asked.flatMap(({ images }) => images ?? []).slice(-wanted) : [];
 }
 
 /** Messages that answer the same one, oldest first. */
@@ -127,14 +138,15 @@ export function showBranch(conversation, id) {
   conversation.leaf = end;
 }
 
-/** A conversation from a file, or null: what is not one, or has a hole in its tree. */
-export function checked(value) {
+/** A conversation from a file, or null: what is not one, or has a hole in its tree. checkedImages: gives what of a message's pictures
+ *  are pictures. */
+export function checked(value, checkedImages) {
   if (typeof value !== "object" || value === null || value.format !== 1 || typeof value.nodes !== "object" || value.nodes === null) return null;
   const nodes = {};
   for (const node of Object.values(value.nodes)) {
     if (typeof node?.id !== "string" || !["user", "assistant"].includes(node.role) || typeof node.content !== "string") return null;
     if (node.parent !== null && typeof value.nodes[node.parent] !== "object") return null;
-    nodes[node.id] = { ...node, at: Number(node.at) || 0 };
+    nodes[node.id] = { ...node, images: node.role === "user" ? checkedImages(node.images) : undefined, at: Number(node.at) || 0 };
   }
   for (const node of Object.values(nodes)) {
     const seen = new Set();

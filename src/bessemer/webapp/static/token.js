@@ -5,6 +5,7 @@ import { openChange } from "./change.js";
 import { openForward } from "./forward.js";
 import { growth } from "./growth.js";
 import { origins } from "./origins.js";
+import { drawLooked } from "./looked.js";
 import { drawnFrom, leastEntropy, recorded, surprise } from "./sampled.js";
 
 const side = byId("side");
@@ -34,8 +35,9 @@ async function piecesOf(model, ids) {
 }
 const pieceOf = (id) => known.get(open.entry.node.settings.model)?.get(id) ?? "";
 
-/** Show an answer in its tokens; `goOn(node, place, id, beginning)` makes a branch from another one. Pressed again, as it was. */
-export async function openTokens(entry, goOn) {
+/** Show an answer in its tokens; `goOn(node, place, id, beginning)` makes a branch from another one. images: those of its prompt, in
+ *  order. Pressed again, as it was. */
+export async function openTokens(entry, goOn, images = []) {
   const again = open?.entry === entry;
   closeToken();
   if (again) return;
@@ -51,9 +53,9 @@ export async function openTokens(entry, goOn) {
       return button;
     }));
   const strip = make("div", { class: "strip" }, tokens);
-  open = { entry, strip, tokens, places, pieces, goOn, place: 0, head: null, settings: { temperature: 1, top_p: 1, top_k: 0, ...node.settings } };
+  open = { entry, strip, tokens, places, pieces, goOn, images, look: { layer: null, head: null, whole: false, patch: null }, place: 0, head: null, settings: { temperature: 1, top_p: 1, top_k: 0, ...node.settings } };
   if (places.some(Boolean)) strip.append(drawSpark(), make("p", { class: "reading soft" }));
-  if (places.some(Boolean) && isOfRun(node.settings.model)) {
+  if (places.some(Boolean) && isOfRun(node.settings.model) && !images.length) {
     const answer = { model: node.settings.model, before: node.promptIds, ids: node.ids };
     open.growth = growth(answer, (shares) => {
       shares.forEach((share, place) => { if (share !== null) tint(tokens.children[place], share); });
@@ -145,7 +147,7 @@ function choose(place) {
   delete side.dataset.place;
   drawReading(place);
   drawNumbers(null);
-  for (const id of ["token-lens", "token-attention", "token-experts"]) byId(id).classList.add("waiting");
+  for (const id of ["token-pictures", "token-lens", "token-attention", "token-experts"]) byId(id).classList.add("waiting");
   byId("token-lineage").replaceChildren();
   load();
 }
@@ -157,7 +159,7 @@ const load = promptly(60, async () => {
   if (!open) return;
   const { entry, place, settings, head } = open, asked = open, node = entry.node;
   const body = {
-    model: node.settings.model, before: [...node.promptIds, ...node.ids.slice(0, place)], token: node.ids[place], attention: head,
+    ...chosen(), attention: head,
     temperature: settings.temperature, top_p: settings.top_p, top_k: settings.top_k || 0, min_p: settings.min_p || 0,
   };
   try {
@@ -165,6 +167,8 @@ const load = promptly(60, async () => {
     if (open !== asked || open.place !== place) return;
     side.querySelector("#token-failure").replaceChildren();
     drawNumbers(found);
+    if (open.images.length) open.showPatch = await drawLooked(byId("token-pictures"), chosen(), open.images, open.look, () => open !== asked || open.place !== place);
+    if (open !== asked || open.place !== place) return;
     drawLens(found);
     await drawAttention(found);
     drawExperts(found);
@@ -189,21 +193,22 @@ function build() {
   };
   const move = (step, label, sign) => make("button", { class: "quiet", type: "button", "aria-label": label, title: `${label} (arrow keys)`, onclick: () => choose(Math.max(0, Math.min(open.pieces.length - 1, open.place + step))) }, sign);
   // a copy can be looked into of the first model alone
-  const canChange = given.inside && given.made.includes(open.entry.node.settings.model);
+  const canChange = !open.images.length && given.inside && given.made.includes(open.entry.node.settings.model);
   side.replaceChildren(
     make("div", { class: "row" }, make("h2", {}, "This token"), make("span", { class: "space" }), move(-1, "Token before", "‹"), move(1, "Next token", "›"), make("button", { class: "quiet", type: "button", onclick: closeToken, "aria-label": "Close" }, "×")),
     make("p", { id: "token-failure", class: "failure" }), make("div", { id: "token-numbers" }),
     make("div", { class: "row ways" }, make("button", { class: "quiet bordered", type: "button", title: "Its way through the model, step by step", onclick: follow }, "Follow its way"),
       canChange && make("button", { class: "quiet bordered", type: "button", title: "Silence, patch or steer a part of the model, and see how the text goes on", onclick: change }, "Change it and see")),
     make("div", { class: "sliders" }, slider("temperature", "Temperature", 2, 0.05), slider("top_p", "Top p", 1, 0.05), slider("top_k", "Top k", 100, 1)),
-    make("div", { id: "token-alternatives" }), make("div", { id: "token-lens" }), make("div", { id: "token-attention" }), make("div", { id: "token-experts" }), make("div", { id: "token-lineage" }),
+    make("div", { id: "token-alternatives" }), make("div", { id: "token-pictures" }), make("div", { id: "token-lens" }), make("div", { id: "token-attention" }), make("div", { id: "token-experts" }), make("div", { id: "token-lineage" }),
   );
 }
 
 /** The chosen token with the ones before it, as the server is asked of it. */
 function chosen() {
   const { entry: { node }, place } = open;
-  return { model: node.settings.model, before: [...node.promptIds, ...node.ids.slice(0, place)], token: node.ids[place] };
+  const images = open.images.length ? { images: open.images.map((one) => one.data) } : {};
+  return { model: node.settings.model, before: [...node.promptIds, ...node.ids.slice(0, place)], token: node.ids[place], ...images };
 }
 function follow() { openForward(chosen(), open.pieces[open.place], open.settings); }
 async function change() {
@@ -257,11 +262,17 @@ async function drawAttention(found) {
   head.addEventListener("change", look);
   const parts = [make("h3", {}, "Where a head looks"), make("div", { class: "row" }, layer, head, make("button", { class: "quiet", type: "button", onclick: look }, "Look"))];
   if (found.attention) {
-    const { node } = open.entry, pieces = await piecesOf(node.settings.model, [...node.promptIds, ...node.ids.slice(0, open.place)]);
-    const most = Math.max(...found.attention, 1e-9);
-    parts.push(make("p", { class: "looked-at" }, ...pieces.map((piece, place) => {
-      const span = make("span", { title: percent(found.attention[place] ?? 0) }, piece || "∅");
-      span.style.backgroundColor = `color-mix(in oklab, var(--heat) ${Math.round((75 * (found.attention[place] ?? 0)) / most)}%, transparent)`;
+    const { node } = open.entry, ids = found.before ?? [...node.promptIds, ...node.ids.slice(0, open.place)], pieces = await piecesOf(node.settings.model, ids);
+    // the tokens of a square of a picture as one, which is coloured by all of them
+    const units = [];
+    ids.forEach((id, place) => {
+      const last = units.at(-1), weight = found.attention[place] ?? 0, isPatch = id === found.image_token_id;
+      if (isPatch && last?.isPatch) { last.count += 1; last.weight += weight; } else units.push({ place, weight, isPatch, count: 1 });
+    });
+    const most = Math.max(...units.map((one) => one.weight), 1e-9);
+    parts.push(make("p", { class: "looked-at" }, ...units.map(({ place, weight, isPatch, count }) => {
+      const span = isPatch ? make("button", { type: "button", class: "patches", title: `${percent(weight)}: show where they are`, onclick: () => open.showPatch?.(place) }, `${count} patch${count === 1 ? "" : "es"}`) : make("span", { title: percent(weight) }, pieces[place] || "∅");
+      span.style.backgroundColor = `color-mix(in oklab, var(--heat) ${Math.round((COLOUR * weight) / most)}%, transparent)`;
       return span;
     })));
   }

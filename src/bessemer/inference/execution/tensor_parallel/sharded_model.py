@@ -37,7 +37,7 @@ from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.weights import AdapterNumbers
 from bessemer.model.adapters import Adapter
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device
+from bessemer.model.device import choose_device, served_dtype
 from bessemer.model.quantisation.storage import read_settings
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.model_config import CONFIG, read_model_config, refuse_scorer
@@ -287,7 +287,8 @@ class ShardedModel:
             settings = {
                 "folder": str(folder.resolve()),
                 "device": device,
-                "config": config.model_dump(mode="json"),
+                # what is not given hangs on the device, and is found there again
+                "config": config.model_dump(mode="json", exclude_unset=True),
                 "file": str(file),
             }
             workers = WorkerProcesses(config.processes, settings, threads, abort if own.type == "cuda" else None)
@@ -302,7 +303,7 @@ class ShardedModel:
                 # all leave at once
                 held.callback(workers.close_commands)
                 mesh = mesh_of(config.parallel, own)
-                return cls(shard_model(model, mesh, own), mesh, workers, held.pop_all())
+                return cls(shard_model(model, mesh, own, config), mesh, workers, held.pop_all())
 
     def close(self) -> None:
         """End the worker processes, and leave their process group."""
@@ -355,8 +356,8 @@ def mesh_of(config: ParallelInferenceConfig, device: torch.device) -> Mesh:
     return Mesh.here(_axes(config), device.type)
 
 
-def shard_model(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
-    """Keep of a model, in place, the shard that this rank computes, and move it to its device.
+def shard_model(model: Decoder, mesh: Mesh, device: torch.device, config: EngineConfig | None = None) -> Decoder:
+    """Keep of a model, in place, the shard that this rank computes, and move it to its device, in the dtype of the settings.
 
     Of a folder that is mapped into memory, little else has been read.
     """
@@ -371,7 +372,8 @@ def shard_model(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
                 module._parameters[name] = torch.nn.Parameter(parameter.detach().to(device), requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
-    return model
+    dtype = model.dtype if config is None else served_dtype(config.dtype, model.dtype, device)
+    return model if dtype == model.dtype else model.to(dtype)
 
 
 def _axes(config: ParallelInferenceConfig) -> ParallelConfig:

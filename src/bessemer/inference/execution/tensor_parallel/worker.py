@@ -48,7 +48,7 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
         report("ready")
         with joined(device, config.parallel.timeout, seat):
             mesh = mesh_of(config.parallel, device)
-            shard_model(model, mesh, device)
+            shard_model(model, mesh, device, config)
             runner, draft = worker_runners(model, config, mesh)
             run_worker(runner, coming, draft)
     except Exception as error:

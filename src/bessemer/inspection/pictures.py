@@ -1,0 +1,47 @@
+"""Where a picture's tokens lie in it: which part of the picture each token of a prompt comes from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bessemer.model.vision.config import VisionLanguageConfig
+from bessemer.model.vision.preprocessing import Box
+from bessemer.model.vision.prompts import ImageSpan
+
+
+class TilePlace(NamedTuple):
+    """A square that the encoder read, and its tokens, which lie in it row by row.
+
+    row, column: of a tile among those that the picture was cut into; None: the whole picture. box: what its tokens are of, in
+    shares of the picture's width and height. grid: tokens along a side. first: place of its first token in the prompt.
+    """
+
+    row: int | None
+    column: int | None
+    box: Box
+    grid: int
+    first: int
+
+
+def tile_places(span: ImageSpan, config: VisionLanguageConfig) -> list[TilePlace]:
+    """The squares of a picture in a prompt, in the order of their tokens: the tiles row by row, then the whole picture."""
+    prepared, vision = span.prepared, config.vision
+    grid = vision.grid // max(1, config.scale_factor)
+    # the last pixels that fill no patch are not read
+    covered = vision.grid * vision.patch_size / vision.image_size
+    # of LLaVA with the token that stands before the patches
+    before_patches = config.tokens_per_tile - grid**2
+    cuts: list[tuple[int | None, int | None]] = [
+        (row, column) for row in range(prepared.rows) for column in range(prepared.columns)
+    ]
+    places = []
+    for number, (row, column) in enumerate([*cuts, (None, None)]):
+        first = span.places[number * config.tokens_per_tile + before_patches]
+        if row is None or column is None:
+            left, top, right, bottom = prepared.box
+        else:
+            left, right = column / prepared.columns, (column + 1) / prepared.columns
+            top, bottom = row / prepared.rows, (row + 1) / prepared.rows
+        box = (left, top, left + covered * (right - left), top + covered * (bottom - top))
+        places.append(TilePlace(row, column, box, grid, first))
+    return places
