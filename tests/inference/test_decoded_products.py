@@ -14,11 +14,14 @@ from bessemer.model import cpu_kernels as build
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels import packed_matmuls as choice
 from bessemer.model.quantisation import schemes
+from bessemer.model.quantisation.blocks import BLOCK_FORMS, GgufBlocks
 from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.fp4 import Nvfp4
 from bessemer.model.quantisation.fp8 import Fp8
 from bessemer.model.quantisation.nf4 import NF4
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantisation.quantised_decoder import (
+    decoded_bytes,
     decoded_products,
     dequantised,
     product,
@@ -26,6 +29,7 @@ from bessemer.model.quantisation.quantised_decoder import (
     replace_with_quantised_modules,
 )
 from bessemer.model.quantisation.quantised_layers import quantised_parts
+from bessemer.model.quantisation.schemes import Int4, Int8
 from bessemer.model.storage.folder import save_model
 from tests.inference.models import ARCHITECTURES, BASE, small_tokenizer
 from tests.inference.steps import Steps, by_modules
@@ -96,6 +100,7 @@ def measured():
 def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_them(folder, measured, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")
+        patch.setattr(build.prebuilt, "installed", lambda: None)
         build._outcome.cache_clear()
         runner = runner_of(folder, kv_memory=0.01)
         assert runner.backend.linear.matmuls.products
@@ -104,6 +109,39 @@ def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_the
         assert not runner_of(folder, kv_memory=0.01).backend.linear.matmuls.products
         assert "slow: every product reads weights out of their codes" in capsys.readouterr().err
     build._outcome.cache_clear()
+
+
+@pytest.fixture
+def no_kernels(measured, monkeypatch):
+    """No compiled kernels on this machine."""
+    with monkeypatch.context() as patch:
+        patch.setenv(build.ARITHMETIC_VARIABLE, "none")
+        build._outcome.cache_clear()
+        yield
+    build._outcome.cache_clear()
+
+
+def test_where_memory_holds_half_precision_alone_weights_are_read_out_to_it(folder, no_kernels, monkeypatch):
+    monkeypatch.setattr(linear, "faster_dtype", lambda: torch.float32)
+    wide = decoded_bytes(quantised_model(), torch.float32)
+    monkeypatch.setattr(linear, "_holds", lambda model, needed: needed < wide)
+    assert runner_of(folder, kv_memory=0.01).backend.linear.dtype == torch.float16
+
+
+#: Of each way to keep codes, one.
+ONCE = {"int8": lambda: Int8(32), "int4": lambda: Int4(32), "fp8": lambda: Fp8(16), "nf4": NF4, "nvfp4": Nvfp4}
+
+
+@pytest.mark.parametrize("kind", [*ONCE, "Q4_K", "Q6_K", "IQ4_NL", "MXFP4"])
+def test_without_kernels_no_product_reads_weights_out_of_their_codes(kind, no_kernels, tmp_path, monkeypatch):
+    small_tokenizer(tmp_path)
+    model = blocks_model(kind) if kind in BLOCK_FORMS else coded_model(ONCE[kind]())
+    save_model(model, tmp_path / "model", tokenizer=tmp_path / "tokenizer")
+    engine = Engine(tmp_path / "model", device="cpu", config=EngineConfig(threads=1, kv_memory=0.01))
+    assert library() is None and "quantised weights read out of their codes once" in engine.arithmetic
+    count = decodings(engine.model, monkeypatch)
+    engine.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=3))
+    assert not count
 
 
 def test_kernels_of_plain_cpp_are_left_where_pytorch_is_faster(folder, measured, monkeypatch):
@@ -120,6 +158,13 @@ def test_kernels_of_plain_cpp_are_left_where_pytorch_is_faster(folder, measured,
     monkeypatch.undo()
     choice.faster_dtype.cache_clear()
     assert "read out of their codes once (float32, " in runner_of(folder, cpu_kernels="off").arithmetic
+
+
+def blocks_model(kind):
+    """A model with blocks of a GGUF file, all zero, as wide as the blocks of K types."""
+    decoder = random_decoder(BASE.with_changes(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1), 0)
+    names = [name for name, _ in quantisable(decoder)]
+    return replace_with_quantised_modules(decoder, dict.fromkeys(names, GgufBlocks(kind)))
 
 
 def coded_model(scheme):

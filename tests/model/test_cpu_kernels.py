@@ -375,7 +375,8 @@ def test_another_processor_has_a_library_of_its_own(monkeypatch, fresh):
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """No library is known, and none was ever compiled."""
+    """No library is known, none was ever compiled, and none is installed."""
+    monkeypatch.setattr(builds.prebuilt, "installed", lambda: None)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     builds._outcome.cache_clear()
     yield

@@ -12,10 +12,12 @@ import pytest
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
 from bessemer.core.progress import PlainLines
 from bessemer.retrieval import index as indexes
+from bessemer.retrieval import store as stores
 from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import NAMES_WEIGHT, WORDS_WEIGHT, fused, search
-from bessemer.retrieval.store import Filter, Found, Passage, searched_words
+from bessemer.retrieval.store import Filter, Found, Passage
+from bessemer.retrieval.terms import searched_words
 
 pytest.importorskip("lancedb")
 
@@ -104,6 +106,19 @@ def test_what_a_principal_may_not_see_is_not_found(made):
 def test_a_filter_leaves_the_order_of_the_others(made):
     assert set(places(search(made, "iron car json", 9, where=Filter(sources=["python"])))) == {"json.py#json.loads"}
     assert set(places(search(made, "iron car json", 9, where=Filter(documents=["metal.md", "car*"])))) == {"metal.md", "car.md"}
+
+
+def test_cosines_of_an_approximate_index_are_those_of_whole_vectors(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "APPROXIMATE_ABOVE", 100)
+    embedder = BagEmbedder()
+    texts = [f"word{number} and word{number % 7} of text{number % 11}" for number in range(300)]
+    build_index([IndexedDocument(text, text) for text in texts], tmp_path / "i", embedder=embedder)
+    made = open_index(tmp_path / "i", embedder)
+    assert [index.index_type for index in made.store._table.list_indices()] == ["IvfPq"]
+    (vector,) = embedder.embed(["word3 and text5"], "query")
+    found = made.store.by_meaning(vector, 20)
+    exact = [float(vector @ embedder.embed([one.passage.shown], "document")[0]) for one in found]
+    assert [one.scores["meaning"] for one in found] == pytest.approx(exact, abs=1e-5) and exact[0] > 0.7
 
 
 def test_passages_are_embedded_some_at_a_time_with_a_sign_after_each_and_find_the_same(made, tmp_path, monkeypatch):

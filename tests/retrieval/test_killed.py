@@ -24,7 +24,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 from lancedb.table import LanceTable
 from bessemer.cli.main import main
-from bessemer.retrieval import index, store
+from bessemer.retrieval import index, store, word_index
 
 moment, count = int(sys.argv[1]), 0
 
@@ -45,6 +45,9 @@ def watched(owner, name):
 
 index._CHARACTERS_AT_ONCE = 30
 watched(index, "write_json")
+watched(word_index, "write_json")
+watched(word_index.np, "save")
+watched(store, "build_word_index")
 for name in ("add", "delete", "optimize", "create_index"):
     watched(LanceTable, name)
 for name in ("__init__", "copy", "remove"):
@@ -131,5 +134,5 @@ def test_a_kill_at_any_moment_leaves_a_whole_index(tmp_path, capsys, kind):
         seen.add(left == whole["after"])
         code, _, _ = run(capsys, "index", str(docs), str(out), "--embedder", "none")
         assert code == 0 and state_of(out) == whole["after"], moment
-        assert {path.name for path in out.iterdir()} <= {"index.json", "versions", "cache", "roots.json"}, moment
+        assert {path.name for path in out.iterdir()} <= {"index.json", "versions", "cache", "roots.json", "access.json"}, moment
     assert seen == {False, True}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bessemer.core.errors import BessemerError
+from bessemer.inference.config import EngineConfig
 from bessemer.inference.request import Chunk, Completion
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.tokenization.chat import Segment
@@ -115,6 +116,7 @@ class FakeEngine:
         self.stopped = threading.Event()
         self.failure: BessemerError | None = None
         self.context_shift = None
+        self.config = EngineConfig()
         self.pictures = None
         self.steps = 0
         self._under_way: list[FakeAnswer] = []

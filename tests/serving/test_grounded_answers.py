@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from bessemer.core.errors import ArtefactError
+from bessemer.inference.config import EngineConfig
 from bessemer.retrieval.answer import NOT_HELD, citing, prompt_of
 from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.index import IndexedDocument, build_index, open_index
@@ -158,6 +159,34 @@ def test_a_caller_is_answered_from_documents_of_their_groups_alone(start, tokeni
     assert [source["filename"] for source in answers["ann"]["retrieval"]["sources"]] == ["wages.md"]
     assert answers["bob"]["retrieval"]["sources"] == [] and "paid in iron" not in engine.prompts[1]
     assert "wages" not in str(answers["bob"])
+
+
+def test_a_chat_longer_than_the_context_is_answered_from_its_own_passages(start, tokenizer):
+    engine = ScriptedEngine(tokenizer, "Four weeks.", context_length=2000)
+    url = start(engine) + "/v1/chat/completions"
+    document = "\n\n".join(f"# Rule {number}\n\n{f'Of matter{number} this is said. ' * 20}" for number in range(60))
+    asked = {
+        "model": "tiny",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"{document}\n\nWhat of matter42?"},
+        ],
+        "max_tokens": 20,
+    }
+    refused = httpx.post(url, json=asked)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+    engine.config = EngineConfig(context_overflow="retrieve")
+    answer = httpx.post(url, json=asked)
+    assert answer.json()["choices"][0]["message"]["content"] == "Four weeks."
+    (prompt,) = engine.prompts
+    assert "Be brief." in prompt and "# Rule 42\n\nOf matter42 this" in prompt and "What of matter42?" in prompt
+    # a header says how much is left out
+    tokens, whole = answer.json()["usage"]["prompt_tokens"], tokenizer.apply_chat_template(asked["messages"], True)
+    assert tokens <= 1980 and int(answer.headers["x-dropped-tokens"]) == len(whole) - tokens
+    # instructions that are too long are no document
+    asked["messages"] = [{"role": "system", "content": document}, {"role": "user", "content": "What of matter42?"}]
+    refused = httpx.post(url, json=asked)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,17 @@ def _tools() -> Iterator[_Line]:
         else (
             "? ",
             "compiler",
-            "none: training runs eagerly, about a third slower, and models answer without compiled kernels (install g++)",
+            "none: training runs eagerly, about a third slower (install g++)",
         )
     )
+    try:
+        from bessemer.model.cpu_kernels import expected_origin
+    except ImportError:
+        # without PyTorch
+        pass
+    else:
+        are_there, words = expected_origin()
+        yield "ok" if are_there else "? ", "CPU kernels", words
     if _index_answers():
         yield "ok", "package index", "answers"
     else:

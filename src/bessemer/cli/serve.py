@@ -164,7 +164,11 @@ def serve(
         str | None, _memory(help="Type of the KV cache: auto, float32, bfloat16, float16, int8 or int4.")
     ] = None,
     context_overflow: Annotated[
-        str | None, _memory(help="A text longer than the context: refuse (default), or shift, which leaves out its middle.")
+        str | None,
+        _memory(
+            help="A text longer than the context: refuse (default); shift, which leaves out its middle; or retrieve, which "
+            "keeps of a chat's longest texts the passages that fit the question."
+        ),
     ] = None,
     context_keep: Annotated[int | None, _memory(help="First tokens that a shift keeps (default 256).")] = None,
     max_num_seqs: Annotated[int | None, _memory(help="Sequences computed at once.")] = None,
@@ -364,6 +368,8 @@ def serve(
     with loading, setup.open_engine() as opened:
         print(opened.describe())
         print(opened.arithmetic)
+        if opened.kernels_origin is not None:
+            print(opened.kernels_origin)
         if policy is not None:
             print(f"policy {guard.policy.name}, {guard.policy.hash[:8]}: {', '.join(name for name, _ in guard.rails)}")
         for its_name, place in config.indexes.items():

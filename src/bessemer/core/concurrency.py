@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -51,8 +51,8 @@ def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 class DeferredInterrupts:
     """While entered, notes a first Ctrl-C or SIGTERM in `received` and lets the step finish; a second one acts at once.
 
-    `deliver` passes a noted signal to the previous handler. Does nothing outside the main thread, where Python does not allow
-    signal handlers.
+    `deliver` passes a noted signal to the previous handler. A signal that is ignored, as SIGINT by what a script runs in the
+    background, stays so. Does nothing outside the main thread, where Python does not allow signal handlers.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,8 @@ class DeferredInterrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def renew(self) -> None:
@@ -72,10 +73,12 @@ class DeferredInterrupts:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
 
-    def deliver(self) -> None:
+    def deliver(self) -> NoReturn:
         """Raise the noted signal again: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM or no signal."""
         self._restore()
         signal.raise_signal(self.received or signal.SIGTERM)
+        # a handler may return, and what called this has stopped
+        raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

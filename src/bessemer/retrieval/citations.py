@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from bessemer.retrieval.chunks import Span, sentences
 from bessemer.retrieval.search import Hit
-from bessemer.retrieval.store import PLAIN_WORDS, Passage
+from bessemer.retrieval.store import Passage
+from bessemer.retrieval.terms import PLAIN_WORDS
 
 #: Share of a sentence's content words that its sources must have.
 SUPPORT = 0.5

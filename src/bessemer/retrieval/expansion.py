@@ -26,7 +26,8 @@ import pyarrow as pa
 from bessemer.core.hashing import hash_value
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.retrieval.store import EVERYTHING, Filter, Found, LanceStore, Passage, searched_words
+from bessemer.retrieval.store import EVERYTHING, Filter, Found, LanceStore, Passage
+from bessemer.retrieval.terms import searched_words
 
 _TASK = (
     "You know the documentation by heart. Name the headings of the documentation that answer the question, the best first, at "

@@ -107,6 +107,8 @@ def open_index(
     values = _read(folder)
     config = IndexConfig.parse(values["config"], str(folder / INDEX))
     store = LanceStore(folder / _VERSIONS / str(values["version"]))
+    # a damaged one is said now, not at the first search
+    _ = store.words
     if config.embedder != "none":
         embedder = embedder or open_embedder(config.embedder)
         if embedder.identity != values["embedder"]:
@@ -208,7 +210,7 @@ class _Build:
         if not expected:
             raise ConfigError("there is no document with text to index")
         deleted = len(known.keys() - expected.keys())
-        if old is not None and not (counts["added"] or counts["changed"] or deleted):
+        if old is not None and old.has_words and not (counts["added"] or counts["changed"] or deleted):
             shutil.rmtree(place)
             _marker(place).unlink()
         else:

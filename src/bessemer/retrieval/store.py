@@ -1,4 +1,4 @@
-"""The passages of an index in LanceDB: rows, a full-text index (BM25), and vectors.
+"""The passages of an index: rows and vectors in LanceDB, and an index of their words (BM25, `word_index.py`) beside them.
 
 A store is built once and then only read. An update builds another one (`index.py`), so readers never see an incomplete one, and
 the statistics of words are never out of date. Scores of BM25 order the hits of one query; they do not compare between queries.
@@ -6,10 +6,10 @@ the statistics of words are never out of date. Scores of BM25 order the hits of 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,23 +19,19 @@ import pyarrow as pa
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.retrieval.chunks import Box
+from bessemer.retrieval.word_index import WordIndex, build_word_index
 
 _TABLE = "passages"
 #: Rows above which vectors are searched through an approximate index; below, all are compared.
 APPROXIMATE_ABOVE = 100_000
+#: So many times the wanted hits of an approximate index are compared by their whole vectors. Its own distances are of codes.
+_REFINED = 4
 #: Rows of a batch that is written or read.
 ROWS_AT_ONCE = 4096
-#: English stop words: a question is searched for without them.
-PLAIN_WORDS = frozenset(
-    """a an the of in on at to for by with from as and or but nor not no is are was were be been being it its this that these
-    those which who whom what when where how why do does did can could may might will would shall should must have has had you
-    your i we they he she them his her our their there here then than so if into out up down over under about such also only
-    very
-    """.split()  # noqa: SIM905
-)
-_WORD = re.compile(r"[^\W_]+", re.UNICODE)
-#: Where a capital begins a part of a name: parseInt, HTTPServer.
-_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+#: Folder of the index of words, beside the rows.
+_WORDS = "words"
+#: Filters whose rows are remembered.
+_FILTERS = 16
 
 
 @dataclass(frozen=True)
@@ -103,13 +99,6 @@ class PassageStore(Protocol):
     def of_document(self, document: str, numbers: Sequence[int]) -> list[Passage]: ...
 
 
-def searched_words(text: str) -> str:
-    """The words of a text for the full-text index. Names such as `json.loads` and `parseInt` are followed by their parts."""
-    words = _WORD.findall(text)
-    parts = [part for word in words if len(pieces := _CAMEL.split(word)) > 1 for part in pieces]
-    return " ".join([*words, *parts])
-
-
 def _lancedb() -> Any:
     try:
         import lancedb
@@ -133,29 +122,50 @@ class LanceStore:
         if missing := [name for name in _COLUMNS if name not in names and name not in _LATER_COLUMNS]:
             raise ArtefactError(f"{folder}: the passages of this index have no {missing[0]}; index the documents again")
         self._columns = [name for name in _COLUMNS if name in names]
+        self._allowed: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._table.count_rows())
 
+    @property
+    def has_words(self) -> bool:
+        """Whether there is an index of words; versions until December 2026 made none."""
+        return (self._folder / _WORDS).exists()
+
+    @cached_property
+    def words(self) -> WordIndex:
+        """The index of words. Raises ArtefactError where it is missing or of other passages."""
+        words = WordIndex(self._folder / _WORDS)
+        if words.size != len(self):
+            raise ArtefactError(f"{self._folder}: its words are those of other passages; index the documents again")
+        return words
+
     def by_words(self, query: str, count: int, where: Filter = EVERYTHING) -> list[Found]:
         """The passages with the words of a query, the best by BM25 first."""
-        words = searched_words(query)
-        words = " ".join(word for word in words.split() if word.lower() not in PLAIN_WORDS) or words
-        if not words:
-            return []
-        search = self._table.search(words, query_type="fts", fts_columns="words")
+        rows, scores = self.rank_words(query, count, where)
+        passages = self._passages_at(rows)
         return [
-            Found(_passage(row), {"words": rank}, {"words": row["_score"]})
-            for rank, row in enumerate(self._rows(search, count, where, "_score"), start=1)
+            Found(passages[row], {"words": rank}, {"words": score})
+            for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), start=1)
         ]
+
+    def rank_words(self, query: str, count: int, where: Filter = EVERYTHING) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of rows with the words of a query, and their scores by BM25, the best first."""
+        return self.words.rank(query, count, self._rows_within(where))
 
     def by_meaning(self, vector_D: np.ndarray, count: int, where: Filter = EVERYTHING) -> list[Found]:
         """The passages whose vectors are nearest to one, by their cosine."""
         search = self._table.search(vector_D.astype(np.float32), vector_column_name="vector").distance_type("cosine")
+        if self._is_approximate:
+            search = search.refine_factor(_REFINED)
         return [
             Found(_passage(row), {"meaning": rank}, {"meaning": 1 - row["_distance"]})
             for rank, row in enumerate(self._rows(search, count, where, "_distance"), start=1)
         ]
+
+    @cached_property
+    def _is_approximate(self) -> bool:
+        return any(index.columns == ["vector"] for index in self._table.list_indices())
 
     def of_document(self, document: str, numbers: Sequence[int]) -> list[Passage]:
         """Passages of a document by their numbers, in order."""
@@ -175,6 +185,34 @@ class LanceStore:
         """All passages, in the order of their rows."""
         for batch in self.batches(_COLUMNS):
             yield from map(_passage, batch.to_pylist())
+
+    def _passages_at(self, rows: np.ndarray) -> dict[int, Passage]:
+        """The passages of some rows, by their numbers."""
+        if not len(rows):
+            return {}
+        places = np.sort(rows).tolist()
+        found = self._table.take_offsets(places).select(self._columns).to_list()
+        return dict(zip(places, map(_passage, found), strict=True))
+
+    def _rows_within(self, where: Filter) -> np.ndarray | None:
+        """(N,) bool: the rows that a filter leaves; None: all."""
+        condition = _condition(where)
+        if not condition:
+            return None
+        allowed = self._allowed.get(condition)
+        if allowed is None:
+            found = self._table.search().where(condition).select([]).with_row_id(True).to_arrow()["_rowid"].to_numpy()
+            allowed = np.isin(self._row_ids, found)
+            if len(self._allowed) >= _FILTERS:
+                self._allowed.clear()
+            self._allowed[condition] = allowed
+        return allowed
+
+    @cached_property
+    def _row_ids(self) -> np.ndarray:
+        """LanceDB's identity of each row, in the order in which rows are read."""
+        ids: np.ndarray = self._table.search().select([]).with_row_id(True).to_arrow()["_rowid"].to_numpy()
+        return ids
 
     def _rows(self, search: Any, count: int, where: Filter, score: str) -> list[dict[str, Any]]:
         condition = _condition(where)
@@ -231,7 +269,6 @@ def schema(width: int | None) -> pa.Schema:
         ("table_header", pa.string()),
         ("page", pa.int32()),
         ("box", pa.list_(pa.float32())),
-        ("words", pa.string()),
         ("content", pa.string()),
     ]
     if width is not None:
@@ -245,6 +282,7 @@ class StoreWriter:
     def __init__(self, folder: Path, width: int | None) -> None:
         self._schema = schema(width)
         self._width = width
+        self._folder = folder
         database = _lancedb().connect(str(folder))
         begun = _TABLE in database.list_tables().tables
         self._table = database.open_table(_TABLE) if begun else database.create_table(_TABLE, schema=self._schema)
@@ -267,7 +305,6 @@ class StoreWriter:
     def add(self, passages: Sequence[Passage], content: Sequence[str], vectors_ND: np.ndarray | None) -> None:
         """Write whole documents. content: of each passage, the hash of its document."""
         columns: dict[str, Any] = {name: [getattr(one, name) for one in passages] for name in _COLUMNS}
-        columns["words"] = [searched_words(one.shown) for one in passages]
         columns["content"] = list(content)
         if vectors_ND is not None:
             flat = pa.array(vectors_ND.astype(np.float32).reshape(-1))
@@ -286,16 +323,22 @@ class StoreWriter:
 
     def finish(self, expected: Mapping[str, int]) -> None:
         """Build the indexes. expected: the passages of each document. Raises ArtefactError where the stored rows
-        differ, or an index does not cover them."""
-        from lancedb.index import FTS, IvfPq
+        differ, or an index does not cover them; StorageError where the disk is full."""
+        from lancedb.index import IvfPq
 
         self._table.optimize()
-        found = Counter(name for batch in self.batches(["document"]) for name in batch["document"].to_pylist())
+        found: Counter[str] = Counter()
+
+        def texts() -> Iterator[list[str]]:
+            for batch in self.batches(_COLUMNS):
+                passages = [_passage(row) for row in batch.to_pylist()]
+                found.update(passage.document for passage in passages)
+                yield [passage.shown for passage in passages]
+
+        build_word_index(texts(), self._folder / _WORDS)
         if found != Counter(expected):
             wrong = sorted(name for name in found.keys() | expected.keys() if found[name] != expected.get(name, 0))
             raise ArtefactError(f"{wrong[0]}: its passages were not stored whole; build the index again")
-        words = FTS(base_tokenizer="icu", stem=True, remove_stop_words=False, ascii_folding=True, max_token_length=80)
-        self._table.create_index("words", config=words, replace=True)
         if self._width is not None and found.total() > APPROXIMATE_ABOVE:
             self._table.create_index("vector", config=IvfPq(distance_type="cosine"), replace=True)
         for index in self._table.list_indices():

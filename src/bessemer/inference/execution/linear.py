@@ -143,9 +143,11 @@ def free_bytes(device: torch.device) -> int:
 
 def decoded_dtype(model: Decoder) -> torch.dtype | None:
     """The type to which the weights of a quantised model on a processor are dequantised once: where no kernels multiply by
-    them, or would take longer, and memory holds them. None where they are not."""
-    dtype = faster_dtype() if is_quantised(model) else None
-    return None if dtype is None or not _holds(model, decoded_bytes(model, dtype)) else dtype
+    them, or would take longer: the faster type, or float16 where memory holds no other. None where they are not."""
+    fastest = faster_dtype() if is_quantised(model) else None
+    if fastest is None:
+        return None
+    return next((dtype for dtype in (fastest, torch.float16) if _holds(model, decoded_bytes(model, dtype))), None)
 
 
 def _holds(model: Decoder, needed: int) -> bool:

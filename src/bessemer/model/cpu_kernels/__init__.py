@@ -1,8 +1,8 @@
 """Compiled CPU kernels in C++: packed matmuls, paged attention, whole decode steps.
 
-The C++ of this folder is built on first use, into one library with a plain C interface. The library is kept in PyTorch's folder
-for extensions under a hash of the sources, the compiler, its options and the processor's features: what was built from other
-sources or for another processor is never loaded.
+The C++ of this folder is one library with a plain C interface. An installed `bessemer-kernels` has it compiled
+(`prebuilt.py`); else it is built on first use, and kept in PyTorch's folder for extensions under a hash of the sources, the
+compiler, its options and the processor's features. What was built from other sources or for another processor is never loaded.
 
 operators.cpp registers the kernels as PyTorch operators from C++, so that a call costs about as much as one of PyTorch's own.
 None has a derivative: products and attention serve, and `cross_entropy_` computes the gradient itself.
@@ -21,6 +21,7 @@ import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -29,6 +30,7 @@ from torch import Tensor
 from bessemer.core.environment import can_write_below, own_temporary_folder
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import PlainLines, Progress
+from bessemer.model.cpu_kernels import prebuilt
 
 # Shapes: M rows, N outputs, K inputs, H query heads, V channels of a value.
 
@@ -123,9 +125,7 @@ def compute_by(kernels: ctypes.CDLL) -> None:
 
 
 _FOLDER = Path(__file__).parent
-#: -ffp-contract=off: a multiplication and an addition are fused only where the source says so. No -ffast-math: the
-#: order of a sum is a promise.
-_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread")
+_OPTIONS = (*prebuilt.OPTIONS, "-march=native", "-pthread")
 #: Further compiler flags of each arithmetic: instructions that a processor has besides are not used.
 _ARITHMETICS = {
     "native": (),
@@ -144,14 +144,20 @@ class KernelsError(Exception):
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be built, and `unavailable()` says why. The first call on a machine compiles
-    for about ten seconds and says so on stderr."""
-    return _outcome()[0]
+    """The compiled kernels: those of an installed `bessemer-kernels` that fits, or else built here. None where neither can be,
+    and `unavailable()` says why. The first build on a machine takes about ten seconds and says so on stderr."""
+    return _outcome().kernels
 
 
 def unavailable() -> str | None:
     """Why `library()` is None, in one line; None when it is not."""
-    return _outcome()[1]
+    return _outcome().reason
+
+
+def origin() -> str:
+    """Where the kernels are from, in one line: an installed distribution, a compiler here, or why there are none and what
+    would help."""
+    return _outcome().origin
 
 
 def raise_failure(line: bytes | None) -> None:
@@ -161,23 +167,71 @@ def raise_failure(line: bytes | None) -> None:
 
 
 def arithmetic() -> str:
-    """What multiplies quantised weights on this processor: `avx512`, `avx2`, `portable` (plain C++), or `modules` where there
-    are no kernels."""
+    """What multiplies quantised weights on this processor: `avx512`, `avx_vnni`, `avx2`, `neon_i8mm`, `neon_dotprod`, `neon`,
+    `portable` (plain C++), or `modules` where there are no kernels."""
     kernels = library()
     return "modules" if kernels is None else kernels.bessemer_arithmetic().decode()
 
 
+class _Outcome(NamedTuple):
+    """The kernels or the reason why there are none, and where they are from."""
+
+    kernels: ctypes.CDLL | None
+    reason: str | None
+    origin: str
+
+
 @cache
-def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
+def _outcome() -> _Outcome:
     arithmetic_name = os.environ.get(ARITHMETIC_VARIABLE, "native")
     if arithmetic_name == "none":
-        return None, f"{ARITHMETIC_VARIABLE} asks for none"
+        reason = f"{ARITHMETIC_VARIABLE} asks for none"
+        return _Outcome(None, reason, f"no compiled kernels: {reason}")
+    not_used = ""
+    try:
+        if (found := prebuilt.installed()) is not None:
+            tier, path = prebuilt.choose(found, _FOLDER, arithmetic_name, prebuilt.features())
+            kernels = load_prebuilt(path)
+            compute_by(kernels)
+            return _Outcome(kernels, None, f"kernels of the installed {found}, for {tier.name}")
+    except prebuilt.PrebuiltError as error:
+        not_used = f"; {error}"
     try:
         kernels = build(arithmetic=arithmetic_name, progress=PlainLines())
-        compute_by(kernels)
-        return kernels, None
     except KernelsError as error:
-        return None, str(error)
+        return _Outcome(None, f"{error}{not_used}", f"no compiled kernels, PyTorch computes: {error}{not_used}{_remedy()}")
+    compute_by(kernels)
+    return _Outcome(kernels, None, f"kernels compiled on this machine{not_used}")
+
+
+def _remedy() -> str:
+    command = prebuilt.advice()
+    return "" if command is None else f"; {prebuilt.DISTRIBUTION} needs no compiler: {command}"
+
+
+def expected_origin() -> tuple[bool, str]:
+    """Whether there will be kernels, and where they will be from, as `origin` says it; nothing is loaded or compiled."""
+    not_used = ""
+    try:
+        if (found := prebuilt.installed()) is not None:
+            tier, _ = prebuilt.choose(found, _FOLDER, "native", prebuilt.features())
+            return True, f"of the installed {found}, for {tier.name}"
+    except prebuilt.PrebuiltError as error:
+        not_used = f"; {error}"
+    try:
+        _check_platform()
+        _compiler()
+    except KernelsError as error:
+        return False, f"none, PyTorch computes: {error}{not_used}{_remedy()}"
+    return True, f"compiled on this machine at the first use{not_used}"
+
+
+def load_prebuilt(path: Path) -> ctypes.CDLL:
+    """A library of an installed distribution. Raises PrebuiltError for one that cannot be loaded."""
+    try:
+        return _declare(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        raise prebuilt.PrebuiltError(f"the installed {path.name} cannot be loaded: {error}") from error
 
 
 def build(*, arithmetic: str = "native", progress: Progress | None = None) -> ctypes.CDLL:
@@ -186,14 +240,13 @@ def build(*, arithmetic: str = "native", progress: Progress | None = None) -> ct
     arithmetic: `native`, the best of this processor; `avx2`, or `portable`, plain C++ without instructions of one kind of
     processor. All give the same bits. Two processes that need it at once compile it once. Raises KernelsError.
     """
-    if platform.machine().lower() not in _MACHINES or sys.platform == "win32":
-        raise KernelsError(f"the kernels are for 64-bit x86 and ARM on Linux and macOS, not {platform.machine()}")
+    _check_platform()
     if arithmetic not in _ARITHMETICS:
         raise KernelsError(
             f"{ARITHMETIC_VARIABLE} is {arithmetic!r}: no kernels of that name; known: {', '.join(_ARITHMETICS)}"
         )
     options = [*_OPTIONS, *_ARITHMETICS[arithmetic]]
-    sources = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+    sources = prebuilt.sources(_FOLDER)
     name = "bessemer_kernels_" + hash_value(
         [[path.name, path.read_text(encoding="utf-8")] for path in sources] + [options, _compiler(), _processor_features()],
         bits=64,
@@ -211,6 +264,14 @@ def build(*, arithmetic: str = "native", progress: Progress | None = None) -> ct
         return _declare(ctypes.CDLL(str(finished)))
     except OSError as error:
         raise KernelsError(f"the compiled kernels cannot be kept or loaded: {error}") from error
+
+
+def _check_platform() -> None:
+    """Raise KernelsError where the sources are not compiled."""
+    if platform.machine().lower() not in _MACHINES or sys.platform == "win32":
+        raise KernelsError(
+            f"kernels are compiled on 64-bit x86 and ARM with Linux or macOS, not on {platform.machine()} {platform.system()}"
+        )
 
 
 def _compile(name: str, sources: list[str], options: list[str], folder: Path, finished: Path) -> None:
@@ -301,7 +362,15 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     return kernels
 
 
-_NAMES = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "portable": "portable C++"}
+_NAMES = {
+    "avx512": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    "neon_i8mm": "NEON with i8mm",
+    "neon_dotprod": "NEON with dotprod",
+    "neon": "NEON",
+    "portable": "portable C++",
+}
 
 
 def kernels_arithmetic() -> str:

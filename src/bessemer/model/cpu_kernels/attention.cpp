@@ -59,7 +59,9 @@ inline void in_groups(int64_t lines, Work&& work) {
     int64_t line = 0;
     for (; line + most <= lines; line += most) work(std::integral_constant<int, most>(), line);
     switch (lines - line) {
-        case 3: work(std::integral_constant<int, 3>(), line); break;
+        case 3:
+            if constexpr (most > 2) work(std::integral_constant<int, 3>(), line);
+            break;
         case 2: work(std::integral_constant<int, 2>(), line); break;
         case 1: work(std::integral_constant<int, 1>(), line); break;
         default: break;
@@ -122,7 +124,7 @@ private:
         if (few_) {
             int64_t rows[LANES];
             for (int64_t key = 0; key < LANES; ++key) rows[key] = slots_.rows[std::min(std::max(tile + key, from), to - 1)];
-            in_groups<3>(task_.lines, [&](auto lines, int64_t line) {
+            in_groups<LINES_OF_PAGES>(task_.lines, [&](auto lines, int64_t line) {
                 Floats found[lines.value];
                 few_products<type, lines.value>(task_, rows, line, found);
                 for (int l = 0; l < lines.value; ++l) keep(line + l, tile, found[l]);
@@ -225,7 +227,7 @@ void join(const Sums& all, const Sums& part, int64_t lines) {
         const float before = first_of(exponential(broadcast(all.largest[line] - largest)));
         const float now = first_of(exponential(broadcast(part.largest[line] - largest)));
         all.largest[line] = largest;
-        all.total[line] = std::fma(all.total[line], before, part.total[line] * now);
+        all.total[line] = fused(all.total[line], before, part.total[line] * now);
         for (int64_t channel = 0; channel < all.width; channel += LANES) {
             float* place = all.line(line) + channel;
             store_floats(place, fma(load_floats(place), broadcast(before), load_floats(part.line(line) + channel) * broadcast(now)));

@@ -9,7 +9,16 @@
 namespace bessemer {
 
 constexpr int64_t SEGMENT = 256;  // keys with a softmax of their own
-constexpr int64_t CHUNK = 64;     // channels whose sums stay in registers, of 4 lines
+// What stays in registers: sums over so many channels of some lines, and of so many lines that read the pages themselves.
+#ifdef BESSEMER_NEON
+template <int lines>
+constexpr int64_t CHUNK = lines == 1 ? 64 : lines == 2 ? 32 : 16;
+constexpr int LINES_OF_PAGES = 2;
+#else
+template <int lines>
+constexpr int64_t CHUNK = 64;
+constexpr int LINES_OF_PAGES = 3;
+#endif
 
 // What every segment of a tile needs. The 16 keys and values of one tile lie as [channels / 16][16 keys][16 channels], so that
 // every place in them is a constant away from the first.
@@ -120,12 +129,24 @@ inline void widen(const void* pages, int64_t offset, int64_t width, float* out) 
 inline Floats products(const float* query, const float* keys, int64_t width) {
     Floats sums[LANES];
     const Floats first = load_floats(query);
+#ifdef BESSEMER_NEON
+    UNROLLED for (int four = 0; four < LANES; four += 4) {  // keys, whose sums fill half of the registers
+        const float* place = keys + four * LANES;
+        UNROLLED for (int key = 0; key < 4; ++key) sums[four + key] = first * load_floats(place + key * LANES);
+        for (int64_t channel = LANES; channel < width; channel += LANES) {
+            const Floats some = load_floats(query + channel);
+            place += LANES * LANES;
+            UNROLLED for (int key = 0; key < 4; ++key) sums[four + key] = fma(some, load_floats(place + key * LANES), sums[four + key]);
+        }
+    }
+#else
     for (int key = 0; key < LANES; ++key) sums[key] = first * load_floats(keys + key * LANES);
     for (int64_t channel = LANES; channel < width; channel += LANES) {
         const Floats some = load_floats(query + channel);
         keys += LANES * LANES;
         for (int key = 0; key < LANES; ++key) sums[key] = fma(some, load_floats(keys + key * LANES), sums[key]);
     }
+#endif
     return sums_of_sixteen(sums);
 }
 
@@ -133,26 +154,26 @@ inline Floats products(const float* query, const float* keys, int64_t width) {
 template <int lines, int size>
 inline void add_values(const float* weights, const float* values, int64_t first, int64_t last, float* weighted, int64_t width) {
     Floats sums[lines][size];
-    for (int line = 0; line < lines; ++line)
-        for (int i = 0; i < size; ++i) sums[line][i] = load_floats(weighted + line * width + i * LANES);
+    UNROLLED for (int line = 0; line < lines; ++line)
+        UNROLLED for (int i = 0; i < size; ++i) sums[line][i] = load_floats(weighted + line * width + i * LANES);
     for (int64_t key = first; key < last; ++key) {
         Floats value[size];
-        for (int i = 0; i < size; ++i) value[i] = load_floats(values + (i * LANES + key) * LANES);
-        for (int line = 0; line < lines; ++line) {
+        UNROLLED for (int i = 0; i < size; ++i) value[i] = load_floats(values + (i * LANES + key) * LANES);
+        UNROLLED for (int line = 0; line < lines; ++line) {
             const Floats weight = broadcast(weights[line * SEGMENT + key]);
-            for (int i = 0; i < size; ++i) sums[line][i] = fma(weight, value[i], sums[line][i]);
+            UNROLLED for (int i = 0; i < size; ++i) sums[line][i] = fma(weight, value[i], sums[line][i]);
         }
     }
-    for (int line = 0; line < lines; ++line)
-        for (int i = 0; i < size; ++i) store_floats(weighted + line * width + i * LANES, sums[line][i]);
+    UNROLLED for (int line = 0; line < lines; ++line)
+        UNROLLED for (int i = 0; i < size; ++i) store_floats(weighted + line * width + i * LANES, sums[line][i]);
 }
 
 template <int lines>
 inline void add_values(const Task& task, const float* weights, int64_t first, int64_t last, float* weighted) {
     const int64_t width = task.value_lanes;
     const float* values = task.values;
-    for (int64_t begin = 0; begin < width; begin += CHUNK, values += CHUNK * LANES, weighted += CHUNK) {
-        switch (std::min(CHUNK, width - begin) / LANES) {
+    for (int64_t begin = 0; begin < width; begin += CHUNK<lines>, values += CHUNK<lines> * LANES, weighted += CHUNK<lines>) {
+        switch (std::min(CHUNK<lines>, width - begin) / LANES) {
             case 1: add_values<lines, 1>(weights, values, first, last, weighted, width); break;
             case 2: add_values<lines, 2>(weights, values, first, last, weighted, width); break;
             case 3: add_values<lines, 3>(weights, values, first, last, weighted, width); break;
@@ -174,6 +195,22 @@ inline void few_products(const Task& task, const int64_t* rows, int64_t line, Fl
         const T* key[8];
         for (int i = 0; i < 8; ++i) key[i] = keys + rows[8 * half + i] * task.pages.key_width / EACH;
         Floats sums[lines][8], query[lines];
+#ifdef BESSEMER_NEON
+        UNROLLED for (int pair = 0; pair < 8; pair += 2) {  // of keys, whose sums of two lines fill half of the registers
+            UNROLLED for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes);
+            UNROLLED for (int i = pair; i < pair + 2; ++i) {
+                const Floats wide = Numbers<type>::load(key[i]);
+                UNROLLED for (int l = 0; l < lines; ++l) sums[l][i] = query[l] * wide;
+            }
+            for (int64_t channel = LANES; channel < task.key_lanes; channel += LANES) {
+                UNROLLED for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes + channel);
+                UNROLLED for (int i = pair; i < pair + 2; ++i) {
+                    const Floats wide = Numbers<type>::load(key[i] + channel / EACH);
+                    UNROLLED for (int l = 0; l < lines; ++l) sums[l][i] = fma(query[l], wide, sums[l][i]);
+                }
+            }
+        }
+#else
         for (int l = 0; l < lines; ++l) query[l] = load_floats(queries + l * task.key_lanes);
         for (int i = 0; i < 8; ++i) {
             const Floats wide = Numbers<type>::load(key[i]);
@@ -186,9 +223,10 @@ inline void few_products(const Task& task, const int64_t* rows, int64_t line, Fl
                 for (int l = 0; l < lines; ++l) sums[l][i] = fma(query[l], wide, sums[l][i]);
             }
         }
-        for (int l = 0; l < lines; ++l) halves[l][half] = half_sums_of_eight(sums[l]);
+#endif
+        UNROLLED for (int l = 0; l < lines; ++l) halves[l][half] = half_sums_of_eight(sums[l]);
     }
-    for (int l = 0; l < lines; ++l) found[l] = joined(halves[l][0], halves[l][1]);
+    UNROLLED for (int l = 0; l < lines; ++l) found[l] = joined(halves[l][0], halves[l][1]);
 }
 
 template <PageType type, int lines, int size>
@@ -199,26 +237,26 @@ inline void add_few_values(const Task& task, const int64_t* rows, const float* w
     const T* values = static_cast<const T*>(task.pages.values) + begin / EACH;
     const int64_t width = task.value_lanes;
     Floats sums[lines][size];
-    for (int l = 0; l < lines; ++l)
-        for (int i = 0; i < size; ++i) sums[l][i] = load_floats(weighted + l * width + begin + i * LANES);
+    UNROLLED for (int l = 0; l < lines; ++l)
+        UNROLLED for (int i = 0; i < size; ++i) sums[l][i] = load_floats(weighted + l * width + begin + i * LANES);
     for (int64_t key = first; key < last; ++key) {
         const T* place = values + rows[key] * task.pages.value_stride / EACH;
         Floats value[size];
-        for (int i = 0; i < size; ++i) value[i] = Numbers<type>::load(place + i * LANES / EACH);
-        for (int l = 0; l < lines; ++l) {
+        UNROLLED for (int i = 0; i < size; ++i) value[i] = Numbers<type>::load(place + i * LANES / EACH);
+        UNROLLED for (int l = 0; l < lines; ++l) {
             const Floats weight = broadcast(weights[l * SEGMENT + key]);
-            for (int i = 0; i < size; ++i) sums[l][i] = fma(weight, value[i], sums[l][i]);
+            UNROLLED for (int i = 0; i < size; ++i) sums[l][i] = fma(weight, value[i], sums[l][i]);
         }
     }
-    for (int l = 0; l < lines; ++l)
-        for (int i = 0; i < size; ++i) store_floats(weighted + l * width + begin + i * LANES, sums[l][i]);
+    UNROLLED for (int l = 0; l < lines; ++l)
+        UNROLLED for (int i = 0; i < size; ++i) store_floats(weighted + l * width + begin + i * LANES, sums[l][i]);
 }
 
 template <PageType type, int lines>
 inline void add_few_values(const Task& task, const int64_t* rows, const float* weights, int64_t first, int64_t last,
                            float* weighted) {
-    for (int64_t begin = 0; begin < task.value_lanes; begin += CHUNK) {
-        switch (std::min(CHUNK, task.value_lanes - begin) / LANES) {
+    for (int64_t begin = 0; begin < task.value_lanes; begin += CHUNK<lines>) {
+        switch (std::min(CHUNK<lines>, task.value_lanes - begin) / LANES) {
             case 1: add_few_values<type, lines, 1>(task, rows, weights, first, last, begin, weighted); break;
             case 2: add_few_values<type, lines, 2>(task, rows, weights, first, last, begin, weighted); break;
             case 3: add_few_values<type, lines, 3>(task, rows, weights, first, last, begin, weighted); break;

@@ -12,8 +12,9 @@ namespace {
 using namespace registers;
 
 constexpr int MOST_ROWS = 6, SIDE_BY_SIDE = 4;  // rows and blocks whose sums stay in registers: 24 chains hide each other's latency
-#ifdef BESSEMER_AVX2
-constexpr int blocks_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }  // a block takes two of sixteen registers
+#if defined(BESSEMER_AVX2) || defined(BESSEMER_NEON)
+// a block takes two of sixteen registers, or four of 32
+constexpr int blocks_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #else
 constexpr int blocks_of(int) { return SIDE_BY_SIDE; }
 #endif
@@ -22,10 +23,10 @@ constexpr int blocks_of(Kind kind, int rows) { return kind != F8 ? blocks_of(row
 
 // Adds one input's products to total[r][b].
 template <int R, int B>
-inline void add_input(const Floats (&weights)[B], const float* values, int64_t stride, Floats (&total)[R][B]) {
-    for (int r = 0; r < R; ++r) {
+INLINED void add_input(const Floats (&weights)[B], const float* values, int64_t stride, Floats (&total)[R][B]) {
+    UNROLLED for (int r = 0; r < R; ++r) {
         const Floats value = broadcast(values[r * stride]);
-        for (int b = 0; b < B; ++b) total[r][b] = fma(weights[b], value, total[r][b]);
+        UNROLLED for (int b = 0; b < B; ++b) total[r][b] = fma(weights[b], value, total[r][b]);
     }
 }
 
@@ -36,14 +37,14 @@ template <Kind kind, int R, int B>
 void block_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t block) {
     const int64_t k = matrix.k;
     Floats total[R][B];
-    for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) total[r][b] = zero_floats();
+    UNROLLED for (int r = 0; r < R; ++r)
+        UNROLLED for (int b = 0; b < B; ++b) total[r][b] = zero_floats();
     if constexpr (kind == F32 || kind == F16) {
         using Number = std::conditional_t<kind == F32, float, uint16_t>;
         const Number* codes = static_cast<const Number*>(matrix.codes) + block * k * WIDTH;
         for (int64_t i = 0; i < k; ++i) {
             Floats weights[B];
-            for (int b = 0; b < B; ++b) weights[b] = load_numbers(codes + (b * k + i) * WIDTH);
+            UNROLLED for (int b = 0; b < B; ++b) weights[b] = load_numbers(codes + (b * k + i) * WIDTH);
             add_input<R, B>(weights, rows.values + i, rows.stride, total);
         }
     }
@@ -52,7 +53,7 @@ void block_product(const Matrix& matrix, const Rows& rows, float* out, int64_t s
         const uint16_t* codes = static_cast<const uint16_t*>(matrix.codes) + block * K * WIDTH;
         for (int64_t i = 0; i < k; i += 2) {
             Floats even[B], odd[B];
-            for (int b = 0; b < B; ++b) load_bfloat_pairs(codes + (b * K + i) * WIDTH, even[b], odd[b]);
+            UNROLLED for (int b = 0; b < B; ++b) load_bfloat_pairs(codes + (b * K + i) * WIDTH, even[b], odd[b]);
             add_input<R, B>(even, rows.values + i, rows.stride, total);
             if (i + 1 < k) add_input<R, B>(odd, rows.values + i + 1, rows.stride, total);
         }
@@ -64,26 +65,26 @@ void block_product(const Matrix& matrix, const Rows& rows, float* out, int64_t s
         for (int64_t group = 0; group < groups; ++group) {
             const int64_t end = std::min(k, (group + 1) * matrix.group);
             Floats part[R][B];
-            for (int r = 0; r < R; ++r)
-                for (int b = 0; b < B; ++b) part[r][b] = zero_floats();
+            UNROLLED for (int r = 0; r < R; ++r)
+                UNROLLED for (int b = 0; b < B; ++b) part[r][b] = zero_floats();
             for (int64_t i = group * matrix.group; i < end; i += 4) {
                 Floats four[4][B];
-                for (int b = 0; b < B; ++b) {
+                UNROLLED for (int b = 0; b < B; ++b) {
                     Floats weights[4];
                     load_e4m3(codes + (b * K + i) * WIDTH, weights);
-                    for (int j = 0; j < 4; ++j) four[j][b] = weights[j];
+                    UNROLLED for (int j = 0; j < 4; ++j) four[j][b] = weights[j];
                 }
-                for (int j = 0; j < 4 && i + j < end; ++j) add_input<R, B>(four[j], rows.values + i + j, rows.stride, part);
+                UNROLLED for (int j = 0; j < 4 && i + j < end; ++j) add_input<R, B>(four[j], rows.values + i + j, rows.stride, part);
             }
-            for (int b = 0; b < B; ++b) {
+            UNROLLED for (int b = 0; b < B; ++b) {
                 const Floats scale = load_floats(scales + (b * groups + group) * WIDTH);
-                for (int r = 0; r < R; ++r) total[r][b] = fma(part[r][b], scale, total[r][b]);
+                UNROLLED for (int r = 0; r < R; ++r) total[r][b] = fma(part[r][b], scale, total[r][b]);
             }
         }
     }
-    for (int b = 0; b < B; ++b) {
+    UNROLLED for (int b = 0; b < B; ++b) {
         const int64_t n = (block + b) * WIDTH, count = std::min(WIDTH, matrix.n - n);
-        for (int r = 0; r < R; ++r) {
+        UNROLLED for (int r = 0; r < R; ++r) {
             if (matrix.bias) total[r][b] = add(total[r][b], load_floats(matrix.bias + n, count));
             store_floats(out + r * stride + n, total[r][b], count);
         }

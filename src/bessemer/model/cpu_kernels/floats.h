@@ -178,7 +178,7 @@ inline Floats half_sums_of_eight(const Floats* vectors) {
 }
 inline Floats joined(Floats a, Floats b) { return {quarters_added(a), quarters_added(b)}; }
 
-#else
+#elif !defined(BESSEMER_NEON)  // whose are in registers_neon.h
 
 #define EACH_LANE for (int i = 0; i < 16; ++i)
 inline Floats operator+(Floats a, Floats b) { EACH_LANE a.v[i] += b.v[i]; return a; }
@@ -197,7 +197,20 @@ inline Floats between(int64_t first, int64_t last, Floats a, Floats b) {
     EACH_LANE b.v[i] = i >= first && i < last ? a.v[i] : b.v[i];
     return b;
 }
-inline Floats scaled_by_power(Floats a, Floats n) { EACH_LANE a.v[i] = std::ldexp(a.v[i], int(n.v[i])); return a; }
+// In two steps, as with AVX2; std::ldexp is a call of the library.
+inline Floats scaled_by_power(Floats a, Floats n) {
+    auto power = [](int exponent) {
+        const uint32_t bits = uint32_t(exponent + 127) << 23;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    };
+    EACH_LANE {
+        const int whole = int(n.v[i]), first = whole >> 1;
+        a.v[i] = a.v[i] * power(first) * power(whole - first);
+    }
+    return a;
+}
 inline Floats rounded(Floats a) { EACH_LANE a.v[i] = std::nearbyint(a.v[i]); return a; }
 inline float first_of(Floats a) { return a.v[0]; }
 inline float largest_of(Floats a) {
@@ -247,6 +260,7 @@ inline Floats joined(Floats a, Floats b) {
 /// The sums of sixteen vectors, side by side.
 inline Floats sums_of_sixteen(const Floats* vectors) { return joined(half_sums_of_eight(vectors), half_sums_of_eight(vectors + 8)); }
 
+#ifndef BESSEMER_NEON
 inline void store_bfloats(uint16_t* p, Floats a) {
 #ifdef BESSEMER_VNNI
     const __m512i bits = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -260,6 +274,7 @@ inline void store_bfloats(uint16_t* p, Floats a) {
     for (int i = 0; i < LANES; ++i) p[i] = float_to_bfloat(values[i]);
 #endif
 }
+#endif
 
 /// exp(x) within 2 units in the last place; 0 below -87, where float32 has no normal numbers; 1 exactly at 0.
 inline Floats exponential(Floats x) {

@@ -89,7 +89,7 @@ void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last)
                 if (c + 1 == each) break;
                 // products take a code for this scale times it, so this is what they leave of the value, rounded once
                 const float scale = rows.scales[at];
-                for (int i = 0; i < GROUP; ++i) rest[i] = std::fma(-float(codes[i]), scale, values[i]);
+                for (int i = 0; i < GROUP; ++i) rest[i] = fused(-float(codes[i]), scale, values[i]);
                 values = rest;
             }
         }
@@ -158,8 +158,16 @@ int64_t bessemer_matrix_size() { return sizeof(Matrix); }
 const char* bessemer_arithmetic() {
 #ifdef BESSEMER_VNNI
     return "avx512";
+#elif defined(BESSEMER_AVX_VNNI)
+    return "avx_vnni";
 #elif defined(BESSEMER_AVX2)
     return "avx2";
+#elif defined(BESSEMER_I8MM)
+    return "neon_i8mm";
+#elif defined(BESSEMER_DOTPROD)
+    return "neon_dotprod";
+#elif defined(BESSEMER_NEON)
+    return "neon";
 #else
     return "portable";
 #endif

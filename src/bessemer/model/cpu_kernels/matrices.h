@@ -89,7 +89,7 @@ void read_row(const Matrix& matrix, int64_t output, float* out);
 extern "C" {
 // Size of Matrix, to check that Python's mirror is the same.
 int64_t bessemer_matrix_size();
-// "avx512", "avx2" or "portable".
+// "avx512", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "neon" or "portable".
 const char* bessemer_arithmetic();
 // Prepares and multiplies m rows with `threads` threads. `memory`: rows_bytes of it, aligned to 64 bytes. Returns a failure as
 // guards.h says.

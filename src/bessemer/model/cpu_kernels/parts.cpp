@@ -1,7 +1,12 @@
 #include "parts.h"
 
+#if defined(_WIN32)
+#include <process.h>
+#else
 #include <unistd.h>
+#endif
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -14,12 +19,19 @@
 #include <immintrin.h>
 #endif
 
+// A test has another number.
+#ifndef BESSEMER_PROCESSORS
+#define BESSEMER_PROCESSORS std::thread::hardware_concurrency()
+#endif
+
 namespace bessemer {
 namespace {
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");  // some ten nanoseconds; "yield" does nothing on most of these processors
 #else
     std::this_thread::yield();
 #endif
@@ -34,9 +46,10 @@ public:
     // Takes the parts of one job; returns when all of them are done.
     void run(int threads, int64_t parts, Part work, void* context) {
         try {
-            while (int(helpers_.size()) < threads - 1) helpers_.emplace_back([this] { help(); });
+            while (int(helpers_.size()) < threads - 1) helpers_.emplace_back([this, number = int(helpers_.size())] { help(number); });
         } catch (const std::system_error&) {  // the system gives no more threads: fewer do it
         }
+        wanted_.store(threads - 1, std::memory_order_relaxed);
         work_.store(work, std::memory_order_relaxed);
         context_.store(context, std::memory_order_relaxed);
         parts_.store(parts, std::memory_order_relaxed);
@@ -79,7 +92,8 @@ private:
         }
     }
 
-    void help() {
+    // Of the helpers that there are, as many take part as a job wants: the first ones.
+    void help(int number) {
         uint64_t seen = 0;
         for (;;) {
             int spins = 0;
@@ -94,7 +108,7 @@ private:
                 }
             }
             seen = next_.load(std::memory_order_acquire) >> PART_BITS;
-            take(seen);
+            if (number < wanted_.load(std::memory_order_relaxed)) take(seen);
         }
     }
 
@@ -102,30 +116,83 @@ private:
     std::atomic<int64_t> parts_{0}, done_{0};
     std::atomic<Part> work_{nullptr};
     std::atomic<void*> context_{nullptr};
-    std::atomic<int> sleeping_{0};
+    std::atomic<int> sleeping_{0}, wanted_{0};
     std::atomic<bool> failed_{false};  // nothing but memory fails
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::thread> helpers_;
 };
 
-std::mutex busy;
-Team* team = nullptr;  // never freed: its threads may not outlive it, and end with the process
-pid_t owner = 0;
+int process() {
+#if defined(_WIN32)
+    return _getpid();
+#else
+    return int(getpid());
+#endif
+}
+
+// The teams of a process: one for each job that is under way at the same time.
+class Teams {
+public:
+    // A team that nobody has, and how many threads of those that are asked for it may use.
+    Team* take(int asked, int& threads) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        // As many as are left, and no fewer than everybody's share: jobs side by side (of two models, say) keep threads, and
+        // before long all of them together have as many as there are processors.
+        threads = jobs_ ? std::min(asked, std::max({1, processors_ - used_, processors_ / (jobs_ + 1)})) : asked;
+        ++jobs_;
+        used_ += threads;
+        if (idle_.empty()) return new Team;
+        Team* team = idle_.back();
+        idle_.pop_back();
+        return team;
+    }
+
+    void give_back(Team* team, int threads) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        --jobs_;
+        used_ -= threads;
+        idle_.push_back(team);
+    }
+
+    const int owner = process();
+
+private:
+    const int processors_ = int(BESSEMER_PROCESSORS);
+    std::mutex mutex_;
+    int jobs_ = 0, used_ = 0;
+    std::vector<Team*> idle_;
+};
+
+// Never freed: their threads may not outlive them, and end with the process. A fork inherits no threads, and begins anew.
+std::atomic<Teams*> all_teams{nullptr};
+
+Teams& teams() {
+    Teams* known = all_teams.load(std::memory_order_acquire);
+    while (!known || known->owner != process()) {
+        Teams* fresh = new Teams;
+        if (all_teams.compare_exchange_strong(known, fresh)) return *fresh;
+        delete fresh;
+    }
+    return *known;
+}
 
 }  // namespace
 
 void run_parts(int threads, int64_t parts, Part work, void* context) {
-    std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
-    if (threads <= 1 || parts <= 1 || !lock.owns_lock()) {  // another thread's job is under way: this one does its own alone
-        for (int64_t part = 0; part < parts; ++part) work(context, part);
-        return;
+    if (threads > 1 && parts > 1) {
+        Teams& all = teams();
+        int granted = 0;
+        Team* team = all.take(threads, granted);
+        struct Return {
+            Teams& all;
+            Team* team;
+            int threads;
+            ~Return() { all.give_back(team, threads); }
+        } on_return{all, team, granted};
+        if (granted > 1) return team->run(granted, parts, work, context);
     }
-    if (!team || owner != getpid()) {  // a fork inherits no threads
-        team = new Team;
-        owner = getpid();
-    }
-    team->run(threads, parts, work, context);
+    for (int64_t part = 0; part < parts; ++part) work(context, part);
 }
 
 }  // namespace bessemer

@@ -1,4 +1,4 @@
-// A team of threads for one call from Python at a time.
+// Teams of threads: one for each call from Python that is under way.
 #pragma once
 #include <cstdint>
 
@@ -7,8 +7,8 @@ namespace bessemer {
 using Part = void (*)(void* context, int64_t part);
 
 // Calls `work(context, part)` once for every part below `parts`, on the calling thread and at most threads - 1 others, and returns
-// when all are done. A part goes to whoever comes first, so a thread that the system does not run holds nobody up. Throws
-// std::bad_alloc where a part did.
+// when all are done. A part goes to whoever comes first, so a thread that the system does not run holds nobody up. Calls side by
+// side share the processors; one alone has the threads that it asks for. Throws std::bad_alloc where a part did.
 void run_parts(int threads, int64_t parts, Part work, void* context);
 
 template <class Work>

@@ -19,11 +19,24 @@ namespace {
 
 using namespace registers;
 
-#ifdef BESSEMER_AVX2
-constexpr int64_t MOST_ROWS = 4, MOST_ROWS_OF_TWO = 1, FETCHING_ROWS = 2;
+#if defined(BESSEMER_AVX2) || defined(BESSEMER_NEON)
+#if defined(BESSEMER_NEON) && defined(BESSEMER_PAIRS)
+constexpr int64_t MOST_ROWS = 2;
+#else
+constexpr int64_t MOST_ROWS = 4;
+#endif
+constexpr int64_t MOST_ROWS_OF_TWO = 1, FETCHING_ROWS = 2;
 constexpr int NEAR_TO_TWO = 3;                 // the cache that two blocks are fetched to, 3 the first
+#ifdef BESSEMER_NEON
+constexpr int HALVES_TOGETHER = 1;
+#else
 constexpr int HALVES_TOGETHER = 2;             // of a part whose halves have scales of their own, before their sums become floats
+#endif
+#if defined(BESSEMER_AVX_VNNI) || defined(BESSEMER_I8MM)
+constexpr bool SIGNED_BYTES = false;
+#else
 constexpr bool SIGNED_BYTES = true;            // codes of 8 bits lose the 128 that was added to them before they are multiplied
+#endif
 #else
 constexpr int64_t MOST_ROWS = 6;               // multiplied together: their sums stay in registers
 constexpr int64_t MOST_ROWS_OF_TWO = 6;        // so many of them with two blocks of outputs, more with one
@@ -70,7 +83,7 @@ inline void fetch(const void* place) {
 
 // Codes of the fours 2 j and 2 j + 1 of a part at `codes`, j < 4, of a form of four bits and more. `upper` goes from call to call.
 template <Codes form>
-inline void load_pair(const uint8_t* codes, int j, Bytes& upper, Bytes& first, Bytes& second) {
+INLINED void load_pair(const uint8_t* codes, int j, Bytes& upper, Bytes& first, Bytes& second) {
     constexpr int BITS = UPPER_BITS[form];
     const Bytes loaded = load_bytes(codes + 64 * j);
     first = low_nibbles(loaded);
@@ -92,12 +105,17 @@ inline void load_pair(const uint8_t* codes, int j, Bytes& upper, Bytes& first, B
 }
 
 // products[t][r][b] += codes * activations, over piece first + t of the H equal ones of a part.
-#ifdef BESSEMER_AVX2
-constexpr int PAIRS_TOGETHER[] = {0, 4, 2, 1, 2, 1};  // of fours, whose products stay within 16 bits: registers_avx2.h
+#ifdef BESSEMER_PAIRS
+// of fours, whose products stay within 16 bits: registers_avx2.h, and registers_neon.h, where a sum is of half as many
+#ifdef BESSEMER_NEON
+constexpr int PAIRS_TOGETHER[] = {0, 4, 4, 2, 4, 1};
+#else
+constexpr int PAIRS_TOGETHER[] = {0, 4, 2, 1, 2, 1};
+#endif
 
 template <Codes form, int H, int first, int T, int R, int B>
-inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ahead, const int8_t* activations, int64_t k,
-                          Ints (&products)[T][R][B]) {
+INLINED void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ahead, const int8_t* activations, int64_t k,
+                           Ints (&products)[T][R][B]) {
     if constexpr (form == BYTES) {
         for (int j = 8 / H * first; j < 8 / H * (first + T); ++j)
             for (int b = 0; b < B; ++b) {
@@ -148,6 +166,49 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ah
         }
     }
 }
+#elif defined(BESSEMER_DOTPROD)
+// Fours 2 j and 2 j + 1 of a part, whose activations lie in half of what is loaded of them.
+template <Codes form, int j, int R, int B>
+INLINED void multiply_pair(const uint8_t* codes, int64_t codes_stride, int64_t ahead, const Sixteen (&activations)[R], Bytes (&upper)[B],
+                           Ints (&sums)[R][B]) {
+    for (int b = 0; b < B; ++b) {
+        const uint8_t* place = codes + b * codes_stride;
+        Bytes four, next;
+        if constexpr (form == BYTES) {
+            if (R <= FETCHING_ROWS) fetch<B>(place + 128 * j + ahead);
+            if (R <= FETCHING_ROWS && B > 1) fetch<B>(place + 128 * j + 64 + ahead);
+            four = load_bytes(place + 128 * j);
+            next = load_bytes(place + 128 * j + 64);
+        } else {
+            if (R <= FETCHING_ROWS && j % lines(B) == 0) fetch<B>(place + 64 * j + ahead);
+            load_pair<form>(place, j, upper[b], four, next);
+        }
+        auto add_both = [&](auto some, auto others) {
+            for (int r = 0; r < R; ++r)
+                sums[r][b] = dot<2 * j % 4 + 1>(dot<2 * j % 4>(sums[r][b], some, activations[r]), others, activations[r]);
+        };
+        if constexpr ((form == BYTES || form == PLACES) && SIGNED_BYTES) add_both(signed_bytes(four), signed_bytes(next));
+        else add_both(four, next);
+    }
+}
+
+template <Codes form, int H, int first, int T, int R, int B>
+INLINED void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ahead, const int8_t* activations, int64_t k,
+                           Ints (&products)[T][R][B]) {
+    static_assert(H <= 2);
+    Bytes upper[B];
+    Sixteen sixteen[R];
+    if constexpr (first == 0) {
+        for (int r = 0; r < R; ++r) sixteen[r] = load_sixteen(activations + r * k);
+        multiply_pair<form, 0>(codes, codes_stride, ahead, sixteen, upper, products[0]);
+        multiply_pair<form, 1>(codes, codes_stride, ahead, sixteen, upper, products[0]);
+    }
+    if constexpr (first + T == H) {
+        for (int r = 0; r < R; ++r) sixteen[r] = load_sixteen(activations + r * k + 16);
+        multiply_pair<form, 2>(codes, codes_stride, ahead, sixteen, upper, products[T - 1]);
+        multiply_pair<form, 3>(codes, codes_stride, ahead, sixteen, upper, products[T - 1]);
+    }
+}
 #else
 template <Codes form, int H, int first, int T, int R, int B>
 inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ahead, const int8_t* activations, int64_t k,
@@ -176,7 +237,7 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, int64_t ah
 
 // Adds parts first … last - 1 of the rows to total[r][b].
 template <Codes form, Scaling scaling, Zeros zeros, int R, int B>
-inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int64_t last, Floats (&total)[R][B]) {
+INLINED void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int64_t last, Floats (&total)[R][B]) {
     constexpr int H = scaling == EACH_HALF_OF_CODES ? 2 : 1, T = std::min(H, HALVES_TOGETHER);
     constexpr bool FROM_ZERO = zeros == OFFSETS || ((form == BYTES || form == PLACES) && SIGNED_BYTES);  // the sums of products
     constexpr int32_t ZERO = form == SIXES ? 32 : form == FIVES ? 16 : form == FLOATS ? ZERO_OF_MX4 : 1;
@@ -268,7 +329,7 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
 // Adds what each C rows of codes of a row gave, scales what has one scale for the whole row, adds the bias, and stores the blocks before
 // `last`.
 template <Scaling scaling, int C, int R, int B>
-inline void finish(const Blocks& blocks, float* out, int64_t stride, int64_t block, int64_t last, const Floats (&total)[R][B]) {
+INLINED void finish(const Blocks& blocks, float* out, int64_t stride, int64_t block, int64_t last, const Floats (&total)[R][B]) {
     const Matrix& matrix = *blocks.matrix;
     for (int b = 0; b < B && block + b < last; ++b) {
         const int64_t n = (block + b) * WIDTH, count = std::min(WIDTH, matrix.n - n);

@@ -1,17 +1,49 @@
-// Sixteen outputs side by side: one register of AVX-512, two of AVX2, or plain arrays, which all round every step in the same way.
+// Sixteen outputs side by side: one register of AVX-512, two of AVX2, four of NEON, or plain arrays, which all round every step in the
+// same way.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__F16C__) && \
-    !defined(BESSEMER_PORTABLE)
+    !defined(BESSEMER_PORTABLE) && !defined(BESSEMER_VNNI_OF_256)
 #define BESSEMER_VNNI 1
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(BESSEMER_PORTABLE)
 #define BESSEMER_AVX2 1
+// AVX2's registers with VNNI: AVX-VNNI's instruction, or AVX-512VL's of the same name, by which a test computes with these loops.
+#if defined(__AVXVNNI__) || defined(BESSEMER_VNNI_OF_256)
+#define BESSEMER_AVX_VNNI 1
 #endif
-#if defined(BESSEMER_VNNI) || defined(BESSEMER_AVX2)
+#elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(BESSEMER_PORTABLE)
+#define BESSEMER_NEON 1
+#ifdef __ARM_FEATURE_DOTPROD
+#define BESSEMER_DOTPROD 1
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#define BESSEMER_I8MM 1
+#endif
+#endif
+#endif
+// Nothing adds four products of bytes in 32 bits at once: pairs of them are added in 16.
+#if (defined(BESSEMER_AVX2) && !defined(BESSEMER_AVX_VNNI)) || (defined(BESSEMER_NEON) && !defined(BESSEMER_DOTPROD))
+#define BESSEMER_PAIRS 1
+#endif
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(BESSEMER_NEON)
+#include <arm_neon.h>
+#endif
+
+// Loops over arrays of registers. GCC gives an array registers where its loops are unrolled early, which it takes for too much where a
+// lane is four registers; and passes through memory what it does not inline.
+#if defined(BESSEMER_NEON) && defined(__GNUC__) && !defined(__clang__)
+#define UNROLLED _Pragma("GCC unroll 16")
+#else
+#define UNROLLED
+#endif
+#ifdef BESSEMER_NEON
+#define INLINED inline __attribute__((always_inline))
+#else
+#define INLINED inline
 #endif
 
 namespace bessemer::registers {
@@ -73,6 +105,31 @@ inline uint16_t float_to_half(float value) {
     const uint32_t half = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
     return uint16_t(sign | (half < 0x7c00 ? half : 0x7c00));
 }
+
+#if defined(__x86_64__) && !defined(__FMA__)
+#define BESSEMER_FUSED_IN_DOUBLE 1
+
+// a * b + c of four lanes, rounded once, where std::fma is a call of the library for each. A product of two floats is a float64 without
+// rounding. Its sum with c is rounded to odd: to the float64 of larger magnitude that is not above it, with the last bit set where
+// anything was left out. Rounding that to float32, which has fewer than 51 bits, is as if the sum had been exact (Boldo and Melquiond
+// 2008). What was left out is Knuth's two-sum; of an infinity it is a NaN, which changes nothing.
+inline __m128 fused(__m128 a, __m128 b, __m128 c) {
+    auto two = [](__m128 first, __m128 second, __m128 third) {
+        const __m128d product = _mm_mul_pd(_mm_cvtps_pd(first), _mm_cvtps_pd(second)), addend = _mm_cvtps_pd(third);
+        const __m128d sum = _mm_add_pd(product, addend), of_addend = _mm_sub_pd(sum, product);
+        const __m128d rest = _mm_add_pd(_mm_sub_pd(product, _mm_sub_pd(sum, of_addend)), _mm_sub_pd(addend, of_addend));
+        const __m128d size = _mm_andnot_pd(_mm_set1_pd(-0.0), rest);
+        const __m128i inexact = _mm_srli_epi64(_mm_castpd_si128(_mm_cmplt_pd(_mm_setzero_pd(), size)), 63);
+        const __m128i outside = _mm_and_si128(inexact, _mm_srli_epi64(_mm_castpd_si128(_mm_xor_pd(rest, sum)), 63));
+        const __m128i odd = _mm_or_si128(_mm_sub_epi64(_mm_castpd_si128(sum), outside), inexact);
+        return _mm_cvtpd_ps(_mm_castsi128_pd(odd));
+    };
+    return _mm_movelh_ps(two(a, b, c), two(_mm_movehl_ps(a, a), _mm_movehl_ps(b, b), _mm_movehl_ps(c, c)));
+}
+inline float fused(float a, float b, float c) { return _mm_cvtss_f32(fused(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c))); }
+#else
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+#endif
 
 #ifdef BESSEMER_VNNI
 
@@ -170,6 +227,10 @@ inline int32_t round_to_bytes(const float* p, float factor, int8_t* codes) {
 
 #include "registers_avx2.h"
 
+#elif defined(BESSEMER_NEON)
+
+#include "registers_neon.h"
+
 #else
 
 struct Floats { float v[16]; };
@@ -190,7 +251,16 @@ inline void load_bfloat_pairs(const uint16_t* p, Floats& first, Floats& second) 
 inline void load_e4m3(const uint8_t* p, Floats (&four)[4]) {
     for (int j = 0; j < 4; ++j) EACH_LANE four[j].v[i] = e4m3_to_float(p[4 * i + j]);
 }
+#ifdef BESSEMER_FUSED_IN_DOUBLE
+inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+    Floats r;
+    for (int i = 0; i < 16; i += 4)
+        _mm_storeu_ps(r.v + i, fused(_mm_loadu_ps(a.v + i), _mm_loadu_ps(b.v + i), _mm_loadu_ps(c.v + i)));
+    return r;
+}
+#else
 inline Floats fma(Floats a, Floats b, Floats c) { Floats r; EACH_LANE r.v[i] = std::fma(a.v[i], b.v[i], c.v[i]); return r; }
+#endif
 inline Floats add(Floats a, Floats b) { Floats r; EACH_LANE r.v[i] = a.v[i] + b.v[i]; return r; }
 inline Floats times(Floats a, Floats b) { Floats r; EACH_LANE r.v[i] = a.v[i] * b.v[i]; return r; }
 inline void store_floats(float* p, Floats a, int64_t count) { for (int i = 0; i < 16 && i < count; ++i) p[i] = a.v[i]; }

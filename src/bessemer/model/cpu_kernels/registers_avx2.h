@@ -108,6 +108,21 @@ inline Fours broadcast_four(const int8_t* activations) {
     return {_mm256_set1_epi32(four)};
 }
 
+inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+
+#ifdef BESSEMER_AVX_VNNI
+
+// sum + the four products of each lane's bytes with the activations
+inline Ints dot(Ints sum, Bytes weights, Fours activations) {
+#ifdef __AVXVNNI__
+    return {_mm256_dpbusd_avx_epi32(sum.low, weights.low, activations.v), _mm256_dpbusd_avx_epi32(sum.high, weights.high, activations.v)};
+#else
+    return {_mm256_dpbusd_epi32(sum.low, weights.low, activations.v), _mm256_dpbusd_epi32(sum.high, weights.high, activations.v)};
+#endif
+}
+
+#else
+
 // What 32 bytes of a lane are multiplied into. An instruction multiplies bytes without a sign by bytes with one and adds two products
 // in 16 bits, where those of codes of 8 bits overflow. So these lose the 128 that was added to them, |c| meets the activation with
 // the sign of c, two products are at most 2 · 128 · 127, and pairs are added in 32 bits at once. Codes of fewer bits meet activations
@@ -123,7 +138,6 @@ inline Ints pairs_added(__m256i low, __m256i high) {
     const __m256i ones = _mm256_set1_epi16(1);
     return {_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones)};
 }
-inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 inline Ints dot(Ints sum, const ByteWeights& weights, Fours activations) {
     return add(sum, pairs_added(_mm256_maddubs_epi16(weights.magnitudes.low, _mm256_sign_epi8(activations.v, weights.codes.low)),
                                 _mm256_maddubs_epi16(weights.magnitudes.high, _mm256_sign_epi8(activations.v, weights.codes.high))));
@@ -135,6 +149,8 @@ inline Pairs dot(Pairs sum, Bytes weights, Fours activations) {
             _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(weights.high, activations.v))};
 }
 inline Ints add(Ints a, Pairs b) { return add(a, pairs_added(b.low, b.high)); }
+
+#endif
 
 // zero * correction, each lane its own zero point; a correction of 32 activations fits 16 bits
 inline Ints times_zeros(const uint8_t* zeros, Ints correction) {

@@ -44,8 +44,8 @@ inline void rotate_head(const Rotation& rotation, int64_t position, float* head)
     if (rotation.interleaved) {
         for (int64_t channel = 0; channel < rotation.width; channel += 2) {
             const float first = head[channel], second = head[channel + 1];
-            head[channel] = std::fma(second, sine[channel], first * cosine[channel]);
-            head[channel + 1] = std::fma(first, sine[channel + 1], second * cosine[channel + 1]);
+            head[channel] = fused(second, sine[channel], first * cosine[channel]);
+            head[channel + 1] = fused(first, sine[channel + 1], second * cosine[channel + 1]);
         }
         return;
     }

@@ -21,6 +21,7 @@ from bessemer.inference.request import Completion, Prompt, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.vision.preprocessing import Prepared
 from bessemer.retrieval.answer import citation_form, grounded, most_sources
+from bessemer.retrieval.long_documents import retrieved_from_itself
 from bessemer.serving.config import ASIDE, ENCODED
 from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.runtime.bodies import ApiError
@@ -33,7 +34,7 @@ from bessemer.serving.runtime.worker import Turns, Worker
 Result = TypeVar("Result")
 #: Response header: the limit on an answer's tokens, where it is below the requested one; of several prompts, the lowest.
 CLAMPED = "x-max-tokens"
-#: Response header: tokens of the prompt that a context shift left out; of several prompts, the most.
+#: Response header: tokens of the prompt that were left out (`context_overflow`); of several prompts, the most.
 DROPPED = "x-dropped-tokens"
 #: Tokens that are left to an answer from sources whose client sets no limit.
 _ANSWER_TOKENS = 512
@@ -256,6 +257,7 @@ class Served:
         try:
             messages, answer_prefix = self._read(chat)
             pictures += prepared_pictures(chat.messages, self.engine)
+            messages = self._retrieved_from_itself(chat, messages)
             self._check_conversation(chat, messages)
             if chat.sources is not None:
                 messages, sources = self._grounded(chat, messages, chat.sources)
@@ -285,6 +287,24 @@ class Served:
                 # a message's grammar contains the tools' schemas
                 parameter, reason = "tools", f"tools: calls cannot be held to their schemas: {reason}"
             raise ApiError(reason, parameter=parameter or "messages", code="invalid_value") from None
+
+    def _retrieved_from_itself(self, chat: Chat, messages: list[Message]) -> list[Message]:
+        """The conversation, with passages in place of texts that the context does not hold, where the engine is to do so. A
+        header tells the caller how many tokens were left out. Raises ApiError as `check_encoded`."""
+        tokenizer, tools = self.engine.tokenizer, [tool.description_in_chat for tool in chat.tools] or None
+        if self.engine.config.context_overflow != "retrieve" or characters_of([chat.messages, tools]) <= self.engine.longest:
+            return messages
+        check_encoded([chat.messages, tools])
+        answer_tokens = min(chat.token_limit or _ANSWER_TOKENS, self.engine.longest // 2)
+
+        def tokens_of(messages: Sequence[Message]) -> int:
+            inputs = [message.as_template_input() for message in messages]
+            return len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools))
+
+        found = retrieved_from_itself(messages, lambda some: tokens_of(some) + answer_tokens <= self.engine.longest)
+        if found.omitted:
+            chat.caller.headers[DROPPED] = str(tokens_of(messages) - tokens_of(found.messages))
+        return found.messages
 
     def _grounded(
         self, chat: Chat, messages: Sequence[Message], found: Sequence[ServedHit]
