@@ -110,7 +110,7 @@ def runner_of(model: Decoder, packed: bool) -> Runner:
     memory = PagedMemory(model.config, [9 * (PROMPT // BLOCK + 1)] * len(groups), BLOCK, torch.float16, state_slots=slots)
     threads = torch.get_num_threads()
     compiled = CompiledAttention.supports(model)
-    attention = CompiledAttention(memory, threads) if compiled else GatheredAttention(memory, model.dtype)
+    attention = CompiledAttention(memory, threads, model.dtype) if compiled else GatheredAttention(memory, model.dtype)
     return Runner(model, memory, Backend(PackedCodes(model, threads) if packed else OwnWeights(), attention))
 
 

@@ -81,12 +81,12 @@ def gathered(model, memory):
 
 
 def in_place(model, memory):
-    return Runner(model, memory, Backend(OwnWeights(), FlexPagesAttention(memory, pages_in_place)))
+    return Runner(model, memory, Backend(OwnWeights(), FlexPagesAttention(memory, pages_in_place, model.dtype)))
 
 
 def static(model, memory):
-    steps = StaticSteps(model, memory, ROWS, FlexPagesAttention(memory, pages_in_place))
-    return Runner(model, memory, Backend(OwnWeights(), FlexPagesAttention(memory, pages_in_place), steps))
+    steps = StaticSteps(model, memory, ROWS, FlexPagesAttention(memory, pages_in_place, model.dtype))
+    return Runner(model, memory, Backend(OwnWeights(), FlexPagesAttention(memory, pages_in_place, model.dtype), steps))
 
 
 CASES = {

@@ -28,9 +28,9 @@ def by_modules(
     elif decoded:
         linear = DequantisedWeights(decoder, decoded)
     if flex is not None:
-        attention = FlexPagesAttention(memory, flex)
+        attention = FlexPagesAttention(memory, flex, decoder.dtype)
     elif compiled:
-        attention = CompiledAttention(memory, torch.get_num_threads())
+        attention = CompiledAttention(memory, torch.get_num_threads(), decoder.dtype)
     else:
         attention = GatheredAttention(memory, decoder.dtype)
     return Runner(decoder, memory, Backend(linear, attention, static), **how)
@@ -39,7 +39,7 @@ def by_modules(
 def by_kernels(decoder, memory, *, threads=1, bits=8, release=False):
     """A runner whose steps are single calls of the compiled kernels, with activations of so many bits where they meet codes."""
     steps = CompiledSteps(decoder, memory, threads, activation_bits=bits, release=release)
-    attention = CompiledAttention(memory, torch.get_num_threads())
+    attention = CompiledAttention(memory, torch.get_num_threads(), decoder.dtype)
     return Runner(decoder, memory, Backend(StepsCodes(steps), attention, steps))
 
 

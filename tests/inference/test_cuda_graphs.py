@@ -34,7 +34,9 @@ class Repeated:
 
 
 def static_runner(decoder, memory, rows=8, capture=None):
-    static = StaticSteps(decoder, memory, rows, FlexPagesAttention(memory, listed_attention), capture or Repeated())
+    static = StaticSteps(
+        decoder, memory, rows, FlexPagesAttention(memory, listed_attention, decoder.dtype), capture or Repeated()
+    )
     return by_modules(decoder, memory, flex=listed_attention, static=static)
 
 

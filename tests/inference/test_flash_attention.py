@@ -41,7 +41,9 @@ def kernel_runner(library):
         from bessemer.inference.execution.linear import OwnWeights
         from bessemer.inference.execution.runner import Runner
 
-        return Runner(decoder, memory, Backend(OwnWeights(), KernelPagesAttention(memory, page_kernel(library, memory))))
+        return Runner(
+            decoder, memory, Backend(OwnWeights(), KernelPagesAttention(memory, page_kernel(library, memory), decoder.dtype))
+        )
 
     return make
 

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from bessemer.inspection.pictures import tile_places
+from bessemer.model.vision.folder import load_vision_language
 from bessemer.model.vision.pictures import Picture
 from bessemer.model.vision.preprocessing import preprocessor_of
+from bessemer.model.vision.prompts import open_picture_reader
+from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.model.picture_files import drawn, write_gemma3_model
 
 SIDE, PATCH = 24, 4
 SQUARE = {"height": SIDE, "width": SIDE}
@@ -32,9 +36,10 @@ KINDS = {
 
 def places_of(prepared, factor=2, class_token=False):
     grid = SIDE // PATCH
-    vision = SimpleNamespace(grid=grid, patch_size=PATCH, image_size=SIDE)
+    vision = SimpleNamespace(grid=grid, patch_size=PATCH, image_size=SIDE, is_native=False)
     tokens = (grid // factor) ** 2 + class_token
-    config = SimpleNamespace(vision=vision, scale_factor=0 if factor == 1 else factor, tokens_per_tile=tokens)
+    scale = 0 if factor == 1 else factor
+    config = SimpleNamespace(vision=vision, scale_factor=scale, pooled_side=0, tokens_per_tile=tokens)
     # the tokens of a tile follow one another, with marks between tiles
     places = [5 + tile * (tokens + 3) + token for tile in range(len(prepared.tiles)) for token in range(tokens)]
     return tile_places(SimpleNamespace(prepared=prepared, places=places), config), tokens
@@ -72,3 +77,13 @@ def test_tokens_are_counted_over_marks_and_a_token_before_the_patches():
     (only,), _ = places_of(cropped, 1, class_token=True)
     # the middle square of a picture of three to two
     assert only.first == 6 and only.grid == 6 and only.box == pytest.approx((1 / 6, 0, 5 / 6, 1), abs=0.02)
+
+
+def test_gemma3s_whole_picture_is_first_and_its_squares_are_means(tmp_path):
+    write_gemma3_model(tmp_path, do_pan_and_scan=True, pan_and_scan_min_crop_size=8)
+    reader = open_picture_reader(load_vision_language(tmp_path).vision, tmp_path, load_tokenizer(tmp_path))
+    (span,) = reader.expand([3, reader.placeholder_id], [Picture.of(np.asarray(drawn(60, 30)))]).spans
+    tiles = tile_places(span, reader.config)
+    assert [(tile.row, tile.column, tile.grid) for tile in tiles] == [(None, None, 4), (0, 0, 4), (0, 1, 4)]
+    assert [tile.box for tile in tiles] == [(0, 0, 1, 1), (0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    assert [tile.first for tile in tiles] == [span.places[index] for index in (0, 16, 32)]

@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from PIL import Image
 
-from bessemer.model.vision.config import VisionLanguageConfig, read_vision_language_config
+from bessemer.model.vision.config import VisionLanguageConfig, read_vision_language_config, write_vision_language_config
 from bessemer.model.vision.folder import initial_vision_language, save_vision_language
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.tokenizers import write_small_tokenizer
@@ -63,16 +63,28 @@ def png_header(width, height, depth=8):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
 
 
-def write_picture_tokenizer(folder):
-    """The small tokenizer with Idefics3's marks and SmolVLM's template; returns its folder."""
+#: What Gemma 3's prompts consist of besides text, and its chat template.
+GEMMA3_MARKS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>", "<start_of_turn>", "<end_of_turn>")
+GEMMA3_TEMPLATE = (
+    "<|endoftext|>{% for message in messages %}<start_of_turn>"
+    "{{ ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def write_picture_tokenizer(folder, marks=MARKS, template=TEMPLATE):
+    """The small tokenizer with marks and a template, Idefics3's and SmolVLM's; returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_small_tokenizer(folder)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens(list(MARKS))
+    tokenizer.add_special_tokens(list(marks))
     tokenizer.save(str(folder / "tokenizer.json"))
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    path.write_text(json.dumps(config | {"chat_template": template}))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     return folder
 
@@ -109,18 +121,100 @@ def small_config(tokenizer, **changes) -> VisionLanguageConfig:
     return read_vision_language_config(values | changes)
 
 
-@torch.no_grad()
+def small_gemma3_config(tokenizer) -> VisionLanguageConfig:
+    """A tiny Gemma 3: a picture of 32 pixels takes 16 tokens, more than the window of most of its layers."""
+    values = {
+        "model_type": "gemma3",
+        "mm_tokens_per_image": 16,
+        "tie_word_embeddings": False,
+        "boi_token_index": tokenizer.control_id("<start_of_image>"),
+        "eoi_token_index": tokenizer.control_id("<end_of_image>"),
+        "image_token_index": tokenizer.control_id("<image_soft_token>"),
+        "vision_config": {
+            "hidden_size": 24,
+            "intermediate_size": 36,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 4,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "max_position_embeddings": 512,
+            "sliding_window": 6,
+        },
+    }
+    return read_vision_language_config(values)
+
+
+def write_gemma3_model(folder, **settings):
+    """A folder with a tiny Gemma 3 of random weights whose answers depend on its pictures; settings: of their preparation."""
+    write_picture_tokenizer(folder, GEMMA3_MARKS, GEMMA3_TEMPLATE)
+    settings = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}} | settings
+    return _write_random(folder, small_gemma3_config(load_tokenizer(folder)), settings)
+
+
+def write_llava_model(folder):
+    """A folder with a tiny LLaVA of random weights over a CLIP, whose answers depend on its pictures; returns the model."""
+    template = TEMPLATE.replace("<end_of_utterance>", "")
+    tokenizer = load_tokenizer(write_picture_tokenizer(folder, ("<image>",), template))
+    small = small_config(tokenizer)
+    values = write_vision_language_config(small) | {"model_type": "llava", "image_token_index": small.image_token_id}
+    values["vision_config"] |= {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    values |= {"vision_feature_select_strategy": "default", "vision_feature_layer": -2}
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": 16}
+    return _write_random(folder, read_vision_language_config(values), settings)
+
+
+#: What Qwen2.5-VL's prompts consist of besides text, and its chat template.
+QWEN_MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+#: Squares of 8 pixels, from 4 to 40 of them.
+NATIVE = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 256, "max_pixels": 2560}
+
+
+def write_qwen_model(folder, **settings):
+    """A folder with a tiny Qwen2.5-VL of random weights whose answers depend on its pictures; returns the model."""
+    tokenizer = load_tokenizer(write_picture_tokenizer(folder, QWEN_MARKS, QWEN_TEMPLATE))
+    values = write_vision_language_config(small_config(tokenizer, image_token_id=tokenizer.control_id("<|image_pad|>")))
+    values["text_config"] |= {"model_type": "qwen2_5_vl_text", "rope_parameters": None, "rope_theta": 10_000.0}
+    values["text_config"]["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 2, 2]}
+    values |= {"model_type": "qwen2_5_vl"}
+    values["vision_config"] = {"hidden_size": 32, "intermediate_size": 36, "depth": 3, "num_heads": 2, "patch_size": 4}
+    values["vision_config"] |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", **NATIVE} | settings
+    return _write_random(folder, read_vision_language_config(values), settings)
+
+
 def write_picture_model(folder, **changes):
     """A folder with a tiny SmolVLM of random weights whose answers depend on its pictures; returns the model."""
     write_picture_tokenizer(folder)
-    model = initial_vision_language(small_config(load_tokenizer(folder), **changes), seed=3)
+    settings = {"image_processor_type": "SmolVLMImageProcessor", "do_image_splitting": True, **TILES}
+    return _write_random(folder, small_config(load_tokenizer(folder), **changes), settings)
+
+
+@torch.no_grad()
+def _write_random(folder, config, settings):
+    model = initial_vision_language(config, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
             weight.normal_(0.0, 1.5 * weight[0].numel() ** -0.5, generator=generator)
             if "embed_tokens" in name:
-                weight.normal_(0.0, 1.0, generator=generator)
+                weight.normal_(0.0, 1 / config.text.embedding_multiplier, generator=generator)
     save_vision_language(model, folder, processor=None)
-    settings = {"image_processor_type": "SmolVLMImageProcessor", "do_image_splitting": True, **TILES}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return model

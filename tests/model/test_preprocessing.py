@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -15,16 +16,18 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.model.vision.config import read_vision_language_config
-from bessemer.model.vision.folder import initial_vision_language
+from bessemer.model.vision.folder import initial_vision_language, load_vision_language
 from bessemer.model.vision.pictures import Picture
 from bessemer.model.vision.preprocessing import preprocessor_of, read_preprocessor
-from bessemer.model.vision.prompts import PictureReader
+from bessemer.model.vision.prompts import PictureReader, open_picture_reader
 from bessemer.tokenization.tokenizer import load_tokenizer
-from tests.model.picture_files import drawn, write_picture_tokenizer
+from tests.model.picture_files import drawn, write_gemma3_model, write_picture_tokenizer
 from tests.model.vision_models import make
 
 SIZES = [(40, 30), (30, 41), (16, 16), (7, 90), (130, 33), (1, 3)]
 TILES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 16}}
+CROPS = {"size": {"height": 16, "width": 16}, "do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8}
+CROPS |= {"pan_and_scan_max_num_crops": 3, "pan_and_scan_min_ratio_to_activate": 1.2}
 PROCESSORS = {
     "siglip": (SiglipImageProcessorPil, {"size": {"height": 24, "width": 20}}),
     "clip": (CLIPImageProcessorPil, {"size": {"shortest_edge": 18}, "crop_size": {"height": 16, "width": 16}}),
@@ -34,6 +37,8 @@ PROCESSORS = {
     "idefics3": (Idefics3ImageProcessorPil, TILES),
     "idefics3, one tile": (Idefics3ImageProcessorPil, {**TILES, "do_image_splitting": False}),
     "smolvlm": (SmolVLMImageProcessorPil, {**TILES, "resample": 2, "image_mean": [0.4, 0.5, 0.6]}),
+    "gemma3": (Gemma3ImageProcessorPil, {"size": {"height": 16, "width": 16}}),
+    "gemma3, crops": (Gemma3ImageProcessorPil, CROPS),
     "not normalised": (SiglipImageProcessorPil, {"size": {"height": 8, "width": 8}, "do_normalize": False}),
 }
 
@@ -112,6 +117,35 @@ def test_tokens_of_pictures_are_those_of_transformers(reader):
         ]
         for span in prompt.spans:
             assert ours.vectors(span.prepared).shape == (len(span.places), 32)
+
+
+def gemma3_reader(folder, **settings):
+    write_gemma3_model(folder, **settings)
+    tokenizer = load_tokenizer(folder)
+    return open_picture_reader(load_vision_language(folder).vision, folder, tokenizer)
+
+
+@pytest.mark.parametrize("settings", [{}, CROPS | {"size": {"height": 32, "width": 32}}], ids=["whole", "crops"])
+def test_tokens_of_gemma3s_pictures_are_those_of_transformers(settings, tmp_path):
+    ours = gemma3_reader(tmp_path, **settings)
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), extra_special_tokens=names
+    )
+    image_processor = Gemma3ImageProcessorPil(**{"size": {"height": 32, "width": 32}} | settings)
+    processor = transformers.Gemma3Processor(image_processor, tokenizer, image_seq_length=16)
+    texts = ["the<start_of_image> in", "\n<start_of_image><start_of_image>\n\na the", "<start_of_turn>user\n<start_of_image>"]
+    for text in texts:
+        images = [drawn(*size, seed=index) for index, size in enumerate([(40, 30), (16, 60)][: text.count("_image")])]
+        # the processor's own defaults come before what its image processor is set to
+        expected = processor(images=[images], text=text, return_tensors="np", **settings)
+        prompt = ours.expand(tokenizer(text)["input_ids"], [Picture.of(np.asarray(one)) for one in images])
+        assert prompt.ids == expected["input_ids"][0].tolist()
+        places = [place for span in prompt.spans for place in span.places]
+        assert places == np.flatnonzero(expected["token_type_ids"][0]).tolist()
+        for span in prompt.spans:
+            assert span.is_bidirectional and ours.vectors(span.prepared).shape == (len(span.places), 48)
+            assert [prompt.ids[span.start], prompt.ids[span.end - 1]] == list(ours.config.around)
 
 
 def test_vectors_are_those_of_the_model(reader):

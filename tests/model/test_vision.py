@@ -20,8 +20,8 @@ from bessemer.model.vision.folder import (
     save_vision_encoder,
     save_vision_language,
 )
-from bessemer.model.vision.model import Vision, pixel_shuffle
-from tests.model.vision_models import ENCODERS, MODELS, TOKENS, make, pictures, row
+from bessemer.model.vision.model import Vision, ends_of_runs, pixel_shuffle
+from tests.model.vision_models import ENCODERS, IMAGE, MODELS, TOKENS, make, pictures, row
 
 TOLERANCE = 1e-4
 
@@ -37,7 +37,13 @@ def pair(request, tmp_path_factory):
 
 def their_pixels(theirs, pixels):
     """Pixels as the model takes them: Idefics3's have a dimension of the pictures of each text."""
-    return pixels if isinstance(theirs, transformers.LlavaForConditionalGeneration) else pixels[None]
+    return pixels[None] if theirs.config.model_type in ("idefics3", "smolvlm") else pixels
+
+
+def their_logits(theirs, tokens_BT, pixels):
+    """Logits with pictures; Gemma 3 is told which tokens are those of pictures."""
+    types = {"token_type_ids": (tokens_BT == IMAGE).long()} if theirs.config.model_type == "gemma3" else {}
+    return theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels), **types).logits
 
 
 @torch.no_grad()
@@ -45,7 +51,7 @@ def test_logits_equal_those_of_transformers(pair):
     theirs, ours, tokens = pair
     assert ours.config.tokens_per_tile == tokens
     pixels, tokens_BT = pictures(2), row(tokens, images=2)
-    expected = theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    expected = their_logits(theirs, tokens_BT, pixels)
     assert expected.std() > 0.2
     assert (ours(tokens_BT, Pixels(pixels)) - expected).abs().max() < TOLERANCE
     blind = theirs(tokens_BT).logits
@@ -69,6 +75,12 @@ def test_cached_equals_fresh_wherever_the_picture_is_cut(pair):
     pixels, tokens_BT = pictures(1), row(tokens)
     fresh, embedded = ours(tokens_BT, Pixels(pixels)), ours.embedded_rows(tokens_BT, Pixels(pixels))
     length, cache = tokens_BT.shape[1], DecoderCache(ours.config.text, 1, tokens_BT.shape[1])
+    if ours.config.is_bidirectional:
+        # such a picture is read whole, behind what is read already
+        parts = [ours(tokens_BT[:, :2], cache=cache), ours(tokens_BT[:, 2 : 5 + tokens], Pixels(pixels), cache=cache)]
+        parts += [ours(tokens_BT[:, place : place + 1], cache=cache) for place in range(5 + tokens, length)]
+        assert (torch.cat(parts, dim=1) - fresh).abs().max() < TOLERANCE
+        return
     start, cut = 0, []
     for size in (3 + tokens // 2, tokens - tokens // 2, length - 3 - tokens):
         within = (embedded.rows_M >= start) & (embedded.rows_M < start + size)
@@ -85,12 +97,51 @@ def test_a_saved_model_is_opened_by_transformers_and_by_us(pair, tmp_path):
     again = load_vision_language(tmp_path)
     assert again.config == ours.config
     pixels, tokens_BT = pictures(1), row(tokens)
-    expected = theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    expected = their_logits(theirs, tokens_BT, pixels)
     opened, loading = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    logits = opened(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits
+    logits = their_logits(opened, tokens_BT, pixels)
     assert (logits - expected).abs().max() < TOLERANCE / 10
     assert torch.equal(again(tokens_BT, Pixels(pixels)), ours(tokens_BT, Pixels(pixels)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["explicit", "tiled"])
+def test_every_backend_lets_a_pictures_tokens_see_each_other(backend):
+    theirs = make("gemma3")
+    config = _config_of(theirs)
+    ours = initial_vision_language(config, seed=1)
+    rows = torch.cat([row(4, seed=seed, images=2) for seed in (3, 4)])
+    expected = ours(rows, Pixels(pictures(4)))
+    ours.decoder.set_attention_backend(backend)
+    assert (ours(rows, Pixels(pictures(4))) - expected).abs().max() < TOLERANCE
+    ours.decoder.set_attention_backend("sdpa")
+
+
+def test_runs_of_tokens_end_where_another_picture_begins():
+    inside = torch.tensor([[0, 1, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1]]).bool()
+    assert ends_of_runs(inside).tolist() == [[0, 3, 3, 3, 4, 5], [1, 1, 2, 3, 5, 5]]
+    starts = torch.tensor([[0, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 1]]).bool()
+    assert ends_of_runs(inside, starts).tolist() == [[0, 2, 2, 3, 4, 5], [1, 1, 2, 3, 4, 5]]
+
+
+def test_a_gemma3_has_the_sizes_that_its_file_leaves_out():
+    """As google/gemma-3-4b-it's file is written."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    vision = {"model_type": "siglip_vision_model", "image_size": 896, "patch_size": 14, "hidden_size": 1152}
+    vision |= {"num_attention_heads": 16, "num_hidden_layers": 27, "intermediate_size": 4304, "vision_use_head": False}
+    config = read_vision_language_config(
+        {"model_type": "gemma3", "mm_tokens_per_image": 256, "text_config": text, "vision_config": vision}
+    )
+    theirs = transformers.Gemma3TextConfig(**text)
+    for name in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "sliding_window"):
+        assert getattr(config.text, name) == getattr(theirs, name), name
+    assert list(config.text.types) == theirs.layer_types and config.text.tie_word_embeddings
+    rope = theirs.rope_parameters
+    assert config.text.rope_theta == rope["full_attention"]["rope_theta"]
+    assert config.text.rope_local_base_freq == rope["sliding_attention"]["rope_theta"]
+    assert (config.tokens_per_tile, config.around, config.image_token_id) == (256, (255_999, 256_000), 262_144)
 
 
 def test_gradients_of_a_projector_equal_those_of_transformers(pair):
@@ -100,7 +151,7 @@ def test_gradients_of_a_projector_equal_those_of_transformers(pair):
         theirs.zero_grad()
         ours.requires_grad_(False)
         ours.vision.projector.requires_grad_(True).zero_grad()
-        theirs(tokens_BT, pixel_values=their_pixels(theirs, pixels)).logits.square().mean().backward()
+        their_logits(theirs, tokens_BT, pixels).square().mean().backward()
         ours(tokens_BT, Pixels(pixels)).square().mean().backward()
     grads = {name: weight.grad for name, weight in theirs.named_parameters()}
     for name, weight in ours.vision.projector.named_parameters():
@@ -227,10 +278,19 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", sorted(BAD))
+BAD_GEMMA3 = {
+    "tokens": ({"mm_tokens_per_image": 9}, "mm_tokens_per_image: a side of 4 patches is not made 9 tokens"),
+    "no square": ({"mm_tokens_per_image": 8}, "is not made 8 tokens"),
+    "begin": ({"boi_token_index": 255_999}, "the image token 255999 is not in the vocabulary of 97 tokens"),
+    "encoder": ({"vision_config": {"model_type": "clip_vision_model"}}, "Gemma 3's encoder is SigLIP's"),
+    "two ways": ({"text_config": {"use_bidirectional_attention": True, "vocab_size": 97}}, "use_bidirectional_attention"),
+}
+
+
+@pytest.mark.parametrize("case", sorted({**BAD, **BAD_GEMMA3}))
 def test_settings_that_make_no_model_are_named(case, tmp_path):
-    changes, message = BAD[case]
-    values = make("idefics3").config.to_dict()
+    changes, message = (BAD | BAD_GEMMA3)[case]
+    values = make("gemma3" if case in BAD_GEMMA3 else "idefics3").config.to_dict()
     values |= changes
     (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     assert is_vision_folder(tmp_path)

@@ -59,6 +59,23 @@ def _smolvlm():
     return transformers.SmolVLMForConditionalGeneration(config)
 
 
+def _gemma3():
+    """Gemma 3 with a window shorter than a picture, in layers of both kinds."""
+    text = transformers.Gemma3TextConfig(
+        **_TEXT | {"num_hidden_layers": 3, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5},
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    config = transformers.Gemma3Config(
+        vision_config=_siglip(vision_use_head=False),
+        text_config=text,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=3,
+        eoi_token_index=4,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 #: Models with a decoder, and the number of tokens that a picture of 16 × 16 pixels takes.
 MODELS = {
     "llava-clip-qwen2": lambda: _llava(transformers.CLIPVisionConfig(**_VISION), transformers.Qwen2Config(**_TEXT)),
@@ -71,8 +88,9 @@ MODELS = {
     ),
     "idefics3": _idefics3,
     "smolvlm-tied": _smolvlm,
+    "gemma3": _gemma3,
 }
-TOKENS = {"llava-clip-qwen2": 16, "llava-siglip-layers": 16, "idefics3": 4, "smolvlm-tied": 1}
+TOKENS = {"llava-clip-qwen2": 16, "llava-siglip-layers": 16, "idefics3": 4, "smolvlm-tied": 1, "gemma3": 4}
 
 #: Encoders alone.
 ENCODERS = {

@@ -24,15 +24,19 @@ from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.objectives import next_token_loss
-from tests.model.picture_files import drawn, encoded, write_picture_model
+from tests.model.picture_files import drawn, encoded, write_gemma3_model, write_picture_model
 from tests.model.tokenizers import write_small_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny SmolVLM, and rows: four with a picture each, one with two, one without."""
-    folder = tmp_path_factory.mktemp("pictures")
-    write_picture_model(folder / "model")
+    return write_rows(tmp_path_factory.mktemp("pictures"), write_picture_model)
+
+
+def write_rows(folder, write_model):
+    folder.mkdir(exist_ok=True)
+    write_model(folder / "model")
     rows = []
     for number in range(4):
         (folder / f"{number}.png").write_bytes(encoded(drawn(40 if number else 16, 30 if number else 16, seed=number)))
@@ -53,6 +57,10 @@ def asked(first, answer, *others):
 
 @pytest.fixture
 def packed(folder, tmp_path):
+    return packed_rows(folder, tmp_path)
+
+
+def packed_rows(folder, tmp_path):
     tokenizer = load_tokenizer(folder / "model")
     pictures = open_picture_encoder(folder / "model", tokenizer, tmp_path / "pictures.bin")
     conversations = read_conversations(folder / "rows.jsonl")
@@ -72,8 +80,21 @@ def test_a_picture_has_its_tokens_none_of_which_is_learnt(packed):
     assert all(f"number {number}" in learnt for number in range(4)) and "which" not in learnt
 
 
-@torch.no_grad()
 def test_packed_conversations_are_learnt_as_each_alone(folder, packed):
+    check_packed(folder, packed)
+
+
+def test_pictures_whose_tokens_see_each_other_are_learnt_as_each_alone(tmp_path):
+    """Gemma 3's; the mask holds them within packed rows."""
+    folder = write_rows(tmp_path / "rows", write_gemma3_model)
+    packed = packed_rows(folder, tmp_path)
+    assert int((packed[3].vector_of_token_BT >= 0).sum()) == 6 * 16
+    check_packed(folder, packed)
+    test_gradients_reach_the_encoder_and_the_projector(folder, packed)
+
+
+@torch.no_grad()
+def check_packed(folder, packed):
     conversations, tokenizer, pictures, batch = packed
     assert (batch.document_ids_BT.max(1).values > 1).any()
     model = load_trained_decoder(folder / "model").eval()

@@ -51,11 +51,11 @@ def import_(
     if special:
         raise ConfigError("--special: for a tokenizer in a tiktoken file, and this is a model")
     from bessemer.model.formats import import_model
-    from bessemer.model.storage.model_config import read_model_config
+    from bessemer.model.storage.model_config import read_decoder_config
 
     for note in import_model(model, out, dtype=dtype, split=split):
         print(f"note: {note}")
-    config = read_model_config(out)
+    config = read_decoder_config(out)
     print(f"{out}: a {config.model_type} model of {config.parameters():,} parameters, read from {model.name}")
 
 

@@ -107,7 +107,10 @@ def as_folder(model: Path, out: Path) -> Iterator[Path]:
     from tempfile import TemporaryDirectory
 
     from bessemer.model.formats.gguf_import import import_gguf
+    from bessemer.model.formats.gguf_mmproj import find_mmproj
 
+    if (mmproj := find_mmproj(model)) is not None:
+        print(f"note: the decoder alone is taken; bessemer import takes {mmproj.name}, too", file=sys.stderr)
     disk = next(folder for folder in out.resolve().parents if folder.is_dir())
     with TemporaryDirectory(prefix=".bessemer-", dir=disk) as scratch:
         for note in import_gguf(model, Path(scratch) / "model"):

@@ -195,6 +195,9 @@ def serve(
     prefix_store: Annotated[
         str | None, _memory(help="Folder that keeps prefixes which several requests had in common over restarts.")
     ] = None,
+    mmproj: Annotated[
+        str | None, _memory(help="Of a GGUF: its encoder of pictures (llama.cpp's mmproj). Default: the one beside it.")
+    ] = None,
     watermark: Annotated[
         Path | None, _requests(help="Key file of `bessemer watermark`: mark answers, so that the key finds them again.")
     ] = None,
@@ -291,7 +294,7 @@ def serve(
     adapters = named_folders(adapter, taken=name)
     lengths = ("max_model_len", "context_overflow", "context_keep")
     memory = ("kv_memory", "gpu_memory_utilization", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", *lengths)
-    speed = ("dtype", "paged_attention", "threads", "activation_bits", "batch_invariant")
+    speed = ("dtype", "paged_attention", "threads", "activation_bits", "batch_invariant", "mmproj")
     given = given_options(context, *memory, "prefix_cache", "prefix_store", *speed)
     given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
     if watermark is not None:

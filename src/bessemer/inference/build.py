@@ -66,13 +66,15 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast, served_dtype, slower_than_processor
 from bessemer.model.formats.gguf_import import parts_of
+from bessemer.model.formats.gguf_mmproj import Mmproj, find_mmproj, read_mmproj
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.library import find_kept
 from bessemer.model.storage.model_config import read_end_tokens, read_model_config, read_sampling_settings
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
-from bessemer.model.vision.folder import is_vision_folder, load_vision_language
+from bessemer.model.vision.config import VisionLanguageConfig
+from bessemer.model.vision.folder import is_vision_folder, load_vision_language, read_vision_language
 from bessemer.model.vision.prompts import PictureReader, open_picture_reader
 from bessemer.model.vision.trained import VisionDecoder
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -132,6 +134,10 @@ def open_model(
         named = kept
     path, own = tuned_model(named) or TunedModel(named, None)
     _check_size(path, choose_device(device), config.processes)
+    if config.mmproj is not None and config.processes > 1:
+        raise ConfigError("parallel: a model that reads pictures is served by one process; leave --mmproj out")
+    if config.mmproj is not None and path.suffix != ".gguf":
+        raise ConfigError(f"mmproj: of a GGUF file, and {path} is none")
     if is_vision_folder(path):
         return _open_vision(path, tokenizer, choose_device(device), config, has_adapter=adapter is not None)
     if config.processes > 1:
@@ -154,8 +160,15 @@ def open_model(
         tokenizer = tokenizer or opened.tokenizer
         if tokenizer is None:
             raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")
-        model, identity = _in_fast_dtype(opened.model, config), _identity(path)
-        return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids), identity=identity)
+        mmproj = _mmproj_of(path, config, opened.model.config, tokenizer)
+        pictures, files = None, [path]
+        if mmproj is not None:
+            vision = mmproj.vision.requires_grad_(False).to(opened.model.device)
+            pictures, files = PictureReader(vision, mmproj.preprocessor, tokenizer), [path, mmproj.path]
+            _check_whole_pictures(vision.config, mmproj.path, config)
+        model, identity = _in_fast_dtype(opened.model, config), _identity(*files)
+        ends = frozenset(opened.end_tokens or tokenizer.eos_ids)
+        return OpenedModel(model, tokenizer, ends, identity=identity, pictures=pictures)
     whole, identity = load_model(path, choose_device(device)), _identity(path)
     is_plain = whole.dtype == torch.float32 and not is_quantised(whole)
     if own is not None and adapter is None and (is_plain or trains_modules(own)):
@@ -175,6 +188,7 @@ def _open_vision(
     """A model that reads pictures."""
     if config.processes > 1:
         raise ConfigError(f"parallel: {path} reads pictures, and such a model is served by one process")
+    _check_whole_pictures(read_vision_language(path), path, config)
     if has_adapter:
         raise ConfigError(f"{path}: adapters of models that read pictures are not read")
     whole = load_vision_language(path, device)
@@ -191,6 +205,26 @@ def _open_vision(
         identity=_identity(path),
         pictures=open_picture_reader(vision, path, tokenizer),
     )
+
+
+def _mmproj_of(path: Path, config: EngineConfig, text: ModelConfig, tokenizer: Tokenizer) -> Mmproj | None:
+    """What a GGUF model sees pictures with: the file that the settings name, or the one beside it, if that can be read."""
+    if config.mmproj is not None:
+        return read_mmproj(Path(config.mmproj), text, tokenizer)
+    beside = find_mmproj(path)
+    if beside is None:
+        return None
+    try:
+        return read_mmproj(beside, text, tokenizer)
+    except ArtefactError as error:
+        # the decoder is whole without it
+        PlainLines().say(f"  the model reads no pictures: {error}")
+        return None
+
+
+def _check_whole_pictures(shape: VisionLanguageConfig, path: Path, config: EngineConfig) -> None:
+    if config.batch_invariant and shape.is_bidirectional:
+        raise ConfigError(f"batch_invariant: {path} reads pictures whole, and batch-invariant steps cut prompts into blocks")
 
 
 def _check_size(path: Path, device: torch.device, processes: int) -> None:
@@ -322,12 +356,13 @@ def assemble(
     opened: bool,
     sharded: ShardedModel | None = None,
     identity: str | None = None,
+    least_chunk: int = 1,
 ) -> tuple[EngineCore, str]:
     """The engine core of a model, and a line about its KV cache: how many blocks, of which type, how much memory.
 
     opened: whether the model was opened to be served, and is not one in training. sharded: the model's shards, where worker
-    processes hold some. identity: as of `OpenedModel`, for a prefix store. Raises ConfigError, and ArtefactError for a draft
-    model that cannot be read.
+    processes hold some. identity: as of `OpenedModel`, for a prefix store. least_chunk: as of
+    `Scheduler`. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
     """
     check_model_length(model.config, config)
     mtp_layers, _ = mtp_layers_of(config, model.config)
@@ -347,12 +382,13 @@ def assemble(
         groups,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_logits_rows=max(MOST_LOGITS // model.config.vocab_size, align or 1),
+        max_logits_rows=max(MOST_LOGITS // model.config.vocab_size, align or 1, least_chunk),
         max_waiting=config.max_waiting,
         state_slots=memory.state_slots,
         snapshots=memory.snapshot_count,
         block_size=config.block_size,
         align=align,
+        least_chunk=least_chunk,
         share_generated=not config.batch_invariant,
         share_prefixes=config.prefix_cache,
     )

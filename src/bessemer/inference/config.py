@@ -138,6 +138,11 @@ class EngineConfig(Config):
         gt=0,
         le=_MOST_GIB,
     )
+    mmproj: str | None = setting(
+        None,
+        "of a GGUF model: the file of its encoder of pictures (llama.cpp's `mmproj`); none: the one beside it, called "
+        "mmproj-NAME.gguf or the only one there",
+    )
     batch_invariant: bool = setting(False, "a request's tokens never depend on what else is running, to the last bit")
     cpu_kernels: Literal["auto", "on", "off"] = setting(
         "auto", "compiled CPU kernels: where they can be built, always, or never (then the modules run in PyTorch)"

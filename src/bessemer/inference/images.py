@@ -7,7 +7,7 @@ holds is never encoded. Its vectors stay with the request, whose prompt may be c
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.scheduling.sequence import ImageMark, ScheduledChunk
+from bessemer.model.vision.native import rope_positions
 from bessemer.model.vision.pictures import Picture, read_picture
 from bessemer.model.vision.preprocessing import Prepared
 from bessemer.model.vision.prompts import ImageSpan
@@ -71,15 +72,27 @@ def _without_pictures(message: Message, pictures: list[Picture]) -> Message:
 
 
 class GivenRows(NamedTuple):
-    """Rows of a batch that are vectors and not tokens: their places, in rising order, and the vectors, (M, D)."""
+    """Rows of a batch that are vectors and not tokens: their places, in rising order, and the vectors, (M, D).
+
+    is_bidirectional: whether rows that follow each other without a gap see each other.
+    """
 
     rows: list[int]
     vectors_MD: Tensor
+    is_bidirectional: bool = False
 
     def within(self, start: int, end: int, moved: int = 0) -> GivenRows:
         """Those of the rows start : end, moved by so many."""
         first, last = bisect_left(self.rows, start), bisect_left(self.rows, end)
-        return GivenRows([row + moved for row in self.rows[first:last]], self.vectors_MD[first:last])
+        return GivenRows([row + moved for row in self.rows[first:last]], self.vectors_MD[first:last], self.is_bidirectional)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """The first and the last row of each run without a gap."""
+        first = 0
+        for index, row in enumerate(self.rows):
+            if index + 1 == len(self.rows) or self.rows[index + 1] != row + 1:
+                yield self.rows[first], row
+                first = index + 1
 
 
 class RequestImages:
@@ -90,11 +103,25 @@ class RequestImages:
         self._spans = spans
         self._encode = encode
         self._vectors: list[Tensor | None] = [None] * len(spans)
+        self._grids = [span.grid for span in spans if span.grid is not None]
 
     @property
     def marks(self) -> tuple[ImageMark, ...]:
         """What the prefix cache distinguishes them by."""
-        return tuple(ImageMark(span.start, span.end, span.digest) for span in self._spans)
+        return tuple(ImageMark(span.start, span.end, span.digest, _runs(span)) for span in self._spans)
+
+    @property
+    def turns(self) -> bool:
+        """Whether tokens are turned by positions of three numbers, behind the pictures too."""
+        return bool(self._grids)
+
+    def rope_of_chunk(self, chunk: ScheduledChunk) -> dict[int, tuple[int, int, int]]:
+        """The positions of a chunk's tokens by which they are turned, where these are not their places; tokens are counted from
+        the chunk's first."""
+        if not self._grids:
+            return {}
+        positions = rope_positions(self._grids, chunk.start, chunk.count)
+        return {row: turn for row, turn in enumerate(positions) if turn != (chunk.start + row,) * 3}
 
     @property
     def encoded(self) -> int:
@@ -111,5 +138,14 @@ class RequestImages:
                 vectors_MD = self._vectors[index]
                 if vectors_MD is None:
                     vectors_MD = self._vectors[index] = self._encode(span.prepared)
-                given.append(GivenRows([place - start for place in span.places[first:last]], vectors_MD[first:last]))
+                rows = [place - start for place in span.places[first:last]]
+                given.append(GivenRows(rows, vectors_MD[first:last], span.is_bidirectional))
         return given
+
+
+def _runs(span: ImageSpan) -> tuple[tuple[int, int], ...]:
+    """The tokens first : end of a picture that no chunk may cut: those that see each other."""
+    if not span.is_bidirectional:
+        return ()
+    runs = GivenRows(list(span.places), Tensor()).runs()
+    return tuple((first, last + 1) for first, last in runs)

@@ -24,9 +24,12 @@ class TilePlace(NamedTuple):
 
 
 def tile_places(span: ImageSpan, config: VisionLanguageConfig) -> list[TilePlace]:
-    """The squares of a picture in a prompt, in the order of their tokens: the tiles row by row, then the whole picture."""
+    """The squares of a picture in a prompt, in the order of their tokens: the tiles row by row, then the whole picture; of
+    Gemma 3 this first. None of a picture that is read in a shape of its own (Qwen2.5-VL): that is not shown yet."""
     prepared, vision = span.prepared, config.vision
-    grid = vision.grid // max(1, config.scale_factor)
+    if vision.is_native:
+        return []
+    grid = config.pooled_side or vision.grid // max(1, config.scale_factor)
     # the last pixels that fill no patch are not read
     covered = vision.grid * vision.patch_size / vision.image_size
     # of LLaVA with the token that stands before the patches
@@ -35,7 +38,7 @@ def tile_places(span: ImageSpan, config: VisionLanguageConfig) -> list[TilePlace
         (row, column) for row in range(prepared.rows) for column in range(prepared.columns)
     ]
     places = []
-    for number, (row, column) in enumerate([*cuts, (None, None)]):
+    for number, (row, column) in enumerate([(None, None), *cuts] if config.pooled_side else [*cuts, (None, None)]):
         first = span.places[number * config.tokens_per_tile + before_patches]
         if row is None or column is None:
             left, top, right, bottom = prepared.box

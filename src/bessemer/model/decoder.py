@@ -6,7 +6,7 @@ The config decides what each part does, so one class is every architecture of `f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -41,6 +41,8 @@ class Decoder(nn.Module):
     layers: nn.ModuleList | nn.ModuleDict
     #: Whether rows are whole or spread over processes; `distributed.context` changes it.
     rows: Rows = WholeRows()
+    #: Pairs of a head's channels that each of three positions turns, of a decoder that reads pictures so; none of others.
+    rope_sections: tuple[int, ...] = ()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -163,10 +165,18 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
         embedded: EmbeddedRows | None = None,
+        seen_until_BT: Tensor | None = None,
+        rope_3BT: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token after each, (B, T, V), or scores. Arguments as for `hidden`."""
         hidden_BTD = self.hidden(
-            tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache, embedded=embedded
+            tokens_BT,
+            positions_BT=positions_BT,
+            document_ids_BT=document_ids_BT,
+            cache=cache,
+            embedded=embedded,
+            seen_until_BT=seen_until_BT,
+            rope_3BT=rope_3BT,
         )
         return self.logits(hidden_BTD)
 
@@ -197,6 +207,8 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         real: list[int] | None = None,
         embedded: EmbeddedRows | None = None,
+        seen_until_BT: Tensor | None = None,
+        rope_3BT: Tensor | None = None,
         pictures: object = None,
     ) -> Tensor:
         """States after the last norm, (B, T, D), which `logits` turns into logits.
@@ -208,11 +220,22 @@ class Decoder(nn.Module):
         whose attention goes by distance, or is linear, cannot (`shares_prefixes`). None: each token is its own document's.
         cache: holds the tokens before these and is extended by them; not together with the other three.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
-        embedded: tokens that are given as vectors. pictures: of a model that has an encoder of them, `VisionDecoder`.
+        embedded: tokens that are given as vectors. seen_until_BT: the last place in its row that each token sees, its own or
+        one behind it; None: its own. A paged cache knows it itself. rope_3BT: positions by which channels are turned
+        (`rope_sections`), where those are no places. pictures: of a model that has an encoder of them,
+        `VisionDecoder`.
         """
         assert pictures is None, "this decoder has no encoder of pictures"
         hidden_BTD = self._pre_norm_hidden(
-            tokens_BT, positions_BT, document_ids_BT, cache, real, visible_to_BT=visible_to_BT, embedded=embedded
+            tokens_BT,
+            positions_BT,
+            document_ids_BT,
+            cache,
+            real,
+            visible_to_BT=visible_to_BT,
+            embedded=embedded,
+            seen_until_BT=seen_until_BT,
+            rope_3BT=rope_3BT,
         )
         return self.normed(hidden_BTD)
 
@@ -223,13 +246,14 @@ class Decoder(nn.Module):
         cache: Cache,
         keep: Callable[[int, Tensor], None] | None = None,
         embedded: EmbeddedRows | None = None,
+        rope_3BT: Tensor | None = None,
     ) -> Tensor:
         """States after the last block, before the last norm, (B, T, D): what the MTP modules read.
 
         keep: receives the states before each layer, (B, T, D), with the layer's number, and those after the last. embedded:
-        tokens that are given as vectors.
+        tokens that are given as vectors. rope_3BT: as of `hidden`.
         """
-        return self._pre_norm_hidden(tokens_BT, None, None, cache, None, keep, embedded=embedded)
+        return self._pre_norm_hidden(tokens_BT, None, None, cache, None, keep, embedded=embedded, rope_3BT=rope_3BT)
 
     def attend(self, layer: int, hidden_BTD: Tensor, *, cache: Cache) -> None:
         """Let a layer's attention read the states before that layer of tokens that a cache makes room for.
@@ -253,6 +277,8 @@ class Decoder(nn.Module):
         keep: Callable[[int, Tensor], None] | None = None,
         visible_to_BT: Tensor | None = None,
         embedded: EmbeddedRows | None = None,
+        seen_until_BT: Tensor | None = None,
+        rope_3BT: Tensor | None = None,
     ) -> Tensor:
         """States after the last block, before the last norm, (B, T, D)."""
         length = tokens_BT.shape[1]
@@ -264,7 +290,7 @@ class Decoder(nn.Module):
         hidden_BTD = self._embedded(tokens_BT, positions_BT, embedded)
         if cache is None or cache.masked:
             aligned = cache is None or cache.aligned
-            masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT)
+            masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT, seen_until_BT)
         else:
             masks = dict.fromkeys(self.config.types, AttentionMask())
         # given positions may lie anywhere in the context
@@ -272,7 +298,7 @@ class Decoder(nn.Module):
             self.reserve_positions(self.config.max_position_embeddings)
         # documents that share a prefix make rows longer than the context; each document fits it
         longest = keys if visible_to_BT is None else min(keys, self.config.max_position_embeddings)
-        rotations = self._rotations(positions_BT, longest, hidden_BTD.dtype)
+        rotations = self._rotations(positions_BT if rope_3BT is None else rope_3BT, longest, hidden_BTD.dtype)
         for block in self.blocks:
             if keep is not None:
                 keep(block.layer, hidden_BTD)
@@ -350,6 +376,7 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None,
         aligned: bool,
         visible_to_BT: Tensor | None = None,
+        seen_until_BT: Tensor | None = None,
     ) -> dict[LayerType, AttentionMask]:
         """What each kind of layer may see; one mask a kind, whatever the number of layers."""
         config, device = self.config, hidden_BTD.device
@@ -369,12 +396,14 @@ class Decoder(nn.Module):
                 slopes_H=slopes_H,
                 aligned=aligned,
                 dense=has_scores and self.attention_backend in DENSE_BACKENDS,
+                **({} if seen_until_BT is None else {"seen_until_BT": seen_until_BT}),
             )
             # block masks need whole rows: a cache and sharded rows have other keys
             whole = slots_BT is None and isinstance(self.rows, WholeRows)
             if self.attention_backend == "flex" and whole and has_scores:
                 masks[kind] = masks[kind]._replace(blocks=block_mask(masks[kind], queries, keys, device))
             if self.is_batch_invariant:
+                assert seen_until_BT is None, "pictures whose tokens see each other are computed otherwise"
                 assert slots_BT is None and slopes_H is None, "rows without a cache, whose attention does not go by distance"
                 documents = DocumentKeys(documents_BT, visible_to_BT, len(hidden_BTD), keys)
                 masks[kind] = masks[kind]._replace(keys=documents)
@@ -387,11 +416,22 @@ class Decoder(nn.Module):
         if positions_BT is not None and self.config.rope_scaling.rope_type == "dynamic":
             # positions restart at each document: the longest document counts, not the row
             length = int(positions_BT.max()) + 1
-        rotation = self.rotary(positions_BT, length, dtype)
+        if positions_BT is not None and positions_BT.dim() == 3:
+            turned = [self.rotary(axis_BT, length, dtype) for axis_BT in positions_BT]
+            rotation = Rotation(*(_of_sections(tables, self.rope_sections) for tables in zip(*turned, strict=True)))
+        else:
+            rotation = self.rotary(positions_BT, length, dtype)
         rotations: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
         if hasattr(self, "rotary_local"):
             rotations["sliding_attention"] = self.rotary_local(positions_BT, length, dtype)
         return rotations
+
+
+def _of_sections(tables: Sequence[Tensor], sections: Sequence[int]) -> Tensor:
+    """Cosines or sines of several positions, (…, R), as one: of each half of the channels, the first section's are the first
+    table's, and so on (Wang et al. 2024, section 2.1)."""
+    parts = [table.split([*sections, *sections], dim=-1) for table in tables]
+    return torch.cat([parts[part % len(tables)][part] for part in range(2 * len(sections))], dim=-1)
 
 
 def _scores_dtype(hidden_BTD: Tensor) -> torch.dtype:

@@ -49,7 +49,7 @@ class Batch:
     states: rows whose hidden states are kept, in rising order, by layer: before layer 0, 1, …, and after the last. routings:
     rows whose choices of experts are kept, by layer. pending: rows whose token was sampled in the step before and is not on the
     host yet, which `tokens` holds a placeholder for; by row, the token's place among those sampled. given: rows that are
-    vectors of pictures and not tokens.
+    vectors of pictures and not tokens. rope: rows that are turned by positions of three numbers, which are not their places.
     """
 
     tokens: list[int]
@@ -66,6 +66,7 @@ class Batch:
     routings: dict[int, list[int]] = field(default_factory=dict)
     pending: dict[int, int] = field(default_factory=dict)
     given: list[GivenRows] = field(default_factory=list)
+    rope: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, num_groups: int) -> Batch:
@@ -81,6 +82,7 @@ class Batch:
         if request.images is not None:
             begin = len(self.tokens)
             self.given += [part.within(0, chunk.count, begin) for part in request.images.of_chunk(chunk)]
+            self.rope |= {begin + row: turn for row, turn in request.images.rope_of_chunk(chunk).items()}
         return self.append_tokens(
             tokens,
             chunk.start,
@@ -92,6 +94,23 @@ class Batch:
             slot=sequence.state_slot,
             snapshots=sequence.snapshots,
         )
+
+    def seen_until(self) -> dict[int, int]:
+        """The last row that a row sees, of rows that see others behind them, which are of the same sequence."""
+        return {
+            row: last
+            for part in self.given
+            if part.is_bidirectional
+            for first, last in part.runs()
+            for row in range(first, last)
+        }
+
+    def turns(self) -> list[list[list[int]]] | None:
+        """The positions by which all rows are turned, (3, 1, N); None where those are their places."""
+        if not self.rope:
+            return None
+        rows = [self.rope.get(row, (position,) * 3) for row, position in enumerate(self.positions)]
+        return [[list(axis)] for axis in zip(*rows, strict=True)]
 
     def append_tokens(
         self,
@@ -197,6 +216,7 @@ class Batch:
         )
         moved = (part.within(start, end, begin - start) for part in self.given)
         other.given += [part for part in moved if part.rows]
+        other.rope |= {row - start + begin: turn for row, turn in self.rope.items() if start <= row < end}
         other.pending |= {row - start + begin: place for row, place in self.pending.items() if start <= row < end}
         for kept, of_other in ((self.states, other.states), (self.routings, other.routings)):
             for layer, rows in kept.items():

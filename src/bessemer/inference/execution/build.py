@@ -376,9 +376,9 @@ def _attention_in_place(
     """What reads a model's pages in place; None where they are gathered, on a GPU with a line that says why."""
     way = paged_way(model.config, config, memory.dtype, memory.device)
     if way == "flex":
-        return FlexPagesAttention(memory, compiled_page_attention())
+        return FlexPagesAttention(memory, compiled_page_attention(), model.dtype)
     if way != "gather":
-        return KernelPagesAttention(memory, page_kernel(way, memory))
+        return KernelPagesAttention(memory, page_kernel(way, memory), model.dtype)
     if memory.device.type == "cuda" and config.paged_attention == "auto" and memory.groups:
         reason = must_gather(model.config, config, memory.dtype, memory.device)
         PlainLines().say(f"  slow: keys and values are gathered before every layer's attention: {reason}")
@@ -410,7 +410,9 @@ def choose_backend(
     packs = wanted and decoded is None and library() is not None and holds_decoded(model)
     if packs and not modules_only and CompiledSteps.supports(model) is None:
         steps = CompiledSteps(model, memory, config.threads, activation_bits=config.activation_bits, release=opened)
-        return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads()), steps, generator=steps)
+        return Backend(
+            StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads(), model.dtype), steps, generator=steps
+        )
     if config.cpu_kernels == "on" and library() is None:
         raise ConfigError(f"cpu_kernels: on: {unavailable()}")
     threads = config.threads or torch.get_num_threads()
@@ -422,5 +424,5 @@ def choose_backend(
     elif model.device.type == "cpu" and is_quantised(model):
         linear = PackedCodes(model, threads, activation_bits=config.activation_bits, release=opened)
     if wanted and CompiledAttention.supports(model):
-        return Backend(linear, CompiledAttention(memory, threads))
+        return Backend(linear, CompiledAttention(memory, threads, model.dtype))
     return Backend(linear, GatheredAttention(memory, model.dtype))

@@ -170,8 +170,14 @@ class CompiledSteps:
         return [f"compiled kernels ({kernels_arithmetic()})", *describe_codes(self.model, self._activation_bits)]
 
     def takes(self, batch: Batch) -> Sequence[int]:
-        """The sequences without an adapter."""
-        return [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
+        """The sequences without an adapter, and without tokens that the kernels do not know: of pictures whose tokens see each
+        other, and such as are turned by positions of three numbers."""
+        other = batch.seen_until().keys() | batch.rope.keys()
+        return [
+            sequence
+            for sequence, adapter in enumerate(batch.adapters)
+            if adapter is None and not (other and any(row in other for row in range(*batch.starts[sequence : sequence + 2])))
+        ]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, context: StepContext | None = None) -> Tensor:

@@ -160,6 +160,7 @@ class StaticSteps:
             and not batch.states
             and not batch.routings
             and not batch.given
+            and not batch.rope
             and all(adapter is None for adapter in batch.adapters)
         )
         return range(rows if fits else 0)

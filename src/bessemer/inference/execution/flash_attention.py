@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch, StepInputs
 from bessemer.inference.execution.kv_cache import PagedMemory, Pages, name_of_page_type
-from bessemer.inference.execution.paged_attention import PagedBatch
+from bessemer.inference.execution.paged_attention import GatheredBatch, PagedBatch
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import Scores
 from bessemer.model.layers.cache import AttentionInputs
@@ -253,16 +253,20 @@ class KernelPages:
 class KernelPagesAttention:
     """A library's kernels read pages where they lie."""
 
-    def __init__(self, memory: PagedMemory, kernel: PageKernel) -> None:
-        self._memory, self._kernel = memory, kernel
+    def __init__(self, memory: PagedMemory, kernel: PageKernel, dtype: torch.dtype) -> None:
+        """dtype: the model's."""
+        self._memory, self._kernel, self._dtype = memory, kernel, dtype
 
     @property
     def arithmetic(self) -> Sequence[str]:
         """As of `Attention`."""
         return [self._kernel.described]
 
-    def cache(self, batch: Batch, inputs: StepInputs) -> KernelBatch:
+    def cache(self, batch: Batch, inputs: StepInputs) -> PagedBatch:
         """As of `Attention`."""
+        if batch.seen_until():
+            # its kernels are causal
+            return GatheredBatch(self._memory, batch, inputs, self._dtype)
         return KernelBatch(self._memory, batch, inputs, self._kernel)
 
     def static_pages(self, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int]) -> KernelPages:

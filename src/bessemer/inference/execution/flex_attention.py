@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelO
 
 from bessemer.inference.execution.batch import Batch, StepInputs
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.paged_attention import PagedBatch
+from bessemer.inference.execution.paged_attention import GatheredBatch, PagedBatch
 from bessemer.model.layers.attention_backends import Scores, capped
 from bessemer.model.layers.cache import AttentionInputs
 
@@ -207,10 +207,14 @@ class FlexPagesAttention:
 
     arithmetic: Sequence[str] = ("attention over KV blocks by FlexAttention",)
 
-    def __init__(self, memory: PagedMemory, attention: PageAttention) -> None:
-        self._memory, self._attention = memory, attention
+    def __init__(self, memory: PagedMemory, attention: PageAttention, dtype: torch.dtype) -> None:
+        """dtype: the model's."""
+        self._memory, self._attention, self._dtype = memory, attention, dtype
 
-    def cache(self, batch: Batch, inputs: StepInputs) -> FlexBatch:
+    def cache(self, batch: Batch, inputs: StepInputs) -> PagedBatch:
+        if batch.seen_until():
+            # its page masks are causal
+            return GatheredBatch(self._memory, batch, inputs, self._dtype)
         return FlexBatch(self._memory, batch, inputs, self._attention)
 
     def static_pages(self, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int]) -> FlexPages:

@@ -121,7 +121,7 @@ class _Members(NamedTuple):
     """Sequences that attend together, as far as the host knows them: the rows of their tokens, (B, T), their blocks, the places
     of their queries among the positions that are gathered, and how many of these are each sequence's own, None where all are.
 
-    aligned: as in `attention_mask`.
+    aligned, seen_until_BT: as in `attention_mask`.
     """
 
     rows_BT: Tensor
@@ -130,6 +130,7 @@ class _Members(NamedTuple):
     positions: int
     lengths_B1: Tensor | None
     aligned: bool
+    seen_until_BT: Tensor | None = None
 
 
 class _AttendingSpan(NamedTuple):
@@ -158,6 +159,7 @@ class GatheredBatch(PagedBatch):
     def __init__(self, memory: PagedMemory, batch: Batch, inputs: StepInputs, dtype: torch.dtype) -> None:
         super().__init__(memory, batch, inputs)
         self._dtype = dtype
+        self._seen_until = batch.seen_until()
         self._groups = [self._group(index) for index in range(len(memory.groups))]
         self._spans: list[list[_AttendingSpan]] = []
 
@@ -214,7 +216,7 @@ class GatheredBatch(PagedBatch):
 
     def _members(self, index: int, sequences: list[int]) -> _Members:
         batch, size, window, inputs = self.batch, self.memory.block_size, self.memory.groups[index].window, self._inputs
-        rows, blocks, slots = [], [], []
+        rows, blocks, slots, seen_until = [], [], [], []
         for sequence in sequences:
             start, end = batch.starts[sequence : sequence + 2]
             first = 0 if window is None else max(0, batch.positions[start] - window + 1) // size
@@ -222,12 +224,14 @@ class GatheredBatch(PagedBatch):
             rows.append(range(start, end))
             blocks.append(batch.tables[index][sequence][first : last + 1])
             slots.append([position - first * size for position in batch.positions[start:end]])
+            seen_until.append([slots[-1][self._seen_until.get(row, row) - start] for row in range(start, end)])
         width = max(len(row) for row in blocks)
         padded = [row + [0] * (width - len(row)) for row in blocks]
         lengths = [row[-1] + 1 for row in slots]
         alike = len(set(lengths)) == 1
         lengths_B1 = None if alike else inputs.put([[length] for length in lengths])
-        return _Members(inputs.put(rows), inputs.put(padded), inputs.put(slots), max(lengths), lengths_B1, alike)
+        seen_until_BT = inputs.put(seen_until) if self._seen_until and seen_until != slots else None
+        return _Members(inputs.put(rows), inputs.put(padded), inputs.put(slots), max(lengths), lengths_B1, alike, seen_until_BT)
 
     def _span(self, members: _Members, window: int | None) -> _AttendingSpan:
         """Masks of the members, computed on the device once its numbers have arrived."""
@@ -241,6 +245,7 @@ class GatheredBatch(PagedBatch):
             window=window,
             slopes_H=self.memory.slopes_H,
             aligned=members.aligned,
+            seen_until_BT=members.seen_until_BT,
         )
         padding_BS = None
         if members.lengths_B1 is not None:
@@ -251,9 +256,9 @@ class GatheredBatch(PagedBatch):
 class CompiledAttention:
     """The compiled CPU kernels read pages where they lie."""
 
-    def __init__(self, memory: PagedMemory, threads: int) -> None:
-        """threads: of the kernels."""
-        self._memory, self._threads = memory, threads
+    def __init__(self, memory: PagedMemory, threads: int, dtype: torch.dtype) -> None:
+        """threads: of the kernels. dtype: the model's."""
+        self._memory, self._threads, self._dtype = memory, threads, dtype
         self._pages = {layer: PageTensors(*pages) for layer, pages in memory.layers.items()}
 
     @staticmethod
@@ -266,7 +271,10 @@ class CompiledAttention:
     def arithmetic(self) -> Sequence[str]:
         return [f"attention by compiled kernels ({kernels_arithmetic()})"]
 
-    def cache(self, batch: Batch, inputs: StepInputs) -> CompiledBatch:
+    def cache(self, batch: Batch, inputs: StepInputs) -> PagedBatch:
+        if batch.seen_until():
+            # the kernels are causal
+            return GatheredBatch(self._memory, batch, inputs, self._dtype)
         return CompiledBatch(self._memory, batch, inputs, self._pages, self._threads)
 
 

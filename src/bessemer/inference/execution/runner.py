@@ -331,6 +331,8 @@ class Runner:
         kept_routings = {layer: inputs.put(own) for layer, own in batch.routings.items()}
         pending_2P = inputs.put([[*batch.pending], [*batch.pending.values()]]) if batch.pending else None
         embedded = embedded_rows(batch.given, inputs, self.model.device)
+        turns = batch.turns()
+        rope_3BT = None if turns is None else inputs.put(turns)
         if context.rows is not None:
             context.rows.place(inputs.put)
         inputs.copy()
@@ -343,7 +345,7 @@ class Runner:
             keeping_packed_weights(self._packed_weights),
             routings_kept(self.model, kept_routings, self.observed.routings),
         ):
-            pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache, keep=keep, embedded=embedded)[0]
+            pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache, keep=keep, embedded=embedded, rope_3BT=rope_3BT)[0]
         if self.keeps_pre_norm:
             self.pre_norm_ND = pre_norm_ND
         return self.model.normed(pre_norm_ND[wanted_R])

@@ -17,7 +17,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.inference.scheduling.block_tables import BlockGroup, BlockTables
 from bessemer.inference.scheduling.queues import SequenceQueues, is_coming, kept_back
 from bessemer.inference.scheduling.recurrent_states import States
-from bessemer.inference.scheduling.sequence import Copies, ScheduledChunk, SchedulerOutput, TokenSequence
+from bessemer.inference.scheduling.sequence import Copies, ScheduledChunk, SchedulerOutput, TokenSequence, before_whole
 
 #: Stands in a sequence for a token that is still being computed.
 PLACEHOLDER = 0
@@ -34,9 +34,9 @@ class Scheduler(SequenceQueues):
     wait beyond the places that are empty; None: any number. state_slots: slots for the states of linear attention, one for each
     running sequence. snapshots: of states; without them a model that has states shares no prefix. block_size: tokens hashed at
     once, in a model without groups. align: chunks of a prompt end at its multiples or at the prompt's end, and what comes after
-    the prompt is computed token by token, also after a preemption: the chunks are the same whatever else runs. share_generated:
-    False to cache only what was computed as part of a prompt, in whole multiples of `align`. share_prefixes: False for no
-    prefix cache.
+    the prompt is computed token by token, also after a preemption: the chunks are the same whatever else runs. least_chunk:
+    most tokens that no chunk may cut (`ImageMark.whole`). share_generated: False to cache only what was computed as part of a
+    prompt, in whole multiples of `align`. share_prefixes: False for no prefix cache.
 
     Every chunk of a step is committed, or its sequence aborted, before the next step; or committed ahead (`commit_ahead`), and
     its token before the one after.
@@ -55,18 +55,21 @@ class Scheduler(SequenceQueues):
         snapshots: int = 0,
         block_size: int = 1,
         align: int | None = None,
+        least_chunk: int = 1,
         share_generated: bool = True,
         share_prefixes: bool = True,
     ) -> None:
-        least = max_num_seqs - 1 + (align or 1)
+        least_chunk = max(align or 1, least_chunk)
+        least = max_num_seqs - 1 + least_chunk
         if max_num_batched_tokens < least:
             raise ConfigError(
                 f"a step of {max_num_batched_tokens} tokens is too small for {max_num_seqs} running requests"
-                + (f" and chunks of {align} tokens" if align else "")
+                + (f" and chunks of {least_chunk} tokens" if least_chunk > 1 else "")
                 + f": raise max_num_batched_tokens to at least {least}, or lower max_num_seqs"
             )
         self.max_num_batched_tokens = max_num_batched_tokens
-        assert max_logits_rows >= (align or 1), "the first sequence of a step can always go on"
+        assert max_logits_rows >= least_chunk, "the first sequence of a step can always go on"
+        self._least_chunk = least_chunk
         self.max_logits_rows = max_logits_rows
         #: Rows of logits that the step being scheduled may still take.
         self._logits_rows = max_logits_rows
@@ -111,7 +114,7 @@ class Scheduler(SequenceQueues):
         budget = self.max_num_batched_tokens - decoding
         draft_budget = min(proposed, budget)
         if draft_budget and (decoding < len(running) or (self._waiting and self._has_place())):
-            draft_budget = max(0, min(proposed, budget // 2, budget - (self._align or 1)))
+            draft_budget = max(0, min(proposed, budget // 2, budget - self._least_chunk))
         budget -= draft_budget
 
         decodes: list[TokenSequence] = []
@@ -268,7 +271,7 @@ class Scheduler(SequenceQueues):
         end = max(start, min(start + budget, len(sequence.tokens)))
         end = min(end, _first_wanted(sequence, start) + self._logits_rows)
         if self._align is None:
-            return end
+            return max(start, before_whole(sequence.images, end)) if sequence.images else end
         if start >= sequence.prompt_length:
             return min(end, start + 1)
         if end >= sequence.prompt_length:

@@ -11,11 +11,15 @@ Status = Literal["waiting", "running", "finished"]
 
 
 class ImageMark(NamedTuple):
-    """A picture in a prompt, the tokens start : end, and a digest of its pixels: equal tokens stand for other pictures."""
+    """A picture in a prompt, the tokens start : end, and a digest of its pixels: equal tokens stand for other pictures.
+
+    whole: the tokens first : end of it that are computed in one chunk, because they see each other; none in most models.
+    """
 
     start: int
     end: int
     digest: bytes
+    whole: tuple[tuple[int, int], ...] = ()
 
 
 def image_key(images: Sequence[ImageMark], start: int, end: int) -> bytes:
@@ -26,6 +30,15 @@ def image_key(images: Sequence[ImageMark], start: int, end: int) -> bytes:
         for mark in images
         if mark.start < end and mark.end > start
     )
+
+
+def before_whole(images: Sequence[ImageMark], end: int) -> int:
+    """The last place up to `end` where a chunk may end: it cuts no tokens that are computed in one."""
+    for mark in images:
+        for first, behind in mark.whole:
+            if first < end < behind:
+                return first
+    return end
 
 
 @dataclass(eq=False, slots=True)

@@ -122,7 +122,14 @@ def import_model(source: ModelSource, out: Path, *, dtype: str | None = None, sp
         source = ModelSource("gguf", str(packaged_smollm2()))
     if source.kind == "gguf":
         from bessemer.model.formats.gguf_import import import_gguf
+        from bessemer.model.formats.gguf_mmproj import find_mmproj, import_vision_gguf
 
+        if (mmproj := find_mmproj(source.path)) is not None:
+            try:
+                return import_vision_gguf(source.path, mmproj, out, dtype=as_torch)
+            except ArtefactError as error:
+                note = f"the decoder alone is read: {error}"
+                return [note, *import_gguf(source.path, out, dtype=as_torch, split=split)]
         return import_gguf(source.path, out, dtype=as_torch, split=split)
     if source.kind == "hub":
         from bessemer.model.storage.library import download
@@ -195,9 +202,16 @@ class ModelFormat(NamedTuple):
 
 def _write_gguf(folder: Path, out: Path, options: ExportOptions) -> list[str]:
     from bessemer.model.formats.gguf_export import export_gguf, write_modelfile
+    from bessemer.model.vision.folder import is_vision_folder
 
     if out.is_dir():
         raise ArtefactError(f"{out}: is a folder; name the file to write")
+    if is_vision_folder(folder):
+        from bessemer.model.formats.gguf_mmproj import export_vision_gguf
+
+        if options.importance is not None:
+            raise ConfigError("--calibrate, --imatrix: not of a model that reads pictures")
+        return export_vision_gguf(folder, out, options.dtype)
     notes = export_gguf(folder, out, options.dtype, importance=options.importance)
     modelfile = write_modelfile(folder, out)
     return [*notes, f"{modelfile.name} beside it: ollama create NAME -f {modelfile.name}"]

@@ -218,7 +218,7 @@ def _write(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     for name, value in family.write(config).items():
-        _add(writer, f"{family.architecture}.{name}", value)
+        add_key(writer, f"{family.architecture}.{name}", value)
     if tokenizer is None:
         writer.add_tokenizer_model("none")
     else:
@@ -232,9 +232,9 @@ def _write(
     weights = {one.name: _importance_of(one, shapes, asked[one.name][0], importance) for one in stored}
     settings = setting_tensors(config)
     for name, tensor in settings.items():
-        _add_info(writer, name, tuple(tensor.shape), "F32")
+        add_info(writer, name, tuple(tensor.shape), "F32")
     for one in stored:
-        _add_info(writer, one.name, one.shape_in(shapes), asked[one.name][0])
+        add_info(writer, one.name, one.shape_in(shapes), asked[one.name][0])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -247,7 +247,7 @@ def _write(
                 writer.write_tensor_data(write_codes(packed_codes(one, codes), kept[one.name], inputs))
             else:
                 what = f"{folder}: tensor {one.name!r}"
-                writer.write_tensor_data(_encoded(one.pack(ours), asked[one.name][0], what, weights[one.name]))
+                writer.write_tensor_data(encoded(one.pack(ours), asked[one.name][0], what, weights[one.name]))
     finally:
         writer.close()
     otherwise = Counter((kind, 32 if kind == "F16" else 256) for kind, wanted in asked.values() if wanted is not None)
@@ -274,17 +274,20 @@ def _kept(one: Stored, shapes: Mapping[str, tuple[int, ...]], codes: Mapping[str
     return schemes.pop().gguf_type(shapes[names[0]][-1]) if len(schemes) == 1 and rows else None
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Write a key by the type of its value."""
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,
         float: writer.add_float32,
         str: writer.add_string,
+        list: writer.add_array,
     }
     add[type(value)](key, value)
 
 
-def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:
+def add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:
+    """Announce a tensor of a number type."""
     import gguf
 
     number = gguf.GGMLQuantizationType[kind]
@@ -293,7 +296,7 @@ def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: 
     writer.add_tensor_info(name, shape, np.dtype(np.float32), bytes, raw_dtype=number)
 
 
-def _encoded(tensor: Tensor, kind: str, what: str, weights_EK: Floats | None = None) -> np.ndarray:
+def encoded(tensor: Tensor, kind: str, what: str, weights_EK: Floats | None = None) -> np.ndarray:
     """A tensor's bytes, encoded some rows at a time: (rows, bytes of a row). Raises ArtefactError for a value that half
     precision cannot hold."""
     import gguf

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -158,6 +158,9 @@ class GgufFile:
     stream: of the first file; the others are opened here, and closed with this object.
     """
 
+    #: By the architectures that are read.
+    families: ClassVar[Mapping[str, GgufFamily | None]] = GGUF_FAMILIES
+
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path = path
         values, infos = read_head(path)
@@ -173,13 +176,21 @@ class GgufFile:
             weakref.finalize(self, part.close)
             self._add(other, part, infos)
         architecture = values.get("general.architecture")
-        if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
-            known = ", ".join(GGUF_FAMILIES)
+        if architecture == "clip" and architecture not in self.families:
+            raise ArtefactError(f"{path}: this is the encoder of pictures of a model (mmproj); name the model, with it beside")
+        if not isinstance(architecture, str) or architecture not in self.families:
+            known = ", ".join(self.families)
             raise ArtefactError(f"{path}: the architecture {architecture!r} is not supported; supported: {known}")
-        self.family: GgufFamily = GGUF_FAMILIES[architecture]
+        self._family = self.families[architecture]
         settings = {name: self.read(name) for name in SETTINGS if name in self.infos}
         shapes = {name: info.shape for name, info in self.infos.items()}
         self.head = GgufHead(path, architecture, values, shapes, settings)
+
+    @property
+    def family(self) -> GgufFamily:
+        """llama.cpp's architecture of the decoder."""
+        assert self._family is not None, "the file holds a decoder"
+        return self._family
 
     def _add(self, path: Path, stream: BinaryIO, infos: Iterable[TensorInfo]) -> None:
         size = path.stat().st_size

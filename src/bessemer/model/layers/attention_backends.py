@@ -102,7 +102,8 @@ def blocked(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Atte
     `sdpa`'s. Scores are rounded to the type of the products, as in every unfused attention, sums are float32.
     """
     queries, keys = query_BHTC.shape[2], key_BKSC.shape[2]
-    if not torch.is_grad_enabled() or queries > _LONGEST or queries != keys or mask.slots_BT is not None:
+    is_causal = mask.slots_BT is None and mask.seen_until_BT is None
+    if not torch.is_grad_enabled() or queries > _LONGEST or queries != keys or not is_causal:
         return sdpa(query_BHTC, key_BKSC, value_BKSV, mask, scores)
     heads, kv_heads, dtype = query_BHTC.shape[1], key_BKSC.shape[1], value_BKSV.dtype
     query_BKGTC = query_BHTC.to(dtype).unflatten(1, (kv_heads, heads // kv_heads))
@@ -159,6 +160,8 @@ def _row_of_tiles(
     queries_T = torch.arange(query_BHTC.shape[2], device=query_BHTC.device)[row]
     places = queries_T if mask.slots_BT is None else mask.slots_BT[:, queries_T]
     first, last = int(places.min()), int(places.max())
+    if mask.seen_until_BT is not None:
+        last = int(mask.seen_until_BT[:, queries_T].max())
     tile = row.stop - row.start
 
     shape = (*query_BKGTC.shape[:-1], 1)
@@ -204,6 +207,8 @@ def block_mask(mask: AttentionMask, queries: int, keys: int, device: torch.devic
         place = query if mask.slots_BT is None else mask.slots_BT[batch, query]
         distance = place - key
         allowed = distance >= 0
+        if mask.seen_until_BT is not None:
+            allowed = key <= mask.seen_until_BT[batch, query]
         if mask.window is not None:
             allowed = allowed & (distance < mask.window)
         if mask.documents_BT is not None:
@@ -214,7 +219,8 @@ def block_mask(mask: AttentionMask, queries: int, keys: int, device: torch.devic
                 allowed = allowed & (of_key <= own) & (own <= mask.visible_to_BT[batch, key])
         return allowed
 
-    rows = next((len(each) for each in (mask.slots_BT, mask.documents_BT) if each is not None), None)
+    by_row = (mask.slots_BT, mask.documents_BT, mask.seen_until_BT)
+    rows = next((len(each) for each in by_row if each is not None), None)
     with _kernels_compile():
         blocks: BlockMask = _block_mask_maker(device)(may_see, rows, None, queries, keys, device=str(device))
     return blocks

@@ -24,6 +24,8 @@ class AttentionMask(NamedTuple):
     window: most tokens attended to, the query included. slopes_H: ALiBi's, taken off the scores per step of distance.
     dense: all of this in one tensor that is added to the scores, (B, 1 or H, T, S); None where plain causal attention (or
     one new token that attends to every key) is right, and for backends that go by the other fields (`dense=False`).
+    seen_until_BT: the last place that each query sees, its own or one behind it (pictures whose tokens see each other); None:
+    its own.
     blocks: all but the slopes, for the backend `flex`, which else makes them in every layer. keys: where each document's keys
     lie, for batch-invariant kernels, likewise.
     """
@@ -36,6 +38,7 @@ class AttentionMask(NamedTuple):
     visible_to_BT: Tensor | None = None
     blocks: BlockMask | None = None
     keys: DocumentKeys | None = None
+    seen_until_BT: Tensor | None = None
 
 
 def attention_mask(
@@ -51,6 +54,7 @@ def attention_mask(
     slopes_H: Tensor | None = None,
     aligned: bool = True,
     dense: bool = True,
+    seen_until_BT: Tensor | None = None,
 ) -> AttentionMask:
     """The mask of `queries` queries over `keys` keys; `dense` is in the scores' type.
 
@@ -60,9 +64,12 @@ def attention_mask(
     if window is not None and window >= keys:
         window = None
     plain = documents_BT is None and window is None and slopes_H is None and aligned and (queries in (1, keys))
+    plain = plain and seen_until_BT is None
     # with shared prefixes, places in the row are no distances between tokens
     assert visible_to_BT is None or (window is None and slopes_H is None)
-    mask = AttentionMask(slots_BT, documents_BT, window, slopes_H, visible_to_BT=visible_to_BT)
+    # a distance below 0 has no penalty
+    assert seen_until_BT is None or slopes_H is None
+    mask = AttentionMask(slots_BT, documents_BT, window, slopes_H, visible_to_BT=visible_to_BT, seen_until_BT=seen_until_BT)
     if plain or not dense:
         return mask
     scores_BHTS = bias(mask, torch.arange(queries, device=device), torch.arange(keys, device=device))
@@ -77,6 +84,8 @@ def bias(mask: AttentionMask, queries_T: Tensor, keys_S: Tensor) -> Tensor:
     places_BT = queries_T[None] if mask.slots_BT is None else mask.slots_BT[:, queries_T]
     distance_BTS = places_BT[:, :, None] - keys_S
     allowed_BTS = distance_BTS >= 0
+    if mask.seen_until_BT is not None:
+        allowed_BTS = keys_S <= mask.seen_until_BT[:, queries_T, None]
     if mask.window is not None:
         allowed_BTS = allowed_BTS & (distance_BTS < mask.window)
     if mask.documents_BT is not None:

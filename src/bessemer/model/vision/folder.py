@@ -1,4 +1,5 @@
-"""Models that read pictures on disk, in Hugging Face's form: LLaVA, Idefics3 and SmolVLM, and encoders alone.
+"""Models that read pictures on disk, in Hugging Face's form: LLaVA, Idefics3, SmolVLM, Gemma 3 and Qwen2.5-VL, and
+encoders alone.
 
 The spelling of tensors has changed over the versions of `transformers`: `language_model.model.…` of published LLaVAs is
 `model.language_model.…` within it, and `vision_tower.vision_model.…` lacks its middle in new files. Both are read, the
@@ -55,6 +56,8 @@ PROCESSOR = "processor_config.json"
 PROCESSOR_FILES = (PREPROCESSOR, PROCESSOR)
 #: Tensors of files that are read past: places counted from 0, and parts of a whole SigLIP or CLIP that reads text.
 _IGNORED = re.compile(r".*position_ids|text_model\..*|logit_(bias|scale)|(visual|text)_projection\..*")
+#: Models that name their parts `vision_tower`, `multi_modal_projector` and `language_model`.
+_TOWERS = ("llava", "gemma3")
 _POOLING = re.compile(r"(model\.)?vision_tower\.(vision_model\.)?head\..*")
 
 
@@ -171,10 +174,15 @@ def initial_vision_language(config: VisionLanguageConfig, seed: int) -> VisionLa
 
 
 def _initial_of_vision(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    if name.endswith("mm_soft_emb_norm.weight"):
+        # the scale is this and 1
+        return torch.zeros(shape)
     if len(shape) < 2:
         return torch.ones(shape) if "norm" in name and name.endswith(".weight") else torch.zeros(shape)
     generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
-    return torch.empty(shape).normal_(0.0, math.prod(shape[1:]) ** -0.5, generator=generator)
+    is_by_input = name.endswith("mm_input_projection_weight")
+    inputs = shape[0] if is_by_input else math.prod(shape[1:])
+    return torch.empty(shape).normal_(0.0, inputs**-0.5, generator=generator)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -198,9 +206,16 @@ def _stored(config: VisionLanguageConfig, names: Sequence[str]) -> Iterator[Stor
     for one in family_of(config.text).stored(config.text, ours):
         views = tuple(replace(view, name=_DECODER + view.name) for view in one.views)
         yield replace(one, name=_text_name(config, one.name), views=views)
-    is_llava = config.model_type == "llava"
-    encoder = "vision_tower.vision_model." if is_llava else "model.vision_model."
-    projector = "multi_modal_projector." if is_llava else "model.connector.modality_projection."
+    if config.vision.is_native:
+        for name in names:
+            if name.startswith(_ENCODER):
+                yield Stored("visual." + name.removeprefix(_ENCODER), (TensorView(name),))
+            elif name.startswith(_PROJECTOR):
+                yield Stored("visual.merger." + name.removeprefix(_PROJECTOR), (TensorView(name),))
+        return
+    is_tower = config.model_type in _TOWERS
+    encoder = "vision_tower.vision_model." if is_tower else "model.vision_model."
+    projector = "multi_modal_projector." if is_tower else "model.connector.modality_projection."
     for name in names:
         if name.startswith(_ENCODER):
             yield Stored(encoder + name.removeprefix(_ENCODER), (TensorView(name),))
@@ -209,7 +224,9 @@ def _stored(config: VisionLanguageConfig, names: Sequence[str]) -> Iterator[Stor
 
 
 def _text_name(config: VisionLanguageConfig, name: str) -> str:
-    if config.model_type == "llava":
+    if config.vision.is_native:
+        return name
+    if config.model_type in _TOWERS:
         return f"language_model.{name}"
     return name if not name.startswith("model.") else f"model.text_model.{name.removeprefix('model.')}"
 
@@ -217,7 +234,12 @@ def _text_name(config: VisionLanguageConfig, name: str) -> str:
 def _spellings(config: VisionLanguageConfig, name: str) -> Iterator[str]:
     """The names under which a file may hold a tensor that is published as `name`."""
     yield name
-    if config.model_type != "llava":
+    if config.vision.is_native:
+        yield f"model.{name}"
+        if name.startswith("model."):
+            yield name.replace("model.", "model.language_model.", 1)
+        return
+    if config.model_type not in _TOWERS:
         return
     shorter = name.replace("vision_tower.vision_model.", "vision_tower.")
     yield shorter
@@ -229,7 +251,7 @@ def _spellings(config: VisionLanguageConfig, name: str) -> Iterator[str]:
 
 
 def _is_ignored(config: VisionLanguageConfig) -> Callable[[str], object]:
-    return lambda name: _IGNORED.fullmatch(name) or (config.model_type == "llava" and _POOLING.fullmatch(name))
+    return lambda name: _IGNORED.fullmatch(name) or (config.model_type in _TOWERS and _POOLING.fullmatch(name))
 
 
 def _find(

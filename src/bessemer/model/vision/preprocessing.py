@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from bessemer.model.vision.pictures import Picture
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
-Method = Literal["fixed", "tiles", "patches"]
+Method = Literal["fixed", "tiles", "patches", "native"]
 #: Left, top, right, bottom.
 Box = tuple[float, float, float, float]
 
@@ -45,6 +45,8 @@ _PROCESSORS: dict[str, tuple[Method, dict[str, Any]]] = {
         {"resample": 1, "size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}, "do_image_splitting": True},
     ),
 }
+_PROCESSORS["Gemma3ImageProcessor"] = ("fixed", {"resample": 2, "size": {"height": 224, "width": 224}})
+_PROCESSORS["Qwen2VLImageProcessor"] = ("native", {"resample": 3, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2})
 _PROCESSORS["LlavaImageProcessor"] = _PROCESSORS["CLIPImageProcessor"]
 _PROCESSORS["SmolVLMImageProcessor"] = _PROCESSORS["Idefics3ImageProcessor"]
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -56,8 +58,9 @@ class Prepared:
     """A picture as an encoder reads it, but for the normalisation.
 
     tiles: (N, side, side, 3) uint8, or of a picture in patches (1, height, width, 3). rows, columns: of tiles, 0 where the
-    picture is one. digest: equal for equal tiles. box: the part of the picture that the tiles are of, as left, top, right and
-    bottom in shares of its width and height; beyond 0 and 1 where the picture was padded.
+    picture is one. The whole picture is the last one, or, of Gemma 3, the first. digest: equal for equal tiles. box: the part
+    of the picture that the tiles are of, as left, top, right and bottom in shares of its width and height; beyond 0 and 1 where
+    the picture was padded.
     """
 
     tiles: NDArray[np.uint8] = field(repr=False, compare=False)
@@ -73,6 +76,23 @@ class Prepared:
         return cls(tiles, rows, columns, hashlib.sha256(said + b"\0" + tiles.tobytes()).digest(), box)
 
 
+class PanAndScan(NamedTuple):
+    """Gemma 3's crops of long pictures: from which ratio of sides on, how many at most, and their shorter side at least."""
+
+    least_ratio: float
+    most_crops: int
+    least_side: int
+
+    def crops(self, height: int, width: int) -> int:
+        """In how many crops the longer side is cut; 0 where the picture is not."""
+        longer, shorter = max(height, width), min(height, width)
+        if longer / shorter < self.least_ratio:
+            return 0
+        count = min(longer // self.least_side, math.floor(longer / shorter + 0.5))
+        count = min(self.most_crops, max(2, count))
+        return 0 if min(math.ceil(longer / count), shorter) < self.least_side else count
+
+
 @dataclass(frozen=True)
 class Preprocessor:
     """How a model's pictures are prepared. Names as in `preprocessor_config.json`.
@@ -85,10 +105,15 @@ class Preprocessor:
     size: tuple[int, int] | int | None = None
     crop_size: tuple[int, int] | None = None
     pads_to_square: bool = False
+    pan_and_scan: PanAndScan | None = None
     max_image_size: int = 0
     splits: bool = False
     patch_size: int = 0
     max_num_patches: int = 0
+    merge_size: int = 0
+    temporal_patch_size: int = 1
+    min_pixels: int = 0
+    max_pixels: int = 0
     rescale_factor: float | None = 1 / 255
     mean: tuple[float, ...] | None = _HALF
     std: tuple[float, ...] | None = _HALF
@@ -103,6 +128,12 @@ class Preprocessor:
         if self.method == "patches":
             height, width = patched_size(picture.height, picture.width, self.patch_size, self.max_num_patches)
             return Prepared.of(np.asarray(self._resized(image, height, width))[None])
+        if self.method == "native":
+            factor = self.patch_size * self.merge_size
+            height, width = native_size(picture.height, picture.width, factor, self.min_pixels, self.max_pixels)
+            return Prepared.of(np.asarray(self._resized(image, height, width))[None], height // factor, width // factor)
+        if self.pan_and_scan is not None:
+            return self._with_crops(image, self.pan_and_scan)
         if self.pads_to_square:
             image = self._padded(image)
         if isinstance(self.size, int):
@@ -125,6 +156,8 @@ class Preprocessor:
     def pixels(self, prepared: Prepared) -> Pixels:
         """What an encoder reads of a prepared picture, float32."""
         normal = self._normalised(prepared.tiles)
+        if self.method == "native":
+            return self._in_squares(normal[0])
         if self.method != "patches":
             return Pixels(torch.from_numpy(np.ascontiguousarray(normal.transpose(0, 3, 1, 2))))
         _, height, width, channels = normal.shape
@@ -136,6 +169,31 @@ class Preprocessor:
         return Pixels(torch.from_numpy(padded), mask, torch.tensor([[rows, columns]]))
 
     # -- inside
+
+    def _in_squares(self, normal: NDArray[np.float32]) -> Pixels:
+        """Patches square by square, each as many times as it has frames."""
+        height, width, channels = normal.shape
+        patch, merge = self.patch_size, self.merge_size
+        rows, columns = height // patch, width // patch
+        split = normal.reshape(rows // merge, merge, patch, columns // merge, merge, patch, channels)
+        patches = split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, channels, 1, patch**2)
+        frames = np.repeat(patches, self.temporal_patch_size, axis=2).reshape(rows * columns, -1)
+        return Pixels(torch.from_numpy(frames), shapes=torch.tensor([[rows, columns]]))
+
+    def _with_crops(self, image: PillowImage, settings: PanAndScan) -> Prepared:
+        assert isinstance(self.size, tuple)
+        tiles = [np.asarray(self._resized(image, *self.size))]
+        count = settings.crops(image.height, image.width)
+        if count == 0:
+            return Prepared.of(np.stack(tiles))
+        is_wide = image.width >= image.height
+        step = math.ceil(max(image.size) / count)
+        for start in range(0, count * step, step):
+            box = (start, 0, start + step, image.height) if is_wide else (0, start, image.width, start + step)
+            # the last one ends with the picture
+            crop = image.crop((box[0], box[1], min(box[2], image.width), min(box[3], image.height)))
+            tiles.append(np.asarray(self._resized(crop, *self.size)))
+        return Prepared.of(np.stack(tiles), *((1, count) if is_wide else (count, 1)))
 
     def _box(self, picture: Picture, resized: PillowImage) -> Box:
         """The part of a picture that is left of it, padded, resized and then cropped."""
@@ -241,6 +299,19 @@ def patched_size(height: int, width: int, patch: int, most: int) -> tuple[int, i
     return scaled(low, height), scaled(low, width)
 
 
+def native_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """The size, (height, width), in whole squares of `factor` pixels, from `least` to `most` pixels, about in the picture's own
+    shape (Qwen2-VL's rule)."""
+    tall, wide = round(height / factor) * factor, round(width / factor) * factor
+    if tall * wide > most:
+        scale = math.sqrt(height * width / most)
+        return tuple(max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))  # type: ignore[return-value]
+    if tall * wide < least:
+        scale = math.sqrt(least / (height * width))
+        return math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+    return tall, wide
+
+
 def _with_shorter_side(height: int, width: int, shorter: int) -> tuple[int, int]:
     longer = int(shorter * max(height, width) / min(height, width))
     return (longer, shorter) if width <= height else (shorter, longer)
@@ -262,9 +333,19 @@ def _cropped(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.u
 
 
 def read_preprocessor(folder: Path) -> Preprocessor:
-    """How a folder's model takes pictures, from `preprocessor_config.json`, or the part of `processor_config.json` about them.
+    """How a folder's model takes pictures. Raises ArtefactError as `preprocessor_values`, and for what is not known."""
+    values = preprocessor_values(folder)
+    try:
+        return preprocessor_of(values)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        path = folder / (PREPROCESSOR if (folder / PREPROCESSOR).is_file() else PROCESSOR)
+        raise ArtefactError(f"{path}: {error}") from None
 
-    Raises ArtefactError where neither is there or says what is not known.
+
+def preprocessor_values(folder: Path) -> dict[str, Any]:
+    """What a folder says of the preparation of pictures: `preprocessor_config.json`, or a part of `processor_config.json`.
+
+    Raises ArtefactError where neither is there.
     """
     for name in (PREPROCESSOR, PROCESSOR):
         path = folder / name
@@ -273,12 +354,8 @@ def read_preprocessor(folder: Path) -> Preprocessor:
         values = read_json(path, "settings of pictures")
         if isinstance(values, Mapping) and name == PROCESSOR:
             values = values.get("image_processor")
-        if not isinstance(values, Mapping):
-            continue
-        try:
-            return preprocessor_of(values)
-        except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtefactError(f"{path}: {error}") from None
+        if isinstance(values, Mapping):
+            return dict(values)
     raise ArtefactError(f"{folder}: nothing says how pictures are prepared: {PREPROCESSOR} is missing")
 
 
@@ -290,25 +367,48 @@ def preprocessor_of(values: Mapping[str, Any]) -> Preprocessor:
         raise ConfigError(f"pictures prepared by {name!r} are not read; known are {', '.join(_PROCESSORS)}")
     method, defaults = _PROCESSORS[name]
     given = {**defaults, **{key: value for key, value in values.items() if value is not None}}
-    is_clip = name in ("CLIPImageProcessor", "LlavaImageProcessor")
+    is_clip = name in ("CLIPImageProcessor", "LlavaImageProcessor", "Qwen2VLImageProcessor")
     mean, std = (_CLIP_MEAN, _CLIP_STD) if is_clip else (_HALF, _HALF)
     is_normalised = given.get("do_normalize", True)
     if method == "tiles" and given.get("do_image_splitting", True) and not given.get("do_resize", True):
         raise ConfigError("do_resize: false is not read where a picture is cut into tiles")
+    sizes = given["size"] if method == "native" and isinstance(given.get("size"), Mapping) else {}
+    if method == "native" and not given.get("do_resize", True):
+        raise ConfigError("do_resize: false is not read where a picture keeps its shape")
     return Preprocessor(
         method,
         int(given["resample"]),
-        size=_size(given["size"]) if "size" in given and given.get("do_resize", True) and method != "patches" else None,
+        size=_size(given["size"])
+        if "size" in given and given.get("do_resize", True) and method in ("fixed", "tiles")
+        else None,
         crop_size=_square(given["crop_size"]) if given.get("do_center_crop") else None,
         pads_to_square=name == "LlavaImageProcessor" and bool(given.get("do_pad")),
+        pan_and_scan=_pan_and_scan(given) if name == "Gemma3ImageProcessor" and given.get("do_pan_and_scan") else None,
         max_image_size=int(given["max_image_size"]["longest_edge"]) if method == "tiles" else 0,
         splits=bool(given.get("do_image_splitting")),
         patch_size=int(given.get("patch_size", 0)),
         max_num_patches=int(given.get("max_num_patches", 0)),
+        merge_size=int(given.get("merge_size", 0)),
+        temporal_patch_size=int(given.get("temporal_patch_size", 1)),
+        min_pixels=int(given.get("min_pixels") or sizes.get("shortest_edge") or 56 * 56),
+        max_pixels=int(given.get("max_pixels") or sizes.get("longest_edge") or 28 * 28 * 1280),
         rescale_factor=float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else None,
         mean=tuple(map(float, given.get("image_mean", mean))) if is_normalised else None,
         std=tuple(map(float, given.get("image_std", std))) if is_normalised else None,
     )
+
+
+def _pan_and_scan(given: Mapping[str, Any]) -> PanAndScan:
+    """With what Gemma 3's processor takes where a file leaves it out."""
+    if not given.get("do_resize", True):
+        raise ConfigError("do_resize: false is not read where a picture is cut into crops")
+    least, most, side = (
+        given.get(f"pan_and_scan_{name}", usual)
+        for name, usual in (("min_ratio_to_activate", 1.2), ("max_num_crops", 4), ("min_crop_size", 256))
+    )
+    if int(most) < 2 or int(side) < 1:
+        raise ConfigError(f"pan_and_scan: at least 2 crops of at least 1 pixel are needed, got {most!r} of {side!r}")
+    return PanAndScan(float(least), int(most), int(side))
 
 
 def _size(given: Any) -> tuple[int, int] | int:

@@ -19,7 +19,7 @@ from bessemer.model.storage.folder import load_model, save_model
 from bessemer.model.vision.config import VisionLanguageConfig
 from bessemer.model.vision.encoder import Pixels
 from bessemer.model.vision.folder import is_vision_folder, load_vision_language, save_vision_language
-from bessemer.model.vision.model import Vision, VisionLanguageModel
+from bessemer.model.vision.model import Vision, VisionLanguageModel, ends_of_runs
 
 # Shapes: B batch, T time, D hidden, M vectors of pictures.
 
@@ -41,6 +41,7 @@ class VisionDecoder(Decoder):
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config.text)
         self.vision_config = config
+        self.rope_sections = config.rope_sections
         self.vision = Vision(config)
 
     @classmethod
@@ -73,6 +74,9 @@ class VisionDecoder(Decoder):
             vector_of_token_N = pictures.vector_of_token_BT.flatten()
             rows_M = (vector_of_token_N >= 0).nonzero()[:, 0]
             others["embedded"] = EmbeddedRows(rows_M, vectors_MD[vector_of_token_N[rows_M]])
+            if self.vision_config.is_bidirectional:
+                is_first_BT = pictures.vector_of_token_BT % self.vision_config.tokens_per_tile == 0
+                others["seen_until_BT"] = ends_of_runs(pictures.vector_of_token_BT >= 0, is_first_BT)
         return super().hidden(tokens_BT, **others)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bessemer.core.errors import RequestError
+from bessemer.core.errors import ConfigError, RequestError
 from bessemer.model.vision.folder import is_vision_folder, read_vision_language
 from bessemer.model.vision.model import Vision
 from bessemer.model.vision.pictures import Picture, read_picture
@@ -45,29 +45,23 @@ class PictureEncoder:
         """
         try:
             sources = sources_in(conversation.messages)
-            ids = [self._ids(prepared_picture(self.reader, source, conversation.folder)) for source in sources]
+            pictures = [prepared_picture(self.reader, source, conversation.folder) for source in sources]
+            for prepared in pictures:
+                self.file.add(prepared)
+            return [self._expanded(example, pictures) for example in examples]
         except (RequestError, ValueError) as error:
             raise RowError(str(error)) from None
-        return [self._expanded(example, ids) for example in examples]
 
-    def _ids(self, prepared: Prepared) -> np.ndarray:
-        tokens = np.array(self.reader.tokens(prepared), np.int64)
-        is_vector, first = tokens == self.reader.image_token_id, self.file.add(prepared)
-        tokens[is_vector] = -1 - first - np.arange(int(is_vector.sum()))
-        return tokens
-
-    def _expanded(self, example: Encoded, pictures: Sequence[np.ndarray]) -> Encoded:
-        places = np.flatnonzero(example.ids == self.reader.image_token_id)
-        if len(places) > len(pictures):
-            raise RowError(f"the chat template has places for {len(places)} pictures, and {len(pictures)} are given")
-        ids: list[np.ndarray] = []
-        learnt: list[np.ndarray] = []
-        before = 0
-        for place, picture in zip(places.tolist(), pictures, strict=False):
-            ids += [example.ids[before:place], picture]
-            learnt += [example.is_learnt[before:place], np.zeros(len(picture), bool)]
-            before = place + 1
-        return Encoded(np.concatenate([*ids, example.ids[before:]]), np.concatenate([*learnt, example.is_learnt[before:]]))
+    def _expanded(self, example: Encoded, pictures: Sequence[Prepared]) -> Encoded:
+        count = int((example.ids == self.reader.placeholder_id).sum())
+        if count > len(pictures):
+            raise RowError(f"the chat template has places for {count} pictures, and {len(pictures)} are given")
+        prompt, origins = self.reader.expand_traced(example.ids.tolist(), pictures[:count])
+        ids, origin = np.array(prompt.ids, np.int64), np.array(origins, np.int64)
+        for span in prompt.spans:
+            places = np.array(span.places, np.int64)
+            ids[places] = -1 - self.file.add(span.prepared) - np.arange(len(places))
+        return Encoded(ids, np.where(origin < 0, False, example.is_learnt[origin]))
 
     def placed(self, batch: Batch) -> Batch:
         """A packed batch with image tokens in the places of pictures, and which vector each is; as it is where no picture was
@@ -107,6 +101,8 @@ def open_picture_encoder(model: Path, tokenizer: Tokenizer, file: Path) -> Pictu
     if not is_vision_folder(model):
         return None
     config = read_vision_language(model)
+    if config.vision.is_native:
+        raise ConfigError(f"{model}: pictures in shapes of their own are not trained on yet; they are served")
     # the settings alone are read, not the weights
     with torch.device("meta"):
         vision = Vision(config)

@@ -115,9 +115,9 @@ def vision_memory(config: VisionLanguageConfig, method: Method, tiles: float) ->
     vision = config.vision
     width, inner, patches = vision.hidden_size, vision.intermediate_size, vision.grid**2
     block = 4 * width**2 + 2 * width * inner
-    projector = (width * max(config.scale_factor, 1) ** 2 + (0 if config.scale_factor else config.text.hidden_size)) * (
-        config.text.hidden_size
-    )
+    # Gemma 3's and Idefics3's are one matrix, LLaVA's two
+    second = 0 if config.scale_factor or config.pooled_side else config.text.hidden_size
+    projector = (width * max(config.scale_factor, 1) ** 2 + second) * config.text.hidden_size
     weights = vision.num_hidden_layers * block + width * (3 * vision.patch_size**2 + patches) + projector
     kept = patches * (8 * width + 2 * inner) + vision.num_attention_heads * patches**2
     if method != "full":

@@ -195,6 +195,7 @@ def _allows_several(request: ScheduledRequest) -> bool:
         and request.samples
         and request.adapter is None
         and request.recorder is None
+        and (request.images is None or not request.images.turns)
         and request.sequence.is_decoding
         and request.sampling.draws_from_softmax
     )
