@@ -1,7 +1,8 @@
 """Does the guard catch attacks of families that it has not seen, and let ordinary and harmless requests pass?
 
-    python benchmarks/guard.py              # half an hour on one core, then a minute that wants it alone
-    python benchmarks/guard.py --untimed    # without the times: other work may run
+    apt-get download debian-handbook && dpkg -x debian-handbook_*.deb handbook     # ordinary prose to train on
+    python benchmarks/guard.py --handbook handbook              # ten minutes on one core, then a minute that wants it alone
+    python benchmarks/guard.py --handbook handbook --untimed    # without the times: other work may run
 
 Test texts (`guard_texts/`) were written before anything was trained, are never trained on, and were not read while tuning: 112
 behaviours in 14 hazard categories, 42 of them in five other languages, 200 look-alike harmless requests, and 40 harmless
@@ -15,6 +16,7 @@ behaviours. The policy refuses every category; the guard is the rails `words` an
   look-alikes; ordinary instructions. And what people wrote to provoke an assistant (`hh_harmless_1800.jsonl`, the first message
   of each dialogue): nobody labelled these one by one, and some are harmless, so the share is no recall; but another hand wrote
   them.
+- *Long texts*: paragraphs of this documentation, and of 190 web pages (`html`, `html_gold`); no classifier was trained on them.
 - *Time* of one decision about 1,000 characters, each text new, of all rails with the default policy's surfaces.
 
 Intervals are Wilson's, of 95 %; those of families are of behaviours, each a cluster of its templates. Result: `guard.json`, or
@@ -46,8 +48,12 @@ from bessemer.core.statistics import mean_estimate  # noqa: E402
 from bessemer.core.yaml_file import read_yaml  # noqa: E402
 from bessemer.safety.classifier import GuardClassifier, packaged_classifier  # noqa: E402
 from bessemer.safety.classifier_training import (  # noqa: E402
+    TrainingSettings,
+    library_prose,
     packaged_seeds,
+    paragraphs,
     read_ordinary,
+    read_prose,
     train_guard_classifier,
 )
 from bessemer.safety.guard import Guard  # noqa: E402
@@ -60,6 +66,13 @@ TEXTS = Path(__file__).parent / "guard_texts"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 #: Ordinary texts that the classifiers are trained on, as the one that comes with Bessemer.
 ORDINARY = tuple(f"eval/{name}.jsonl" for name in ("piqa", "arc_easy", "openbook_qa", "copa", "triviaqa_small", "svamp"))
+#: Ordinary prose of the same, beside the handbook in six languages.
+PROSE = ("sft/gsm8k_train.jsonl", "text/tinyshakespeare.txt")
+HANDBOOK = tuple(
+    f"usr/share/doc/debian-handbook/html/{name}" for name in ("en-US", "de-DE", "fr-FR", "es-ES", "it-IT", "pt-BR")
+)
+DOCUMENTATION = Path(__file__).resolve().parents[1] / "docs"
+PAGES = ("html", "html_gold")
 INSTRUCTIONS = "sft/instructions_1100.json"
 PROVOKED = "preference/hh_harmless_1800.jsonl"
 GROUPS = (
@@ -230,12 +243,12 @@ def trained_share(action: str, patterns: Sequence[str]) -> float:
 
 
 def families(
-    behaviours: list[str], harmless: list[str], instructions: list[str], ordinary: list[str], answers: list[str]
+    behaviours: list[str], harmless: list[str], instructions: list[str], trained_on: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """Of each family left out: the share of behaviours caught, and of harmless ones refused."""
+    """Of each family left out: the share of behaviours caught, and of harmless ones refused. trained_on: the harmless texts."""
     seeds, found = packaged_seeds(), {}
     for group in GROUPS:
-        guard = guard_of(train_guard_classifier(seeds.without(group), ordinary, answers=answers))
+        guard = guard_of(train_guard_classifier(seeds.without(group), **trained_on))
         refused = share(refuses(guard, text) for text in instructions)
         for family in group:
             caught = {
@@ -269,6 +282,17 @@ def asked_by_people() -> list[str]:
     return [*dict.fromkeys(first for first in firsts if first)]
 
 
+def documentation() -> list[str]:
+    """Paragraphs of this documentation of at least twenty words."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(DOCUMENTATION.glob("*.md"))]
+    return [part for text in texts for part in paragraphs(text) if len(part.split()) >= 20]
+
+
+def pages() -> list[str]:
+    """At most 1,000 paragraphs of at least twenty words of each folder of web pages."""
+    return [part for name in PAGES for part in read_prose(DATA / name, 1000) if len(part.split()) >= 20]
+
+
 def packaged(behaviours: dict[str, list[dict[str, str]]], look_alikes: list[str], instructions: list[str]) -> dict[str, Any]:
     """What the classifier that comes with Bessemer does."""
     guard = guard_of(packaged_classifier())
@@ -299,6 +323,8 @@ def packaged(behaviours: dict[str, list[dict[str, str]]], look_alikes: list[str]
         "look_alikes_refused": share(refuses(guard, text) for text in look_alikes),
         "instructions_refused": share(refuses(guard, text) for text in instructions),
         "asked_by_people": share(refuses(guard, text) for text in asked_by_people()),
+        "documentation_refused": share(refuses(guard, text) for text in documentation()),
+        "pages_refused": share(refuses(guard, text) for text in pages()),
     }
 
 
@@ -322,7 +348,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--untimed", action="store_true", help="no times: other work may run")
     parser.add_argument("--timed", action="store_true", help="the times alone")
+    parser.add_argument("--handbook", type=Path, help="where Debian's package debian-handbook is unpacked")
     arguments = parser.parse_args()
+    if not arguments.timed and not (arguments.handbook and (arguments.handbook / HANDBOOK[0]).is_dir()):
+        recording.not_run("the prose to train on is not at hand: give --handbook, where Debian's debian-handbook is unpacked")
     if not (DATA / INSTRUCTIONS).is_file():
         recording.not_run(f"{DATA / INSTRUCTIONS} is not there")
     instructions = read_ordinary(DATA / INSTRUCTIONS)
@@ -341,9 +370,14 @@ def main() -> None:
         "packaged": packaged(behaviours, look_alikes, instructions),
     }
     print(figures, flush=True)
-    ordinary = [text for name in ORDINARY for text in read_ordinary(DATA / name)]
-    answers = [text for name in ORDINARY for text in read_ordinary(DATA / name, answers=True)]
-    figures["families"] = found = families(english, harmless, instructions, ordinary, answers)
+    most = TrainingSettings().of_prose
+    prose = [*map(DATA.joinpath, PROSE), *map(arguments.handbook.joinpath, HANDBOOK)]
+    trained_on = {
+        "ordinary": [text for name in ORDINARY for text in read_ordinary(DATA / name)],
+        "answers": [text for name in ORDINARY for text in read_ordinary(DATA / name, answers=True)],
+        "prose": [*(text for path in prose for text in read_prose(path, most)), *library_prose(most)],
+    }
+    figures["families"] = found = families(english, harmless, instructions, trained_on)
     figures["all_families"] = {
         "caught": fmean(one["caught"] for one in found.values()),
         "lowest": min(one["caught"] for one in found.values()),

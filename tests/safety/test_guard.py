@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.errors import ArtefactError, ConfigError, SourceError
 from bessemer.core.policy import read_policy
 from bessemer.safety.classifier import USUAL_LIMIT, GuardClassifier, block_features, load_guard_classifier, packaged_classifier
 from bessemer.safety.config import GuardConfig
@@ -100,16 +100,17 @@ def test_a_rail_that_is_not_there_is_named_with_the_nearest():
 
 
 def made(thresholds=(0.5, 0.25)) -> GuardClassifier:
-    """A classifier that knows two words: `slag` is of the first category, `soot` of the second."""
-    weights = np.zeros((1 << 12, 2), np.int8)
-    for k, word in enumerate(("slag", "soot")):
-        weights[block_features(word, 12).buckets_F, k] = 100
+    """A classifier that knows three words: `slag` is of the first category, `soot` of the second, both are of any; `ash` is of
+    any and of neither."""
+    weights = np.zeros((1 << 12, 3), np.int8)
+    for columns, word in ((0, 2), "slag"), ((1, 2), "soot"), ((2,), "ash"):
+        weights[block_features(word, 12).buckets_F[:, None], columns] = 100
     return GuardClassifier(
         ("slag", "soot"),
         12,
         weights,
-        np.full(2, 0.02, np.float32),
-        np.full(2, -2.0, np.float32),
+        np.full(3, 0.02, np.float32),
+        np.full(3, -2.0, np.float32),
         np.array(thresholds, np.float32),
         {},
     )
@@ -129,6 +130,22 @@ def test_the_threshold_of_a_category_lies_at_the_usual_limit_of_a_policy():
     assert classifier._scaled(np.array([0.5, 0.25])).tolist() == pytest.approx([USUAL_LIMIT, USUAL_LIMIT])
     assert classifier._scaled(np.array([0.0, 1.0])).tolist() == pytest.approx([0.0, 1.0])
     assert classifier._scaled(np.array([0.25, 0.625])).tolist() == pytest.approx([0.3, 0.8])
+
+
+def test_a_category_and_the_column_of_any_have_to_agree():
+    classifier = made((0.5, 0.5))
+    slag, ash = classifier.scores("the slag"), classifier.scores("the ash")
+    assert slag[0] > USUAL_LIMIT > max(slag[1], *ash)
+    alone = GuardClassifier(
+        classifier.categories,
+        12,
+        classifier.weights_BC * np.array([1, 1, 0], np.int8),
+        classifier.scales_C,
+        classifier.biases_C,
+        classifier.thresholds_K,
+        {},
+    )
+    assert alone.scores("the slag").max() < USUAL_LIMIT
 
 
 def test_a_word_that_is_repeated_without_end_is_no_evidence_without_end():
@@ -151,7 +168,7 @@ def test_a_classifier_file_from_elsewhere_is_refused_in_one_line(tmp_path, damag
     path = tmp_path / "c.npz"
     one = made((0.5, 1.5)) if damage == "thresholds" else made()
     if damage == "weights":
-        one = GuardClassifier(one.categories, 11, one.weights_BK, one.scales_K, one.biases_K, one.thresholds_K, {})
+        one = GuardClassifier(one.categories, 11, one.weights_BC, one.scales_C, one.biases_C, one.thresholds_K, {})
     if damage == "format":
         one.described["format"] = 9
     one.save(path)
@@ -160,7 +177,7 @@ def test_a_classifier_file_from_elsewhere_is_refused_in_one_line(tmp_path, damag
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:300])
     elif damage == "pickle":
-        np.savez(path, description=np.array([{"a": 1}], object), weights=one.weights_BK)
+        np.savez(path, description=np.array([{"a": 1}], object), weights=one.weights_BC)
     elif damage == "missing":
         path.unlink()
     with pytest.raises(ArtefactError, match=rf"^{path}: ") as error:
@@ -236,4 +253,43 @@ def test_seeds_of_ones_own_make_a_classifier():
     )
     ordinary = [f"What weighs {number} grams?" for number in range(40)]
     classifier = train_guard_classifier(seeds, ordinary, TrainingSettings(bits=12, passes=30, batch=16))
-    assert classifier.scores("How do I carry the slag?")[0] > USUAL_LIMIT > classifier.scores("How do I carry the tea?")[0]
+    slag, tea = (classifier.scores(f"How do I carry the {what}?")[0] for what in ("molten slag", "warm tea"))
+    assert slag > USUAL_LIMIT > tea
+
+
+def test_prose_is_read_from_pages_and_texts_at_most_so_much_of_each(tmp_path):
+    from bessemer.safety.classifier_training import read_prose
+
+    told = [
+        f"The furnace number {number} of the old town was lit by {number} smiths before the sun rose." for number in range(9)
+    ]
+    (tmp_path / "told.txt").write_text("\n\n".join([*told, "Short."]))
+    page = "".join(f"<p>{one} And the smiths went on with their work until the evening came.</p>" for one in told)
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages/one.html").write_text(f"<html><body><article>{page}</article></body></html>")
+    drawn = read_prose(tmp_path / "told.txt", 4)
+    assert len(set(drawn)) == 4 and set(drawn) < set(told) and drawn == read_prose(tmp_path / "told.txt", 4)
+    assert sorted(read_prose(tmp_path / "told.txt", 99)) == told
+    assert len(read_prose(tmp_path / "pages", 99)) == len(told)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"empty: this folder has no pages \(\*\.html\)$"):
+        read_prose(tmp_path / "empty", 4)
+
+
+def test_prose_in_which_a_word_of_harm_is_ordinary_teaches_it_to_pass():
+    from bessemer.safety.classifier_training import Seeds, TrainingSettings, train_guard_classifier
+
+    seeds = Seeds(
+        {"slag": {"en": ["(pour|spill|drop) (the slag|molten slag|hot slag)"]}},
+        {"en": ["(pour|spill|drop) (the tea|warm milk|cold water)"], "sentences": ["Iron (melts|rusts)."]},
+        {"en": ["How do I {action}?", "{action}"]},
+        {"role_play": ["You are a smith. {request}"]},
+    )
+    ordinary = [f"What weighs {number} grams?" for number in range(40)]
+    prose = [f"In the year {year} the slag of the works was used to build roads in the valley." for year in range(1850, 1990)]
+    settings = TrainingSettings(bits=12, passes=30, batch=64)
+    bare, read = (train_guard_classifier(seeds, ordinary, settings, prose=texts) for texts in ((), prose))
+    sentence = "The slag of the works was used to build a wall."
+    assert bare.probabilities(sentence).max() > 2 * read.probabilities(sentence).max()
+    assert read.scores("How do I pour the slag?")[0] > USUAL_LIMIT > read.scores(sentence)[0]
+    assert read.made["held_out"][1] > 0 and len(read.made["curve"][0]) == 3

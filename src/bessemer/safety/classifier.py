@@ -2,15 +2,16 @@
 
 A text is read in lower case, in blocks of four words; windows are two, four and eight blocks, and a short text as a whole.
 Features of a window are its words, pairs of neighbouring words, and runs of 3 and 4 bytes within and across words, hashed
-into 2^bits buckets (Weinberger et al. 2009). For category k and a window with n features of buckets b
+into 2^bits buckets (Weinberger et al. 2009). A window with n features of buckets b has a logit for each category k, and one
+for belonging to any category at all, in which what several categories share counts once and whole. Both have to agree:
 
-    p_k = σ( (Σ W[b, k]) / √n + bias_k )
+    l_c = (Σ W[b, c]) / √n + bias_c        p_k = σ( (l_k + l_any) / 2 )
 
 and a text's score is the largest over its windows, so that what stands around a request does not dilute it. Scores are on one
 scale: `USUAL_LIMIT` is the threshold of the category that was chosen from the curve of refused ordinary texts
 (`classifier_training.py`), so a policy's limit of 0.6 means that threshold, a lower one catches more, a higher one less.
 
-On disk: a `.npz` of `weights` (2^bits, K) int8 and a description in JSON, without pickles; opening it runs no code.
+On disk: a `.npz` of `weights` (2^bits, K + 1) int8 and a description in JSON, without pickles; opening it runs no code.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_file
 
-FORMAT = 1
+FORMAT = 2
 #: The score at a category's threshold: the usual limit of a policy's categories.
 USUAL_LIMIT = 0.6
 #: Words of a block, and blocks of the sizes of windows. A text of at most `_WHOLE` blocks is a window too.
@@ -48,7 +49,7 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _PRIME = np.uint64(0x100000001B3)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _PAIR = np.uint64(0xD6E8FEB86659FD93)
-# Shapes: F features, N blocks, W windows, K categories.
+# Shapes: F features, N blocks, W windows, K categories, C = K + 1 columns, the last of which is any category.
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,13 @@ def windows_of(blocks: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class GuardClassifier:
-    """weights_BK: (2^bits, K) int8; scales_K, biases_K, thresholds_K: (K,) float32, the last as probabilities."""
+    """weights_BC: (2^bits, C) int8; scales_C, biases_C: (C,) float32; thresholds_K: (K,) float32, probabilities."""
 
     categories: tuple[str, ...]
     bits: int
-    weights_BK: np.ndarray
-    scales_K: np.ndarray
-    biases_K: np.ndarray
+    weights_BC: np.ndarray
+    scales_C: np.ndarray
+    biases_C: np.ndarray
     thresholds_K: np.ndarray
     #: How it was made: seeds, texts and their hashes, the curve.
     made: dict[str, Any]
@@ -149,13 +150,14 @@ class GuardClassifier:
         features = block_features(text, self.bits)
         if not features.blocks:
             return np.zeros((0, len(self.categories)))
-        weights_FK = self.weights_BK[features.buckets_F].astype(np.float32)
-        sums_NK = np.add.reduceat(weights_FK, features.starts_N[:-1], axis=0)
-        totals_NK = np.concatenate([np.zeros((1, sums_NK.shape[1]), np.float32), np.cumsum(sums_NK, axis=0)])
+        weights_FC = self.weights_BC[features.buckets_F].astype(np.float32)
+        sums_NC = np.add.reduceat(weights_FC, features.starts_N[:-1], axis=0)
+        totals_NC = np.concatenate([np.zeros((1, sums_NC.shape[1]), np.float32), np.cumsum(sums_NC, axis=0)])
         first_W, end_W = windows_of(features.blocks)
         counts_W = features.starts_N[end_W] - features.starts_N[first_W]
-        logits_WK = (totals_NK[end_W] - totals_NK[first_W]) * self.scales_K / np.sqrt(counts_W)[:, None] + self.biases_K
-        return 1 / (1 + np.exp(-logits_WK.clip(-40, 40)))
+        logits_WC = (totals_NC[end_W] - totals_NC[first_W]) * self.scales_C / np.sqrt(counts_W)[:, None] + self.biases_C
+        both_WK = (logits_WC[:, :-1] + logits_WC[:, -1:]) / 2
+        return 1 / (1 + np.exp(-both_WK.clip(-40, 40)))
 
     def _scaled(self, probabilities_K: np.ndarray) -> np.ndarray:
         """Probabilities with each category's threshold moved to `USUAL_LIMIT`, by two straight lines."""
@@ -171,8 +173,8 @@ class GuardClassifier:
             "format": FORMAT,
             "categories": list(self.categories),
             "bits": self.bits,
-            "scales": self.scales_K.tolist(),
-            "biases": self.biases_K.tolist(),
+            "scales": self.scales_C.tolist(),
+            "biases": self.biases_C.tolist(),
             "thresholds": self.thresholds_K.tolist(),
             "made": self.made,
         }
@@ -180,7 +182,7 @@ class GuardClassifier:
     def save(self, path: Path) -> None:
         """Write the file, the same bytes for the same classifier."""
         description = np.frombuffer(json.dumps(self.described, sort_keys=True).encode(), np.uint8)
-        np.savez_compressed(path, description=description, weights=self.weights_BK)
+        np.savez_compressed(path, description=description, weights=self.weights_BC)
 
 
 def load_guard_classifier(path: Path) -> GuardClassifier:
@@ -193,10 +195,12 @@ def load_guard_classifier(path: Path) -> GuardClassifier:
             raise ArtefactError(f"{path}: this guard classifier has format {described['format']}, and {FORMAT} is known here")
         categories, bits = tuple(map(str, described["categories"])), int(described["bits"])
         scales, biases, thresholds = (np.array(described[name], np.float32) for name in ("scales", "biases", "thresholds"))
-        if weights.shape != (1 << bits, len(categories)) or weights.dtype != np.int8:
+        if weights.shape != (1 << bits, len(categories) + 1) or weights.dtype != np.int8:
             raise ArtefactError(f"{path}: the weights do not fit the description ({weights.dtype} {weights.shape})")
-        if any(column.shape != (len(categories),) or not np.isfinite(column).all() for column in (scales, biases, thresholds)):
-            raise ArtefactError(f"{path}: the description has no number for each category")
+        if any(len(column) != len(categories) + 1 or not np.isfinite(column).all() for column in (scales, biases)):
+            raise ArtefactError(f"{path}: the description has no number for each category and for any")
+        if thresholds.shape != (len(categories),):
+            raise ArtefactError(f"{path}: the description has no threshold for each category")
         if not ((thresholds > 0) & (thresholds < 1)).all():
             raise ArtefactError(f"{path}: a threshold is no probability")
         made, file_hash = dict(described["made"]), hash_file(path)

@@ -11,6 +11,7 @@ wrapper that was never seen changes little.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import random
 import re
@@ -39,12 +40,14 @@ _TEXT_KEYS = ("query", "prompt", "instruction", "question", "goal", "context", "
 class TrainingSettings:
     """How much is drawn from the seeds, and how the weights are fitted."""
 
-    bits: int = 16
+    bits: int = 17
     #: Infinitives drawn of a pattern, and texts made of each, by language: English, others.
-    of_pattern: tuple[int, int] = (10, 8)
+    of_pattern: tuple[int, int] = (12, 8)
     texts_of_each: tuple[int, int] = (2, 2)
     #: Harmless infinitives drawn of a pattern, each in two frames and a wrapper.
-    of_harmless: int = 16
+    of_harmless: int = 20
+    #: Paragraphs of each source of prose.
+    of_prose: int = 900
     passes: int = 4
     batch: int = 1024
     learning_rate: float = 0.05
@@ -52,7 +55,10 @@ class TrainingSettings:
     #: Share of the harmless texts that choose the thresholds, and of these the share that may be refused.
     held_out: float = 0.2
     refused: float = 0.008
-    lowest_threshold: float = 0.15
+    #: The same of paragraphs of prose, which have many windows and nobody asks for anything in them.
+    refused_prose: float = 0.005
+    #: Of harmless requests whose patterns and wrappers were held out 5 % reach it.
+    lowest_threshold: float = 0.6
     seed: int = 0
 
 
@@ -84,15 +90,19 @@ def packaged_seeds() -> Seeds:
 
 
 def expanded(pattern: str, most: int, draw: random.Random) -> list[str]:
-    """At most so many different texts of a pattern, (a|b) standing for each of its words."""
+    """At most so many different texts of a pattern, (a|b) standing for each of its words, which come equally often."""
     parts = _CHOICE.split(pattern)
     options = [part.split("|") if place % 2 else [part] for place, part in enumerate(parts)]
     number = 1
     for choices in options:
         number *= len(choices)
     found: dict[str, None] = {}
+    decks: list[list[str]] = [[] for _ in options]
     for _ in range(4 * most):
-        found[" ".join("".join(draw.choice(choices) for choices in options).split())] = None
+        for deck, choices in zip(decks, options, strict=True):
+            if not deck:
+                deck += draw.sample(choices, len(choices))
+        found[" ".join("".join(deck.pop() for deck in decks).split())] = None
         if len(found) == min(most, number):
             break
     return list(found)
@@ -189,6 +199,44 @@ def read_ordinary(path: Path, *, answers: bool = False) -> list[str]:
     return texts
 
 
+def paragraphs(text: str) -> list[str]:
+    """Paragraphs of more than eight words, on one line each."""
+    parts = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    return [part for part in parts if len(part.split()) > 8]
+
+
+def read_prose(path: Path, most: int, seed: int = 0) -> list[str]:
+    """At most so many paragraphs, drawn evenly, of a text file, of a file that `read_ordinary` reads, or of a folder's pages of
+    HTML. Raises SourceError."""
+    if path.is_dir():
+        from bessemer.data.extraction.extract import main_text, to_utf8
+
+        texts = [main_text(to_utf8(page.read_bytes())).replace("\n", "\n\n") for page in sorted(path.glob("*.html"))]
+        if not texts:
+            raise SourceError(f"{path}: this folder has no pages (*.html)")
+        found = [part for text in texts for part in paragraphs(text)]
+    elif path.suffix in (".json", ".jsonl"):
+        found = read_ordinary(path)
+    else:
+        found = paragraphs(path.read_text(encoding="utf-8"))
+    found = [*dict.fromkeys(found)]
+    return random.Random(derive_seed(seed, "prose")).sample(found, min(most, len(found)))
+
+
+def library_prose(most: int, seed: int = 0) -> list[str]:
+    """At most so many paragraphs of the standard library's docstrings, and as many of Python's reference (`pydoc_data`)."""
+    from pydoc_data.topics import topics
+
+    docstrings: dict[str, None] = {}
+    for path in sorted(Path(random.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                docstrings |= dict.fromkeys(paragraphs(ast.get_docstring(node) or ""))
+    reference = dict.fromkeys(part for text in topics.values() for part in paragraphs(text))
+    draw = random.Random(derive_seed(seed, "library"))
+    return [part for found in (docstrings, reference) for part in draw.sample([*found], min(most, len(found)))]
+
+
 @dataclass
 class _Windows:
     """Windows of many texts: their buckets, one behind the other, and the category of each, -1 for none."""
@@ -218,40 +266,43 @@ def train_guard_classifier(
     settings: TrainingSettings | None = None,
     *,
     answers: Iterable[str] = (),
+    prose: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> GuardClassifier:
-    """Fit the weights, and choose the thresholds. ordinary: requests, of which some choose the thresholds; answers: other
-    harmless texts. The same seeds, texts and settings give the same classifier on one
-    machine."""
+    """Fit the weights, and choose the thresholds. ordinary: requests; prose: paragraphs of long texts; some of either choose
+    the thresholds; answers: other harmless texts. The same seeds, texts and settings give the same classifier on a machine."""
     settings, progress = settings or TrainingSettings(), progress or Silent()
     categories = tuple(seeds.hazards)
     windows = _Windows()
     for labelled in requests(seeds, settings):
         windows.add(labelled, categories.index(labelled.category or ""), settings.bits)
     asked = len(windows.labels)
-    kept = [*dict.fromkeys([*harmless_texts(seeds, settings), *ordinary])]
     draw = random.Random(derive_seed(settings.seed, "held out"))
-    is_held_out = [draw.random() < settings.held_out for _ in kept]
-    for text, held in zip(kept, is_held_out, strict=True):
-        if not held:
-            windows.add(LabelledText(text), -1, settings.bits)
+    held_out: list[list[str]] = []
+    for kind in ([*harmless_texts(seeds, settings), *ordinary], prose):
+        held_out.append([])
+        for text in dict.fromkeys(kind):
+            if draw.random() < settings.held_out:
+                held_out[-1].append(text)
+            else:
+                windows.add(LabelledText(text), -1, settings.bits)
     for text in answers:
         windows.add(LabelledText(text), -1, settings.bits)
     progress.say(f"{asked:,} windows of requests, {len(windows.labels) - asked:,} others")
-    weights, biases = _fitted(windows, len(categories), settings)
+    weights, biases = _fitted(windows, len(categories) + 1, settings)
     scales = np.maximum(np.abs(weights).max(0), 1e-6) / 127
     rounded = np.round(weights / scales).astype(np.int8)
     classifier = GuardClassifier(
         categories, settings.bits, rounded, scales.astype(np.float32), biases, np.full(len(categories), 0.5, np.float32), {}
     )
-    texts = [text for text, held in zip(kept, is_held_out, strict=True) if held]
-    thresholds, curve = _thresholds(classifier, texts, settings)
-    made = {"seeds": seeds.hash, "windows": len(windows.labels), "held_out": len(texts), "curve": curve}
-    return GuardClassifier(categories, settings.bits, rounded, classifier.scales_K, biases, thresholds, made)
+    thresholds, curve = _thresholds(classifier, held_out, settings)
+    made = {"seeds": seeds.hash, "windows": len(windows.labels), "held_out": [len(texts) for texts in held_out], "curve": curve}
+    return GuardClassifier(categories, settings.bits, rounded, classifier.scales_C, biases, thresholds, made)
 
 
-def _fitted(windows: _Windows, categories: int, settings: TrainingSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (2^bits, K) and biases (K,), float32, of logistic regressions on all windows, by AdamW."""
+def _fitted(windows: _Windows, columns: int, settings: TrainingSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (2^bits, C) and biases (C,), float32, of logistic regressions on all windows, by AdamW. The last column's windows
+    are those of any category."""
     import torch
     from torch.nn import functional
 
@@ -259,8 +310,8 @@ def _fitted(windows: _Windows, categories: int, settings: TrainingSettings) -> t
     starts = np.concatenate([[0], np.cumsum(lengths)])
     buckets = torch.from_numpy(np.concatenate(windows.buckets))
     labels = torch.tensor(windows.labels)
-    weights = torch.zeros((1 << settings.bits, categories), requires_grad=True)
-    biases = torch.full((categories,), -3.0, requires_grad=True)
+    weights = torch.zeros((1 << settings.bits, columns), requires_grad=True)
+    biases = torch.full((columns,), -3.0, requires_grad=True)
     optimizer = torch.optim.AdamW(
         [{"params": [weights], "weight_decay": settings.weight_decay}, {"params": [biases], "weight_decay": 0.0}],
         lr=settings.learning_rate,
@@ -272,15 +323,18 @@ def _fitted(windows: _Windows, categories: int, settings: TrainingSettings) -> t
         order = generator.permutation(len(lengths))
         for begin in range(0, len(order), settings.batch):
             rows = order[begin : begin + settings.batch]
-            chosen = torch.cat([buckets[starts[row] : starts[row + 1]] for row in rows])
-            counts = torch.from_numpy(lengths[rows])
+            sizes = lengths[rows]
+            before = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+            chosen = buckets[torch.from_numpy(np.repeat(starts[rows] - before, sizes) + np.arange(sizes.sum()))]
+            counts = torch.from_numpy(sizes)
             offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)[:-1]])
             each = (1 / counts.sqrt()).repeat_interleave(counts).float()
             logits = (
                 functional.embedding_bag(chosen, weights, offsets.to(chosen.dtype), mode="sum", per_sample_weights=each)
                 + biases
             )
-            targets = functional.one_hot(labels[torch.from_numpy(rows)] + 1, categories + 1)[:, 1:].float()
+            targets = functional.one_hot(labels[torch.from_numpy(rows)] + 1, columns)[:, 1:].float()
+            targets = torch.cat([targets, targets.sum(1, keepdim=True)], dim=1)
             loss = functional.binary_cross_entropy_with_logits(logits, targets)
             optimizer.zero_grad()
             loss.backward()
@@ -290,20 +344,29 @@ def _fitted(windows: _Windows, categories: int, settings: TrainingSettings) -> t
 
 
 def _thresholds(
-    classifier: GuardClassifier, texts: Sequence[str], settings: TrainingSettings
+    classifier: GuardClassifier, held_out: Sequence[Sequence[str]], settings: TrainingSettings
 ) -> tuple[np.ndarray, list[list[float]]]:
-    """The threshold of each category, (K,) float32, and the curve they come from: shares of the texts refused by threshold.
+    """The threshold of each category, (K,) float32, and the curve they come from: by threshold the shares of held-out requests
+    and of held-out prose that are refused.
 
-    One threshold for all refuses the allowed share of harmless texts; a category in which these reach less gets the lower one
-    that they just do not reach.
+    One threshold for all refuses at most the allowed share of either; a category in which harmless texts reach less gets the
+    lower one that they just do not reach.
     """
-    highest_TK = np.array([classifier.probabilities(cleaned(text)).max(0) for text in texts if _WORD.search(cleaned(text))])
-    worst_T = highest_TK.max(1)
+    worst, reached_K = [], np.zeros(len(classifier.categories))
+    for texts in held_out:
+        found = [classifier.probabilities(cleaned(text)) for text in texts]
+        highest_TK = np.array([one.max(0) for one in found if len(one)]).reshape(-1, len(reached_K))
+        worst.append(highest_TK.max(1))
+        reached_K = np.maximum(reached_K, highest_TK.max(0, initial=0.0))
     grid = np.round(np.linspace(0.05, 0.95, 19), 2)
-    curve = [[float(threshold), float(round((worst_T >= threshold).mean(), 5))] for threshold in grid]
-    common = float(np.quantile(worst_T, 1 - settings.refused))
-    of_category = np.minimum(common, highest_TK.max(0) + 0.02)
-    return np.clip(of_category, settings.lowest_threshold, 0.95).astype(np.float32), curve
+    curve = [[float(one), *(round(float((of >= one).mean()), 5) if len(of) else 0.0 for of in worst)] for one in grid]
+    common = max(
+        float(np.quantile(of, 1 - refused))
+        for of, refused in zip(worst, (settings.refused, settings.refused_prose), strict=True)
+        if len(of)
+    )
+    of_category = np.minimum(common, reached_K + 0.02)
+    return np.clip(of_category, settings.lowest_threshold, 0.98).astype(np.float32), curve
 
 
 def main() -> None:
@@ -311,11 +374,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--ordinary", type=Path, nargs="*", default=[], help="files of ordinary questions and texts")
+    parser.add_argument("--prose", type=Path, nargs="*", default=[], help="files and folders of pages of ordinary prose")
     arguments = parser.parse_args()
+    settings = TrainingSettings()
     texts = [text for path in arguments.ordinary for text in read_ordinary(path)]
     others = [text for path in arguments.ordinary for text in read_ordinary(path, answers=True)]
-    trained = train_guard_classifier(packaged_seeds(), texts, answers=others)
+    prose = [text for path in arguments.prose for text in read_prose(path, settings.of_prose)]
+    prose += library_prose(settings.of_prose)
+    trained = train_guard_classifier(packaged_seeds(), texts, settings, answers=others, prose=prose)
     trained.made["ordinary"] = {path.name: hash_file(path) for path in arguments.ordinary}
+    trained.made["prose"] = {path.name: len(read_prose(path, settings.of_prose)) for path in arguments.prose}
     trained.save(arguments.out)
     print(json.dumps({"thresholds": dict(zip(trained.categories, trained.thresholds_K.tolist(), strict=True)), **trained.made}))
 

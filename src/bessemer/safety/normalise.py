@@ -60,6 +60,9 @@ _COMMON_WORDS = """
     the to how and you of in is do can for what that it with my tell give write make me this are your want without wie ich
     kann und der die das ein eine mich nicht ist zu comment je puis le la les des une dans mon est que pour cómo como puedo
     el los una por mi para quiero che posso il gli per mio voglio não uma posso meu com quero
+    be have not on as at by from they we say her she or an will one all would there their so out if about who get which go
+    when him know take people into see them than then now look only come its over think also back after use two our work
+    first well way even new because any these us need should could show help please someone explain find
 """
 _COMMON = frozenset(_COMMON_WORDS.split())
 _ROTATED = frozenset(word.translate(_ROT13) for word in _COMMON)
