@@ -100,8 +100,10 @@ class DecoderStage(Decoder):
         keep: Callable[[int, Tensor], None] | None = None,
         visible_to_BT: Tensor | None = None,
         embedded: EmbeddedRows | None = None,
+        seen_until_BT: Tensor | None = None,
+        rope_3BT: Tensor | None = None,
     ) -> Tensor:
-        assert embedded is None, "the stages of a pipeline read tokens alone"
+        assert embedded is None and seen_until_BT is None and rope_3BT is None, "the stages of a pipeline read tokens alone"
         rows, self._rows = self._rows, None
         inputs = (tokens_BT, positions_BT, document_ids_BT, visible_to_BT)
         if rows is None or any(

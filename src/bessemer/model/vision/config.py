@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
@@ -201,7 +201,7 @@ def _vision_config(kind: str, values: Values) -> VisionConfig:
         layer_norm_eps=float(given["layer_norm_eps"]),
         num_channels=int(given.get("num_channels", 3)),
         has_head=kind.startswith("siglip") and bool(given.get("vision_use_head", True)),
-        **{name: sizes[name] for name in names},
+        **cast(Any, {name: sizes[name] for name in names}),
     )
 
 
@@ -361,11 +361,11 @@ def _native(values: Values, text: ModelConfig) -> VisionLanguageConfig:
         grid=merge,
         hidden_act=of_vision["hidden_act"],
         layer_norm_eps=1e-6,
-        num_channels=int(of_vision["in_channels"]),
+        num_channels=_whole(of_vision, "in_channels"),
         merge_size=merge,
         temporal_patch_size=sizes["temporal_patch_size"],
         window_size=sizes["window_size"],
-        full_layers=tuple(of_vision["fullatt_block_indexes"]),
+        full_layers=tuple(cast(Sequence[int], of_vision["fullatt_block_indexes"])),
     )
     sections = tuple(_rope_of(values["text_config"]).get("mrope_section", (16, 24, 24)))
     if len(sections) != 3 or 2 * sum(sections) != text.rotary_dim:

@@ -68,10 +68,10 @@ class PictureReader:
         self._tokenizer = tokenizer
         config = vision.config
         if config.vision.is_native:
-            given = (preprocessor.patch_size, preprocessor.merge_size, preprocessor.temporal_patch_size)
+            cut = (preprocessor.patch_size, preprocessor.merge_size, preprocessor.temporal_patch_size)
             taken = (config.vision.patch_size, config.vision.merge_size, config.vision.temporal_patch_size)
-            if preprocessor.method != "native" or given != taken:
-                raise ArtefactError(f"{tokenizer.folder}: pictures are prepared as {given}, and the encoder takes {taken}")
+            if preprocessor.method != "native" or cut != taken:
+                raise ArtefactError(f"{tokenizer.folder}: pictures are prepared as {cut}, and the encoder takes {taken}")
             return
         side = config.vision.image_size
         given = preprocessor.max_image_size if preprocessor.method == "tiles" else preprocessor.crop_size or preprocessor.size
