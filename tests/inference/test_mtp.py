@@ -9,6 +9,7 @@ import torch
 
 from bessemer.core.errors import ConfigError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.model.decoder_inputs import attention_masks, rotations_of
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.inference.test_identity import with_pages
@@ -104,8 +105,8 @@ def test_one_block_goes_on_from_its_own_states(tokenizer):
 def block_over(model, tokens, hidden_1TD):
     """The first MTP module over a whole text, its own states standing for the model's at the end."""
     length = len(tokens)
-    masks = model._masks(length, length, hidden_1TD, None, None, True)["full_attention"]
-    rotation = model._rotations(None, length, hidden_1TD.dtype)["full_attention"]
+    masks = attention_masks(model, length, length, hidden_1TD, None, None, True)["full_attention"]
+    rotation = rotations_of(model, None, length, hidden_1TD.dtype)["full_attention"]
     merged_1TD = model.mtp[0].merge(model.embed_tokens(torch.tensor([tokens])), hidden_1TD)
     return model.mtp[0].block(merged_1TD, rotation, masks)
 

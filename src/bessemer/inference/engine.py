@@ -47,7 +47,6 @@ from bessemer.inference.request_builder import ContextShift, RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.statistics import EngineStatistics
-from bessemer.model.cpu_kernels import origin
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.model_config import GENERATION_CONFIG
 from bessemer.tokenization.chat import Message, Tool
@@ -172,17 +171,6 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
     def describe(self) -> str:
         """One line about the KV cache: how many blocks, of which type, how much memory."""
         return self._cache_size
-
-    @property
-    def arithmetic(self) -> str:
-        """One line about how it computes on this machine: compiled kernels or PyTorch, in which types."""
-        return f"computed by {self.core.runner.arithmetic}"
-
-    @property
-    def kernels_origin(self) -> str | None:
-        """One line about where the compiled CPU kernels are from, or why there are none; None where the engine wants none."""
-        wanted = self.config.cpu_kernels != "off" and self.core.runner.model.device.type == "cpu"
-        return origin() if wanted else None
 
     @property
     def statistics(self) -> EngineStatistics:

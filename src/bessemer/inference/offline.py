@@ -42,6 +42,7 @@ from bessemer.inference.scores import Score, ScoreItem
 from bessemer.model.adapters import Adapter
 from bessemer.model.adapters.folder import read_adapter
 from bessemer.model.attention.base import is_recurrent
+from bessemer.model.cpu_kernels import origin
 from bessemer.model.decoder import Decoder
 from bessemer.model.vision.prompts import PictureReader
 
@@ -125,6 +126,7 @@ def collect_rollouts(requests: Sequence[Request]) -> Rollouts:
 class Reading(ABC):
     """The part of the engine that generates nothing: evaluation, embeddings and probes use it."""
 
+    config: EngineConfig
     model: Decoder
     core: EngineCore
     _adapters: LoadedAdapters
@@ -133,6 +135,17 @@ class Reading(ABC):
     @abstractmethod
     def _serve(self, requests: Sequence[ScheduledRequest]) -> None:
         """Compute these requests until all are done. Raises the first error that one of them has."""
+
+    @property
+    def arithmetic(self) -> str:
+        """One line about how it computes on this machine: compiled kernels or PyTorch, in which types."""
+        return f"computed by {self.core.runner.arithmetic}"
+
+    @property
+    def kernels_origin(self) -> str | None:
+        """One line about where the compiled CPU kernels are from, or why there are none; None where the engine wants none."""
+        wanted = self.config.cpu_kernels != "off" and self.core.runner.model.device.type == "cpu"
+        return origin() if wanted else None
 
     @property
     def context_shift(self) -> ContextShift | None:

@@ -6,7 +6,7 @@ The config decides what each part does, so one class is every architecture of `f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,21 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.core.errors import ConfigError
-from bessemer.model.attention import LayerType
-from bessemer.model.attention.base import variant_of_type
 from bessemer.model.batch_invariance import attention as batch_invariant_attention
 from bessemer.model.batch_invariance import logits as batch_invariant_logits
 from bessemer.model.batch_invariance import unsupported, within_batch_invariance
 from bessemer.model.config import ModelConfig
+from bessemer.model.decoder_inputs import attention_masks, rotations_of
 from bessemer.model.layers.attention import AttentionLayer
-from bessemer.model.layers.attention_backends import BACKENDS, DENSE_BACKENDS, block_mask, capped
-from bessemer.model.layers.attention_mask import AttentionMask, Rows, WholeRows, alibi_slopes
+from bessemer.model.layers.attention_backends import BACKENDS, capped
+from bessemer.model.layers.attention_mask import AttentionMask, Rows, WholeRows
 from bessemer.model.layers.block import Block, MtpModule
 from bessemer.model.layers.cache import Cache
-from bessemer.model.layers.document_keys import DocumentKeys
 from bessemer.model.layers.embedding import EmbeddedRows, Embedding
 from bessemer.model.layers.norms import make_last_norm
-from bessemer.model.layers.positions import RotaryPositions, Rotation, SinusoidalPositions
+from bessemer.model.layers.positions import RotaryPositions, SinusoidalPositions
 from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised
 
 # Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
@@ -263,7 +261,7 @@ class Decoder(nn.Module):
         block = self.blocks[layer]
         assert not block.variant.recurrent
         positions_BT = cache.extend(hidden_BTD.shape[1])
-        rotations = self._rotations(positions_BT, cache.live, hidden_BTD.dtype)
+        rotations = rotations_of(self, positions_BT, cache.live, hidden_BTD.dtype)
         rotation = rotations[self.config.types[layer]] if self.config.has_rope(layer) else None
         block.attention(block.input_layernorm(hidden_BTD), rotation, AttentionMask(), cache)
 
@@ -290,7 +288,9 @@ class Decoder(nn.Module):
         hidden_BTD = self._embedded(tokens_BT, positions_BT, embedded)
         if cache is None or cache.masked:
             aligned = cache is None or cache.aligned
-            masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT, seen_until_BT)
+            masks = attention_masks(
+                self, length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT, seen_until_BT
+            )
         else:
             masks = dict.fromkeys(self.config.types, AttentionMask())
         # given positions may lie anywhere in the context
@@ -298,7 +298,7 @@ class Decoder(nn.Module):
             self.reserve_positions(self.config.max_position_embeddings)
         # documents that share a prefix make rows longer than the context; each document fits it
         longest = keys if visible_to_BT is None else min(keys, self.config.max_position_embeddings)
-        rotations = self._rotations(positions_BT if rope_3BT is None else rope_3BT, longest, hidden_BTD.dtype)
+        rotations = rotations_of(self, positions_BT if rope_3BT is None else rope_3BT, longest, hidden_BTD.dtype)
         for block in self.blocks:
             if keep is not None:
                 keep(block.layer, hidden_BTD)
@@ -325,8 +325,8 @@ class Decoder(nn.Module):
         """
         pre_norm_BTD = self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, None, None)
         length, mtp_hidden, hidden_BTD = tokens_BT.shape[1], [], pre_norm_BTD
-        masks = self._masks(length, length, pre_norm_BTD, None, document_ids_BT, True)
-        rotations = self._rotations(positions_BT, length, pre_norm_BTD.dtype)
+        masks = attention_masks(self, length, length, pre_norm_BTD, None, document_ids_BT, True)
+        rotations = rotations_of(self, positions_BT, length, pre_norm_BTD.dtype)
         last = self.config.num_hidden_layers - 1
         kind = self.config.types[last]
         rotation = rotations[kind] if self.config.has_rope(last) else None
@@ -351,7 +351,7 @@ class Decoder(nn.Module):
         assert not cache.masked, "MTP modules run over a paged KV cache"
         rotation = None
         if self.config.has_rope(last):
-            rotation = self._rotations(positions_BT, cache.live, merged_BTD.dtype)[kind]
+            rotation = rotations_of(self, positions_BT, cache.live, merged_BTD.dtype)[kind]
         return module.block(merged_BTD, rotation, AttentionMask(), cache)
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None, embedded: EmbeddedRows | None = None) -> Tensor:
@@ -366,75 +366,3 @@ class Decoder(nn.Module):
                 positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
             return hidden_BTD + self.embed_positions(positions_BT).to(hidden_BTD.dtype)
         return hidden_BTD
-
-    def _masks(
-        self,
-        queries: int,
-        keys: int,
-        hidden_BTD: Tensor,
-        slots_BT: Tensor | None,
-        documents_BT: Tensor | None,
-        aligned: bool,
-        visible_to_BT: Tensor | None = None,
-        seen_until_BT: Tensor | None = None,
-    ) -> dict[LayerType, AttentionMask]:
-        """What each kind of layer may see; one mask a kind, whatever the number of layers."""
-        config, device = self.config, hidden_BTD.device
-        slopes_H = alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None
-        masks: dict[LayerType, AttentionMask] = {}
-        for kind in set(config.types):
-            has_scores = not variant_of_type(config, kind).recurrent
-            masks[kind] = self.rows.attention_mask(
-                queries,
-                keys,
-                _scores_dtype(hidden_BTD),
-                device,
-                slots_BT=slots_BT,
-                documents_BT=documents_BT,
-                visible_to_BT=visible_to_BT,
-                window=config.window(kind),
-                slopes_H=slopes_H,
-                aligned=aligned,
-                dense=has_scores and self.attention_backend in DENSE_BACKENDS,
-                **({} if seen_until_BT is None else {"seen_until_BT": seen_until_BT}),
-            )
-            # block masks need whole rows: a cache and sharded rows have other keys
-            whole = slots_BT is None and isinstance(self.rows, WholeRows)
-            if self.attention_backend == "flex" and whole and has_scores:
-                masks[kind] = masks[kind]._replace(blocks=block_mask(masks[kind], queries, keys, device))
-            if self.is_batch_invariant:
-                assert seen_until_BT is None, "pictures whose tokens see each other are computed otherwise"
-                assert slots_BT is None and slopes_H is None, "rows without a cache, whose attention does not go by distance"
-                documents = DocumentKeys(documents_BT, visible_to_BT, len(hidden_BTD), keys)
-                masks[kind] = masks[kind]._replace(keys=documents)
-        return masks
-
-    def _rotations(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> dict[LayerType, Rotation | None]:
-        """The rotations of each kind of layer; those of sliding layers may turn with a base of their own."""
-        if self.config.position_type != "rotary":
-            return dict.fromkeys(self.config.types)
-        if positions_BT is not None and self.config.rope_scaling.rope_type == "dynamic":
-            # positions restart at each document: the longest document counts, not the row
-            length = int(positions_BT.max()) + 1
-        if positions_BT is not None and positions_BT.dim() == 3:
-            turned = [self.rotary(axis_BT, length, dtype) for axis_BT in positions_BT]
-            rotation = Rotation(*(_of_sections(tables, self.rope_sections) for tables in zip(*turned, strict=True)))
-        else:
-            rotation = self.rotary(positions_BT, length, dtype)
-        rotations: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
-        if hasattr(self, "rotary_local"):
-            rotations["sliding_attention"] = self.rotary_local(positions_BT, length, dtype)
-        return rotations
-
-
-def _of_sections(tables: Sequence[Tensor], sections: Sequence[int]) -> Tensor:
-    """Cosines or sines of several positions, (…, R), as one: of each half of the channels, the first section's are the first
-    table's, and so on (Wang et al. 2024, section 2.1)."""
-    parts = [table.split([*sections, *sections], dim=-1) for table in tables]
-    return torch.cat([parts[part % len(tables)][part] for part in range(2 * len(sections))], dim=-1)
-
-
-def _scores_dtype(hidden_BTD: Tensor) -> torch.dtype:
-    """Type in which attention will run: autocast's where it is on, else the hidden states'."""
-    kind = hidden_BTD.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_BTD.dtype
