@@ -14,7 +14,7 @@ from bessemer.core.progress import PlainLines
 from bessemer.retrieval import index as indexes
 from bessemer.retrieval import store as stores
 from bessemer.retrieval.config import IndexConfig
-from bessemer.retrieval.index import IndexedDocument, build_index, open_index
+from bessemer.retrieval.index import IndexedDocument, build_index, open_index, passages_of
 from bessemer.retrieval.search import NAMES_WEIGHT, WORDS_WEIGHT, fused, search
 from bessemer.retrieval.store import Filter, Found, Passage
 from bessemer.retrieval.terms import searched_words
@@ -206,6 +206,18 @@ def test_a_document_of_headings_alone_is_counted_as_empty_and_changes_nothing_la
     assert (again.added, again.changed, again.empty) == (0, 0, 1)
     assert json.loads((tmp_path / "i" / "index.json").read_text())["version"] == 1
     assert [path.name for path in (tmp_path / "i" / "versions").iterdir()] == ["1"]
+
+
+def test_a_document_that_only_repeats_its_title_has_no_passage():
+    def texts(title, text):
+        return [passage.text for passage in passages_of(IndexedDocument("d", text, title), IndexConfig())]
+
+    assert texts("json.make_scanner.parse_int", "parse_int") == texts("Thank you", "# Thank you\n\nThank you") == []
+    assert (
+        texts("", "steel") == ["steel"]
+        and texts("steel", "Steel, rolled.") == ["Steel, rolled."]
+        and texts("", "***") == ["***"]
+    )
 
 
 def test_copies_of_a_passage_are_one_hit(tmp_path):

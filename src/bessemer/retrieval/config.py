@@ -7,7 +7,7 @@ from typing import ClassVar
 from bessemer.core.config import Config, setting
 
 #: Raised when the same documents and settings give another index, or other conversations, than before.
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 CITED_VERSION = 2
 QUESTIONS_VERSION = 1
 

@@ -30,6 +30,7 @@ from bessemer.retrieval.embed import Embedder, open_embedder
 from bessemer.retrieval.expansion import Expander, Headings
 from bessemer.retrieval.rerank import Reranker
 from bessemer.retrieval.store import LanceStore, Passage, StoreWriter
+from bessemer.retrieval.terms import words_of_text
 
 INDEX = "index.json"
 _FORMAT = 1
@@ -279,7 +280,10 @@ _CHARACTERS_AT_ONCE, _EMBEDDED_AT_ONCE = 1_000_000, 512
 
 
 def passages_of(document: IndexedDocument, config: IndexConfig) -> list[Passage]:
-    """A document's passages, in order."""
+    """A document's passages, in order; none of a document that only repeats its title, as the documentation of many a field
+    does."""
+    if not _says_more(document.text, document.title):
+        return []
     chunks = cut_document(document.text, longest=config.passage_characters, overlap=config.overlap_characters)
     places = [place_of(document.regions, chunk.start, chunk.end) for chunk in chunks]
     return [
@@ -301,6 +305,12 @@ def passages_of(document: IndexedDocument, config: IndexConfig) -> list[Passage]
         )
         for number, (chunk, (page, box)) in enumerate(zip(chunks, places, strict=True))
     ]
+
+
+def _says_more(text: str, title: str) -> bool:
+    """Whether a text has a word that its title has not, or no words at all."""
+    words = {word.lower() for word in words_of_text(text)}
+    return not words or not words <= {word.lower() for word in words_of_text(title)}
 
 
 class _Stored(NamedTuple):
