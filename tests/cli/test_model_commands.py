@@ -224,7 +224,7 @@ def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch
     ]
     code, out, err = bessemer(capsys, "serve", model, *settings)
     ((engine, name, config),) = served
-    assert (code, err, out) == (0, "", f"{engine.describe()}\n{engine.arithmetic}\n")
+    assert (code, err, out) == (0, "", f"{engine.describe()}\n{engine.arithmetic}\n{engine.kernels_origin}\n")
     assert (name, config.max_waiting, engine.context_length) == ("model", 5, 64)
     asked = engine.config
     assert (asked.kv_memory, asked.max_num_seqs, asked.threads, asked.activation_bits) == (0.001, 3, 1, 16)

@@ -18,7 +18,9 @@ def handled():
         signal.signal(number, handler)
 
 
-def test_a_signal_waits_until_it_is_delivered():
+def test_a_signal_waits_until_it_is_delivered(handled):
+    # the tests themselves may run in the background
+    handled(signal.SIGINT, signal.default_int_handler)
     with DeferredInterrupts() as interrupts:
         signal.raise_signal(signal.SIGINT)
         assert interrupts.received == signal.SIGINT

@@ -164,7 +164,7 @@ def test_an_invariant_engine_scores_a_completion_as_it_sampled_it_to_the_bit(den
 
 
 def test_a_long_continuation_never_wants_more_logits_of_a_step_than_there_may_be(dense, tokenizer, monkeypatch):
-    monkeypatch.setattr(build, "_MOST_LOGITS", 6 * BASE.vocab_size)
+    monkeypatch.setattr(build, "MOST_LOGITS", 6 * BASE.vocab_size)
     engine = engine_of(dense, tokenizer)
     rows = []
     compute = engine.core.runner.forward

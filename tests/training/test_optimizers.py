@@ -6,7 +6,7 @@ from bessemer.distributed.collectives import clip_gradients
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.checkpoint.state import TrainingState, copied
+from bessemer.training.checkpoint.state import HostCopies, TrainingState
 from bessemer.training.optim.optimizers import (
     Adafactor,
     Lion,
@@ -151,7 +151,7 @@ def test_states_put_back_give_the_same_next_steps(everything, settings, kind):
     for step in range(2):
         fill_gradients(everything, step)
         step_optimizers(optimizers)
-    saved = copied(TrainingState(everything, optimizers).read())
+    saved = HostCopies().copy(TrainingState(everything, optimizers).read())
     other = initial_decoder(everything.config, seed=9).train()
     others = build_optimizers(other, config)
     fresh = TrainingState(other, others)

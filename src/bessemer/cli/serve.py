@@ -85,7 +85,9 @@ _access = partial(typer.Option, rich_help_panel="Who may use it")
 _requests = partial(typer.Option, rich_help_panel="Requests")
 _models = partial(typer.Option, rich_help_panel="Further models and adapters")
 _memory = partial(typer.Option, rich_help_panel="Memory and batches")
+_context = partial(typer.Option, rich_help_panel="Context and prefixes")
 _speed = partial(typer.Option, rich_help_panel="How it is computed")
+_devices = partial(typer.Option, rich_help_panel="Devices and processes")
 _documents = partial(typer.Option, rich_help_panel="Documents")
 _safety = partial(typer.Option, rich_help_panel="Safety")
 
@@ -158,19 +160,19 @@ def serve(
         int | None, _memory(help="Most tokens of a step: longer prompts are read in chunks; 512, on a GPU 8,192.")
     ] = None,
     max_model_len: Annotated[
-        int | None, _memory(help="At most this many tokens of prompt and answer together; the model's context.")
+        int | None, _context(help="At most this many tokens of prompt and answer together; the model's context.")
     ] = None,
     kv_cache_dtype: Annotated[
         str | None, _memory(help="Type of the KV cache: auto, float32, bfloat16, float16, int8 or int4.")
     ] = None,
     context_overflow: Annotated[
         str | None,
-        _memory(
+        _context(
             help="A text longer than the context: refuse (default); shift, which leaves out its middle; or retrieve, which "
             "keeps of a chat's longest texts the passages that fit the question."
         ),
     ] = None,
-    context_keep: Annotated[int | None, _memory(help="First tokens that a shift keeps (default 256).")] = None,
+    context_keep: Annotated[int | None, _context(help="First tokens that a shift keeps (default 256).")] = None,
     max_num_seqs: Annotated[int | None, _memory(help="Sequences computed at once.")] = None,
     former_max_running: Annotated[int | None, retired_option("--max-running", "--max-num-seqs")] = None,
     max_waiting: Annotated[int | None, _requests(help="Completions that wait in the engine (default 32).")] = None,
@@ -191,12 +193,12 @@ def serve(
     batch_invariant: Annotated[
         bool, _speed("--batch-invariant", help="A request never depends on what else is running, to the last bit.")
     ] = False,
-    prefix_cache: Annotated[bool, _memory(help="Reuse cached KV blocks for prompts that share a prefix.")] = True,
+    prefix_cache: Annotated[bool, _context(help="Reuse cached KV blocks for prompts that share a prefix.")] = True,
     prefix_store: Annotated[
-        str | None, _memory(help="Folder that keeps prefixes which several requests had in common over restarts.")
+        str | None, _context(help="Folder that keeps prefixes which several requests had in common over restarts.")
     ] = None,
     mmproj: Annotated[
-        str | None, _memory(help="Of a GGUF: its encoder of pictures (llama.cpp's mmproj). Default: the one beside it.")
+        str | None, typer.Option(help="Of a GGUF: its encoder of pictures (llama.cpp's mmproj). Default: the one beside it.")
     ] = None,
     watermark: Annotated[
         Path | None, _requests(help="Key file of `bessemer watermark`: mark answers, so that the key finds them again.")
@@ -226,13 +228,13 @@ def serve(
     ] = False,
     speculate: Annotated[str | None, _speed(help="Speculative decoding: ngram, mtp, or a draft model.")] = None,
     parallel: Annotated[
-        list[str] | None, _speed(help="tensor=N or expert=N: share the model between processes; may be repeated.")
+        list[str] | None, _devices(help="tensor=N or expert=N: share the model between processes; may be repeated.")
     ] = None,
-    device: Annotated[str, _speed(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, _devices(help="auto, cpu, cuda or mps.")] = "auto",
     engine: Annotated[
-        str, _speed(help="local, or ray: by --replicas of the model, on the cluster of RAY_ADDRESS or on this machine.")
+        str, _devices(help="local, or ray: by --replicas of the model, on the cluster of RAY_ADDRESS or on this machine.")
     ] = "local",
-    replicas: Annotated[int | None, _speed(help="How many; with --engine ray.", min=1)] = None,
+    replicas: Annotated[int | None, _devices(help="How many; with --engine ray.", min=1)] = None,
     mcp_servers_config: McpServersConfig = None,
     tool_tokens: ToolTokens = 4000,
     approve_tools: ApproveTools = False,
