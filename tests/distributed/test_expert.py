@@ -40,7 +40,7 @@ GPT_OSS = TWO_LAYERS | {
     [
         {"settings": {"micro_batch_size": 3}},
         {"model": GPT_OSS, "packed": True, "settings": {"activation_checkpointing": "selective"}},
-        {"settings": {"optimizer": "muon", "activation_checkpointing": "full"}},
+        slow({"settings": {"optimizer": "muon", "activation_checkpointing": "full"}}),
     ],
     ids=["micro-batches", "biases", "muon"],
 )

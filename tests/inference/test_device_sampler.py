@@ -126,6 +126,7 @@ def test_a_row_that_gives_no_token_says_why_and_harms_no_other():
         assert right >= 0 and token_problem(right) is None
 
 
+@pytest.mark.slow
 def test_a_step_is_copied_to_the_device_at_once_and_nothing_waits_for_it():
     """On a pretended device, whose tensors have no numbers that anyone could wait for."""
     run = [sys.executable, "-m", "tests.inference.pretended_device"]

@@ -118,7 +118,8 @@ def test_two_processes_answer_as_one(two, tokenizer, name, parallel, changes, se
     compare(two, tokenizer, name, parallel, changes, settings)
 
 
-@pytest.mark.parametrize("name", ["windows", pytest.param("alibi", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["windows", "alibi"])
 def test_processes_that_share_a_model_read_pages_where_they_lie(two, tokenizer, name):
     compare(two, tokenizer, name, {"tensor": 2}, in_place=True)
 

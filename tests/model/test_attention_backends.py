@@ -11,7 +11,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from bessemer.model import decoder as decoder_module
+from bessemer.model import decoder_inputs
 from bessemer.model.layers import attention_backends
 from bessemer.model.layers.attention_backends import BACKENDS, Scores, block_mask, explicit, flex, tiled
 from bessemer.model.layers.attention_mask import AttentionMask, alibi_slopes, attention_mask, bias
@@ -221,7 +221,7 @@ def test_blocks_are_made_once_for_all_layers_of_a_kind(monkeypatch):
     with torch.no_grad():
         expected = decoder(tokens_BT, **packed)
         made = []
-        monkeypatch.setattr(decoder_module, "block_mask", lambda *given: made.append(given) or block_mask(*given))
+        monkeypatch.setattr(decoder_inputs, "block_mask", lambda *given: made.append(given) or block_mask(*given))
         decoder.set_attention_backend("flex")
         found = decoder(tokens_BT, **packed)
     assert len(made) == 2 < decoder.config.num_hidden_layers

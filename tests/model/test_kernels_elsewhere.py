@@ -74,6 +74,7 @@ def needs_arm():
             pytest.skip(f"there is no {program} (on Debian: apt-get install {package})")
 
 
+@pytest.mark.slow
 def test_products_on_arm_have_the_bits_of_plain_cpp(tmp_path):
     needs_arm()
     newest = "armv8.2-a+dotprod+i8mm"

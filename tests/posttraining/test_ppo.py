@@ -78,6 +78,7 @@ def test_policy_and_critic_learn_from_single_completions(model_folder, data, tmp
     assert median(shares) == pytest.approx(1, abs=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_the_critic_knows_after_a_while_which_prompts_are_rewarded(model_folder, data, tmp_path):
     known = []

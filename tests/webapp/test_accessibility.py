@@ -38,7 +38,13 @@ def xray(page):
 
 @pytest.mark.parametrize(
     ("path", "do", "scheme"),
-    [("", chat, "dark"), ("xray", xray, "light"), ("api", None, "light"), slow("", chat, "light"), slow("xray", xray, "dark")],
+    [
+        ("", chat, "dark"),
+        slow("xray", xray, "light"),
+        ("api", None, "light"),
+        slow("", chat, "light"),
+        slow("xray", xray, "dark"),
+    ],
     ids=["chat dark", "xray light", "api", "chat light", "xray dark"],
 )
 def test_a_page_has_no_serious_fault(page, start, path, do, scheme):

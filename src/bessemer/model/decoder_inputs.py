@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,11 @@ from bessemer.model.layers.attention_mask import AttentionMask, WholeRows, alibi
 from bessemer.model.layers.document_keys import DocumentKeys
 from bessemer.model.layers.positions import Rotation
 
-if TYPE_CHECKING:
-    from bessemer.model.decoder import Decoder
-
 # Shapes: B batch, T time, D hidden, H query heads.
 
 
 def attention_masks(
-    decoder: Decoder,
+    decoder: Any,
     queries: int,
     keys: int,
     hidden_BTD: Tensor,
@@ -32,7 +29,7 @@ def attention_masks(
     visible_to_BT: Tensor | None = None,
     seen_until_BT: Tensor | None = None,
 ) -> dict[LayerType, AttentionMask]:
-    """What each kind of layer may see; one mask a kind, whatever the number of layers."""
+    """What each kind of layer of a `Decoder` may see; one mask a kind, whatever the number of layers."""
     config, device = decoder.config, hidden_BTD.device
     slopes_H = alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None
     masks: dict[LayerType, AttentionMask] = {}
@@ -65,9 +62,9 @@ def attention_masks(
 
 
 def rotations_of(
-    decoder: Decoder, positions_BT: Tensor | None, length: int, dtype: torch.dtype
+    decoder: Any, positions_BT: Tensor | None, length: int, dtype: torch.dtype
 ) -> dict[LayerType, Rotation | None]:
-    """The rotations of each kind of layer; those of sliding layers may turn with a base of their own."""
+    """The rotations of each kind of layer of a `Decoder`; those of sliding layers may turn with a base of their own."""
     if decoder.config.position_type != "rotary":
         return dict.fromkeys(decoder.config.types)
     if positions_BT is not None and decoder.config.rope_scaling.rope_type == "dynamic":

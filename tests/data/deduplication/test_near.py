@@ -135,6 +135,7 @@ def test_a_chain_is_one_component_and_its_reason_tells_the_distance_to_the_survi
     assert reference.jaccard(texts[0], texts[11], 5) < 0.4
 
 
+@pytest.mark.slow
 def test_in_a_crowd_on_one_template_pairs_are_found_at_a_limited_number_of_comparisons(tmp_path):
     """All share most shingles, so that large groups share keys, but few are alike enough: those that share the rest as well."""
     rng = random.Random(3)

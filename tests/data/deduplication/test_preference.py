@@ -11,6 +11,7 @@ from bessemer.data.deduplication.near import near_duplicates
 from bessemer.data.deduplication.passages import repeated_lines, repeated_substrings
 from bessemer.data.deduplication.removals import SpanCollector, after, span_type
 from bessemer.data.deduplication.semantic import semantic_duplicates
+from tests.cases import slow
 from tests.data.deduplication.corpora import applied, corpus_of, dropped, stream
 
 LINE = "Air that is blown through the melt burns the carbon of the pig iron nearly all away."
@@ -54,7 +55,7 @@ def test_an_earlier_corpus_stays_whatever_its_licence():
     "method",
     [
         lambda corpus, scratch: near_duplicates(corpus, scratch).duplicates,
-        lambda corpus, scratch: semantic_duplicates(corpus, scratch, clusters=1, threshold=0.8),
+        slow(lambda corpus, scratch: semantic_duplicates(corpus, scratch, clusters=1, threshold=0.8)),
         lambda corpus, scratch: repeated_lines(corpus, scratch),
         lambda corpus, scratch: repeated_substrings(corpus, scratch, length=8),
     ],
