@@ -1,6 +1,5 @@
 """Generation with pictures: an engine's answers are the model's own, however prompts are cut, batched or found in the cache."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -8,15 +7,12 @@ from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.images import PicturePrompt, chat_prompt
 from bessemer.inference.scheduling.sequence import ImageMark, image_key
-from bessemer.model.cpu_kernels import library
 from bessemer.model.layers.embedding import EmbeddedRows
-from bessemer.model.vision.pictures import Picture
 from tests.inference.models import small_decoder, small_tokenizer
+from tests.inference.picture_requests import KERNELS, agrees, asked, picture
 from tests.model.picture_files import drawn, encoded, write_picture_model
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, logprobs=0, ignore_eos=True)
-#: By compiled kernels and by the model's modules.
-KERNELS = ["off"] if library() is None else ["auto", pytest.param("off", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +37,6 @@ def engine(open_engine):
     return open_engine()
 
 
-def picture(seed, width=40, height=30):
-    return Picture.of(np.asarray(drawn(width, height, seed=seed)))
-
-
-def asked(engine, *pictures, text="what is in these?"):
-    content = [*({"type": "image", "image": one} for one in pictures), {"type": "text", "text": text}]
-    return chat_prompt(engine.tokenizer, [{"role": "user", "content": content}])
-
-
 @torch.no_grad()
 def expected(engine, prompt, count=8):
     """Greedy tokens, and their log-probabilities, by the decoder itself without a cache."""
@@ -63,13 +50,6 @@ def expected(engine, prompt, count=8):
         tokens.append(int(logits.argmax()))
         log_probs.append(float(logits.max()))
     return tokens[len(expanded.ids) :], log_probs
-
-
-def agrees(completion, wanted):
-    tokens, log_probs = wanted
-    assert completion.token_ids == tokens
-    made = [one.log_probs.token for one in completion.log_probs]
-    assert np.abs(np.array(made) - log_probs).max() < 1e-3
 
 
 def test_answers_are_the_models_own_and_depend_on_the_picture(engine):

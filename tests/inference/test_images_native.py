@@ -7,14 +7,12 @@ import torch
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.images import chat_prompt
-from bessemer.model.cpu_kernels import library
 from bessemer.model.layers.embedding import EmbeddedRows
 from bessemer.model.vision.native import rope_positions
-from bessemer.model.vision.pictures import Picture
-from tests.model.picture_files import drawn, write_qwen_model
+from tests.inference.picture_requests import KERNELS, agrees, asked, picture
+from tests.model.picture_files import write_qwen_model
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, logprobs=0, ignore_eos=True)
-KERNELS = ["off"] if library() is None else ["auto", pytest.param("off", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +27,6 @@ def open_engine(folder, request):
     return lambda **settings: Engine(
         folder, device="cpu", config=EngineConfig(cpu_kernels=request.param, kv_memory=0.01, **settings)
     )
-
-
-def picture(seed, width=40, height=30):
-    return Picture.of(np.asarray(drawn(width, height, seed=seed)))
-
-
-def asked(engine, *pictures, text="what is in these?"):
-    content = [*({"type": "image", "image": one} for one in pictures), {"type": "text", "text": text}]
-    return chat_prompt(engine.tokenizer, [{"role": "user", "content": content}])
 
 
 @torch.no_grad()
@@ -55,13 +44,6 @@ def expected(engine, prompt, count=8, flat=False):
         log_probs.append(float(logits.log_softmax(-1).max()))
         tokens.append(int(logits.argmax()))
     return tokens[len(expanded.ids) :], log_probs
-
-
-def agrees(completion, wanted):
-    tokens, log_probs = wanted
-    assert completion.token_ids == tokens
-    made = [one.log_probs.token for one in completion.log_probs]
-    assert np.abs(np.array(made) - log_probs).max() < 1e-3
 
 
 def test_answers_are_the_models_own_alone_and_in_a_batch_with_text(open_engine):

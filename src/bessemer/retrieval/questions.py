@@ -110,7 +110,8 @@ def cited_conversations(
 ) -> Iterator[dict[str, Any]]:
     """Rows for tuning a model on answers with citations: {messages, held, document}. unanswered: share of the questions whose
     passage is not among the sources. longest: most characters of a source; passages with more take no part, which saves time.
-    most_sources: each conversation has one to so many; with 1 a model learns to answer from a source alone (`ask`, `each`).
+    most_sources: the most sources of a conversation, which has
+    one at least; with 1 a model learns to answer from a source alone (`ask`, `each`).
 
     Raises SourceError as `make_questions`.
     """

@@ -24,7 +24,8 @@ from bessemer.retrieval.word_index import WordIndex, build_word_index
 _TABLE = "passages"
 #: Rows above which vectors are searched through an approximate index; below, all are compared.
 APPROXIMATE_ABOVE = 100_000
-#: So many times the wanted hits of an approximate index are compared by their whole vectors. Its own distances are of codes.
+#: Candidates of an approximate index for each wanted hit, which are compared by their whole vectors: its own distances are of
+#: codes.
 _REFINED = 4
 #: Rows of a batch that is written or read.
 ROWS_AT_ONCE = 4096

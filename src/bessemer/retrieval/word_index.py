@@ -207,7 +207,7 @@ class _Counted:
 
 
 def _slabs(starts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Runs of terms, each with so many postings as are written at once, or one term with more."""
+    """Runs of terms, each with at most the postings that are written at once, or one term with more."""
     bounds = [0]
     while bounds[-1] < len(starts) - 1:
         reached = int(np.searchsorted(starts, starts[bounds[-1]] + _POSTINGS_AT_ONCE, "right")) - 1

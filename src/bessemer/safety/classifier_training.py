@@ -90,7 +90,7 @@ def packaged_seeds() -> Seeds:
 
 
 def expanded(pattern: str, most: int, draw: random.Random) -> list[str]:
-    """At most so many different texts of a pattern, (a|b) standing for each of its words, which come equally often."""
+    """At most `most` different texts of a pattern, (a|b) standing for each of its words, which come equally often."""
     parts = _CHOICE.split(pattern)
     options = [part.split("|") if place % 2 else [part] for place, part in enumerate(parts)]
     number = 1
