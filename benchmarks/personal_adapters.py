@@ -5,9 +5,10 @@
 Three pairs of people, each of whom likes in an answer what the other dislikes; the tastes below were written, and the base
 model's share of them looked at, before anything was trained, so that both of a pair have room: cheerful or formal openings, the
 words of sailors or of courtiers, doubt or certainty. Answers are those of `instructions_polite_1100.json`, dressed in one of
-a manner's phrases at random. Each person gives feedback on prompts of their own, `bessemer personalise` trains on it (three passes) and decides, and what is measured is measured on prompts in nobody's feedback: how often the answer that the
-person prefers has the higher mean log-probability of its tokens, by the base model, their own adapter, those of the
-four people of other tastes, and that of their opposite. An adapter that was rolled back counts as the base model.
+a manner's phrases at random. Each person gives feedback on prompts of their own, `bessemer personalise` trains on it (three
+passes) and decides, and what is measured is measured on prompts in nobody's feedback: how often the answer that the person
+prefers has the higher mean log-probability of its tokens, by the base model, their own adapter, those of the four people of
+other tastes, and that of their opposite. An adapter that was rolled back counts as the base model.
 
 Then the base model answers through the engine, greedily, with the log-probabilities of its tokens: before any adapter is
 loaded, with all six loaded, and in one batch with requests of all six. All three must be the same, bit for bit.
