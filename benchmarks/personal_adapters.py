@@ -5,7 +5,7 @@
 Three pairs of people, each of whom likes in an answer what the other dislikes; the tastes below were written, and the base
 model's share of them looked at, before anything was trained, so that both of a pair have room: cheerful or formal openings, the
 words of sailors or of courtiers, doubt or certainty. Answers are those of `instructions_polite_1100.json`, dressed in one of
-a manner's phrases at random. Each person gives feedback on prompts of their own, `bessemer personalise` trains on it (three
+a manner's phrases at random. Each person gives feedback on prompts of their own, `bessemer personalise` trains on it (two
 passes) and decides, and what is measured is measured on prompts in nobody's feedback: how often the answer that the person
 prefers has the higher mean log-probability of its tokens, by the base model, their own adapter, those of the four people of
 other tastes, and that of their opposite. An adapter that was rolled back counts as the base model.
@@ -67,10 +67,10 @@ MANNERS: dict[str, Sequence[str]] = {
 OPPOSITES = {"cheerful": "formal", "sailor": "courtier", "doubtful": "certain"}
 OPPOSITES |= {second: first for first, second in OPPOSITES.items()}
 #: Prompts of each person's feedback, and those that everybody is tested on.
-FEEDBACK, TESTED = 100, 60
-#: Characters of prompt and answer at most, so that a training is minutes of one core.
-LONGEST = (120, 90)
-SETTINGS = PersonalConfig(epochs=3)
+FEEDBACK, TESTED = 80, 40
+#: Characters of prompt and answer at most, so that a training is minutes of one core: rows of two answers are short, and many.
+LONGEST = (60, 40)
+SETTINGS = PersonalConfig(epochs=2, batch_size=2, context_length=192)
 SEED = 11
 #: Asked: points that one's own adapter gains at least, and a stranger's at most.
 OWN_GAIN, STRANGER_GAIN = 0.10, 0.02

@@ -35,6 +35,7 @@ from bessemer.assistant.tools import ToolChoice as OwnChoice
 from bessemer.core.chat_client import ChatClient
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.model.formats import find_model
 
 #: Tokens of an answer from a server, which is asked before its prompt's tokens are known.
 _MAX_TOKENS = 1024
@@ -68,7 +69,9 @@ class BessemerAPI(ModelAPI):
             raise ConfigError(f"model_args: a server has its own {', '.join(sorted(model_args))}")
         self._own: EngineModel | None = None
         if base_url is None:
-            engine = Engine(model_name, device=device, config=EngineConfig.parse(model_args, "model_args"))
+            named = find_model(model_name)
+            path = model_name if named is None or named.kind in ("hub", "package") else named.path
+            engine = Engine(path, device=device, config=EngineConfig.parse(model_args, "model_args"))
             self._own = EngineModel(engine)
         tokenizer, context = (None, None) if self._own is None else (self._own.tokenizer, self._own.context_length)
         self._turns = TurnMaker(tokenizer, context)
