@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.cpu_kernels import library, packed_linear
-from bessemer.model.cpu_kernels.weight_memory import weight_memory
+from bessemer.model.cpu_kernels.weight_memory import passing_memory, weight_memory
 from bessemer.model.quantisation.base import BlockWeight, CodedWeight, Codes, FloatWeight, KernelWeight, NarrowFloatWeight
 from bessemer.model.quantisation.blocks import BLOCK_FORMS, INTEGER_FORMS, GgufBlocks
 from bessemer.model.quantisation.integers import MIDDLE, pack
@@ -127,7 +127,10 @@ class PackedMatrix:
         kernels, kind, inputs = library(), weights[0].kind, weights[0].inputs
         assert kernels is not None, "ask library() before a matrix is packed"
         form, outputs = _FORMS[kind], sum(len(weight.blocks) for weight in weights)
-        blocks_NB = weights[0].blocks if len(weights) == 1 else torch.cat([weight.blocks for weight in weights])
+        blocks_NB = weights[0].blocks
+        if len(weights) > 1:
+            blocks_NB = passing_memory((outputs, blocks_NB.shape[1]), torch.uint8)
+            torch.cat([weight.blocks for weight in weights], out=blocks_NB)
         # zeros, so that outputs that fill up the last sixteen are no noise
         lanes, parts = -(-outputs // WIDTH), inputs // GROUP
         codes = weight_memory((lanes, parts * form.bits, WIDTH, GROUP // 8), torch.uint8)

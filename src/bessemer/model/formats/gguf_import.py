@@ -325,7 +325,7 @@ class FileCodes:
         """The blocks, their rows in our order."""
         if self._stored.is_whole:
             return self._blocks_NB
-        blocks_NB = torch.empty_like(self._blocks_NB)
+        blocks_NB = passing_memory(tuple(self._blocks_NB.shape), torch.uint8)
         Stored(self._stored.name, self._stored.views).unpack(self._blocks_NB, {self._stored.views[0].name: blocks_NB})
         return blocks_NB
 
