@@ -289,7 +289,7 @@ class GgufFile:
         return Codes(scheme, made)
 
     def deferred_codes(self, stored: Stored, scheme: Scheme) -> FileCodes | None:
-        """What takes a matrix of ours out of the file's mapped blocks later, in our order of rows; None where it is read at once:
+        """What takes a matrix of ours out of the file's mapped blocks later, in our order of rows; None where it is read now:
         its codes are the blocks as they lie there, are of another scheme, or the kernels do not take them apart."""
         info, kind = self.infos[stored.name], self.kind(stored.name)
         lies_there = isinstance(scheme, GgufBlocks)
