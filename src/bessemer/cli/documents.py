@@ -191,6 +191,7 @@ def ask(
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.retrieval.answer import NearestJudge
     from bessemer.retrieval.answer import ask as answer_from
+    from bessemer.retrieval.entailment import entails_if_installed
     from bessemer.retrieval.store import Filter
 
     if sources not in (readings := ["together", "each"]):
@@ -209,6 +210,7 @@ def ask(
             params=params,
             reading=sources,  # type: ignore[arg-type]
             quote=quote,
+            entails=entails_if_installed(),
         )
     if as_json:
         print(json.dumps(_answer_figures(answer), ensure_ascii=False, indent=2))
@@ -353,7 +355,13 @@ def _answer_figures(answer: Answer) -> dict[str, object]:
         "answer": answer.text,
         "is_held": answer.is_held,
         "statements": [
-            {"text": one.text, "cited": list(one.cited), "support": one.support, "is_supported": one.is_supported}
+            {
+                "text": one.text,
+                "cited": list(one.cited),
+                "support": one.support,
+                "entailment": one.entailment,
+                "is_supported": one.is_supported,
+            }
             for one in answer.statements
         ],
         "quotes": [{"text": one.text, "source": one.source, "start": one.start, "end": one.end} for one in answer.quotes],
