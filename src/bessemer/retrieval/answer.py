@@ -170,9 +170,13 @@ def answer_from(
 
 
 def best_source(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> int:
-    """The number of the source that most likely answers: by a model's log-odds that it does, and by its rank."""
+    """The number of the source that most likely answers: by a model's log-odds that it does, and by the rank of its section.
+    Passages of one section have the rank of the first of them: which of them a search finds first says little."""
     odds = holding(engine, question, hits, answer_tokens)
-    return max(range(1, len(hits) + 1), key=lambda number: (odds[number - 1] - RANK_WEIGHT * log(number), -number))
+    sections = [(hit.passage.document, hit.passage.headings) for hit in hits]
+    ranks = {section: rank for rank, section in enumerate(dict.fromkeys(sections), start=1)}
+    scores = [own - RANK_WEIGHT * log(ranks[section]) for own, section in zip(odds, sections, strict=True)]
+    return 1 + scores.index(max(scores))
 
 
 def holding(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> list[float]:
@@ -188,12 +192,13 @@ def holding(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: i
 
 
 def _from_one(engine: Engine, question: str, hit: Hit, params: SamplingParams, quote: bool, *, is_judged: bool) -> str:
-    """An answer from one source. Where a judge has found that the documents hold one and the model has not, it is a quote."""
+    """An answer from one source. It is a quote where the model's own does not end, as a small model that repeats itself, and
+    where a judge has found that the documents hold one and the model has not."""
     messages, used = prompt_of(engine, question, [hit], params.max_tokens)
     if not quote:
-        text = engine.chat(messages, params.with_changes(**citation_form(used))).text.strip()
-        if not is_judged or NOT_HELD not in text:
-            return text
+        completion = engine.chat(messages, params.with_changes(**citation_form(used)))
+        if completion.finish_reason != "length" and not (is_judged and NOT_HELD in completion.text):
+            return completion.text.strip()
     return engine.chat(messages, params.with_changes(choice=quotable(used))).text
 
 
