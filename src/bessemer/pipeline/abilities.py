@@ -196,10 +196,9 @@ class Abilities:
     def ask_documents(self, question: str, index: str = "", model: str = "") -> dict[str, Any]:
         """An answer from an index, with its sources."""
         from bessemer.retrieval.answer import ask
-        from bessemer.retrieval.entailment import entails_if_installed
 
         with self._lock:
-            answer = ask(self._model(model), self._index(index), question, entails=entails_if_installed())
+            answer = ask(self._model(model), self._index(index), question)
         return {
             "answer": answer.text,
             "is_held": answer.is_held,

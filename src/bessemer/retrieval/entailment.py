@@ -15,8 +15,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.core.errors import ArtefactError
-from bessemer.retrieval.citations import Entails
 from bessemer.retrieval.embed import missing_minilm, packaged_minilm
 from bessemer.retrieval.encoder_texts import EncoderTexts
 from bessemer.retrieval.terms import PLAIN_WORDS, terms_of, words_of_text
@@ -35,6 +32,7 @@ from bessemer.retrieval.terms import PLAIN_WORDS, terms_of, words_of_text
 # F numbers of shared words.
 
 FORMAT = 1
+_TRAINING = "bessemer.retrieval.entailment_training"
 #: Sizes of the head: of the space in which tokens are aligned, and of what is compared.
 _ALIGNED, _HIDDEN = 48, 48
 #: Pairs that are read at once.
@@ -124,18 +122,14 @@ def load_entailment(path: Path, folder: Path) -> Entailment:
         raise ArtefactError(f"{path}: this is no entailment head, or a damaged one ({error})") from None
 
 
-@lru_cache(maxsize=1)
-def packaged_entailment() -> Entailment:
-    """The head that travels with Bessemer, for all-MiniLM-L6-v2. Raises ArtefactError where that is not installed."""
+def open_entailment(path: Path) -> Entailment:
+    """The head of a file, for all-MiniLM-L6-v2. Raises ArtefactError as `load_entailment`, and where that is not installed."""
+    if not path.is_file():
+        raise ArtefactError(f"{path}: no entailment head is here; python -m {_TRAINING} INDEX {path} trains one")
     folder = packaged_minilm()
     if folder is None:
         raise missing_minilm()
-    return load_entailment(Path(str(resources.files("bessemer.retrieval") / "entailment.npz")), folder)
-
-
-def entails_if_installed() -> Entails | None:
-    """The packaged head's judgements; None without the encoder's package."""
-    return None if packaged_minilm() is None else packaged_entailment().probabilities
+    return load_entailment(path, folder)
 
 
 @torch.inference_mode()

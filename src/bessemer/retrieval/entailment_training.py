@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from bessemer.core.errors import BessemerError, SourceError
 from bessemer.core.hashing import hash_value
 from bessemer.retrieval.chunks import sentences
 from bessemer.retrieval.embed import missing_minilm, packaged_minilm
@@ -264,13 +266,18 @@ CHANGES: dict[str, Callable[[str, Passage, Sequence[str], random.Random], str | 
 
 
 def train_entailment(index: OpenIndex, folder: Path, *, passages: int = 3000, epochs: int = 6, seed: int = 0) -> Entailment:
-    """A head for the states of the encoder of a folder, trained on pairs of an index."""
+    """A head for the states of the encoder of a folder, trained on pairs of an index. Raises SourceError where too few of its
+    passages have a plain sentence."""
     torch.manual_seed(seed)
     texts = EncoderTexts(folder)
     made = list(make_pairs(index, passages, seed))
     is_held_out = [int(hash_value([document]), 16) % 8 == 0 for document, _ in made]
     train = [pair for (_, pair), apart in zip(made, is_held_out, strict=True) if not apart]
     held_out = [pair for (_, pair), apart in zip(made, is_held_out, strict=True) if apart]
+    if len(train) < _BATCH or not held_out:
+        raise SourceError(
+            f"{len(made)} pairs can be made of this index, too few to train on: they need passages in plain sentences"
+        )
     states = states_of(texts, list(dict.fromkeys(text for _, pair in made for text in (pair.sentence, pair.source))))
     head = EntailmentHead(texts.encoder.config.hidden_size)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.05)
@@ -324,16 +331,21 @@ def fitted_temperature(logits_N: np.ndarray, wanted_N: np.ndarray) -> float:
 
 
 def main() -> None:
-    """The command above."""
+    """The command above. A mistake of the user's is one line, and the exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--passages", type=int, default=3000)
     arguments = parser.parse_args()
-    folder = packaged_minilm()
-    if folder is None:
-        raise missing_minilm()
-    train_entailment(open_index(arguments.index), folder, passages=arguments.passages).save(arguments.out)
+    try:
+        folder = packaged_minilm()
+        if folder is None:
+            raise missing_minilm()
+        trained = train_entailment(open_index(arguments.index), folder, passages=arguments.passages)
+    except BessemerError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    trained.save(arguments.out)
 
 
 if __name__ == "__main__":
