@@ -124,6 +124,14 @@ def test_the_answer_is_of_the_source_that_holds_it_by_the_model_and_of_the_first
     assert best_source(Reader({"Iron": 1.0, "Copper": 1.0, "Zinc": 0.0001}), "What?", sources, 8) == 3
 
 
+def test_the_passages_of_a_section_have_one_rank_among_the_sources():
+    beginning, rest, other = hit(1, "Iron rusts."), hit(1, "Zinc is grey."), hit(3, "Copper turns green.")
+    odds = Reader({"Iron": 0.3, "Zinc": 0.9, "Copper": 0.9})
+    assert best_source(odds, "What?", [rest, other, beginning], 8) == 3
+    apart = replace(beginning, passage=replace(beginning.passage, headings="Another"))
+    assert best_source(odds, "What?", [rest, other, apart], 8) == 1
+
+
 @pytest.mark.parametrize("reading", ["together", "each"])
 def test_a_quoted_answer_is_a_sentence_of_a_source_and_cites_it(tmp_path, reading):
     text = "Iron rusts in water. It melts at 1538 degrees."

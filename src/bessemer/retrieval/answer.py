@@ -27,6 +27,7 @@ from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.retrieval.citations import (
+    Entails,
     Quote,
     Statement,
     attributed,
@@ -130,12 +131,13 @@ def ask(
     params: SamplingParams | None = None,
     reading: Reading = "together",
     quote: bool = False,
+    entails: Entails | None = None,
 ) -> Answer:
     """Answer a question from an index. count: sources at most; fewer where the context holds no more. The others are those of
     `answer_from`. Raises RequestError as `search`.
     """
     hits = search(index, question, count, where=where)
-    return answer_from(engine, question, hits, judge=judge, params=params, reading=reading, quote=quote)
+    return answer_from(engine, question, hits, judge=judge, params=params, reading=reading, quote=quote, entails=entails)
 
 
 def answer_from(
@@ -147,12 +149,13 @@ def answer_from(
     params: SamplingParams | None = None,
     reading: Reading = "together",
     quote: bool = False,
+    entails: Entails | None = None,
 ) -> Answer:
     """Answer a question from what a search found.
 
     judge: refuses questions that the documents do not answer; None: the model alone decides, and with `quote` nothing is
     refused. reading: whether the model reads the sources together, or each alone and answers from the best. quote: the answer
-    is a sentence of a source, which the model chooses.
+    is a sentence of a source, which the model chooses. entails: judges besides shared words what bears a sentence out.
     """
     if not hits or (judge is not None and not judge.holds(question, hits)):
         return Answer(NOT_HELD, hits, is_held=False)
@@ -160,16 +163,20 @@ def answer_from(
     if reading == "each":
         number = best_source(engine, question, hits, params.max_tokens)
         text = _from_one(engine, question, hits[number - 1], params, quote, is_judged=judge is not None)
-        return checked(attributed(text, hits, [number]), hits)
+        return checked(attributed(text, hits, [number]), hits, entails)
     messages, used = prompt_of(engine, question, hits, params.max_tokens)
     form = {"choice": quotable(used)} if quote else citation_form(used)
-    return checked(engine.chat(messages, params.with_changes(**form)).text.strip(), used)
+    return checked(engine.chat(messages, params.with_changes(**form)).text.strip(), used, entails)
 
 
 def best_source(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> int:
-    """The number of the source that most likely answers: by a model's log-odds that it does, and by its rank."""
+    """The number of the source that most likely answers: by a model's log-odds that it does, and by the rank of its section.
+    Passages of one section have the rank of the first of them: which of them a search finds first says little."""
     odds = holding(engine, question, hits, answer_tokens)
-    return max(range(1, len(hits) + 1), key=lambda number: (odds[number - 1] - RANK_WEIGHT * log(number), -number))
+    sections = [(hit.passage.document, hit.passage.headings) for hit in hits]
+    ranks = {section: rank for rank, section in enumerate(dict.fromkeys(sections), start=1)}
+    scores = [own - RANK_WEIGHT * log(ranks[section]) for own, section in zip(odds, sections, strict=True)]
+    return 1 + scores.index(max(scores))
 
 
 def holding(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> list[float]:
@@ -185,12 +192,13 @@ def holding(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: i
 
 
 def _from_one(engine: Engine, question: str, hit: Hit, params: SamplingParams, quote: bool, *, is_judged: bool) -> str:
-    """An answer from one source. Where a judge has found that the documents hold one and the model has not, it is a quote."""
+    """An answer from one source. It is a quote where the model's own does not end, as a small model that repeats itself, and
+    where a judge has found that the documents hold one and the model has not."""
     messages, used = prompt_of(engine, question, [hit], params.max_tokens)
     if not quote:
-        text = engine.chat(messages, params.with_changes(**citation_form(used))).text.strip()
-        if not is_judged or NOT_HELD not in text:
-            return text
+        completion = engine.chat(messages, params.with_changes(**citation_form(used)))
+        if completion.finish_reason != "length" and not (is_judged and NOT_HELD in completion.text):
+            return completion.text.strip()
     return engine.chat(messages, params.with_changes(choice=quotable(used))).text
 
 
@@ -250,6 +258,6 @@ def _last_question(messages: Sequence[Message]) -> int:
     return places[-1]
 
 
-def checked(text: str, sources: Sequence[Hit]) -> Answer:
+def checked(text: str, sources: Sequence[Hit], entails: Entails | None = None) -> Answer:
     """An answer with the support of each sentence by the sources, and its quotes."""
-    return Answer(text, sources, checked_statements(text, sources), list(quotes_in(text, sources)))
+    return Answer(text, sources, checked_statements(text, sources, entails), list(quotes_in(text, sources)))

@@ -47,7 +47,9 @@ def index_next_steps(stage: StageReport) -> list[str]:
     if not (stage.run.folder / "model").exists():
         return []
     run, place = shlex.quote(stage.run.name), shlex.quote(str(stage.run.folder / "index"))
-    return [f"bessemer ask {run} {place} 'How do I parse JSON?' --sources each", f"bessemer serve {run} --index {place}"]
+    # the model that answers knows which names are known, and orders what was found
+    ask = f"bessemer ask {run} {place} 'How do I parse JSON?' --sources each --rerank {run}"
+    return [ask, f"bessemer serve {run} --index {place} --rerank {run}"]
 
 
 def cited_report(stage: StageReport) -> Section:
