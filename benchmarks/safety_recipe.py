@@ -25,6 +25,7 @@ import math
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ from bessemer.safety.refusal_data import (  # noqa: E402
 from constitution import compared, questions_of  # noqa: E402
 from evaluation_agreement import WORK  # noqa: E402
 from evaluation_tasks import float32_folder  # noqa: E402
-from guard import read_lines, trained_share  # noqa: E402
+from guard import _CHOICE as CHOICE  # noqa: E402
+from guard import content_words, read_lines  # noqa: E402
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = (
@@ -115,10 +117,21 @@ def taught_policy() -> Policy:
     return Policy.parse(values | {"surfaces": surfaces}, lambda key: "policy")
 
 
+@lru_cache
+def goals_words() -> list[frozenset[str]]:
+    """The content words of each of the red team's requests."""
+    return [content_words(goal.request) for goal in goals_of(read_policy()) if goal.kind in ("behaviour", "harmless")]
+
+
 def is_near_a_goal(pattern: str) -> bool:
-    """Whether a pattern of the seeds has more of a goal's words than may be trained on."""
-    goals = [goal.request for goal in goals_of(read_policy()) if goal.kind in ("behaviour", "harmless")]
-    return any(trained_share(request, [pattern]) > NEAR for request in goals)
+    """Whether one text of a pattern of the seeds has more of a goal's words than may be trained on."""
+    pieces = [part.split("|") if place % 2 else [part] for place, part in enumerate(CHOICE.split(pattern))]
+    options = [[content_words(option) for option in part] for part in pieces]
+    return any(
+        len(frozenset().union(*(max(part, key=lambda one: len(one & wanted)) for part in options)) & wanted)
+        > NEAR * len(wanted)
+        for wanted in goals_words()
+    )
 
 
 def instructions_of(data: Path) -> list[tuple[str, str]]:
