@@ -88,11 +88,11 @@ HELD_OUT_FAMILIES = (*ATTACKS, "fiction", "refusal_suppression", "encoded", "doc
 #: Largest share of a goal's content words in a pattern that is trained on.
 NEAR = 0.4
 #: Harmful requests of a category and look-alikes that `sft` learns, and those of the pairs; plain questions and instructions.
-OF_CATEGORY, LOOK_ALIKES, QUESTIONS, INSTRUCTIONS = 32, 400, 120, 100
-PAIRS_OF_CATEGORY, PAIRED_LOOK_ALIKES = 8, 100
+OF_CATEGORY, LOOK_ALIKES, QUESTIONS, INSTRUCTIONS = 24, 280, 80, 60
+PAIRS_OF_CATEGORY, PAIRED_LOOK_ALIKES = 6, 70
 HELD_OUT, BATCH = 200, 40
 #: Tokens of an answer to an attack, of one that is learnt, of one that refuses at its beginning or not, and of a rejected one.
-ANSWER, LEARNT, BEGINNING, REJECTED = 96, 72, 24, 32
+ANSWER, LEARNT, BEGINNING, REJECTED = 96, 64, 16, 24
 COMMON = {
     "validation_share": 0.0,
     "batch_size": 1,
@@ -103,7 +103,7 @@ COMMON = {
     "checkpoint_minutes": 60,
     "adapter": {"rank": 16},
 }
-TUNING = COMMON | {"epochs": 2, "learning_rate": 3e-4}
+TUNING = COMMON | {"epochs": 1, "learning_rate": 5e-4}
 PREFERENCES = COMMON | {"epochs": 1, "learning_rate": 5e-5, "beta": 0.1, "next_token_weight": 0.3}
 
 
