@@ -11,6 +11,7 @@ in the same frames and wrappers, so that neither a word nor a form tells what to
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.policy import Policy, read_policy
+from bessemer.core.store import write_text
 from bessemer.safety.classifier_training import Seeds, expanded, packaged_seeds
 
 Kind = Literal["refuse", "safe_completion", "answer"]
@@ -140,7 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from bessemer.inference.chat import EngineChat
     from bessemer.inference.engine import Engine
     from bessemer.model.formats import packaged_smollm2
-    from bessemer.posttraining.data.made import write_rows
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finished = [(one, said) for one, said in zip(harmless, answers, strict=True) if said and type(said) is str]
     rows = [*policy_rows(policy, harmful), *(row_of(one.text, said, one.kind) for one, said in finished)]
     random.Random(given.seed).shuffle(rows)
-    write_rows(given.out, rows)
+    write_text(given.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows):,} rows: {len(harmful):,} by the policy, {len(finished):,} answered")
 
 
