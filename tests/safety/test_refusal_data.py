@@ -1,5 +1,8 @@
 """Conversations that teach a policy: what is said follows from the policy, and look-alikes come in the same forms."""
 
+import subprocess
+import sys
+
 import pytest
 
 from bessemer.core.errors import ConfigError
@@ -86,3 +89,17 @@ def test_look_alikes_are_asked_in_the_forms_of_the_harmful():
     families = {one.family for one in alike}
     assert "" in families and len(families) > 5 and families - {""} <= packaged_seeds().wrappers.keys()
     assert not any(mark in one.text for one in alike for mark in MARKS)
+
+
+def test_a_policy_that_is_none_is_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "bessemer.safety.refusal_data",
+        str(tmp_path / "rows.jsonl"),
+        "--policy",
+        str(tmp_path / "none.yaml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "rows.jsonl").exists()
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "none.yaml" in done.stderr

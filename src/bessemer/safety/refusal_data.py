@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bessemer.core.errors import ConfigError
+from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.policy import Policy, read_policy
 from bessemer.core.store import write_text
@@ -166,4 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BessemerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
