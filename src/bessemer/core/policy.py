@@ -44,7 +44,7 @@ RULE_KINDS: Mapping[str, str] = {
     "personal_data": "e-mail addresses, telephone, card and account numbers",
     "secrets": "keys, tokens and passwords",
     "injection": "text that tells an assistant to drop its instructions",
-    "hidden_text": "invisible characters, and text in a disguise that hides a category",
+    "hidden_text": "invisible characters, text in a disguise that hides a category, and requests to undo a disguise",
 }
 
 _Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]

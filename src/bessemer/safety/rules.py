@@ -40,7 +40,12 @@ _RULES_ELSEWHERE = (
     r"(?:anweisungen|vorgaben|regeln|instructions|consignes|r[eè]gles|instrucciones|reglas|istruzioni|regole|instruc\w+|regras)"
 )
 _TELL = r"(?:reveal|show|print|repeat|output|tell me|give me|display|write down|what (?:is|are|was|were))"
+_SAY = r"(?:print|say|output|write|repeat|reply|respond|answer|translate)"
 _PRIVATE = r"(?:password|secret|api key|credentials?|token|conversation|chat history|personal data|private)"
+_CODES = (
+    r"(?:base ?(?:16|32|64|85|2048)|rot ?-?13|hex(?:adecimal)?|leet(?:speak)?|morse(?: code)?|binary|ascii85|uuencode|"
+    r"quoted-printable)"
+)
 _MODELS = r"(?:ai|assistant|language model|llm|chatbot|bot|model)"
 #: Forms in which a text takes over an assistant, whatever the case: each is a rule of its own, named in a decision.
 _INJECTIONS = {
@@ -49,6 +54,7 @@ _INJECTIONS = {
         "drop the instructions": (
             rf"\b{_DROP}\b[^.\n]{{0,40}}\b{_WHOSE}\b[^.\n]{{0,30}}\b{_RULES}\b",
             rf"\b{_DROP_ELSEWHERE}\b[^.\n]{{0,40}}\b{_RULES_ELSEWHERE}\b",
+            rf"\b{_DROP}\b[^.\n]{{0,60}}(?:,| and| then)(?: just| only| simply| instead)* {_SAY}\b",
         ),
         "new instructions": (
             r"\b(?:your|the) new (?:instructions?|task|role|goal|rules)\b\s*(?:are|is|:)",
@@ -57,7 +63,13 @@ _INJECTIONS = {
         ),
         "claims to be the system": (
             r"(?:^|\n)[ \t]{0,8}(?:#{1,4} ?)?(?:system|admin(?:istrator)?|developer) ?(?:message|prompt|note)? ?[:>\]]",
-            r"<\|?(?:system|im_start|start_header_id|assistant|end|eot_id)\|?>|\[/?(?:INST|SYSTEM)\]|<</?SYS>>",
+            r"</?\|?(?:system|im_start|im_end|start_header_id|assistant|end|endoftext|eot_id)\|?>|\[/?(?:INST|SYSTEM)\]|<</?SYS>>",
+        ),
+        # an answer that was never given, and a user who goes on behind it
+        "turns of a conversation": (
+            r"(?:^|\n)[ \t>#*]{0,8}(?:assistant|chatbot|ai|model)\b[ *]{0,4}:[^\n]{0,600}\n[ \t>#*]{0,8}"
+            r"(?:user|human)\b[ *]{0,4}:",
+            rf"(?:^|\n)[ \t>#*]{{0,8}}(?:user|human)\b[ *]{{0,4}}:[^\n]{{0,80}}\b{_SAY}\b",
         ),
         "developer mode": (
             r"\b(?:developer|debug|god|dan|jailbreak|unrestricted|sudo|maintenance)[ -]mode\b|\bdo anything now\b",
@@ -79,6 +91,14 @@ _INJECTIONS = {
         "an image that carries data": (r"!\[[^\]]{0,80}\]\(https?://[^)\s]{0,200}[?&][^)\s]{0,80}=",),
     }.items()
 }
+#: Forms in which a text has the assistant undo a disguise, so that what is asked is read by it and by nobody before.
+_TO_DECODE = re.compile(
+    rf"\b(?:decode|decrypt|decipher|unscramble)\b[^.\n]{{0,60}}\b{_CODES}\b"
+    rf"|\b{_CODES}\b[^.\n]{{0,40}}\b(?:decode|decrypt|decipher)\b"
+    r"|\b(?:encoded|encrypted|scrambled)(?: (?:string|text|message))? ?:[^\n]{0,2000}\n\s*[^\n]{0,40}"
+    r"\b(?:decoded|decrypted|plain)\b",
+    re.IGNORECASE,
+)
 
 
 def matches(text: str, readings: Sequence[Reading], kinds: Sequence[str]) -> Iterator[Match]:
@@ -87,6 +107,9 @@ def matches(text: str, readings: Sequence[Reading], kinds: Sequence[str]) -> Ite
         yield from _of_the_refinery(text, kinds)
     if "hidden_text" in kinds and hidden_characters(text) >= _FEWEST_HIDDEN:
         yield Match("hidden_text", "invisible characters")
+    if "hidden_text" in kinds and (found := _TO_DECODE.search(readings[0].text)):
+        is_in_place = readings[0].text == text
+        yield Match("hidden_text", "asks to decode", *(found.span() if is_in_place else (None, None)))
     if "injection" in kinds:
         for reading in readings:
             for name, pattern in _INJECTIONS.items():

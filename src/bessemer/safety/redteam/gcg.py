@@ -6,7 +6,8 @@ along which the loss falls steepest, `random_search` from all, so that at equal 
 
 A suffix counts only as the text that a user would type: of the candidates, those are evaluated that decode to a text which is
 read as the same tokens in the same conversation. The keys and values of everything before the suffix are computed once, and
-logits only where the opening is predicted.
+logits only where the opening is predicted. Where an engine is given, it computes the losses, in the number format in which it
+serves the model and with its prefix cache; gradients are always those of float weights.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bessemer.safety.redteam.attacks import Attack, AttackContext, Play, Query, 
 from bessemer.safety.redteam.goals import Goal
 
 if TYPE_CHECKING:
+    from bessemer.inference.engine import Engine
     from bessemer.safety.redteam.config import GcgSettings
     from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -72,7 +74,9 @@ class SuffixProblem:
         suffix_tokens: int = 20,
         system: str = "",
         candidates_at_once: int = 64,
+        engine: Engine | None = None,
     ) -> None:
+        """engine: of the same model, computes the losses in place of `model`."""
         if is_quantised(model):
             raise ConfigError("gcg reads gradients: the model's weights must be floats, not quantised codes")
         if is_recurrent(model.config):
@@ -82,6 +86,7 @@ class SuffixProblem:
         self._messages = [{"role": "system", "content": system}] if system else []
         self._request = request
         self._at_once = candidates_at_once
+        self._engine = engine
         filler = tokenizer.encode(_FILLER, add_bos=False)
         start = tokenizer.decode(filler * max(1, suffix_tokens // len(filler)))
         plain, whole = self._conversation(""), self._conversation(start)
@@ -109,6 +114,9 @@ class SuffixProblem:
 
     def losses(self, suffixes_CL: Sequence[Sequence[int]]) -> list[float]:
         """The loss of each suffix; all must be of one length."""
+        if self._engine is not None:
+            items = [([*self.before, *suffix, *self.behind], [self.opening]) for suffix in suffixes_CL]
+            return [-score.total / len(self.opening) for (score,) in self._engine.score_items(items)]
         losses: list[float] = []
         for first in range(0, len(suffixes_CL), self._at_once):
             losses += self._batch_losses(torch.tensor(suffixes_CL[first : first + self._at_once], device=self.model.device))
