@@ -61,6 +61,11 @@ _PEERS = {
     "triton": "triton",
     "trl": "trl",
 }
+#: Files of which one worker does all: several processes joined by gloo, which remember what DTensor concluded; a browser.
+_TOGETHER = (
+    ("tests/distributed/", "tests/inference/test_sharded", "tests/inference/test_collective"),
+    ("tests/webapp/",),
+)
 _DESELECTED = pytest.StashKey[int]()
 
 
@@ -81,9 +86,9 @@ def _has_cuda() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a card or a peer that is not here. Where there is a card, the other tests do not see it.
 
-    The files beside this one come early: each takes long, and a worker alone with the last of them would end late. In a fresh
-    clone the first run of the refinery compiles its loops, half a minute; one file does that while the others are at what has
-    none.
+    What stays together comes first, then the files beside this one: each takes long, and a worker alone with the last of them
+    would end late. In a fresh clone the first run of the refinery compiles its loops, half a minute; one file does that while
+    the other workers are at what has none.
     """
     items.sort(key=_turn)
     for item in items:
@@ -98,11 +103,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _turn(item: pytest.Item) -> int:
+    if (group := _group(item.nodeid)) is not None:
+        return group
     if item.path.name == "test_line.py":
-        return 0
-    if item.path.parent.name == "distributed":
-        return 1
-    return 2 if item.path.parent == _HERE else 3
+        return len(_TOGETHER)
+    return len(_TOGETHER) + (1 if item.path.parent == _HERE else 2)
+
+
+def _group(nodeid: str) -> int | None:
+    return next((group for group, places in enumerate(_TOGETHER) if nodeid.startswith(places)), None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Side by side, a worker gets a file at a time, and what stays together whole."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            group = _group(nodeid)
+            return super()._split_scope(nodeid) if group is None else _TOGETHER[group][0]
+
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
