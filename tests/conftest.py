@@ -7,8 +7,10 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,20 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()
     if config.getoption("hypothesis_profile", None) != "fuzz" and hasattr(providers, "_get_local_constants"):
         providers._get_local_constants = lambda: providers._local_constants
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Share the first reading of all test files, which rewrites their assertions and compiles them, and what they import: every
+    worker collects them all, so each begins at another place, and finds what the others have kept when it comes to theirs."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None or sys.dont_write_bytecode or session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    files = sorted(_HERE.rglob("test_*.py"))
+    first = len(files) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+    for path in files[first:] + files[:first]:
+        # what cannot be imported, or is skipped whole, is told when it is collected
+        with suppress(Exception, pytest.skip.Exception):
+            import_module(".".join(path.relative_to(_HERE.parent).with_suffix("").parts))
 
 
 #: Must stand in no file that a run leaves.
