@@ -7,8 +7,10 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,20 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()
     if config.getoption("hypothesis_profile", None) != "fuzz" and hasattr(providers, "_get_local_constants"):
         providers._get_local_constants = lambda: providers._local_constants
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Share the first reading of all test files, which rewrites their assertions and compiles them, and what they import: every
+    worker collects them all, so each begins at another place, and finds what the others have kept when it comes to theirs."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None or sys.dont_write_bytecode or session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    files = sorted(_HERE.rglob("test_*.py"))
+    first = len(files) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+    for path in files[first:] + files[:first]:
+        # what cannot be imported, or is skipped whole, is told when it is collected
+        with suppress(Exception, pytest.skip.Exception):
+            import_module(".".join(path.relative_to(_HERE.parent).with_suffix("").parts))
 
 
 #: Must stand in no file that a run leaves.
@@ -62,6 +78,11 @@ _PEERS = {
     "triton": "triton",
     "trl": "trl",
 }
+#: Files of which one worker does all: several processes joined by gloo, which remember what DTensor concluded; a browser.
+_TOGETHER = (
+    ("tests/distributed/", "tests/inference/test_sharded", "tests/inference/test_collective"),
+    ("tests/webapp/",),
+)
 _DESELECTED = pytest.StashKey[int]()
 
 
@@ -82,9 +103,9 @@ def _has_cuda() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a card or a peer that is not here. Where there is a card, the other tests do not see it.
 
-    The files beside this one come early: each takes long, and a worker alone with the last of them would end late. In a fresh
-    clone the first run of the refinery compiles its loops, half a minute; one file does that while the others are at what has
-    none.
+    What stays together comes first, then the files beside this one: each takes long, and a worker alone with the last of them
+    would end late. In a fresh clone the first run of the refinery compiles its loops, half a minute; one file does that while
+    the other workers are at what has none.
     """
     items.sort(key=_turn)
     for item in items:
@@ -99,11 +120,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _turn(item: pytest.Item) -> int:
+    if (group := _group(item.nodeid)) is not None:
+        return group
     if item.path.name == "test_line.py":
-        return 0
-    if item.path.parent.name == "distributed":
-        return 1
-    return 2 if item.path.parent == _HERE else 3
+        return len(_TOGETHER)
+    return len(_TOGETHER) + (1 if item.path.parent == _HERE else 2)
+
+
+def _group(nodeid: str) -> int | None:
+    return next((group for group, places in enumerate(_TOGETHER) if nodeid.startswith(places)), None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Side by side, a worker gets a file at a time, and what stays together whole."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            group = _group(nodeid)
+            return super()._split_scope(nodeid) if group is None else _TOGETHER[group][0]
+
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

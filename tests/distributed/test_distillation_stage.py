@@ -7,7 +7,6 @@ from bessemer.core.metrics import read_metrics
 from bessemer.model.storage.folder import load_model
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.stage import distill
-from tests.cases import slow
 
 from ..posttraining.test_distillation import SETTINGS, data, teacher_folder  # noqa: F401
 from ..training.conftest import documents, model_folder, tokenized  # noqa: F401
@@ -46,12 +45,14 @@ def on_policy(student, teacher, data, out, loss, parallel, adapter=None):  # noq
     return distill(config, student, teacher, out, seed=3, device="cpu", folder=data)
 
 
+# by default `test_methods.py` has a teacher's loss on two ranks, and `test_rl.py` samples that two draw
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "parallel", "adapter"),
     [
         ("policy_gradient", {"data_shard": 2}, None),
-        slow("reverse_kl", {"data_replicate": 2}, None),
-        slow("policy_gradient", {"data_shard": 2}, 4),
+        ("reverse_kl", {"data_replicate": 2}, None),
+        ("policy_gradient", {"data_shard": 2}, 4),
     ],
     ids=str,
 )

@@ -44,6 +44,8 @@ LAYOUTS = {
     "expert, biases": ({"expert": 2}, GPT_OSS, {"freeze": ["embed_tokens.*"]}),
     "context": ({"context": 2}, DENSE, {}),
 }
+#: Tested on every run, one of each kind of axis; the others with the slow ones.
+USUAL = {"data_shard", "tensor, experts", "pipeline in a V, tied", "expert, biases"}
 #: Likewise of four.
 FOUR = {
     "tensor, data_shard": ({"tensor": 2, "data_shard": 2}, TIED, {}),
@@ -107,13 +109,13 @@ def folder_of(tmp_path):
     return folder_of
 
 
-@pytest.mark.parametrize("name", slow_but(LAYOUTS.keys() - {"tensor", "pipeline, tied"}, LAYOUTS))
+@pytest.mark.parametrize("name", slow_but(USUAL, LAYOUTS))
 def test_shards_are_those_of_the_whole_model(two, folder_of, name):
     parallel, model, settings = LAYOUTS[name]
     two.run(assert_loaded, folder=folder_of(model), parallel=parallel, settings=settings)
 
 
-@pytest.mark.parametrize("name", slow_but(FOUR.keys() - {"tensor, data_shard", "pipeline, data_shard"}, FOUR))
+@pytest.mark.parametrize("name", slow_but({"expert, shards of an expert"}, FOUR))
 def test_shards_of_shards_too(four, folder_of, name):
     parallel, model, settings = FOUR[name]
     four.run(assert_loaded, folder=folder_of(model), parallel=parallel, settings=settings)

@@ -81,7 +81,7 @@ def alone():
     return moved()
 
 
-@pytest.mark.parametrize("layout", slow_but(["rows of two", "columns of two"], PLACEMENTS))
+@pytest.mark.parametrize("layout", slow_but(["rows of two"], PLACEMENTS))
 def test_pieces_move_as_the_whole(request, alone, layout):
     pool = request.getfixturevalue("two" if layout.endswith("of two") else "four")
     for found in pool.run(moved, layout=layout):

@@ -87,7 +87,7 @@ def test_products_of_half_precision_are_those_of_one_process(two, alone, kind, s
     "parallel",
     [
         {"pipeline": 4},
-        {"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zero_bubble"},
+        slow({"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zero_bubble"}),
         slow({"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zbv"}),
         slow({"pipeline": 2, "context": 2, "pipeline_schedule": "interleaved"}),
         *(slow({"pipeline": 2, "data_replicate": 2, "pipeline_schedule": schedule}) for schedule in SCHEDULES),

@@ -106,7 +106,9 @@ def test_two_ranks_are_one(two, alone, name):
     assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], alone(**options), EXACT)
 
 
-@pytest.mark.parametrize("name", ["tied", slow("alibi"), slow("linear attention"), slow("multi-token prediction")])
+# by default "packed" of the methods (`test_methods.py`)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tied", "alibi", "linear attention", "multi-token prediction"])
 def test_of_packed_documents_too(two, alone, name):
     options = {"model": CASES[name][0], "packed": True}
     assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], alone(**options), EXACT)
@@ -131,7 +133,8 @@ def test_four_ranks_are_one(four, alone, parallel, model):
 @pytest.mark.parametrize(
     "schedule, model",
     [
-        ("1f1b", TWO_LAYERS | {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}),
+        # by default the axis of tensors beside those of shards, experts and tokens, and a pipeline beside shards and tokens
+        slow("1f1b", TWO_LAYERS | {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}),
         slow("zero_bubble", EXPERTS | {"num_hidden_layers": 4, "router_aux_loss_coef": 0.1}),
         slow("zbv", DENSE),
     ],

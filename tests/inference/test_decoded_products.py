@@ -31,6 +31,7 @@ from bessemer.model.quantisation.quantised_decoder import (
 from bessemer.model.quantisation.quantised_layers import quantised_parts
 from bessemer.model.quantisation.schemes import Int4, Int8
 from bessemer.model.storage.folder import save_model
+from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, small_tokenizer
 from tests.inference.steps import Steps, by_modules
 from tests.model.randomised import random_decoder, random_tokens
@@ -132,7 +133,7 @@ def test_where_memory_holds_half_precision_alone_weights_are_read_out_to_it(fold
 ONCE = {"int8": lambda: Int8(32), "int4": lambda: Int4(32), "fp8": lambda: Fp8(16), "nf4": NF4, "nvfp4": Nvfp4}
 
 
-@pytest.mark.parametrize("kind", [*ONCE, "Q4_K", "Q6_K", "IQ4_NL", "MXFP4"])
+@pytest.mark.parametrize("kind", slow_but(["int8", "nf4", "Q4_K"], [*ONCE, "Q4_K", "Q6_K", "IQ4_NL", "MXFP4"]))
 def test_without_kernels_no_product_reads_weights_out_of_their_codes(kind, no_kernels, tmp_path, monkeypatch):
     small_tokenizer(tmp_path)
     model = blocks_model(kind) if kind in BLOCK_FORMS else coded_model(ONCE[kind]())

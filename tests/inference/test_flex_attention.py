@@ -16,6 +16,7 @@ from bessemer.inference.execution.flex_attention import compiled_page_attention,
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.layers.attention_backends import Scores
 from bessemer.model.layers.attention_mask import alibi_slopes
+from tests.cases import slow_but
 from tests.inference.listed_attention import listed_attention
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 from tests.inference.steps import BLOCK, Steps, by_modules, mixed_steps
@@ -85,7 +86,7 @@ def flex_runner(attention=listed_attention):
     return partial(by_modules, flex=attention)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but(["dense", "windows", "latent", "alibi"], ARCHITECTURES))
 def test_pages_read_where_they_lie_equal_gathered_ones(name):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 3, 60)

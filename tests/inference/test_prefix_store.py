@@ -11,6 +11,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.inference import prefix_store
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.model.storage.folder import save_model
+from tests.cases import slow
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.model.tokenizers import write_small_tokenizer
 
@@ -57,10 +58,10 @@ def files(store):
     ("name", "settings"),
     [
         ("dense", {}),
-        ("dense", {"kv_cache_dtype": "int8"}),
+        slow("dense", {"kv_cache_dtype": "int8"}),
         ("dense", {"kv_cache_dtype": "int4"}),
         ("dense", {"batch_invariant": True}),
-        ("windows", {}),
+        slow("windows", {}),
         ("windows only", {"cpu_kernels": "off"}),
         ("latent", {}),
     ],

@@ -10,6 +10,7 @@ import torch
 from bessemer.inference.execution.kv_cache import PagedMemory, block_bytes, layer_groups
 from bessemer.inference.execution.paged_attention import CompiledAttention
 from bessemer.model.cpu_kernels import unavailable
+from tests.cases import in_turn
 from tests.inference.models import ARCHITECTURES, small_decoder
 from tests.inference.steps import BLOCK, Steps, by_modules, mixed_steps
 from tests.model.randomised import random_tokens
@@ -17,8 +18,7 @@ from tests.model.randomised import random_tokens
 runners = {invariant: partial(by_modules, batch_invariant=invariant) for invariant in (False, True)}
 
 
-@pytest.mark.parametrize("invariant", [False, True])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "invariant"), in_turn(ARCHITECTURES, [False, True]))
 def test_texts_in_pages_equal_each_read_at_once(name, invariant):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 3, 60)

@@ -95,7 +95,8 @@ TAKEN_BACK = ["windows", "experts", "linear"]
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), slow_but({*product(["dense"], KINDS), *product(TAKEN_BACK, ["random"])}, product(ARCHITECTURES, KINDS))
+    ("name", "kind"),
+    slow_but({*product(["dense"], KINDS[:2]), *product(TAKEN_BACK, ["random"])}, product(ARCHITECTURES, KINDS)),
 )
 def test_an_invariant_engine_gives_the_same_numbers_whatever_is_guessed(tokenizer, expected_of, name, kind):
     expected = expected_of(name)

@@ -238,6 +238,8 @@ CASES = {
 }
 #: Of each family the case that is named after it alone; the others change one of its settings.
 ONE_OF_EACH = [case for case in CASES if "-" not in case]
+#: Of each kind of block one family, where the others differ in nothing that is tested.
+OF_EACH_KIND = ["gpt2", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3"]
 
 
 def make(case: str, seed: int = 0, **changes):

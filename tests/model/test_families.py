@@ -13,7 +13,8 @@ from bessemer.model.layers.cache import DecoderCache
 from bessemer.model.storage.folder import load_model, save_model
 from bessemer.model.storage.model_config import read_model_config
 from bessemer.model.storage.weights import find_tensors, read_boxes
-from tests.model.family_models import CASES, LONGROPE, make
+from tests.cases import slow_but
+from tests.model.family_models import CASES, LONGROPE, OF_EACH_KIND, make
 
 TOLERANCE = 1e-4
 
@@ -90,6 +91,7 @@ def test_rows_of_different_lengths_decode_as_each_alone(pair):
             assert (logits[row, 0] - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("pair", slow_but(OF_EACH_KIND, sorted(CASES)), indirect=True)
 def test_gradients_equal_those_of_transformers(pair, tmp_path):
     """Compared in the form of the files, where both call their tensors alike."""
     theirs, ours, _ = pair
@@ -122,6 +124,7 @@ def stored_gradients(model, folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize("pair", slow_but(OF_EACH_KIND, sorted(CASES)), indirect=True)
 @torch.no_grad()
 def test_corrupting_any_tensor_changes_the_logits(pair):
     _, ours, _ = pair

@@ -26,7 +26,7 @@ from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantisation.quantised_layers import quantised_parts, read_deferred_codes
 from bessemer.model.storage.folder import load_model, save_model
 from tests.cases import slow, slow_but
-from tests.model.family_models import ONE_OF_EACH, make
+from tests.model.family_models import OF_EACH_KIND, make
 from tests.model.gguf_models import CASES, write_case
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 from tests.model.test_gguf import numbers, rewritten
@@ -97,7 +97,7 @@ TYPES = ["q4_0", "q4_1", "q8_0"]
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), slow_but({*product(["llama"], TYPES), *product(ONE_OF_EACH, ["q4_1"])}, product(sorted(CASES), TYPES))
+    ("case", "dtype"), slow_but({*product(["llama"], TYPES), *product(OF_EACH_KIND, ["q4_1"])}, product(sorted(CASES), TYPES))
 )
 def test_a_file_opened_directly_computes_as_its_import_does(case, dtype, tmp_path):
     folder = write_case(case, tmp_path / "folder")

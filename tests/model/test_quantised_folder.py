@@ -17,7 +17,7 @@ from bessemer.model.quantisation.quantised_layers import QuantisedLinear, quanti
 from bessemer.model.storage.folder import load_model, save_model
 from bessemer.model.storage.model_config import read_model_config
 from tests.cases import slow_but
-from tests.model.family_models import CASES, ONE_OF_EACH, make
+from tests.model.family_models import CASES, OF_EACH_KIND, make
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
 # widths that 128, 64 and 32 divide
@@ -105,7 +105,7 @@ def test_transformers_refuses_what_its_format_has_no_place_for(tmp_path):
     assert read_model_config(tmp_path) == PLAIN.with_changes(model_type="qwen3")
 
 
-@pytest.mark.parametrize("case", slow_but(ONE_OF_EACH, CASES))
+@pytest.mark.parametrize("case", slow_but(OF_EACH_KIND, CASES))
 def test_every_architecture_is_quantised_and_opened_with_the_same_logits(case, tmp_path):
     make(case).save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs")

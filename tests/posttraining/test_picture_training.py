@@ -152,6 +152,8 @@ def test_stage_two_with_an_adapter_is_merged_and_leaves_the_encoder(folder, tmp_
         trained(folder, tmp_path / "apart", adapter={"rank": 2, "merge": False})
 
 
+# by default the adapter of a model of texts alone goes on bit for bit
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_with_the_same_weights(folder, tmp_path):
     whole = trained(folder, tmp_path)
     for name in ("model", "checkpoints/step-000004", "metrics.jsonl"):

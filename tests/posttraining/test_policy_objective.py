@@ -131,8 +131,7 @@ def plain_loss(model, samples, config, advantages, old, reference):
     return torch.stack([one.mean() for one in total]).mean()
 
 
-@pytest.mark.parametrize("shared_row", [None, 64])
-@pytest.mark.parametrize("algorithm", [*PRESETS, "grpo, weighted"])
+@pytest.mark.parametrize(("algorithm", "shared_row"), in_turn([*PRESETS, "grpo, weighted"], [None, 64]))
 def test_loss_and_gradient_are_those_of_samples_alone_however_the_batch_is_cut(algorithm, shared_row, model, samples):
     name, _, is_weighted = algorithm.partition(", ")
     changes = {"beta": 0.1, "weighted_divergence": bool(is_weighted)}

@@ -122,7 +122,9 @@ def test_the_base_is_the_reference_and_no_second_model_is_loaded(model_folder, d
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[-1]["kl"] > 1e-4
 
 
-@pytest.mark.parametrize("kernels", ["auto", slow("off")])
+# by default one of all weights does (`test_rl.py`), and an adapter of a supervised run
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["auto", "off"])
 def test_a_killed_run_goes_on_bit_for_bit(model_folder, data, tmp_path, kernels):  # noqa: F811
     changes = {"mini_batches": 2, "batch_size": 8, "checkpoint_every": 3, "beta": 0.1, "kl": "reward", "cpu_kernels": kernels}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

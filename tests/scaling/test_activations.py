@@ -8,6 +8,7 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.model.parts import Numerics, StoredActivations
 from bessemer.training.model_setup import recompute_activations
 from bessemer.training.routing import routers
+from tests.cases import in_turn
 
 from .live_memory import LiveMemory
 from .models import MODELS
@@ -41,8 +42,7 @@ def counted(config, recompute, autocast):
     return sum(blocks, final_norm_activations(config, numerics)).per_token()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "recompute"), in_turn(MODELS, ["none", "selective", "full"]))
 def test_a_forward_pass_keeps_what_is_counted(name, recompute):
     for autocast in (False, True):
         config = MODELS[name]

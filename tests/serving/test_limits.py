@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -19,10 +20,13 @@ from bessemer.serving.responses.protocol import ResponsesRequest
 from bessemer.serving.runtime.bodies import ApiError, Body, read_request
 from bessemer.tokenization.chat import ChatEncoder
 from bessemer.tokenization.tokenizer import Tokenizer
+from tests.cases import slow_but
 from tests.serving.engine import FakeEngine
 from tests.serving.limit_cases import CASES, FACTORS, OF_MANY, case_of, long_prompt, send_beside_another
 from tests.serving.running import babbling_engine, servers
 
+#: Tested on every run: ten times as much as each limit allows, and what is most work of what is allowed.
+USUAL = {*product(CASES, FACTORS[1:]), *product(("ANSWERS", "MESSAGES", "VALUES"), FACTORS)}
 #: Seconds in which a second client is answered, on a machine that does much else.
 _PATIENCE = 5.0
 
@@ -47,8 +51,7 @@ def test_each_limit_is_sent_to_a_server_or_is_of_many_requests():
     assert CASES.keys() | OF_MANY == LIMITS.keys() and not CASES.keys() & OF_MANY
 
 
-@pytest.mark.parametrize("factor", FACTORS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "factor"), slow_but(USUAL, product(CASES, FACTORS)))
 def test_a_request_at_a_limit_keeps_nobody_waiting(running, name, factor):
     url, most_at_once = running
     seen = asyncio.run(send_beside_another(url, "tiny", case_of(name, factor, "tiny", most_at_once)))

@@ -15,6 +15,7 @@ from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.fast import FastokensEncoder, TokenizersEncoder, agree, bulk_encoder, certain_split, in_parts
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES
+from tests.cases import in_turn
 
 KNOWN = {**SPLIT_REGEXES, **APPROXIMATED_REGEXES}
 LONG_S = "'\u017f"
@@ -184,7 +185,9 @@ def test_no_texts_have_no_ids(qwen2):
             assert offsets.tolist() == [0] * (len(many) + 1)
 
 
-@pytest.mark.parametrize("character", ["a", " ", "1", "-", "\n", "日", "👍", "\u0301"])
+@pytest.mark.parametrize(
+    ("character", "path"), in_turn(["a", " ", "1", "-", "\n", "日", "👍", "\u0301"], sorted(KNOWN)), indirect=["path"]
+)
 def test_a_long_run_of_one_character_is_encoded_alike(path, character):
     encoders = FastokensEncoder(path), TokenizersEncoder(path)
     assert agree(*encoders, [character * 20_001, "x" + character * 4097 + "x"])

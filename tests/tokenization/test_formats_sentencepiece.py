@@ -10,6 +10,7 @@ from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.formats.exchange import export_tokenizer, import_tokenizer
 from bessemer.tokenization.formats.sentencepiece_file import import_sentencepiece, write_sentencepiece
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cases import slow_but
 
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 #: Models in the shape of published ones, and with settings that are rarer.
@@ -92,6 +93,8 @@ def test_ids_equal_sentencepieces(pair, corpus, hostile_texts):
     assert ties <= (0.005 * len(texts) if type(pair[0]._tokenizer.model).__name__ == "Unigram" else 0)
 
 
+# by default every shape encodes the corpus and the hostile texts
+@pytest.mark.parametrize("pair", slow_but(["unigram", "llama2"], SHAPES), indirect=True)
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=12).map("".join))
 def test_ids_equal_sentencepieces_on_anything_typed(pair, text):

@@ -3,8 +3,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.tokenization.prompts import StreamingDecoder
+from tests.cases import slow_but
+from tests.tokenization.conftest import ALGORITHMS
+from tests.tokenization.published import SHAPES
+
+#: Of each way to make a text out of tokens one.
+WAYS = ["bpe", "unigram", "wordpiece", "word", "byte", "llama2"]
 
 
+@pytest.mark.parametrize("every_tokenizer", slow_but(WAYS, [*ALGORITHMS, *SHAPES]), indirect=True)
 @settings(max_examples=60, deadline=None)
 @given(chunks=st.lists(st.lists(st.integers(0, 10_000), max_size=4), max_size=10), skip_special=st.booleans())
 def test_what_was_fed_and_the_rest_make_the_whole_text(every_tokenizer, chunks, skip_special):
