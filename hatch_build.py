@@ -31,7 +31,7 @@ class CustomMetadataHook(MetadataHookInterface):
 
 
 def for_an_index(text: str, source: str | None, reference: str = "HEAD") -> str:
-    """README's text without relative addresses. source: the repository's address; reference: a tag, a branch or a commit of it."""
+    """README without relative addresses. source: the repository's address; reference: a tag, a branch or a commit of it."""
     text = _MARK.sub(lambda mark: "\n" if mark[0].startswith("<!-- needs") and not mark[0].endswith("\n") else "", text)
     if source is None:
         return _LINK.sub(r"\1", _PICTURE.sub("", text))

@@ -1,8 +1,8 @@
 """The version of a checkout, by git's tags. An installed package has its own in its metadata: `bessemer.__version__`.
 
 A release is a tag `v1.2.3`. What comes after it is a version before the next one: `1.2.4.dev5+g0123abc`, five commits later.
-A build of an sdist, which holds neither git nor tags, finds the version in its own `PKG-INFO`; an archive that a code host makes
-of a tag, in `.git_archival.txt`, into which git writes it. Where there is no tag, the newest release of the changelog counts.
+A build of an sdist, which holds neither git nor tags, finds the version in its own `PKG-INFO`; an archive that a code host
+makes of a tag, in `.git_archival.txt`, into which git writes it. Where there is no tag, the changelog's newest release counts.
 
 The build loads this file by itself (`[tool.hatch.version]` in pyproject.toml and kernels/pyproject.toml): it imports nothing of
 the package.
