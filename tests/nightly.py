@@ -110,8 +110,8 @@ def page(outcomes: Sequence[Outcome], commit: str, when: datetime.date) -> str:
 
 
 def mutations() -> int:
-    """The recorded changes of operators once more: 1 where the tests no longer notice one that they noticed. In a clone, so that
-    the recorded result stays."""
+    """The recorded changes of operators once more: 1 where the tests no longer notice one that they noticed. In a clone, so
+    that the recorded result stays."""
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
@@ -186,7 +186,7 @@ def main() -> int:
         outcomes.append(run(step, logs / f"{step.name.replace(' ', '-')}.txt"))
         print(f"  {outcomes[-1].word}, {outcomes[-1].seconds / 60:.1f} minutes: {outcomes[-1].summary}", flush=True)
         # after every step, so that a machine that is taken away leaves what was done
-        arguments.out.write_text(page(outcomes, git_commit(ROOT) or "unknown", datetime.date.today()), encoding="utf-8")
+        arguments.out.write_text(page(outcomes, git_commit() or "unknown", datetime.date.today()), encoding="utf-8")
     return int(any(outcome.code != 0 for outcome in outcomes))
 
 
