@@ -13,6 +13,7 @@ from gguf import GGUFReader, quants
 from bessemer.core.errors import ArtefactError
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels.packed_matmuls import packed_products
+from bessemer.model.decoder import Decoder
 from bessemer.model.formats import gguf_blocks as gguf_codes
 from bessemer.model.formats import gguf_open, packaged_smollm2
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, dequantise, encode_blocks, encode_values, is_quantised_type
@@ -22,7 +23,7 @@ from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.integers import BLOCK
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.quantised_layers import quantised_parts
+from bessemer.model.quantisation.quantised_layers import quantised_parts, read_deferred_codes
 from bessemer.model.storage.folder import load_model, save_model
 from tests.cases import slow, slow_but
 from tests.model.family_models import ONE_OF_EACH, make
@@ -238,6 +239,49 @@ def test_blocks_of_a_file_go_through_the_engines_pack_and_out_to_gguf_again_with
     export_gguf(tmp_path / "again", tmp_path / "again.gguf")
     again = quantised_parts(load_model(tmp_path / "again.gguf"))
     assert before and all(torch.equal(again[name].codes, codes) for name, codes in before.items())
+
+
+@pytest.mark.skipif(library() is None, reason=str(unavailable()))
+@pytest.mark.parametrize("number", [2, 3, 8, 12], ids=["Q4_0", "Q4_1", "Q8_0", "Q4_K"])
+def test_codes_that_stay_in_the_file_until_they_are_packed_are_the_same(number, tmp_path):
+    path = in_types(tmp_path, random_decoder(WIDE), number, number)
+    at_once = gguf_open.open_gguf(path).model
+    expected = {name: part.stored for name, part in quantised_parts(at_once).items()}
+
+    def opened() -> Decoder:
+        model = gguf_open.open_gguf(path, deferred=True).model
+        parts = quantised_parts(model)
+        later = {name for name, part in parts.items() if part.deferred is not None}
+        # blocks of K types lie in the file as they are kept, but for rows in another order
+        assert later == {name for name in expected if number != 12 or name.endswith(("q_proj", "k_proj"))}
+        assert not any(parts[name].tensors or parts[name].is_released for name in later)
+        return model
+
+    def check(model: Decoder) -> None:
+        for name, part in quantised_parts(model).items():
+            for tensor, codes in expected[name].tensors.items():
+                assert torch.equal(part.stored.tensors[tensor], codes), (name, tensor)
+
+    model, hidden = opened(), torch.randn(3, WIDE.hidden_size)
+    check(model)
+    # rows of an embedding, and a model's own modules
+    tokens_BT = random_tokens(WIDE, 2, 5)
+    assert torch.equal(model.embed_tokens(tokens_BT), at_once.embed_tokens(tokens_BT))
+    assert torch.equal(logits(model, tokens_BT), logits(at_once, tokens_BT))
+    # packed: the same products, and the codes come back from the packed copy
+    packed, before = packed_products(model, 1, release=True), packed_products(at_once, 1)
+    assert len(packed.products) == len(before.products) > 1
+    for mine, other in zip(packed.products.items(), before.products.items(), strict=True):
+        (layer, product), (_, known) = mine, other
+        x = hidden if layer.in_features == WIDE.hidden_size else torch.randn(3, layer.in_features)
+        assert layer.is_released and torch.equal(product(x), known(x))
+    check(model)
+    # read at last, moved to another type, and written
+    for change in (read_deferred_codes, lambda model: model.to(torch.float16), lambda model: model.state_dict()):
+        model = opened()
+        change(model)
+        assert not any(part.deferred is not None for part in quantised_parts(model).values())
+        check(model)
 
 
 @pytest.mark.parametrize("number", [10, 11, 40], ids=["Q2_K", "Q3_K", "NVFP4"])

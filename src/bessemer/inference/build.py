@@ -154,7 +154,7 @@ def open_model(
         if slow := slower_than_processor(choose_device(device), 1, shape.hidden_size, torch.float32):
             PlainLines().say(slow)
     if path.suffix == ".gguf":
-        opened = open_gguf(path, choose_device(device))
+        opened = open_gguf(path, choose_device(device), deferred=True)
         if opened.encoded is not None:
             PlainLines().say(opened.encoded)
         tokenizer = tokenizer or opened.tokenizer

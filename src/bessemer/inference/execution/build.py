@@ -53,7 +53,7 @@ from bessemer.inference.execution.tensor_parallel.sharded_model import Workers
 from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised, read_deferred_codes
 
 #: Of the memory that is free, the share that pages get where nothing is said.
 _SHARE = 0.25
@@ -401,6 +401,7 @@ def choose_backend(
     """
     attention = _attention_in_place(model, memory, config)
     if attention is not None:
+        read_deferred_codes(model)
         of_codes, static = without_kernels(model, opened), None
         if memory.has_spare:
             static = StaticSteps(model, memory, config.max_num_seqs, attention, CudaGraphs(), of_codes)
@@ -408,6 +409,8 @@ def choose_backend(
     wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
     decoded = decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
     packs = wanted and decoded is None and library() is not None and holds_decoded(model)
+    if not packs:
+        read_deferred_codes(model)
     if packs and not modules_only and CompiledSteps.supports(model) is None:
         steps = CompiledSteps(model, memory, config.threads, activation_bits=config.activation_bits, release=opened)
         return Backend(

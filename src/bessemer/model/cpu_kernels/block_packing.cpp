@@ -159,6 +159,36 @@ inline void write_halves(const uint8_t* codes, uint8_t* q) {
     for (int i = 0; i < 16; ++i) q[i] = uint8_t(codes[i] | codes[i + 16] << 4);
 }
 
+void read_q4_0(const uint8_t* p, Block& block) {
+    block.scale = half_at(p);
+    read_halves(p + 2, block.codes);
+}
+void write_q4_0(const Block& block, uint8_t* p) {
+    put_half(p, block.scale);
+    write_halves(block.codes, p + 2);
+}
+
+void read_q4_1(const uint8_t* p, Block& block) {
+    block.scale = half_at(p);
+    block.offset = half_at(p + 2);
+    read_halves(p + 4, block.codes);
+}
+void write_q4_1(const Block& block, uint8_t* p) {
+    put_half(p, block.scale);
+    put_half(p + 2, block.offset);
+    write_halves(block.codes, p + 4);
+}
+
+// A matrix has 128 added to each.
+void read_q8_0(const uint8_t* p, Block& block) {
+    block.scale = half_at(p);
+    for (int i = 0; i < 32; ++i) block.codes[i] = p[2 + i] ^ 128;
+}
+void write_q8_0(const Block& block, uint8_t* p) {
+    put_half(p, block.scale);
+    for (int i = 0; i < 32; ++i) p[2 + i] = block.codes[i] ^ 128;
+}
+
 void read_mxfp4(const uint8_t* p, Block& block) {
     block.scale = p[0];
     read_halves(p + 1, block.codes);
@@ -208,8 +238,12 @@ struct PackedType {
 const PackedType* packed_type(int32_t type) {
     static constexpr PackedType Q5_0{32, 22, read_q5_0, write_q5_0}, Q5_1{32, 24, read_q5_1, write_q5_1},
         Q4_K{256, 144, read_q4_k, write_q4_k}, Q5_K{256, 176, read_q5_k, write_q5_k}, Q6_K{256, 210, read_q6_k, write_q6_k},
+        Q4_0{32, 18, read_q4_0, write_q4_0}, Q4_1{32, 20, read_q4_1, write_q4_1}, Q8_0{32, 34, read_q8_0, write_q8_0},
         MXFP4{32, 17, read_mxfp4, write_mxfp4}, IQ4_NL{32, 18, read_iq4_nl, write_iq4_nl}, IQ4_XS{256, 136, read_iq4_xs, write_iq4_xs};
     switch (type) {
+        case 2: return &Q4_0;
+        case 3: return &Q4_1;
+        case 8: return &Q8_0;
         case 6: return &Q5_0;
         case 7: return &Q5_1;
         case 12: return &Q4_K;
@@ -266,6 +300,10 @@ constexpr uint32_t EACH_BYTE = 0x01010101;
 // The codes of a part as words of four neighbours, to and from a lane of the matrix. UPPER: bits of a code above the four low ones.
 template <int UPPER>
 inline void put_codes(const uint8_t* codes, uint8_t* lane) {
+    if constexpr (UPPER == 4) {
+        for (int j = 0; j < 8; ++j) std::memcpy(lane + 64 * j, codes + 4 * j, 4);
+        return;
+    }
     uint32_t fours[8], planes[2] = {};
     std::memcpy(fours, codes, 32);
     if constexpr (UPPER > 0)
@@ -278,6 +316,10 @@ inline void put_codes(const uint8_t* codes, uint8_t* lane) {
 }
 template <int UPPER>
 inline void take_codes(const uint8_t* lane, uint8_t* codes) {
+    if constexpr (UPPER == 4) {
+        for (int j = 0; j < 8; ++j) std::memcpy(codes + 4 * j, lane + 64 * j, 4);
+        return;
+    }
     for (int j = 0; j < 8; ++j) {
         uint32_t low, plane = 0;
         std::memcpy(&low, lane + 64 * (j / 2), 4);
@@ -417,7 +459,7 @@ int32_t bessemer_pack_blocks(int32_t type, const uint8_t* blocks, const Matrix* 
     if (!found) return 0;
     const int64_t row_bytes = matrix->k / found->values * found->bytes;
     const int64_t all = bessemer::blocks(matrix->n), parts = std::min<int64_t>(all, 8 * threads), upper = bits_of(matrix->kind) - 4;
-    const auto pack = upper == 0 ? pack_rows<0> : upper == 1 ? pack_rows<1> : pack_rows<2>;
+    const auto pack = upper == 0 ? pack_rows<0> : upper == 1 ? pack_rows<1> : upper == 2 ? pack_rows<2> : pack_rows<4>;
     run_parts(threads, parts, [&](int64_t part) {
         const int64_t last = std::min(all * (part + 1) / parts * WIDTH, matrix->n);
         for (int64_t output = all * part / parts * WIDTH; output < last; output += WIDTH)
@@ -431,7 +473,7 @@ int32_t bessemer_unpack_blocks(int32_t type, const Matrix* matrix, const int64_t
     if (!found) return 0;
     const int64_t row_bytes = matrix->k / found->values * found->bytes;
     const int64_t upper = bits_of(matrix->kind) - 4;
-    const auto unpack = upper == 0 ? unpack_row<0> : upper == 1 ? unpack_row<1> : unpack_row<2>;
+    const auto unpack = upper == 0 ? unpack_row<0> : upper == 1 ? unpack_row<1> : upper == 2 ? unpack_row<2> : unpack_row<4>;
     for (int64_t i = 0; i < count; ++i) unpack(*found, *matrix, outputs[i], blocks + i * row_bytes);
     return 1;
 }

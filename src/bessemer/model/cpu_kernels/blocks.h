@@ -17,7 +17,8 @@ int32_t bessemer_split_blocks(int32_t type, const uint8_t* blocks, int64_t count
 void bessemer_pack_codes(int32_t bits, const uint8_t* codes, int64_t n, int64_t k, int32_t flipped, uint8_t* packed, int32_t threads);
 // Packs n rows of k numbers, F32, F16 or BF16, as a matrix of the kind has them.
 void bessemer_pack_floats(int32_t kind, const uint8_t* values, int64_t n, int64_t k, uint8_t* packed, int32_t threads);
-// Packs the rows of a tensor of one of the types Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS and MXFP4, n rows of k values, without a change of a number.
+// Packs the rows of a tensor of one of the types Q4_0, Q4_1, Q8_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS and MXFP4, n rows of
+// k values, without a change of a number.
 // The matrix has the tensor's n, k, kind and group, and memory for its codes and their scales; its bias is not read. Returns 1, and 0
 // for another type.
 int32_t bessemer_pack_blocks(int32_t type, const uint8_t* blocks, const bessemer::Matrix* matrix, int32_t threads);

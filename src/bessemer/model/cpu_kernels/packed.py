@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.cpu_kernels import library, packed_linear
-from bessemer.model.cpu_kernels.weight_memory import weight_memory
+from bessemer.model.cpu_kernels.weight_memory import passing_memory, weight_memory
 from bessemer.model.quantisation.base import BlockWeight, CodedWeight, Codes, FloatWeight, KernelWeight, NarrowFloatWeight
-from bessemer.model.quantisation.blocks import BLOCK_FORMS, GgufBlocks
+from bessemer.model.quantisation.blocks import BLOCK_FORMS, INTEGER_FORMS, GgufBlocks
 from bessemer.model.quantisation.integers import MIDDLE, pack
 from bessemer.model.quantisation.quantised_layers import PACKED_TENSORS, Keeper, QuantisedLinear
 
@@ -126,11 +126,14 @@ class PackedMatrix:
     def _of_blocks(cls, weights: list[BlockWeight]) -> PackedMatrix:
         kernels, kind, inputs = library(), weights[0].kind, weights[0].inputs
         assert kernels is not None, "ask library() before a matrix is packed"
-        form, outputs = BLOCK_FORMS[kind], sum(len(weight.blocks) for weight in weights)
-        blocks_NB = weights[0].blocks if len(weights) == 1 else torch.cat([weight.blocks for weight in weights])
+        form, outputs = _FORMS[kind], sum(len(weight.blocks) for weight in weights)
+        blocks_NB = weights[0].blocks
+        if len(weights) > 1:
+            blocks_NB = passing_memory((outputs, blocks_NB.shape[1]), torch.uint8)
+            torch.cat([weight.blocks for weight in weights], out=blocks_NB)
         # zeros, so that outputs that fill up the last sixteen are no noise
         lanes, parts = -(-outputs // WIDTH), inputs // GROUP
-        codes = weight_memory((lanes, parts, GROUP * WIDTH * form.bits // 8), torch.uint8)
+        codes = weight_memory((lanes, parts * form.bits, WIDTH, GROUP // 8), torch.uint8)
         kind_of_codes, of_groups = _kind(weights[0]), (lanes, inputs // form.values, WIDTH)
         scales = exponents = None
         if kind_of_codes is Kind.MX4:
@@ -280,6 +283,8 @@ class PackedMatrix:
     def take_codes(self, layer: QuantisedLinear, first: int = 0) -> None:
         """Let a layer that is packed here, its first output at the place `first`, give up what this can give back."""
         if names := self.replaced_tensors(layer):
+            if layer.deferred is not None and not layer.scheme.tensors(*layer.shape).keys() <= names:
+                layer.restore()
             layer.release(self.keeper(layer, first), names)
 
     def keeper(self, layer: QuantisedLinear, first: int = 0) -> Keeper:
@@ -316,6 +321,8 @@ def kernel_weight(layer: QuantisedLinear | CodedWeight | FloatWeight) -> CodedWe
     """A layer as the kernels multiply it, with its bias: decoded where they do not know its codes. No layer of a `refusal`."""
     if not isinstance(layer, QuantisedLinear):
         return layer
+    if layer.deferred is not None:
+        return layer.deferred.block_weight()._replace(bias=layer.bias)
     stored = layer.stored
     weight = layer.scheme.kernel_weight(stored.tensors) if layer.scheme.has_kernel(layer.in_features) else None
     if weight is None:
@@ -347,6 +354,8 @@ def refusal(layer: Layer) -> str | None:
 
 #: Types of GGUF whose codes are places in a table.
 _OF_TABLES = {"MXFP4": Kind.MX4, "IQ4_NL": Kind.IQ4, "IQ4_XS": Kind.IQ4}
+#: What the kernels pack as it lies in a file.
+_FORMS = BLOCK_FORMS | INTEGER_FORMS
 _FLOATS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 
 
@@ -356,7 +365,7 @@ def _kind(weight: nn.Linear | CodedWeight | FloatWeight) -> Kind:
     if isinstance(weight, NarrowFloatWeight):
         return Kind.F8
     if isinstance(weight, BlockWeight):
-        return _OF_TABLES.get(weight.kind) or {4: Kind.Q4, 5: Kind.Q5, 6: Kind.Q6}[BLOCK_FORMS[weight.kind].bits]
+        return _OF_TABLES.get(weight.kind) or {4: Kind.Q4, 5: Kind.Q5, 6: Kind.Q6, 8: Kind.Q8}[_FORMS[weight.kind].bits]
     return Kind.Q8 if weight.codes.dtype == torch.int8 else Kind.Q4
 
 

@@ -188,6 +188,15 @@ def read_codes(raw: bytes, kind: str) -> dict[str, Tensor]:
     return scheme.read_blocks(np.frombuffer(raw, _block(kind).layout))
 
 
+#: Types whose blocks `split_blocks` takes apart.
+_SPLIT = ("Q4_0", "Q4_1", "Q8_0")
+
+
+def splits_blocks(kind: str) -> bool:
+    """Whether `split_blocks` takes the blocks of a type apart here."""
+    return kind in _SPLIT and library() is not None
+
+
 def split_blocks(raw: Tensor, kind: str, made: Mapping[str, Tensor]) -> bool:
     """Fill the tensors of a type's scheme with whole blocks, uint8 (bytes,), on all cores; False where the kernels are not
     there, or do not know the type."""

@@ -29,10 +29,11 @@ from bessemer.model.formats.gguf_blocks import (
     read_codes,
     scheme_of,
     split_blocks,
+    splits_blocks,
 )
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.quantisation.base import Codes, Scheme
+from bessemer.model.quantisation.base import BlockWeight, Codes, Scheme
 from bessemer.model.quantisation.blocks import GgufBlocks
 from bessemer.model.storage.model_config import GENERATION_CONFIG, write_model_config
 from bessemer.model.storage.weights import Entry, write_weights
@@ -287,6 +288,15 @@ class GgufFile:
                 encode_blocks(np.frombuffer(raw, np.uint8), kind, run["codes"].numpy(), run["scales"].numpy())
         return Codes(scheme, made)
 
+    def deferred_codes(self, stored: Stored, scheme: Scheme) -> FileCodes | None:
+        """What takes a matrix of ours out of the file's mapped blocks later, in our order of rows; None where it is read now:
+        its codes are the blocks as they lie there, are of another scheme, or the kernels do not take them apart."""
+        info, kind = self.infos[stored.name], self.kind(stored.name)
+        lies_there = isinstance(scheme, GgufBlocks)
+        if scheme_of(kind) != scheme or len(info.shape) != 2 or (stored.is_whole if lies_there else not splits_blocks(kind)):
+            return None
+        return FileCodes(stored, kind, info.shape[1], scheme, self._mapped(info, torch.uint8).view(info.shape[0], -1))
+
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor's values, decoded run by run; as they are where the file has them in the type."""
         info = self.infos[name]
@@ -301,6 +311,38 @@ class GgufFile:
             flat[filled : filled + len(run)] = run
             filled += len(run)
         return values
+
+
+class FileCodes:
+    """A matrix of ours, all of one of a file, whose blocks are put in order and taken apart when they are asked for
+    (`DeferredCodes`)."""
+
+    def __init__(self, stored: Stored, kind: str, inputs: int, scheme: Scheme, blocks_NB: Tensor) -> None:
+        """kind: the number type; blocks_NB: the mapped tensor, uint8."""
+        self._stored, self._kind, self._inputs, self._scheme, self._blocks_NB = stored, kind, inputs, scheme, blocks_NB
+
+    def _ours(self) -> Tensor:
+        """The blocks, their rows in our order."""
+        if self._stored.is_whole:
+            return self._blocks_NB
+        blocks_NB = passing_memory(tuple(self._blocks_NB.shape), torch.uint8)
+        Stored(self._stored.name, self._stored.views).unpack(self._blocks_NB, {self._stored.views[0].name: blocks_NB})
+        return blocks_NB
+
+    def block_weight(self) -> BlockWeight:
+        """The blocks, for the kernels to pack."""
+        return BlockWeight(self._ours(), self._kind, self._inputs)
+
+    def __call__(self, rows: Tensor | None) -> Codes:
+        blocks = self._ours() if rows is None else self._ours()[rows]
+        if isinstance(self._scheme, GgufBlocks):
+            return Codes(self._scheme, {"codes": blocks})
+        *lead, _ = blocks.shape
+        shapes = self._scheme.tensors(prod(lead), self._inputs)
+        made = {part: passing_memory(spec.shape, spec.dtype) for part, spec in shapes.items()}
+        done = split_blocks(blocks.flatten(), self._kind, made)
+        assert done, self._kind
+        return Codes(self._scheme, {part: tensor.view(*lead, *tensor.shape[1:]) for part, tensor in made.items()})
 
 
 class Wanted:

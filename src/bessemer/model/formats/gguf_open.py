@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.quantisation.base import Scheme
 from bessemer.model.quantisation.integers import BLOCK
 from bessemer.model.quantisation.quantised_decoder import replace_with_quantised_modules, set_dtype
+from bessemer.model.quantisation.quantised_layers import DeferredCodes, quantised_parts
 from bessemer.model.quantisation.storage import quantisable_weights
 from bessemer.model.storage.model_config import read_end_tokens
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -41,14 +43,20 @@ class OpenedModel(NamedTuple):
 
 
 def open_gguf(
-    path: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, split: str | None = None
+    path: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    split: str | None = None,
+    *,
+    deferred: bool = False,
 ) -> OpenedModel:
     """The decoder of a GGUF file and its tokenizer.
 
     Matrices keep their codes; those in types without a scheme, and those whose parts have several types, are encoded again
     in 8 bits, one tensor after the other. dtype: of all that is no code; when None, the file's where it holds halves, and
-    float32 where it is quantised. split: name of the tokenizer's split regex, where the file does not say. Raises
-    ArtefactError as `import_gguf`, and for a model that free memory does not hold.
+    float32 where it is quantised. split: name of the tokenizer's split regex, where the file does not say. deferred: for a
+    caller that packs the codes or reads them (`read_deferred_codes`); on the processor those that must be taken out of the
+    file's blocks stay there until then. Raises ArtefactError as `import_gguf`, and for a model that free memory does not hold.
     """
     with path.open("rb") as stream:
         file = GgufFile(path, stream)
@@ -63,10 +71,16 @@ def open_gguf(
         if tokenizer is not None:
             # the tokenizer reads some of its files later
             weakref.finalize(tokenizer, tokenizer_folder.cleanup)
-        weights = tensors.read()
+        later = tensors.deferred() if deferred and torch.device(device).type == "cpu" else {}
+        weights = tensors.read(later)
     model = replace_with_quantised_modules(empty_decoder(in_a_family(config)), tensors.schemes)
     set_dtype(model, kind)
-    return OpenedModel(fill(model, weights).to(device), tokenizer, end_tokens, notes, tensors.encoded())
+    parts = quantised_parts(fill(model, weights))
+    for name, codes in later.items():
+        parts[name].defer(codes)
+    # a move reads what is deferred
+    model = model if later else model.to(device)
+    return OpenedModel(model, tokenizer, end_tokens, notes, tensors.encoded())
 
 
 class _Tensors:
@@ -136,12 +150,27 @@ class _Tensors:
             f"{sum(part.stat().st_size for part in parts_of(self._file.path)) / 1e9:.2f} GB in the file"
         )
 
-    def read(self) -> dict[str, Tensor]:
-        """Every tensor, by its name in the decoder."""
+    def deferred(self) -> dict[str, DeferredCodes]:
+        """What takes a module's codes out of the file later, of the modules that are one matrix of it each."""
+        found: dict[str, DeferredCodes] = {}
+        for name, module in self._modules.items():
+            stored = self._wanted.of(name)
+            if module in self.schemes and len(stored) == 1 and [place.name for place in stored[0].views] == [name]:
+                codes = self._file.deferred_codes(stored[0], self.schemes[module])
+                if codes is not None:
+                    found[module] = codes
+        return found
+
+    def read(self, deferred: Collection[str] = ()) -> dict[str, Tensor]:
+        """Every tensor, by its name in the decoder: those of the modules in `deferred` have no memory."""
         weights: dict[str, Tensor] = {}
         taken: set[str] = set()
         for name in self._wanted.names:
             module = self._modules.get(name, "")
+            if module in deferred:
+                for part, spec in self.schemes[module].tensors(*self._shapes[module]).items():
+                    weights[f"{module}.{part}"] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                continue
             if module not in self.schemes:
                 if name not in weights:
                     self._wanted.fill(name, weights, self._dtype)

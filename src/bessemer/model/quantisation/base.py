@@ -58,7 +58,8 @@ class KernelWeight(NamedTuple):
 class BlockWeight(NamedTuple):
     """A weight as the blocks of a GGUF file, which the compiled CPU kernels pack as they are.
 
-    blocks: uint8 (N, bytes of a row). kind: the number type, one of those that `blocks.BLOCK_FORMS` describes. inputs: K.
+    blocks: uint8 (N, bytes of a row). kind: the number type, of `blocks.BLOCK_FORMS` or `INTEGER_FORMS`.
+    inputs: K.
     """
 
     blocks: Tensor

@@ -146,6 +146,24 @@ BLOCK_FORMS = {
 }
 
 
+def _q4_0(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * (_nibbles(blocks[..., 2:]).to(torch.float32) - 8)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * _nibbles(blocks[..., 4:]).to(torch.float32) + _half(blocks, 2)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * blocks[..., 2:].view(torch.int8).to(torch.float32)
+
+
+#: Types that have a scheme of integers, and whose blocks the kernels pack as well.
+INTEGER_FORMS = {
+    "Q4_0": BlockForm(32, 18, 4, 2, _q4_0),
+    "Q4_1": BlockForm(32, 20, 4, 3, _q4_1, has_offsets=True),
+    "Q8_0": BlockForm(32, 34, 8, 8, _q8_0),
+}
 #: Weights and bytes of a block of MXFP4.
 MXFP4_BLOCK, _MXFP4_BYTES = 32, 17
 

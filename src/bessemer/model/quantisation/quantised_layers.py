@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.layers.feed_forward import Experts
-from bessemer.model.quantisation.base import Codes, Scheme
+from bessemer.model.quantisation.base import BlockWeight, Codes, Scheme
 
 # Shapes: N outputs, K inputs.
 
@@ -22,13 +22,23 @@ PACKED_TENSORS = frozenset({"codes", "scales", "zeros", "offsets"})
 Keeper = Callable[[Tensor | None], Codes]
 
 
+class DeferredCodes(Protocol):
+    """A matrix whose codes are still in a file: a keeper, and its blocks."""
+
+    def __call__(self, rows: Tensor | None) -> Codes:
+        """As any keeper."""
+
+    def block_weight(self) -> BlockWeight:
+        """The blocks, for the kernels to pack."""
+
+
 class QuantisedWeight(nn.Module):
     """A weight, (N, K) or a stack (E, N, K), kept as the tensors of its scheme, which are buffers of their names.
 
     dtype: the type of what is read out of it, the model's; `.to(dtype)` changes that and never the codes or their scales.
 
     A packed copy may replace the codes (`release`): the buffers that it holds are None then, and `stored` reads them back from
-    the copy on every access.
+    the copy on every access. A file may stand for them until they are packed (`defer`): `stored` reads the file.
     """
 
     def __init__(self, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
@@ -38,6 +48,7 @@ class QuantisedWeight(nn.Module):
         self.shape = tuple(shape)
         self.dequantised_weight: Tensor | None = None
         self._keeper: Keeper | None = None
+        self._file: DeferredCodes | None = None
         for name, spec in scheme.tensors(*shape).items():
             self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
 
@@ -52,24 +63,34 @@ class QuantisedWeight(nn.Module):
         assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.tensors.items()} == wanted, stored.scheme
         for name, tensor in stored.tensors.items():
             setattr(self, name, tensor)
-        self._keeper = None
+        self._keeper = self._file = None
         return self
 
     def release(self, keeper: Keeper, names: frozenset[str] = PACKED_TENSORS) -> None:
         """Drop the tensors of these names, which the kernels have packed; `keeper` reads all of them back."""
-        self._keeper = keeper
+        self._keeper, self._file = keeper, None
         for name in self._buffers.keys() & names:
             setattr(self, name, None)
 
+    def defer(self, file: DeferredCodes) -> None:
+        """Hold no codes: the file's are read when they are asked for, in memory of their own each time."""
+        self.release(file, frozenset(self._buffers))
+        self._file = file
+
     def restore(self) -> None:
-        """Read the codes back from the packed copy and store them."""
+        """Read the codes back from the packed copy, or the file, and store them."""
         if self._keeper is not None:
             self.take(self.stored)
 
     @property
     def is_released(self) -> bool:
         """Whether a packed copy has replaced the codes."""
-        return self._keeper is not None
+        return self._keeper is not None and self._file is None
+
+    @property
+    def deferred(self) -> DeferredCodes | None:
+        """The file that has the codes still, if any."""
+        return self._file
 
     @property
     def stored(self) -> Codes:
@@ -78,8 +99,8 @@ class QuantisedWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the codes. Packed copies exist on the CPU only."""
-        return torch.device("cpu") if self.is_released else next(iter(self.tensors.values())).device
+        """Device of the codes. Packed copies and files are on the CPU only."""
+        return torch.device("cpu") if self._keeper is not None else next(iter(self.tensors.values())).device
 
     @property
     def weight(self) -> Tensor:
@@ -89,6 +110,8 @@ class QuantisedWeight(nn.Module):
         return self.stored.dequantised().to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._file is not None:
+            self.restore()
         before = self.tensors
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in self.tensors.items():
@@ -223,9 +246,16 @@ def quantised_parts(module: nn.Module) -> dict[str, QuantisedWeight]:
 
 
 def restore_codes(module: nn.Module) -> None:
-    """Let every quantised weight of a model hold its codes again."""
+    """Let every quantised weight of a model whose codes a packed copy replaced hold them again."""
     for part in module.modules():
-        if isinstance(part, QuantisedWeight):
+        if isinstance(part, QuantisedWeight) and part.is_released:
+            part.restore()
+
+
+def read_deferred_codes(module: nn.Module) -> None:
+    """Let every quantised weight of a model whose codes are still in a file hold them."""
+    for part in module.modules():
+        if isinstance(part, QuantisedWeight) and part.deferred is not None:
             part.restore()
 
 
