@@ -2,6 +2,7 @@
 
 import email
 import email.message
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from bessemer.core.version import of_checkout
 
@@ -175,3 +179,52 @@ def test_the_command_tells_its_version_without_an_installed_package():
     program = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); import bessemer; print(bessemer.__version__)"
     done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == of_checkout()
+
+
+LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
+
+
+def script() -> ModuleType:
+    """The module that makes them."""
+    spec = importlib.util.spec_from_file_location("requirements_make", ROOT / "requirements" / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def required(extra: str) -> list[Requirement]:
+    """What an extra asks for by itself and by those that it names, and what the package always asks for."""
+    found = [Requirement(line) for line in PYPROJECT["project"]["dependencies"]]
+    for line in PYPROJECT["project"]["optional-dependencies"][extra]:
+        one = Requirement(line)
+        found += [each for inner in one.extras for each in required(inner)] if one.name == "bessemer" else [one]
+    return found
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
+def test_a_lock_names_one_version_and_its_hashes_within_the_ranges_and_no_index(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|--(?:extra-)?index-url|--find-links|--trusted-host|://", text)
+    pins = dict(re.findall(r"^([a-z0-9][\w.-]*)==(\S+) \\$", text, re.MULTILINE))
+    entries = re.findall(r"^[a-z0-9].*(?:\n    --hash=.*)+", text, re.MULTILINE)
+    assert len(entries) == len(pins) == len(re.findall(r"^[a-z0-9]", text, re.MULTILINE)) > 20
+    assert not [version for version in pins.values() if "+" in version], "a build of one machine"
+    for requirement in required(path.stem):
+        if requirement.marker is None or requirement.marker.evaluate():
+            name = canonicalize_name(requirement.name)
+            assert requirement.specifier.contains(pins[name]), f"{requirement} and {pins[name]}: make locks"
+
+
+def test_the_locks_are_those_that_the_script_makes():
+    make = script()
+    assert {path.stem for path in LOCKS} == set(make.LOCKED)
+
+
+def test_the_list_of_what_is_shipped_names_the_web_app_s_libraries():
+    make = script()
+    found = {one["name"]: (one["version"], one["licenses"][0]["license"]["id"]) for one in make.bundled()}
+    assert {"uplot", "markdown-it", "entities", "katex", "katex-fonts", "highlight.js"} <= set(found)
+    assert found["entities"] == ("4.5.0", "BSD-2-Clause") and found["katex-fonts"][1] == "OFL-1.1"
+    listed = (ROOT / "THIRD-PARTY.md").read_text(encoding="utf-8").lower()
+    assert all(name.removesuffix("-fonts") in listed for name in found)
+    assert {licence for _, licence in found.values()} < set(PYPROJECT["project"]["license"].split(" AND "))

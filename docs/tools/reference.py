@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Union
 
+import api_changes
 from pydantic.fields import FieldInfo
 
 from bessemer.core.config import Config
@@ -308,8 +309,6 @@ def api_page() -> str:
 
 def api_text() -> str:
     """The same as text: each stable name's signature and docstring, and those of its public methods; read, not imported."""
-    import api_changes
-
     api = api_changes.stable_api(ROOT)
     parts = ["# Python API\n\nFrom the docstrings of the sources.\n"]
     for name, alias in api.members.items():

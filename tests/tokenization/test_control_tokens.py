@@ -47,6 +47,12 @@ def test_a_token_in_a_text_and_one_at_either_end_are_escaped_in_any_case(token, 
         assert stand_ins.put_back(escaped) == text
 
 
+def test_of_tokens_that_overlap_in_a_text_each_is_escaped():
+    control, stand_ins = ControlTokens(["<<a", "<a>", "aaa"]), StandIns("")
+    for text in ("x<<a>x", "xaaaaax"):
+        assert not control.pattern.search(control.escaped(text, stand_ins))
+
+
 def test_what_can_be_no_part_of_a_token_stays(control):
     stand_ins = StandIns("")
     for text in ("", "a < b", "x|y", "user", "The header's name is long."):
