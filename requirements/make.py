@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The extras that people install on servers and in images; the rest is for a checkout, whose ranges are tested as they are.
-LOCKED = ("data", "serve", "all")
+#: The extras that have a lock. `make locks` takes others by name: `python requirements/make.py locks serve all`.
+LOCKED = ("data",)
 _HEADER = """\
 # Made by `make locks` with Python {python} on {system} from the ranges in pyproject.toml.
 #   pip install --require-hashes -r requirements/{extra}.txt && pip install --no-deps bessemer
