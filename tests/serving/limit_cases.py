@@ -18,7 +18,7 @@ from bessemer.serving.config import LIMITS
 #: Limits that no single request comes to: of times, and of what many requests leave behind.
 OF_MANY = {
     *("BODY_WAIT", "HEAD_WAIT", "WRITE_WAIT", "BODIES", "QUEUED", "QUEUE_WAIT", "STORED", "STORED_BYTES"),
-    *("UPLOADS", "UPLOADED_BYTES", "STORES"),
+    *("UPLOADS", "UPLOADED_BYTES", "STORES", "SOCKETS", "SOCKET_IDLE", "SUMMARY"),
 }
 #: What is sent of each limit.
 FACTORS = (1, 10)

@@ -24,7 +24,7 @@ from bessemer.serving.config import ServingConfig
 from bessemer.serving.ray.entrance import Entrance
 from bessemer.serving.ray.forwarding import Forwarded, PrefixMemory, answer, prompt_of
 from bessemer.serving.ray.replica import ModelStatistics
-from bessemer.serving.responses.protocol import MemoryStore
+from bessemer.serving.responses.store import MemoryStore
 from bessemer.serving.runtime.bodies import overloaded
 from bessemer.serving.runtime.clients import SCOPE
 from bessemer.serving.server import listen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from bessemer.serving.responses.protocol import MemoryStore, StoredResponse
+from bessemer.serving.responses.store import MemoryStore, StoredResponse
 
 
 def response(owner: str, size: int = 10) -> StoredResponse:

@@ -111,7 +111,8 @@ class Message:
 def as_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Messages in the form of chat completions: `role`, `content`, `reasoning_content`, `tool_calls`, `tool_call_id`.
 
-    Each becomes one part, whose origin is the role, or of a content of parts as many. Raises RequestError for a malformed one.
+    Each becomes one part, whose origin is the role, or of a content of parts as many. A text `remembered` stands before them,
+    with the origin `memory`. Raises RequestError for a malformed one.
     """
     return [_as_message(message) for message in checked_messages(given)]
 
@@ -208,6 +209,8 @@ def _as_message(given: Mapping[str, Any]) -> Message:
         parts = tuple(MessagePart(part.get("text", ""), role, is_image=part["type"] == "image") for part in content)
     else:
         parts = (MessagePart(content, role, name if role == "tool" else ""),) if content else ()
+    if remembered := given.get("remembered"):
+        parts = (MessagePart(str(remembered), "memory"), *parts)
     calls = [_as_call(call) for call in given.get("tool_calls", ())]
     return Message(
         role,

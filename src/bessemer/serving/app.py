@@ -21,6 +21,7 @@ from bessemer.core.errors import BessemerError
 from bessemer.inference.engine import Engine
 from bessemer.retrieval.expansion import Expander
 from bessemer.retrieval.rerank import Reranker
+from bessemer.serving.a2a.api import A2AApi
 from bessemer.serving.anthropic.api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.infill import InfillApi
@@ -30,7 +31,7 @@ from bessemer.serving.openai.api import OpenAIApi
 from bessemer.serving.openai.vllm_routes import AdaptersApi, DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from bessemer.serving.openai.weight_routes import WeightsApi
 from bessemer.serving.responses.api import ResponsesApi
-from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
+from bessemer.serving.responses.store import MemoryStore, ResponseStore
 from bessemer.serving.retrieval.api import FilesApi
 from bessemer.serving.retrieval.indexes import SearchModels
 from bessemer.serving.retrieval.rerank import RerankApi
@@ -101,6 +102,7 @@ def create_app(
     apis = (
         OpenAIApi(served, documents),
         ResponsesApi(served, store or MemoryStore(), documents),
+        A2AApi(served, MemoryStore(), needs_key=keys is not None),
         FilesApi(documents),
         RerankApi(served, documents, reranker),
         AnthropicApi(served),

@@ -18,7 +18,7 @@ from bessemer.serving.openai.api import EmbeddingsRequest
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
 from bessemer.serving.openai.vllm_routes import DetokenizeRequest, LoadAdapter, TokenizeRequest, UnloadAdapter
 from bessemer.serving.openai.weight_routes import BeginUpdate, CommitUpdate
-from bessemer.serving.responses.protocol import ResponsesRequest
+from bessemer.serving.responses.protocol import CompactRequest, ResponsesRequest
 from bessemer.serving.retrieval.protocol import AddFile, AddFiles, ChangeFile, ChangeStore, CreateStore, SearchRequest
 from bessemer.serving.retrieval.rerank import RerankRequest, ScoreRequest
 from bessemer.serving.runtime.bodies import Body
@@ -179,6 +179,11 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         ResponsesRequest,
         streams=True,
     ),
+    ("/v1/responses/compact", "post"): Operation(
+        "A summary in place of a conversation.",
+        _object(id=_TEXT, object=_one_of("response.compaction"), output=_list({"type": "object"}), created_at=_COUNT),
+        CompactRequest,
+    ),
     ("/v1/responses/{identity}", "get"): Operation(
         "A stored response.", _object(id=_TEXT, object=_one_of("response")), path=["identity"]
     ),
@@ -187,6 +192,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("/v1/responses/{identity}/input_items", "get"): Operation(
         "What a stored response answered.", _object(object=_one_of("list"), data=_list({"type": "object"})), path=["identity"]
+    ),
+    ("/.well-known/agent-card.json", "get"): Operation(
+        "What this server can do, for other agents.",
+        _object(name=_TEXT, description=_TEXT, url=_TEXT, version=_TEXT, capabilities={"type": "object"}, skills=_list(_ANY)),
+        tag="A2A",
+    ),
+    ("/a2a", "post"): Operation(
+        "A call of the Agent2Agent protocol.", _object(jsonrpc=_one_of("2.0"), id=_ANY), tag="A2A", streams=True
     ),
     ("/v1/messages", "post"): Operation(
         "Answer a conversation.",

@@ -18,6 +18,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -30,7 +31,7 @@ from bessemer.inference.engine import Engine
 from bessemer.retrieval.expansion import Expander
 from bessemer.retrieval.rerank import Reranker
 from bessemer.serving.app import Pages, create_app, no_pages
-from bessemer.serving.config import HEAD_WAIT, LEAST_READ, WRITE_WAIT, ServingConfig
+from bessemer.serving.config import BODY, HEAD_WAIT, LEAST_READ, WRITE_WAIT, ServingConfig
 from bessemer.serving.runtime.gate import REQUEST_LOG
 from bessemer.serving.runtime.models import ModelPool
 from bessemer.serving.runtime.served import Served
@@ -66,6 +67,11 @@ class ImpatientProtocol(H11Protocol):
             self._stop_waiting()
         elif is_between and self._head_timer is None:
             self._await_head()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        # from here on another protocol has the connection
+        self._stop_waiting()
+        super().handle_websocket_upgrade(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -219,15 +225,19 @@ def create_server(
         expander=expander,
         server_tools=server_tools,
     )
-    return new_server(app, app.state.served, config.drain_seconds)
+    return new_server(app, app.state.served, config.drain_seconds, config.max_body)
 
 
-def new_server(app: FastAPI, served: Draining, drain_seconds: float) -> Server:
-    """A server of any application, not yet running. served: what it drains and watches."""
+def new_server(app: FastAPI, served: Draining, drain_seconds: float, max_message: float = float(BODY.most)) -> Server:
+    """A server of any application, not yet running. served: what it drains and watches. max_message: MiB of a message on a
+    WebSocket."""
     settings = uvicorn.Config(
         app,
         http=ImpatientProtocol,
-        ws="none",
+        # none where no library of WebSockets is installed
+        ws="auto",
+        ws_max_size=round(max_message * 2**20),
+        ws_per_message_deflate=False,
         log_level="warning",
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,

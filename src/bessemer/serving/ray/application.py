@@ -33,7 +33,7 @@ from bessemer.serving.config import ServingConfig
 from bessemer.serving.ray.entrance import Entrance
 from bessemer.serving.ray.forwarding import Forwarded, PrefixMemory, ResponsePart
 from bessemer.serving.ray.replica import EngineReplica, ModelStatistics
-from bessemer.serving.responses.protocol import MemoryStore
+from bessemer.serving.responses.store import MemoryStore
 from bessemer.serving.runtime.bodies import overloaded
 from bessemer.serving.runtime.models import ModelSetup
 from bessemer.serving.runtime.served import Served

@@ -96,6 +96,9 @@ class Entrance:
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward a request. Raises ApiError."""
+        if scope["type"] == "websocket":
+            # a conversation on a connection is of one replica; clients fall back to HTTP
+            await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return
         caller: Caller = scope[SCOPE]

@@ -16,7 +16,7 @@ from bessemer.inference.statistics import EngineStatistics  # noqa: E402
 from bessemer.serving.app import Pages, create_app, no_pages  # noqa: E402
 from bessemer.serving.config import ServingConfig  # noqa: E402
 from bessemer.serving.ray.forwarding import Forwarded, ResponsePart, answer  # noqa: E402
-from bessemer.serving.responses.protocol import StoredResponse  # noqa: E402
+from bessemer.serving.responses.store import StoredResponse  # noqa: E402
 from bessemer.serving.runtime.admission import QueueLimits  # noqa: E402
 from bessemer.serving.runtime.bodies import ApiError  # noqa: E402
 from bessemer.serving.runtime.models import ModelSetup  # noqa: E402

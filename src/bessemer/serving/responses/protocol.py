@@ -1,4 +1,4 @@
-"""`/v1/responses`: the request schema, a request as a conversation, and stored responses.
+"""`/v1/responses`: the request schema, and a request as a conversation.
 
 Fields in `SKIPPED`, which clients send and which change nothing here, are ignored. Other unsupported fields are refused by
 name.
@@ -6,117 +6,24 @@ name.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.serving.config import MESSAGES, STORED, STORED_BYTES, TOOLS
+from bessemer.serving.config import MESSAGES, TOOLS
 from bessemer.serving.openai.protocol import EFFORTS
 from bessemer.serving.openai.tools import GrammarSetting, JsonSchema, ResponseFormat, ToolName, checked_tools, in_json
+from bessemer.serving.responses.items import InputMessage, Item, messages_of
 from bessemer.serving.retrieval.protocol import FileSearchTool
-from bessemer.serving.runtime.bodies import Body, Metadata, Name, misfit
-
-_MIB = 2**20
-#: Bytes of a Python object besides its text.
-_VALUE_BYTES = 64
-
-
-@dataclass(frozen=True)
-class StoredResponse:
-    """A response with its conversation.
-
-    owner: the client's id. messages: in the form of chat completions, without instructions. inputs: items of the request.
-    """
-
-    owner: str
-    body: dict[str, Any]
-    messages: list[dict[str, Any]]
-    inputs: list[dict[str, Any]]
-
-
-class ResponseStore(Protocol):
-    """Storage of responses; several servers may share one."""
-
-    async def keep(self, identity: str, response: StoredResponse) -> None:
-        """Store a response."""
-
-    async def find(self, identity: str) -> StoredResponse | None:
-        """A stored response; None for an unknown or dropped one."""
-
-    async def drop(self, identity: str) -> None:
-        """Delete a response."""
-
-
-@dataclass
-class _OwnerUsage:
-    """Bytes of each stored response of one owner, the oldest first, and their sum."""
-
-    sizes: OrderedDict[str, int] = field(default_factory=OrderedDict)
-    size: int = 0
-
-
-class MemoryStore:
-    """The latest responses, in memory. Above a limit, the oldest response of the owner with the most bytes is dropped, so that
-    one client cannot push out the others' responses."""
-
-    def __init__(self, most: int = STORED.most, most_mib: float = STORED_BYTES.most) -> None:
-        self._most = most
-        self._most_bytes = round(most_mib * _MIB)
-        self._stored: dict[str, StoredResponse] = {}
-        self._by_owner: dict[str, _OwnerUsage] = {}
-        self._size = 0
-
-    async def keep(self, identity: str, response: StoredResponse) -> None:
-        await self.drop(identity)
-        size = size_of([response.body, response.messages, response.inputs])
-        usage = self._by_owner.setdefault(response.owner, _OwnerUsage())
-        self._stored[identity] = response
-        usage.sizes[identity] = size
-        usage.size += size
-        self._size += size
-        while len(self._stored) > self._most or self._size > self._most_bytes:
-            largest = max(self._by_owner.values(), key=lambda usage: usage.size)
-            await self.drop(next(iter(largest.sizes)))
-
-    async def find(self, identity: str) -> StoredResponse | None:
-        return self._stored.get(identity)
-
-    async def drop(self, identity: str) -> None:
-        if (response := self._stored.pop(identity, None)) is None:
-            return
-        usage = self._by_owner[response.owner]
-        size = usage.sizes.pop(identity)
-        usage.size -= size
-        self._size -= size
-        if not usage.sizes:
-            del self._by_owner[response.owner]
-
-
-def size_of(value: Any) -> int:
-    """About how many bytes a value of JSON takes in memory."""
-    size, left = 0, [value]
-    while left:
-        value = left.pop()
-        size += _VALUE_BYTES
-        if isinstance(value, str):
-            size += len(value) if value.isascii() else 4 * len(value)
-        elif isinstance(value, Mapping):
-            left += [*value, *value.values()]
-        elif isinstance(value, Sequence):
-            left += value
-    return size
-
+from bessemer.serving.runtime.bodies import ApiError, Body, Metadata, Name, misfit
 
 #: Ignored fields of a request: about the client, additional output, and OpenAI's own servers.
 SKIPPED = frozenset(
     {
-        *("client_metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier"),
-        *("user", "stream_options", "context_management"),
+        *("client_metadata", "prompt_cache_retention", "service_tier", "user", "stream_options", "context_management"),
     }
 )
 #: Types of tools that are ignored: OpenAI's servers run them, or clients offer them to other models.
@@ -126,87 +33,6 @@ _OTHER_TOOLS = frozenset(
         *("local_shell", "mcp", "namespace", "shell", "tool_search", "web_search", "web_search_preview"),
     }
 )
-
-
-class TextPart(Body):
-    """A text of a message."""
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-    annotations: list[Any] = Field(default_factory=list)
-    logprobs: list[Any] = Field(default_factory=list)
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
-class InputMessage(Body):
-    """A message of the conversation. id, status: of one that an earlier response made."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
-
-    def in_chat(self) -> dict[str, Any]:
-        """In the form of chat completions."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": _joined(self.content)}
-
-
-class ReasoningText(Body):
-    """A text of what was thought."""
-
-    type: Literal["reasoning_text", "summary_text"]
-    text: str
-
-
-class ReasoningItem(Body):
-    """What an earlier response thought. What is encrypted is not read."""
-
-    type: Literal["reasoning"]
-    id: str | None = None
-    summary: list[ReasoningText] = Field(default_factory=list)
-    content: list[ReasoningText] = Field(default_factory=list)
-    encrypted_content: str | None = None
-    status: str | None = None
-
-
-class CallItem(Body):
-    """A call that an earlier response made."""
-
-    type: Literal["function_call"]
-    call_id: str
-    name: ToolName
-    arguments: str
-    id: str | None = None
-    status: str | None = None
-    namespace: str | None = None
-
-
-class CallOutput(Body):
-    """What came of a call."""
-
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str | list[TextPart]
-    id: str | None = None
-    status: str | None = None
-
-
-class FileSearchItem(Body):
-    """A search that an earlier response made. The answer behind it holds what came of it."""
-
-    type: Literal["file_search_call"]
-    id: str | None = None
-    queries: list[str] = Field(default_factory=list)
-    results: list[Any] | None = None
-    status: str | None = None
-
-
-Item = InputMessage | ReasoningItem | CallItem | CallOutput | FileSearchItem
 
 
 class FlatTool(Body):
@@ -278,18 +104,63 @@ class Reasoning(Body):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class ResponsesRequest(Body):
-    """The body of `/v1/responses`."""
+class ConversationRequest(Body):
+    """A conversation: what is added to an earlier one, or all of it."""
 
-    meaningful: ClassVar[frozenset[str]] = frozenset({"tools", "tool_choice", "parallel_tool_calls", "store", "metadata"})
+    meaningful: ClassVar[frozenset[str]] = frozenset({"prompt_cache_key"})
 
     model: Name
     input: str | Annotated[list[Item], Field(max_length=MESSAGES.most)] = Field(default_factory=list)
     instructions: str = ""
     previous_response_id: Name | None = None
+    prompt_cache_key: Name | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_skipped(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = {name: value for name, value in values.items() if name not in SKIPPED}
+        if isinstance(tools := values.get("tools"), list):
+            values["tools"] = [tool for tool in tools if not (isinstance(tool, dict) and tool.get("type") in _OTHER_TOOLS)]
+        return values
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """The input as items."""
+        if isinstance(self.input, str):
+            return [InputMessage.model_validate({"role": "user", "content": self.input})]
+        return self.input
+
+    def in_chat(self, previous: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The conversation in the form of chat completions. previous: messages of the response that this one follows. Raises
+        ApiError for the result of a call that nobody made."""
+        first = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        messages = [*first, *previous, *messages_of(self.items)]
+        made: set[str] = set()
+        for message in messages:
+            made.update(call["id"] for call in message.get("tool_calls", ()))
+            if message["role"] == "tool" and message["tool_call_id"] not in made:
+                raise ApiError(
+                    f"no call has the id '{message['tool_call_id']}' of a function_call_output",
+                    parameter="input",
+                    code="invalid_value",
+                )
+        return messages
+
+
+class ResponsesRequest(ConversationRequest):
+    """The body of `/v1/responses`."""
+
+    meaningful: ClassVar[frozenset[str]] = frozenset(
+        {"tools", "tool_choice", "parallel_tool_calls", "store", "metadata", "prompt_cache_key", "safety_identifier"}
+    )
+
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
     tools: list[ResponseTool] = Field(default_factory=list, max_length=TOOLS.most)
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | FileSearchChoice = "auto"
     parallel_tool_calls: bool = True
@@ -301,16 +172,7 @@ class ResponsesRequest(Body):
     stream: bool = False
     metadata: Metadata = Field(default_factory=dict)
     include: list[str] = Field(default_factory=list, max_length=TOOLS.most)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_skipped(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = {name: value for name, value in values.items() if name not in SKIPPED}
-        if isinstance(tools := values.get("tools"), list):
-            values["tools"] = [tool for tool in tools if not (isinstance(tool, dict) and tool.get("type") in _OTHER_TOOLS)]
-        return values
+    safety_identifier: Name | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -347,18 +209,6 @@ class ResponsesRequest(Body):
         """Whether there is no input: agents send such requests to see whether the server is there."""
         return not self.input and self.previous_response_id is None
 
-    def in_chat(self, previous: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The conversation in the form of chat completions. previous: messages of the response that this one follows."""
-        first = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        return [*first, *previous, *_messages(self.items)]
-
-    @property
-    def items(self) -> Sequence[Item]:
-        """The input as items."""
-        if isinstance(self.input, str):
-            return [InputMessage.model_validate({"role": "user", "content": self.input})]
-        return self.input
-
     def offered(self) -> list[Tool]:
         """The tools that may be called. Raises ApiError for an invalid schema and for two tools of one name."""
         if self.tool_choice == "none" or isinstance(self.tool_choice, FileSearchChoice):
@@ -383,41 +233,22 @@ class ResponsesRequest(Body):
         """The engine's settings for this request."""
         grammar = self.text.format.grammar()
         form = {} if grammar is None else {grammar.setting: grammar.value}
-        return SamplingParams(max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, **form)
-
-
-def _messages(items: Sequence[Item]) -> Iterator[dict[str, Any]]:
-    """Messages of chat completions, where consecutive thinking, text and calls of the assistant are one message."""
-    answer: dict[str, Any] | None = None
-    for item in items:
-        if isinstance(item, FileSearchItem):
-            continue
-        is_assistants = isinstance(item, ReasoningItem | CallItem) or (
-            isinstance(item, InputMessage) and item.role == "assistant" and (answer is None or not answer["content"])
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            **form,
         )
-        if not is_assistants:
-            if answer is not None:
-                yield answer
-                answer = None
-            if isinstance(item, CallOutput):
-                yield {"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)}
-            elif isinstance(item, InputMessage) and item.role == "assistant":
-                answer = item.in_chat()
-            elif isinstance(item, InputMessage):
-                yield item.in_chat()
-            continue
-        answer = answer or {"role": "assistant", "content": ""}
-        match item:
-            case InputMessage():
-                answer["content"] = _joined(item.content)
-            case ReasoningItem():
-                answer["reasoning_content"] = answer.get("reasoning_content", "") + "".join(part.text for part in item.content)
-            case CallItem():
-                function = {"name": item.name, "arguments": item.arguments}
-                answer.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
-    if answer is not None:
-        yield answer
 
 
-def _joined(content: str | list[TextPart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+class SocketRequest(ResponsesRequest):
+    """A message of a WebSocket. generate: False where the model is only to be made ready for what follows."""
+
+    type: Literal["response.create"]
+    generate: bool = True
+
+
+class CompactRequest(ConversationRequest):
+    """The body of `/v1/responses/compact`."""

@@ -263,7 +263,8 @@ def _check_texts(values: Any) -> None:
 
 #: Steps of pydantic's error locations that name a union's branch instead of a field.
 _UNION_BRANCH = re.compile(
-    r"str|NamedTool|FlatTool|FileSearchTool|Comparison|Compound|InnerCompound|(list|dict|literal|function-[a-z]+|tagged-union)\[.*",
+    r"str|NamedTool|FlatTool|FileSearchTool|TextPart|ImagePart|InputMessage|ReasoningItem|CallItem|CallOutput|FileSearchItem"
+    r"|CompactionItem|Comparison|Compound|InnerCompound|(list|dict|literal|function-[a-z]+|tagged-union)\[.*",
     re.DOTALL,
 )
 

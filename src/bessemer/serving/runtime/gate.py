@@ -27,8 +27,8 @@ from bessemer.serving.runtime.clients import SCOPE, Caller, Client, Keys
 
 #: Makes an error's body, in the form of the API that a path belongs to.
 ErrorBody = Callable[[str, ApiError], dict[str, Any]]
-#: Paths that need no key: monitoring has none.
-PUBLIC = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/openapi.json"})
+#: Paths that need no key: monitoring has none, and agents read a card to learn how to get one.
+PUBLIC = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/.well-known/agent-card.json"})
 _MIB = 2**20
 #: The scheme of a key's header, in any case (RFC 9110, section 11.1).
 _BEARER = re.compile(r"^bearer +", re.IGNORECASE)
@@ -62,7 +62,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
+            await self._open_socket(scope, receive, send)
             return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -78,6 +78,7 @@ class Gate:
                 await reply.preflight(scope)
                 return
             caller.client = self._client(scope["path"], headers)
+            caller.client.take_request()
             body = _BodyReader(receive, caller.client, self._most_bytes, self._config.body_seconds, self._bodies)
             body.check_announced(headers)
             caller.receive = body.receive
@@ -94,6 +95,27 @@ class Gate:
             caller.held.close()
             if self._config.request_log:
                 _log.info(json.dumps(_log_line(scope, caller, reply.status, time.perf_counter() - started)))
+
+    async def _open_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a WebSocket through, or refuse it: what a page's script opens is checked as what it requests. Its messages are
+        counted as requests by what reads them."""
+        headers = Headers(scope=scope)
+        caller = Caller(self._everybody)
+        try:
+            self._check_host(headers)
+            self._check_origin(headers)
+            caller.client = self._client(scope["path"], headers)
+        except ApiError as error:
+            answer = JSONResponse(self._error_body(scope["path"], error), error.status, error.headers)
+            if "websocket.http.response" in scope.get("extensions", {}):
+                begin = {"type": "websocket.http.response.start", "status": error.status, "headers": answer.raw_headers}
+                await send(begin)
+                await send({"type": "websocket.http.response.body", "body": answer.body})
+            else:
+                await send({"type": "websocket.close", "code": 1008})
+            return
+        scope[SCOPE] = caller
+        await self._app(scope, receive, send)
 
     def _check_host(self, headers: Headers) -> None:
         if (host := _host_of(headers)) is None:
@@ -118,7 +140,7 @@ class Gate:
         )
 
     def _client(self, path: str, headers: Headers) -> Client:
-        """The client of a request. Raises ApiError (401, 429)."""
+        """The client of a request. Raises ApiError (401)."""
         if self._keys is None or path in self._public:
             return self._everybody
         # Anthropic's clients send x-api-key
@@ -132,7 +154,6 @@ class Gate:
                 status=401,
                 code="invalid_api_key",
             )
-        client.take_request()
         return client
 
 

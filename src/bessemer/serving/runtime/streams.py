@@ -95,7 +95,7 @@ async def respond(
     if not is_streamed:
         whole = _whole(work, reply, headers, after_step)
         return await until_client_leaves(request.receive, whole) or client_left_response()
-    events = _events(work, reply, admission.pop_all(), after_step)
+    events = stream_events(work, reply, admission.pop_all(), after_step)
     # from here on, the generator holds the admission
     await anext(events)
     return EventStream(events, headers, reply.sign_of_life, reply.media_type)
@@ -113,10 +113,10 @@ async def _whole(
     return JSONResponse(body, headers=dict(headers))
 
 
-async def _events(
-    work: Work, reply: Reply, admission: ExitStack, after_step: Callable[[], Awaitable[None]] | None
+async def stream_events(
+    work: Work, reply: Reply, admission: ExitStack, after_step: Callable[[], Awaitable[None]] | None = None
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events. The first item is "", given at once: from then on, closing or cancelling the generator ends the
+    """The parts of a stream. The first item is "", given at once: from then on, closing or cancelling the generator ends the
     requests and their admission."""
     try:
         with admission:
