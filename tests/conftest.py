@@ -1,13 +1,15 @@
-"""Settings that PyTorch reads when it is loaded; hypothesis; what is not run, and what would run it; a local S3 server."""
+"""Settings that PyTorch reads when it is loaded; hypothesis; a limit of time; what is not run and why; a local S3 server."""
 
+import faulthandler
 import gc
 import importlib.util
 import logging
 import os
+import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -17,7 +19,6 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from hypothesis.internal.conjecture import providers
 
 from bessemer.core.environment import set_environment
 
@@ -34,7 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep Hypothesis from drawing constants of the modules that are loaded: they differ with the tests that ran before."""
     # modules and tests stay to the end: looking through them for garbage is a quarter of the time in which they are loaded
     gc.disable()
-    if config.getoption("hypothesis_profile", None) != "fuzz" and hasattr(providers, "_get_local_constants"):
+    if config.getoption("hypothesis_profile", None) == "fuzz":
+        return
+    try:
+        # private: a version without it draws constants, and a test that fails by them is told by its example
+        from hypothesis.internal.conjecture import providers
+    except ImportError:
+        return
+    if hasattr(providers, "_get_local_constants") and hasattr(providers, "_local_constants"):
         providers._get_local_constants = lambda: providers._local_constants
 
 
@@ -50,6 +58,63 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         # what cannot be imported, or is skipped whole, is told when it is collected
         with suppress(Exception, pytest.skip.Exception):
             import_module(".".join(path.relative_to(_HERE.parent).with_suffix("").parts))
+
+
+#: Seconds that a test may take, its fixtures included: ten times the longest on two cores, since a busy machine is slower.
+TEST_SECONDS = {"usual": 300.0, "slow": 3600.0}
+#: Where the limit does not stop a test, because it hangs in compiled code, its process ends after this many times the limit.
+_HANGS = 1.5
+
+
+@contextmanager
+def limited(seconds: float, what: str, stderr: int = 2) -> Iterator[None]:
+    """Fail with `what` in the main thread after so many seconds; when that does not help, end the process, with all threads'
+    stacks in the file of a descriptor. A test that sets the alarm itself goes without the first."""
+
+    def stop(signum: int, frame: Any) -> None:
+        pytest.fail(f"{what} took longer than {seconds:g} s")
+
+    faulthandler.dump_traceback_later(_HANGS * seconds, exit=True, file=stderr)
+    before = signal.signal(signal.SIGALRM, stop) if hasattr(signal, "SIGALRM") else None
+    if before is not None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        if before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def _limited(item: pytest.Item, what: str) -> AbstractContextManager[None]:
+    try:
+        # private: descriptor 2 is captured while a test runs, and pytest keeps another of the same terminal
+        from _pytest.faulthandler import fault_handler_stderr_fd_key
+
+        stderr = item.config.stash.get(fault_handler_stderr_fd_key, 2)
+    except ImportError:
+        stderr = 2
+    takes_long = item.get_closest_marker("slow") or item.get_closest_marker("peer")
+    return limited(TEST_SECONDS["slow" if takes_long else "usual"], what, stderr)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Any:
+    with _limited(item, f"what {item.name} needs"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    with _limited(item, item.name):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Any:
+    with _limited(item, f"what {item.name} leaves"):
+        return (yield)
 
 
 #: Must stand in no file that a run leaves.

@@ -69,6 +69,33 @@ def test_tables_of_benchmarks_are_tables_of_the_site(site):
 
 
 @pytest.mark.slow
+def test_every_page_lies_there_as_markdown_too_and_a_list_leads_to_all(site):
+    pages = {path.relative_to(site).with_suffix(".md").as_posix() for path in site.rglob("*.html") if path.name != "404.html"}
+    listed = re.findall(r"^- \[[^\]]+\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(listed) == pages and len(listed) == len(pages)
+    for name in pages:
+        text = (site / name).read_text(encoding="utf-8")
+        assert text.lstrip().startswith(("#", "<a", "---")) and "<!-- figure" not in text and "<!-- table" not in text, name
+    assert "### Engine.generate" in (site / "reference" / "api.md").read_text(encoding="utf-8")
+
+
+def test_the_list_for_programs_that_read_has_a_line_for_each_page_of_the_navigation():
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    import hooks
+
+    about = hooks._lines_of(
+        "## All pages\n\n| page | |\n|---|---|\n| [a](a.md), [b](b.md) | one; two |\n| [c](d/c.md) | x; y |\n"
+    )
+    assert about == {"a.md": "one", "b.md": "two", "d/c.md": "x; y"}
+    nav = [{"Home": "index.md"}, {"Some": [{"A": "a.md"}, {"C": "d/c.md"}, {"Gone": "gone.md"}]}]
+    made = hooks.llms_txt(nav, {"index.md": "Home", "a.md": "A", "d/c.md": "C"}, about, "What it is")
+    assert (
+        made
+        == "# Bessemer\n\n> What it is\n\n## Home\n\n- [Home](index.md)\n\n## Some\n\n- [A](a.md): one\n- [C](d/c.md): x; y\n"
+    )
+
+
+@pytest.mark.slow
 def test_formulas_are_mathml(site):
     assert "<math" in (site / "scheduling.html").read_text(encoding="utf-8")
 

@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Union
 
+import api_changes
 from pydantic.fields import FieldInfo
 
 from bessemer.core.config import Config
@@ -306,6 +307,30 @@ def api_page() -> str:
     return "".join(parts)
 
 
+def api_text() -> str:
+    """The same as text: each stable name's signature and docstring, and those of its public methods; read, not imported."""
+    api = api_changes.stable_api(ROOT)
+    parts = ["# Python API\n\nFrom the docstrings of the sources.\n"]
+    for name, alias in api.members.items():
+        found = alias.final_target
+        parts.append(f"\n## {name}\n\n{_signature(found)}{_docstring_of(found)}")
+        if found.is_class:
+            for method, inner in found.all_members.items():
+                if inner.is_function and not method.startswith("_"):
+                    parts.append(f"\n### {name}.{method}\n\n{_signature(inner)}{_docstring_of(inner)}")
+    return "".join(parts)
+
+
+def _signature(found: Any) -> str:
+    if found.is_function:
+        return f"```python\n{found.signature()}\n```\n\n"
+    return f"```python\nclass {found.name}\n```\n\n"
+
+
+def _docstring_of(found: Any) -> str:
+    return f"{inspect.cleandoc(found.docstring.value)}\n" if found.docstring else ""
+
+
 def _heading(level: int, title: str, anchor: str) -> str:
     """A heading; where links do not lead to its own words, below a place of that name, which code hosts know in this form."""
     anchor = anchor.replace(" ", "-")
@@ -327,7 +352,8 @@ def _bars(text: str) -> str:
 
 #: What the site's build makes.
 PAGES = {"reference/cli.md": cli_page, "reference/api.md": api_page}
-SETTINGS = Path(__file__).resolve().parents[1] / "reference" / "settings.md"
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ROOT / "docs" / "reference" / "settings.md"
 
 
 def main() -> None:

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from bessemer.data.extraction.extract import extract
     from bessemer.inference.engine import Engine
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from bessemer.model.storage.folder import load_model
     from bessemer.pipeline.api import refine, run
     from bessemer.tokenization.tokenizer import load_tokenizer
+
+    __version__: str
 
 #: The public API, each name with the module that it is loaded from on first use, and a package that this needs.
 _PUBLIC = {
@@ -47,6 +47,8 @@ __all__ = ["Engine", "SamplingParams", "__version__", "extract", "load_model", "
 
 def __getattr__(name: str) -> Any:
     """Load a public name on first use, so that `import bessemer` alone loads none of the heavy libraries."""
+    if name == "__version__":
+        return _version()
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bessemer' has no attribute {name!r}")
     from importlib import import_module
@@ -54,9 +56,21 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_PUBLIC[name][0]), name)
 
 
+def _version() -> str:
+    """The version of the installed package; of a checkout that is not installed, by git's tags."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("bessemer")
+    except metadata.PackageNotFoundError:
+        from bessemer.core.version import of_checkout
+
+        return of_checkout()
+
+
 def __dir__() -> list[str]:
     """The public names that this machine can load, for `help` and completion, which ask for each of them."""
     from importlib.util import find_spec
 
     loadable = [name for name, (_, package) in _PUBLIC.items() if find_spec(package) is not None]
-    return sorted([*loadable, *(name for name in globals() if name.startswith("__"))])
+    return sorted(["__version__", *loadable, *(name for name in globals() if name.startswith("__"))])

@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 
 import bessemer
 from bessemer.core.environment import cxx_compiler
+from bessemer.core.version import of_checkout
 from bessemer.model import cpu_kernels as builds
 from bessemer.model.cpu_kernels import prebuilt
 from bessemer.model.cpu_kernels.packed import PackedMatrix
@@ -190,10 +191,10 @@ def test_a_source_distribution_has_the_sources_and_says_the_package_s_version(tm
     (path,) = SdistBuilder(str(ROOT / "kernels")).build(directory=str(tmp_path))
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path, filter="data")
-    unpacked = tmp_path / f"bessemer_kernels-{bessemer.__version__}"
+    unpacked = tmp_path / f"bessemer_kernels-{of_checkout()}"
     assert prebuilt.sources_hash(unpacked / "sources") == prebuilt.sources_hash(FOLDER)
     assert {"LICENSE", "PKG-INFO", "build_hook.py", "pyproject.toml"} <= {path.name for path in unpacked.iterdir()}
-    assert WheelBuilder(str(unpacked)).metadata.version == bessemer.__version__
+    assert WheelBuilder(str(unpacked)).metadata.version == of_checkout()
 
 
 def test_wheels_are_built_for_every_kind_of_machine_that_has_tiers():
@@ -241,7 +242,7 @@ def test_a_wheel_computes_the_bits_of_the_compiled_kernels_where_there_is_no_com
     target = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
-    assert wheel.name.startswith(f"bessemer_kernels-{bessemer.__version__}-py3-none-")
+    assert wheel.name.startswith(f"bessemer_kernels-{of_checkout()}-py3-none-")
     environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {
         "PATH": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(map(str, (target, ROOT / "src", ROOT))),

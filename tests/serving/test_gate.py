@@ -55,7 +55,8 @@ def test_addresses_of_numbers_and_names_that_are_let_in_are_answered(start, host
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "x/health?y=", "a@localhost", "::1"]
+    "host",
+    ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "x/health?y=", "a@localhost", "::1", "localhost:x"],
 )
 def test_a_name_that_points_at_this_machine_is_turned_away(start, host):
     url = start(FakeEngine())

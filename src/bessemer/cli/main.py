@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from bessemer import __version__
+import bessemer
 from bessemer.cli.agent import agent, journal
 from bessemer.cli.bench import bench
 from bessemer.cli.chat import chat, demo
@@ -51,7 +51,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"bessemer {__version__}")
+        print(f"bessemer {bessemer.__version__}")
         raise typer.Exit
 
 

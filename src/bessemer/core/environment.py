@@ -208,8 +208,8 @@ def _left_in_group(group: Path) -> int | None:
         return None
     used = "memory.current" if (group / "memory.current").exists() else "memory.usage_in_bytes"
     try:
-        taken = int((group / used).read_text())
-        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        taken = int((group / used).read_text(encoding="utf-8"))
+        parts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
         cached = sum(int(parts.get(name, 0)) for name in ("active_file", "inactive_file"))
     except (OSError, ValueError):
         return limit
@@ -234,7 +234,12 @@ def git_commit() -> str | None:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=10,
+                check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None

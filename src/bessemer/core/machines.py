@@ -91,7 +91,7 @@ def run_as(name: str, command: Sequence[str]) -> int:
             if wanted.cores is not None:
                 os.sched_setaffinity(0, cores[: wanted.cores])
             if group is not None:
-                (group / "cgroup.procs").write_text(str(os.getpid()))
+                (group / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8")
 
         process = subprocess.Popen(command, env=environment, preexec_fn=begin)
         while True:
@@ -123,12 +123,12 @@ def _group(quota: float) -> Iterator[Path]:
         if (root / "cgroup.controllers").exists():
             group = root / f"bessemer-{os.getpid()}"
             group.mkdir()
-            (group / "cpu.max").write_text(f"{round(quota * period)} {period}")
+            (group / "cpu.max").write_text(f"{round(quota * period)} {period}", encoding="utf-8")
         else:
             group = root / "cpu" / f"bessemer-{os.getpid()}"
             group.mkdir()
-            (group / "cpu.cfs_period_us").write_text(str(period))
-            (group / "cpu.cfs_quota_us").write_text(str(round(quota * period)))
+            (group / "cpu.cfs_period_us").write_text(str(period), encoding="utf-8")
+            (group / "cpu.cfs_quota_us").write_text(str(round(quota * period)), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"a quota of processor time needs a control group, which cannot be made here: {error}") from error
     try:

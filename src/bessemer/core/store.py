@@ -227,7 +227,7 @@ class Store:
 @contextmanager
 def _marked(path: Path) -> Iterator[None]:
     """Hold a file open, and locked where the system can, so that `_is_marked` is true."""
-    with path.open("a") as stream:
+    with path.open("a", encoding="utf-8") as stream:
         if fcntl is not None:
             # may wait for a process that is just in `_is_marked`
             fcntl.flock(stream, fcntl.LOCK_EX)
@@ -245,7 +245,7 @@ def _is_marked(path: Path) -> bool:
             # Windows refuses to delete a file that is open
             path.unlink()
             return False
-        with path.open() as stream:
+        with path.open(encoding="utf-8") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -133,7 +133,7 @@ class Helpers:
 def _processor_seconds(pid: int) -> float:
     """Processor time that a process has used, where the system tells; else 0."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         # those behind the name, from the third on: user and system time are the 14th and 15th
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):

@@ -54,7 +54,7 @@ def parent_group(root: Path, own: str) -> Path | None:
         if folder == root.parent:
             return None
         try:
-            enabled = set((folder / "cgroup.subtree_control").read_text().split())
+            enabled = set((folder / "cgroup.subtree_control").read_text(encoding="utf-8").split())
         except OSError:
             continue
         if enabled >= _CONTROLLERS and os.access(folder, os.W_OK) and os.access(folder / "cgroup.procs", os.W_OK):
@@ -65,7 +65,7 @@ def parent_group(root: Path, own: str) -> Path | None:
 def own_parent_group() -> Path | None:
     """The group to make groups in on this machine, or None."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
@@ -90,7 +90,7 @@ class ControlGroup:
     def ran_out_of_memory(self) -> bool:
         """Whether the kernel has ended a process of the group for its memory."""
         try:
-            events = dict(line.split() for line in (self.folder / "memory.events").read_text().splitlines())
+            events = dict(line.split() for line in (self.folder / "memory.events").read_text(encoding="utf-8").splitlines())
         except OSError:
             return False
         return int(events.get("oom_kill", 0)) > 0
@@ -99,7 +99,7 @@ class ControlGroup:
         """Kill the processes that are left in the group, and remove the group."""
         kill = self.folder / "cgroup.kill"
         if kill.exists():
-            kill.write_text("1")
+            kill.write_text("1", encoding="utf-8")
         deadline = time.monotonic() + _SECONDS_TO_EMPTY
         while time.monotonic() < deadline:
             try:
@@ -110,7 +110,7 @@ class ControlGroup:
                 return
 
     def _write(self, name: str, value: int) -> None:
-        (self.folder / name).write_text(str(value))
+        (self.folder / name).write_text(str(value), encoding="utf-8")
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096

