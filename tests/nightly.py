@@ -66,13 +66,13 @@ def steps() -> list[Step]:
     """All steps; their minutes add up to less than six hours."""
     module = [sys.executable, "-m"]
     return [
-        Step("lint", 10, ["make", "lint"]),
+        Step("lint", 5, ["make", "lint"]),
         Step("tests", 100, ["make", "test-slow"]),
         *(Step(f"peer {name}", 7, ["make", f"test-peer-{name}"]) for name in PEERS[1].split()),
         Step("docs", 5, ["make", "docs"]),
         Step("wheels", 15, [*module, "tests.nightly", "--wheels"]),
         Step("commands of the pages", 75, ["make", "follow"]),
-        Step("mutations", 65, [*module, "tests.nightly", "--mutations"]),
+        Step("mutations", 60, [*module, "tests.nightly", "--mutations"]),
         Step("new inputs", 12, ["make", "fuzz", "MINUTES=10"]),
     ]
 

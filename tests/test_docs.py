@@ -176,9 +176,10 @@ def test_a_name_that_is_not_there_is_seen(code, missing):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_page_installs_from_the_index_what_a_stranger_may_have_put_there(page):
-    """The name `bessemer` is not ours there: a page installs from the checkout, `pip install '.[all]'`."""
-    text = page.read_text(encoding="utf-8")
+    """The name `bessemer` is not ours there: a page installs from the checkout, `pip install '.[all]'`, or a wheel's file."""
+    text = re.sub(r"\./bessemer-\d[\w.]*-py3-none-any\.whl", "FILE", page.read_text(encoding="utf-8"))
     assert not re.search(r"pip install[^`\n]*\bbessemer\b", text)
+    assert not re.search(r"uvx --from '?bessemer\b", text)
 
 
 def test_a_block_of_a_guide_is_followed_or_says_why_not():

@@ -27,6 +27,9 @@ def without_encoding(source: str) -> Iterator[ast.Call]:
             case ast.Name(id="open") if len(node.args) < 4:
                 if "b" not in _mode(keywords.get("mode", node.args[1] if len(node.args) > 1 else None), "r"):
                     yield node
+            case ast.Attribute(attr="open", value=ast.Name(id="tarfile" | "zipfile")):
+                # bytes in either mode
+                continue
             case ast.Attribute(attr="open"):
                 mode = _mode(keywords.get("mode", node.args[0] if node.args else None), "")
                 if mode and set(mode) <= set("rwaxt+"):
@@ -51,6 +54,7 @@ def _mode(node: ast.expr | None, otherwise: str) -> str:
         ("path.open('a')", True),
         ("path.open('wb')", False),
         ("tarfile.open(path)", False),
+        ("tarfile.open(fileobj=stream, mode='w')", False),
         ("subprocess.run(command, text=True)", True),
         ("subprocess.run(command)", False),
     ],
