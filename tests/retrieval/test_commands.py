@@ -56,8 +56,6 @@ def test_a_question_is_answered_by_a_models_folder_with_sources_and_marks(tmp_pa
     assert code == 0 and "“Iron rusts in water” [1]." in printed
     code, _, error = run(capsys, "ask", model, index, "Does iron rust?", "--sources", "eech")
     assert code == 2 and "--sources eech: it is together, each; did you mean 'each'?" in error
-    code, _, error = run(capsys, "ask", model, index, "Does iron rust?", "--entailment", str(tmp_path / "head.npz"))
-    assert code == 2 and "head.npz: no entailment head is here; python -m" in error
     code, printed, _ = run(capsys, "ask", model, index, "zebra", "--device", "cpu")
     assert code == 0 and "The documents do not answer this." in printed
 

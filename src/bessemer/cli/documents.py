@@ -179,9 +179,6 @@ def ask(
         str, typer.Option(help="together, or each: a small model reads each source alone, and answers from the best.")
     ] = "together",
     quote: Annotated[bool, typer.Option("--quote", help="Answer with a sentence of a source, word for word.")] = False,
-    entailment: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Mark also sentences that this entailment head finds unsupported.")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     device: Device = "auto",
     runs: Runs = Path("runs"),
@@ -194,14 +191,12 @@ def ask(
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.retrieval.answer import NearestJudge
     from bessemer.retrieval.answer import ask as answer_from
-    from bessemer.retrieval.entailment import open_entailment
     from bessemer.retrieval.store import Filter
 
     if sources not in (readings := ["together", "each"]):
         raise ConfigError(f"--sources {sources}: it is {', '.join(readings)}{nearest(sources, readings)}")
     opened = _opened(place, rerank, expand, runs)
     judge = None if least is None else NearestJudge(least)
-    entails = None if entailment is None else open_entailment(entailment).probabilities
     with Engine(find_served(model, runs), device=device) as engine:
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
         answer = answer_from(
@@ -214,7 +209,6 @@ def ask(
             params=params,
             reading=sources,  # type: ignore[arg-type]
             quote=quote,
-            entails=entails,
         )
     if as_json:
         print(json.dumps(_answer_figures(answer), ensure_ascii=False, indent=2))
@@ -359,13 +353,7 @@ def _answer_figures(answer: Answer) -> dict[str, object]:
         "answer": answer.text,
         "is_held": answer.is_held,
         "statements": [
-            {
-                "text": one.text,
-                "cited": list(one.cited),
-                "support": one.support,
-                "entailment": one.entailment,
-                "is_supported": one.is_supported,
-            }
+            {"text": one.text, "cited": list(one.cited), "support": one.support, "is_supported": one.is_supported}
             for one in answer.statements
         ],
         "quotes": [{"text": one.text, "source": one.source, "start": one.start, "end": one.end} for one in answer.quotes],

@@ -27,7 +27,6 @@ from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.retrieval.citations import (
-    Entails,
     Quote,
     Statement,
     attributed,
@@ -131,13 +130,12 @@ def ask(
     params: SamplingParams | None = None,
     reading: Reading = "together",
     quote: bool = False,
-    entails: Entails | None = None,
 ) -> Answer:
     """Answer a question from an index. count: sources at most; fewer where the context holds no more. The others are those of
     `answer_from`. Raises RequestError as `search`.
     """
     hits = search(index, question, count, where=where)
-    return answer_from(engine, question, hits, judge=judge, params=params, reading=reading, quote=quote, entails=entails)
+    return answer_from(engine, question, hits, judge=judge, params=params, reading=reading, quote=quote)
 
 
 def answer_from(
@@ -149,13 +147,12 @@ def answer_from(
     params: SamplingParams | None = None,
     reading: Reading = "together",
     quote: bool = False,
-    entails: Entails | None = None,
 ) -> Answer:
     """Answer a question from what a search found.
 
     judge: refuses questions that the documents do not answer; None: the model alone decides, and with `quote` nothing is
     refused. reading: whether the model reads the sources together, or each alone and answers from the best. quote: the answer
-    is a sentence of a source, which the model chooses. entails: judges besides shared words what bears a sentence out.
+    is a sentence of a source, which the model chooses.
     """
     if not hits or (judge is not None and not judge.holds(question, hits)):
         return Answer(NOT_HELD, hits, is_held=False)
@@ -163,10 +160,10 @@ def answer_from(
     if reading == "each":
         number = best_source(engine, question, hits, params.max_tokens)
         text = _from_one(engine, question, hits[number - 1], params, quote, is_judged=judge is not None)
-        return checked(attributed(text, hits, [number]), hits, entails)
+        return checked(attributed(text, hits, [number]), hits)
     messages, used = prompt_of(engine, question, hits, params.max_tokens)
     form = {"choice": quotable(used)} if quote else citation_form(used)
-    return checked(engine.chat(messages, params.with_changes(**form)).text.strip(), used, entails)
+    return checked(engine.chat(messages, params.with_changes(**form)).text.strip(), used)
 
 
 def best_source(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> int:
@@ -258,6 +255,6 @@ def _last_question(messages: Sequence[Message]) -> int:
     return places[-1]
 
 
-def checked(text: str, sources: Sequence[Hit], entails: Entails | None = None) -> Answer:
+def checked(text: str, sources: Sequence[Hit]) -> Answer:
     """An answer with the support of each sentence by the sources, and its quotes."""
-    return Answer(text, sources, checked_statements(text, sources, entails), list(quotes_in(text, sources)))
+    return Answer(text, sources, checked_statements(text, sources), list(quotes_in(text, sources)))

@@ -10,20 +10,16 @@ source that shares most words with what was said; `checked_statements` compares 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from bessemer.retrieval.chunks import Span, sentences
 from bessemer.retrieval.search import Hit
 from bessemer.retrieval.store import Passage
 from bessemer.retrieval.terms import PLAIN_WORDS
 
-#: Share of a sentence's content words that its sources must have, and the least probability that one of them entails it.
-SUPPORT = ENTAILED = 0.5
-#: How likely each source entails its sentence, (N,), for pairs of both: `entailment.Entailment.probabilities`.
-Entails = Callable[[Sequence[tuple[str, str]]], np.ndarray]
+#: Share of a sentence's content words that its sources must have.
+SUPPORT = 0.5
 _CITATION = re.compile(r"\[([0-9]{1,4})\]")
 #: Characters of the longest citation.
 _LONGEST_MARK = len("[1234]")
@@ -42,18 +38,15 @@ _WORD = re.compile(r"\w+")
 @dataclass(frozen=True)
 class Statement:
     """A sentence of an answer. cited: numbers of its sources, from 1. support: share of its content words in them, or, where it
-    cites none, in any; None for a sentence without content words. entailment: the probability that the likeliest of these
-    sources entails it; None where it was not asked for."""
+    cites none, in any; None for a sentence without content words."""
 
     text: str
     cited: tuple[int, ...]
     support: float | None
-    entailment: float | None = None
 
     @property
     def is_supported(self) -> bool:
-        has_words = self.support is None or self.support >= SUPPORT
-        return has_words and (self.entailment is None or self.entailment >= ENTAILED)
+        return self.support is None or self.support >= SUPPORT
 
 
 @dataclass(frozen=True)
@@ -137,8 +130,8 @@ def nearest_sentence(statement: str, text: str) -> Span:
     return Span(start, start + len(sentence.strip()))
 
 
-def checked_statements(text: str, sources: Sequence[Hit], entails: Entails | None = None) -> list[Statement]:
-    """The sentences of an answer, with their citations and how far the sources support each. entails: judges this besides."""
+def checked_statements(text: str, sources: Sequence[Hit]) -> list[Statement]:
+    """The sentences of an answer, with their citations and how far the sources support each."""
     words = [set(content_words(hit.passage.shown)) for hit in sources]
     everything = set().union(*words)
     statements = []
@@ -151,19 +144,7 @@ def checked_statements(text: str, sources: Sequence[Hit], entails: Entails | Non
         known = set().union(*(words[number - 1] for number in cited)) if cited else everything
         support = sum(word in known for word in own) / len(own) if own else None
         statements.append(Statement(sentence, cited, support))
-    return statements if entails is None else [*_entailed(statements, sources, entails)]
-
-
-def _entailed(statements: Sequence[Statement], sources: Sequence[Hit], entails: Entails) -> Iterator[Statement]:
-    """Statements that have content words with the probability of the likeliest of their sources."""
-    for one in statements:
-        said = re.sub(rf"\s*{_CITATION.pattern}", "", one.text).replace("“", "").replace("”", "")
-        among = [sources[number - 1] for number in one.cited] or sources
-        if one.support is None or not among:
-            yield one
-        else:
-            found = entails([(said, hit.passage.shown) for hit in among])
-            yield replace(one, entailment=float(found.max()))
+    return statements
 
 
 def attributed(text: str, sources: Sequence[Hit], among: Sequence[int]) -> str:
