@@ -106,6 +106,7 @@ def trained_in_half(folder, out, held):
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_frozen_shards_in_the_dtype_of_products(two, start, tmp_path):
     dtypes = []
     for place in ("held", "float32"):

@@ -194,6 +194,7 @@ def test_two_tabs_on_one_conversation_lose_nothing_of_each_other(page, start):
     assert all(node["content"] for node in answered) and [node["thumb"] for node in answered if "thumb" in node] == [True]
 
 
+@pytest.mark.slow
 def test_what_one_tab_says_is_shown_in_the_other(page, start):
     opened(page, start())
     ask(page, "the end")

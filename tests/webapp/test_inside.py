@@ -171,7 +171,7 @@ def test_steps_play_by_themselves_and_stop(token_page):
     page.clock.run_for(2300)
     assert page.inner_text(".controls output").startswith("3 /")
     page.get_by_role("button", name="Pause").click()
-    page.clock.run_for(5000)
+    page.clock.run_for(1500)
     assert page.inner_text(".controls output").startswith("3 /")
 
 
