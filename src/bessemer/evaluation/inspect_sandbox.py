@@ -89,10 +89,10 @@ class SandboxSettings(BaseModel, frozen=True):
     """Limits of each command. minimum: the weakest tier of `core/sandbox` that is accepted. readable: folders that programs may
     read, and whose programs they may run, besides the system's."""
 
-    seconds: float = Field(60.0, gt=0, description="longest time of a command that names none")
-    memory: int = Field(1024, gt=0, description="MiB of all processes together")
-    disk: int = Field(256, gt=0, description="MiB of files")
-    processes: int = Field(64, gt=0)
+    seconds: float = Field(default=60.0, gt=0, description="longest time of a command that names none")
+    memory: int = Field(default=1024, gt=0, description="MiB of all processes together")
+    disk: int = Field(default=256, gt=0, description="MiB of files")
+    processes: int = Field(default=64, gt=0)
     minimum: str = "landlock"
     readable: tuple[str, ...] = ()
 
@@ -164,7 +164,7 @@ class BessemerSandbox(SandboxEnvironment):
             open_files=1024,
         )
         async with self._turn:
-            files = {"job.json": json.dumps(job), "files.tar": self._files}
+            files: dict[str, str | bytes] = {"job.json": json.dumps(job), "files.tar": self._files}
             result = await anyio.to_thread.run_sync(lambda: self._sandbox.run(_RUNNER, files=files, limits=limits))
             if result.limit in ("seconds", "cpu_seconds"):
                 raise TimeoutError(f"the command took more than {seconds:g} s")

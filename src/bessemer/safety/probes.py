@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -118,7 +118,7 @@ def fit_probe(engine: Engine, texts: Texts, labels: Sequence[bool], config: Prob
     return fit_probe_to(engine, mean_states(engine, texts, config.layer, config.last), labels, config, name=name)
 
 
-def _check_labels(texts: Sequence[object], labels: Sequence[bool]) -> None:
+def _check_labels(texts: Sized, labels: Sequence[bool]) -> None:
     labels_N = np.array(labels, np.float64)
     if len(labels_N) != len(texts) or not 0 < labels_N.mean() < 1:
         raise RequestError(

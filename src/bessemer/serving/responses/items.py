@@ -193,10 +193,10 @@ def messages_of(items: Sequence[Item]) -> Iterator[dict[str, Any]]:
             remembered += item.text
             continue
         if remembered:
-            is_users = isinstance(item, InputMessage) and item.role == "user"
-            yield {"role": "user", **(item.in_chat() if is_users else {"content": ""}), "remembered": remembered}
+            users = item if isinstance(item, InputMessage) and item.role == "user" else None
+            yield {"role": "user", **({"content": ""} if users is None else users.in_chat()), "remembered": remembered}
             remembered = ""
-            if is_users:
+            if users is not None:
                 continue
         is_assistants = isinstance(item, ReasoningItem | CallItem) or (
             isinstance(item, InputMessage) and item.role == "assistant" and (answer is None or not answer["content"])
