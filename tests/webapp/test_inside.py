@@ -169,10 +169,12 @@ def test_steps_play_by_themselves_and_stop(token_page):
     page.wait_for_selector(".parts li")
     page.get_by_role("button", name="Play").click()
     page.clock.run_for(2300)
-    assert page.inner_text(".controls output").startswith("3 /")
     page.get_by_role("button", name="Pause").click()
+    # the page's own time goes on beside the clock's, so a busy machine has come further
+    reached = page.inner_text(".controls output")
+    assert int(reached.split(" /")[0]) >= 3
     page.clock.run_for(1500)
-    assert page.inner_text(".controls output").startswith("3 /")
+    assert page.inner_text(".controls output") == reached
 
 
 def test_a_change_is_seen_beside_the_text_as_it_is(token_page):
