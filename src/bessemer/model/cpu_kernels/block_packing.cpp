@@ -159,6 +159,7 @@ inline void write_halves(const uint8_t* codes, uint8_t* q) {
     for (int i = 0; i < 16; ++i) q[i] = uint8_t(codes[i] | codes[i + 16] << 4);
 }
 
+// IQ4_NL too, whose codes are places in a table.
 void read_q4_0(const uint8_t* p, Block& block) {
     block.scale = half_at(p);
     read_halves(p + 2, block.codes);
@@ -198,15 +199,6 @@ void write_mxfp4(const Block& block, uint8_t* p) {
     write_halves(block.codes, p + 1);
 }
 
-void read_iq4_nl(const uint8_t* p, Block& block) {
-    block.scale = half_at(p);
-    read_halves(p + 2, block.codes);
-}
-void write_iq4_nl(const Block& block, uint8_t* p) {
-    put_half(p, block.scale);
-    write_halves(block.codes, p + 2);
-}
-
 // A part's scale plus 32, 6 bits: the low four in the halves of four bytes behind two with the upper ones.
 void read_iq4_xs(const uint8_t* p, Block& block) {
     block.scale = half_at(p);
@@ -239,7 +231,7 @@ const PackedType* packed_type(int32_t type) {
     static constexpr PackedType Q5_0{32, 22, read_q5_0, write_q5_0}, Q5_1{32, 24, read_q5_1, write_q5_1},
         Q4_K{256, 144, read_q4_k, write_q4_k}, Q5_K{256, 176, read_q5_k, write_q5_k}, Q6_K{256, 210, read_q6_k, write_q6_k},
         Q4_0{32, 18, read_q4_0, write_q4_0}, Q4_1{32, 20, read_q4_1, write_q4_1}, Q8_0{32, 34, read_q8_0, write_q8_0},
-        MXFP4{32, 17, read_mxfp4, write_mxfp4}, IQ4_NL{32, 18, read_iq4_nl, write_iq4_nl}, IQ4_XS{256, 136, read_iq4_xs, write_iq4_xs};
+        MXFP4{32, 17, read_mxfp4, write_mxfp4}, IQ4_NL{32, 18, read_q4_0, write_q4_0}, IQ4_XS{256, 136, read_iq4_xs, write_iq4_xs};
     switch (type) {
         case 2: return &Q4_0;
         case 3: return &Q4_1;
