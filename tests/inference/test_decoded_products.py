@@ -13,6 +13,7 @@ from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.model import cpu_kernels as build
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels import packed_matmuls as choice
+from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.quantisation import schemes
 from bessemer.model.quantisation.blocks import BLOCK_FORMS, GgufBlocks
 from bessemer.model.quantisation.config import QuantizeConfig
@@ -229,6 +230,21 @@ def test_e4m3_in_blocks_of_128_is_multiplied_from_its_codes(tmp_path, monkeypatc
         own = quantised_parts(engine.model)[name]
         assert own.is_released and not own.tensors
         assert all(torch.equal(own.stored.tensors[key].float(), tensor.float()) for key, tensor in part.stored.tensors.items())
+
+
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_codes_that_opening_left_in_a_gguf_file_are_packed_or_read_before_the_first_step(kernels, tmp_path, monkeypatch):
+    if library() is None:
+        pytest.skip(unavailable())
+    model = coded_model(Int8(32))
+    save_model(model, tmp_path / "model", tokenizer=small_tokenizer(tmp_path).folder)
+    export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    engine = Engine(tmp_path / "model.gguf", device="cpu", config=EngineConfig(threads=1, cpu_kernels=kernels))
+    parts = quantised_parts(engine.model)
+    assert parts and not any(part.deferred is not None for part in parts.values())
+    assert {part.is_released for part in parts.values()} == {kernels == "on"}
+    for name, part in quantised_parts(model).items():
+        assert all(torch.equal(parts[name].stored.tensors[key], tensor) for key, tensor in part.stored.tensors.items())
 
 
 def test_codes_for_activations_of_8_bits_are_widened_once_where_pytorch_has_no_exact_product(folder, monkeypatch):

@@ -283,8 +283,6 @@ class PackedMatrix:
     def take_codes(self, layer: QuantisedLinear, first: int = 0) -> None:
         """Let a layer that is packed here, its first output at the place `first`, give up what this can give back."""
         if names := self.replaced_tensors(layer):
-            if layer.deferred is not None and not layer.scheme.tensors(*layer.shape).keys() <= names:
-                layer.restore()
             layer.release(self.keeper(layer, first), names)
 
     def keeper(self, layer: QuantisedLinear, first: int = 0) -> Keeper:

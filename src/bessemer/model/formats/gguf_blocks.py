@@ -26,7 +26,7 @@ from bessemer.core.environment import usable_cores
 from bessemer.model.cpu_kernels import library
 from bessemer.model.families.layout import Stored
 from bessemer.model.quantisation.base import Codes, Scheme, first_scheme
-from bessemer.model.quantisation.blocks import BLOCK_FORMS
+from bessemer.model.quantisation.blocks import BLOCK_FORMS, INTEGER_FORMS
 from bessemer.model.quantisation.integers import BLOCK, LARGEST_INT8
 from bessemer.model.quantisation.schemes import Int8
 
@@ -54,16 +54,6 @@ def dequantise(raw: bytes | memoryview | Bytes, kind: BlockType) -> Floats:
     return kind.decode(np.frombuffer(raw, kind.layout)).reshape(-1)
 
 
-def _column(blocks: Blocks, field: str) -> Floats:
-    """A number of every block, to be multiplied with its values."""
-    return blocks[field].astype(np.float32)[:, None]
-
-
-def _nibbles(packed: Bytes) -> Bytes:
-    """The low halves of a block's bytes, then the high ones."""
-    return np.concatenate((packed & 0x0F, packed >> 4), axis=1)
-
-
 def _f32(blocks: Blocks) -> Floats:
     return blocks["d"]
 
@@ -76,21 +66,9 @@ def _bf16(blocks: Blocks) -> Floats:
     return (blocks["d"].astype(np.uint32) << 16).view(np.float32)
 
 
-def _q4_0(blocks: Blocks) -> Floats:
-    return _column(blocks, "d") * (_nibbles(blocks["q"]).astype(np.float32) - 8)
-
-
-def _q4_1(blocks: Blocks) -> Floats:
-    return _column(blocks, "d") * _nibbles(blocks["q"]).astype(np.float32) + _column(blocks, "m")
-
-
-def _q8_0(blocks: Blocks) -> Floats:
-    return _column(blocks, "d") * blocks["q"].astype(np.float32)
-
-
 def _of_form(kind: str) -> Callable[[Blocks], Floats]:
-    """What decodes the blocks of a type that a scheme holds as bytes."""
-    form = BLOCK_FORMS[kind]
+    """What decodes the blocks of a type whose form is described."""
+    form = (BLOCK_FORMS | INTEGER_FORMS)[kind]
 
     def decode(blocks: Blocks) -> Floats:
         # torch takes no memory that is only for reading
@@ -124,11 +102,11 @@ _SCALES = ("scales", "u1", 12)
 BLOCK_TYPES: dict[int, BlockType] = {
     0: BlockType("F32", 1, _layout(("d", "<f4")), _f32),
     1: BlockType("F16", 1, _layout(_D), _f16),
-    2: BlockType("Q4_0", 32, _layout(_D, _HALVES), _q4_0),
-    3: BlockType("Q4_1", 32, _layout(_D, _M, _HALVES), _q4_1),
+    2: BlockType("Q4_0", 32, _layout(_D, _HALVES), _of_form("Q4_0")),
+    3: BlockType("Q4_1", 32, _layout(_D, _M, _HALVES), _of_form("Q4_1")),
     6: BlockType("Q5_0", 32, _layout(_D, _HIGH, _HALVES), _of_form("Q5_0")),
     7: BlockType("Q5_1", 32, _layout(_D, _M, _HIGH, _HALVES), _of_form("Q5_1")),
-    8: BlockType("Q8_0", 32, _layout(_D, ("q", "i1", 32)), _q8_0),
+    8: BlockType("Q8_0", 32, _layout(_D, ("q", "i1", 32)), _of_form("Q8_0")),
     12: BlockType("Q4_K", 256, _layout(_D, _M, _SCALES, ("q", "u1", 128)), _of_form("Q4_K")),
     13: BlockType("Q5_K", 256, _layout(_D, _M, _SCALES, ("high", "u1", 32), ("q", "u1", 128)), _of_form("Q5_K")),
     14: BlockType("Q6_K", 256, _layout(("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D), _of_form("Q6_K")),
@@ -188,13 +166,9 @@ def read_codes(raw: bytes, kind: str) -> dict[str, Tensor]:
     return scheme.read_blocks(np.frombuffer(raw, _block(kind).layout))
 
 
-#: Types whose blocks `split_blocks` takes apart.
-_SPLIT = ("Q4_0", "Q4_1", "Q8_0")
-
-
 def splits_blocks(kind: str) -> bool:
     """Whether `split_blocks` takes the blocks of a type apart here."""
-    return kind in _SPLIT and library() is not None
+    return kind in INTEGER_FORMS and library() is not None
 
 
 def split_blocks(raw: Tensor, kind: str, made: Mapping[str, Tensor]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version as package_version
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from bessemer.assistant.messages import BadCall, RolledBack, TextDelta, TurnEnd
+from bessemer.assistant.messages import TurnEnd
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.a2a.protocol import (
     CARD_PATH,
@@ -44,11 +44,11 @@ from bessemer.serving.a2a.protocol import (
     text_event,
 )
 from bessemer.serving.responses.store import ResponseStore, StoredResponse
-from bessemer.serving.runtime.bodies import ApiError, read_json, withdrawn
+from bessemer.serving.runtime.bodies import ApiError, read_json
 from bessemer.serving.runtime.clients import Caller, caller_of
 from bessemer.serving.runtime.served import Chat, Served
 from bessemer.serving.runtime.streams import Reply, respond, server_sent_event
-from bessemer.serving.runtime.worker import ChoiceEvents
+from bessemer.serving.runtime.worker import ChoiceEvents, text_of
 
 Params = TypeVar("Params", bound=BaseModel)
 
@@ -67,7 +67,7 @@ class TaskReply(Reply):
         return self.task["state"] != "working"
 
     def whole(self, step: Iterable[ChoiceEvents]) -> dict[str, Any]:
-        self._read(step)
+        self._read(list(step))
         body = task_body(self.task, self._version)
         return _answer(self._call, body if self._version == "0.3" else {"task": body})
 
@@ -76,7 +76,7 @@ class TaskReply(Reply):
 
     def events(self, step: Iterable[ChoiceEvents]) -> str:
         before = self.task["answer"]
-        text = self._read(step)
+        text = self._read(list(step))
         parts = self._event(text_event(self.task, text, self._version, is_first=not before)) if text else ""
         return parts + (self._event(status_event(self.task, self._version)) if self.is_over else "")
 
@@ -87,18 +87,12 @@ class TaskReply(Reply):
     def _finish(self, state: str, reason: str = "") -> None:
         self.task |= {"state": state, "when": _now(), "reason": reason}
 
-    def _read(self, step: Iterable[ChoiceEvents]) -> str:
+    def _read(self, step: Sequence[ChoiceEvents]) -> str:
         """Add what came to the task; its text. Raises ApiError where a hook took the answer back."""
-        parts: list[str] = []
+        text = text_of(step)
         for event in (event for _, events, *_ in step for event in events):
-            match event:
-                case TextDelta(text) | BadCall(text):
-                    parts.append(text)
-                case RolledBack(reason):
-                    raise withdrawn(reason)
-                case TurnEnd(reason):
-                    self._finish("completed", "the answer was cut at the end of the context" if reason == "length" else "")
-        text = "".join(parts)
+            if isinstance(event, TurnEnd):
+                self._finish("completed", "the answer was cut at the end of the context" if event.reason == "length" else "")
         self.task["answer"] += text
         return text
 

@@ -14,7 +14,7 @@ from bessemer.serving.responses.protocol import ResponsesRequest
 from bessemer.serving.retrieval.annotations import AnswerCitations, call_result
 from bessemer.serving.runtime.bodies import ApiError, withdrawn
 from bessemer.serving.runtime.streams import PING, Reply, named_events
-from bessemer.serving.runtime.worker import ChoiceEvents, Turns
+from bessemer.serving.runtime.worker import ChoiceEvents, Turns, text_of
 from bessemer.tokenization.tokenizer import Tokenizer
 
 #: Every how many signs of life in a silence is an event: it repeats the response, with the request's tools.
@@ -258,14 +258,7 @@ class SocketReply(ResponseReply):
 
 def compacted(step: Iterable[ChoiceEvents], turns: Turns) -> dict[str, Any]:
     """The body of a compaction. Raises ApiError where a hook took the summary back."""
-    parts: list[str] = []
-    for event in (event for _, events, *_ in step for event in events):
-        match event:
-            case TextDelta(text) | BadCall(text):
-                parts.append(text)
-            case RolledBack(reason):
-                raise withdrawn(reason)
-    content = encode_compaction("".join(parts).strip())
+    content = encode_compaction(text_of(step).strip())
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response.compaction",

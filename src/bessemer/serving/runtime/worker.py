@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bessemer.assistant.generation import Delta, Generation
-from bessemer.assistant.messages import Called, Event
+from bessemer.assistant.messages import BadCall, Called, Event, RolledBack, TextDelta
 from bessemer.assistant.turn import Turn
 from bessemer.core.errors import BessemerError
 from bessemer.inference.async_generation import ChoiceChunk, StepDriver
@@ -25,7 +25,7 @@ from bessemer.inference.sampling.sampler import Sampled
 from bessemer.serving.config import OTHERS_SHARE
 from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.runtime.admission import NO_QUEUE, Admission, QueueLimits
-from bessemer.serving.runtime.bodies import ApiError, without_places
+from bessemer.serving.runtime.bodies import ApiError, withdrawn, without_places
 from bessemer.serving.runtime.clients import Caller
 
 
@@ -102,6 +102,19 @@ class ChoiceEvents(NamedTuple):
     events: Sequence[Event]
     sampled: Sequence[Sampled]
     token_ids: Sequence[int] = ()
+
+
+def text_of(step: Iterable[ChoiceEvents]) -> str:
+    """The text that a step adds to the only choice. Raises ApiError where a hook took the answer back."""
+    parts: list[str] = []
+    for _, events, *_ in step:
+        for event in events:
+            match event:
+                case TextDelta(text) | BadCall(text):
+                    parts.append(text)
+                case RolledBack(reason):
+                    raise withdrawn(reason)
+    return "".join(parts)
 
 
 @dataclass
