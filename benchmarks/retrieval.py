@@ -1,6 +1,7 @@
 """How often retrieval finds the right passage: the written questions on the standard library's documentation.
 
     python benchmarks/retrieval.py [--index FOLDER] [--rerank MODEL] [--expand NAME=MODEL]   # minutes on two cores
+    python benchmarks/retrieval.py --index FOLDER --times [--rerank MODEL] [--expand NAME=MODEL]   # a quiet minute or two
     python benchmarks/retrieval.py --index FOLDER --development         # the other questions, and no result
 
 The documentation of the interpreter's standard library is indexed as `bessemer index python_docs` does, and each question of
@@ -12,7 +13,8 @@ answers (`near_misses`) are to be refused: the limit of what speaks for an answe
 cosine, with written headings also their similarity) is fitted on the calibration part and used on the test part. Ways of
 searching are chosen on `retrieval_development.json`, whose objects are others.
 
-Times are of the processor, all threads together; that of headings is measured on the first questions. Result: `retrieval.json`.
+With `--times` the same ways are timed on the first questions alone: of the processor, all threads together. Results:
+`retrieval.json`, in which nothing is timed, so other work may run beside it, and `retrieval_times.json`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from statistics import fmean
 from typing import Any
 
 import recording
+import rounds
 from bessemer.core.environment import set_environment
 
 set_environment()  # before PyTorch reads it
@@ -58,8 +61,8 @@ DEVELOPMENT = Path(__file__).with_name("retrieval_development.json")
 MODES: tuple[Mode, ...] = ("words", "meaning", "hybrid")
 RANKS = (1, 5, 10, 20, 50)
 NOT_INDEXED = "not indexed"
-#: Questions for which headings are written alone, to time them, and most for which they are written beside one another.
-_ALONE, _BESIDE = 8, 32
+#: Questions by which a way of searching is timed, and most for which headings are written beside one another.
+_TIMED, _BESIDE = 8, 32
 
 
 def names_of(passage: str) -> set[str]:
@@ -91,13 +94,23 @@ def passages_by_name(index: OpenIndex) -> dict[str, set[str]]:
     return passages
 
 
-class Remembered:
+class Fresh:
+    """An expander that writes headings each time, as a user's, with a reranker by the same model."""
+
+    def __init__(self, model: Path) -> None:
+        engine = Engine(model)
+        self._writer, self.reranker = HeadingWriter(engine), HeadingReranker(engine)
+
+    def headings(self, query: str, examples: Sequence[str]) -> list[str]:
+        return self._writer.headings(query, examples)
+
+
+class Remembered(Fresh):
     """An expander that writes headings for a question once, for most of them beside one another."""
 
     def __init__(self, model: Path, examples: Sequence[str], kept: Path | None) -> None:
         """kept: a file of headings that earlier runs wrote; those by this model, code and examples count."""
-        engine = Engine(model)
-        self._writer, self.reranker = HeadingWriter(engine), HeadingReranker(engine)
+        super().__init__(model)
         self._examples = examples
         self._kept = kept
         self._key = hash_value([hash_file(model), hash_file(Path(expansion.__file__)), list(examples)])
@@ -121,14 +134,6 @@ class Remembered:
             if self._kept is not None:
                 write_json(self._kept, self._read() | {self._key: self._written})
 
-    def milliseconds(self, queries: Sequence[str]) -> float:
-        """The processor's time to write headings for one query alone, the instructions being read before."""
-        self._writer.headings(queries[0], self._examples)
-        start = time.process_time()
-        for query in queries[1 : 1 + _ALONE]:
-            self._writer.headings(query, self._examples)
-        return 1000 * (time.process_time() - start) / _ALONE
-
 
 def evidence_for(index: OpenIndex, question: str) -> float:
     """What speaks for an answer in the first hits; as large as there can be where nothing says."""
@@ -150,9 +155,7 @@ def judgements(index: OpenIndex, rows: Sequence[Mapping[str, Any]]) -> list[dict
 def found_by(index: OpenIndex, mode: Mode, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Recall, MRR and nDCG of a way of searching. rows: questions with the objects that answer them."""
     judged = judgements(index, rows)
-    start = time.process_time()
     rankings = [[hit.passage.id for hit in search(index, row["question"], max(RANKS), mode=mode)] for row in rows]
-    milliseconds = 1000 * (time.process_time() - start) / len(rows)
     found = measures_of(rankings, judged)
     missed = [
         row["question"]
@@ -163,27 +166,31 @@ def found_by(index: OpenIndex, mode: Mode, rows: Sequence[Mapping[str, Any]]) ->
         **{f"recall_at_{k}": found.success[k] for k in RANKS},
         "mrr": found.mrr,
         "ndcg_at_10": found.ndcg,
-        "cpu_milliseconds": milliseconds,
         "missed": missed,
     }
 
 
-def ways(index: OpenIndex, rows: Sequence[Mapping[str, Any]], expanders: Mapping[str, Remembered]) -> dict[str, Any]:
-    """`found_by` of each way of searching that an index has, and with each expander."""
+def ways(index: OpenIndex, expanders: Mapping[str, Fresh]) -> dict[str, tuple[OpenIndex, Mode]]:
+    """Each way of searching that an index has, and with each expander, by name: the index that searches so, and its mode."""
     plain = replace(index, reranker=None)
-    figures = {mode: found_by(plain, mode, rows) for mode in MODES}
+    found: dict[str, tuple[OpenIndex, Mode]] = {mode: (plain, mode) for mode in MODES}
     if index.reranker is not None:
-        figures["reranked"] = found_by(index, "hybrid", rows)
+        found["reranked"] = index, "hybrid"
     for name, expander in expanders.items():
-        # all are written before: a search is timed without writing, and the time of that is added
-        queries = [row["question"] for row in rows]
-        expander.write(queries)
-        found = found_by(replace(plain, expander=expander), "hybrid", rows)
-        writing = expander.milliseconds(queries)
-        figures[_key(name)] = found | {"cpu_milliseconds": found["cpu_milliseconds"] + writing}
-        found = found_by(replace(plain, expander=expander, reranker=expander.reranker), "hybrid", rows)
-        figures[_reranked(name)] = found | {"cpu_milliseconds": found["cpu_milliseconds"] + writing}
-    return figures
+        found[_key(name)] = replace(plain, expander=expander), "hybrid"
+        found[_reranked(name)] = replace(plain, expander=expander, reranker=expander.reranker), "hybrid"
+    return found
+
+
+def milliseconds(index: OpenIndex, mode: Mode, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The processor's time for a search, in milliseconds: of the first questions one by one, after another for warmth."""
+    search(index, rows[_TIMED]["question"], max(RANKS), mode=mode)
+    spent = []
+    for row in rows[:_TIMED]:
+        start = time.process_time()
+        search(index, row["question"], max(RANKS), mode=mode)
+        spent.append(1000 * (time.process_time() - start))
+    return rounds.summary(spent)
 
 
 def every(part: Mapping[str, Any]) -> list[str]:
@@ -216,19 +223,20 @@ def refusals(index: OpenIndex, parts: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def labels(expanders: Mapping[str, str]) -> dict[str, str]:
+    """Each way of searching in words. expanders: name → the model, in words."""
+    found = {way: way for way in (*MODES, "reranked")}
+    for name, model in expanders.items():
+        found[_key(name)] = f"hybrid and headings by {model}"
+        found[_reranked(name)] = "the same, reranked by the same model"
+    return found
+
+
 def tables(figures: Mapping[str, Any], expanders: Mapping[str, str]) -> dict[str, Any]:
-    """The ways of searching, and how often what is refused. expanders: name → the model, in words."""
-    columns = [("search", ""), *((f"recall@{k}", ".2f") for k in RANKS), ("MRR", ".2f"), ("nDCG@10", ".2f"), ("CPU ms", ".0f")]
-    names = [*(f"recall_at_{k}" for k in RANKS), "mrr", "ndcg_at_10", "cpu_milliseconds"]
-    labels = {way: way for way in (*MODES, "reranked")} | {
-        key: label
-        for name, model in expanders.items()
-        for key, label in (
-            (_key(name), f"hybrid and headings by {model}"),
-            (_reranked(name), "the same, reranked by the same model"),
-        )
-    }
-    shown = {way: label for way, label in labels.items() if way in figures}
+    """The ways of searching, and how often what is refused. expanders: as in `labels`."""
+    columns = [("search", ""), *((f"recall@{k}", ".2f") for k in RANKS), ("MRR", ".2f"), ("nDCG@10", ".2f")]
+    names = [*(f"recall_at_{k}" for k in RANKS), "mrr", "ndcg_at_10"]
+    shown = {way: label for way, label in labels(expanders).items() if way in figures}
     searches = [(label, *(figures[way][name] for name in names)) for way, label in shown.items()]
     judged = {
         "refusals": "cosine",
@@ -237,6 +245,20 @@ def tables(figures: Mapping[str, Any], expanders: Mapping[str, str]) -> dict[str
     refused = [(label, figures[key]["near_misses_refused"], figures[key]["questions_refused"]) for key, label in judged.items()]
     kinds = [("by", ""), ("near misses refused", ".0%"), ("wrongly refused", ".0%")]
     return {"search": recording.table(columns, searches), "refusals": recording.table(kinds, refused)}
+
+
+def save_times(index: OpenIndex, rows: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> Path:
+    """Time each way of searching, and write the result."""
+    measured = {
+        way: milliseconds(*how, rows)
+        for way, how in ways(index, {name: Fresh(Path(path)) for name, path in models.items()}).items()
+    }
+    shown = labels({name: Path(path).stem for name, path in models.items()})
+    table = recording.table(
+        [("search", ""), ("CPU ms", ".0f")],
+        [(label, measured[way]["median"]) for way, label in shown.items() if way in measured],
+    )
+    return recording.save("retrieval_times", {"questions": _TIMED, **measured}, tables={"times": table})
 
 
 def main() -> None:
@@ -251,6 +273,7 @@ def main() -> None:
         "--write-only", choices=("development", "calibration", "test"), help="write the headings for these questions, and end"
     )
     parser.add_argument("--development", action="store_true", help="the questions on which ways of searching are chosen")
+    parser.add_argument("--times", action="store_true", help="time the ways of searching, and measure nothing else")
     arguments = parser.parse_args()
     recording.needs("lancedb")
     with tempfile.TemporaryDirectory() as scratch:
@@ -261,10 +284,13 @@ def main() -> None:
         seconds = time.process_time() - start
         models = dict(one.split("=", 1) for one in arguments.expand)
         index = open_index(folder, reranker=open_reranker(arguments.rerank) if arguments.rerank else None)
-        examples = index.headings.examples
-        expanders = {name: Remembered(Path(path), examples, arguments.written) for name, path in models.items()}
         development = json.loads(DEVELOPMENT.read_text(encoding="utf-8"))["questions"]
         parts = json.loads(QUESTIONS.read_text(encoding="utf-8"))
+        if arguments.times:
+            print(save_times(index, parts["test"]["questions"], models))
+            return
+        examples = index.headings.examples
+        expanders = {name: Remembered(Path(path), examples, arguments.written) for name, path in models.items()}
         if arguments.write_only:
             asked = {name: every(parts[name]) for name in ("test", "calibration")}
             asked["development"] = [row["question"] for row in development]
@@ -272,9 +298,11 @@ def main() -> None:
                 expander.write(asked[arguments.write_only])
             return
         if arguments.development:
-            rows = development
-            for way, found in ways(index, rows, expanders).items():
-                print(way, {name: value for name, value in found.items() if name != "missed"})
+            for expander in expanders.values():
+                expander.write([row["question"] for row in development])
+            for way, how in ways(index, expanders).items():
+                found = found_by(*how, development)
+                print(way, {name: value for name, value in found.items() if name != "missed"}, flush=True)
             return
         for expander in expanders.values():
             expander.write(every(parts["test"]) + every(parts["calibration"]))
@@ -286,7 +314,7 @@ def main() -> None:
             **({"index_cpu_seconds": seconds} if summary.added == summary.documents else {}),
             "questions": len(rows),
             "questions_without_passage": sum(NOT_INDEXED in right for right in judgements(index, rows)),
-            **ways(index, rows, expanders),
+            **{way: found_by(*how, rows) for way, how in ways(index, expanders).items()},
             "refusals": refusals(plain, parts),
             **{f"refusals_{name}": refusals(replace(plain, expander=one), parts) for name, one in expanders.items()},
             **recording.when(),
