@@ -71,12 +71,14 @@ def test_a_text_without_content_has_no_passage(text):
 
 
 def test_sentences_end_at_marks_of_several_scripts_and_not_at_abbreviations_before_small_letters():
-    text = "He came (cf. p. 3) late. “Why?” she asked. 今日は雨。明日は晴れ。"
+    text = "He came (cf. p. 3) late. “Why?” she asked. 今日は雨。明日は晴れ。वह आया। मैं गया।"
     assert [text[span.start : span.end].strip() for span in sentences(text)] == [
         "He came (cf. p. 3) late.",
         "“Why?” she asked.",
         "今日は雨。",
         "明日は晴れ。",
+        "वह आया।",
+        "मैं गया।",
     ]
 
 

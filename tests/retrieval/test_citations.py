@@ -16,7 +16,15 @@ from bessemer.assistant.messages import Message, Returned, as_messages
 from bessemer.assistant.tools import Tool
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.retrieval.answer import SYSTEM, grounded, most_sources, prompt_of
-from bessemer.retrieval.citations import CitationReader, attributed, citing, nearest_sentence, quotable, quotes_in
+from bessemer.retrieval.citations import (
+    CitationReader,
+    attributed,
+    checked_statements,
+    citing,
+    nearest_sentence,
+    quotable,
+    quotes_in,
+)
 from tests.assistant.conftest import tagged_tokenizer  # noqa: F401
 from tests.cases import slow
 from tests.retrieval.test_answer import hit
@@ -53,6 +61,32 @@ def test_citations_are_the_same_however_the_text_comes(pieces, data):
     expected = [(int(match[1]), match.start()) for match in re.finditer(r"\[([12])\]", text)]
     assert [(one.number, one.index) for one in found] == expected
     assert found == CitationReader(SOURCES).feed(text)
+
+
+def test_a_citation_behind_the_end_of_a_sentence_is_of_that_sentence():
+    found = checked_statements("Iron rusts in water. [1] Copper turns green in air. [2]", SOURCES)
+    assert [(one.text, one.cited, one.support) for one in found] == [
+        ("Iron rusts in water. [1]", (1,), 1.0),
+        ("Copper turns green in air. [2]", (2,), 1.0),
+    ]
+    # before the sentence each has one of its own
+    assert [one.cited for one in checked_statements("[1] Iron rusts. [2] Copper turns green.", SOURCES)] == [(1,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("source", "said", "other"),
+    [
+        ("水の中で鉄は錆びます。金は錆びません。", "鉄は錆びます。", "銀行は高いです。"),
+        ("लोहा पानी में ज़ंग खाता है। सोना नहीं खाता।", "लोहा ज़ंग खाता है।", "किताब मेज़ पर रखी थी।"),
+        ("철은 물에서 녹이 습니다. 금은 그렇지 않습니다.", "철이 물에서 녹습니다.", "학교에 갔다."),
+    ],
+)
+def test_a_sentence_is_held_to_its_source_in_scripts_without_spaces_or_with_marks(source, said, other):
+    sources = [hit(1, source)]
+    (right,) = checked_statements(attributed(said, sources, [1]), sources)
+    assert right.cited == (1,) and right.support >= 0.5
+    (wrong,) = checked_statements(attributed(other, sources, [1]), sources)
+    assert wrong.cited == () and not wrong.is_supported
 
 
 def test_a_text_without_sources_holds_no_brackets():
@@ -171,3 +205,10 @@ def test_a_sentence_over_wrapped_lines_is_quoted_whole_and_found_as_its_source_h
     (quote,) = quotes_in(quotable(sources)[0], sources)
     assert quote.text == "Wait until the thread ends,\nor the time is over" and (quote.start, quote.end) == (106, 153)
     assert not list(quotes_in("“         ” [1]", sources))
+
+
+@pytest.mark.parametrize(
+    "said", ["„Wait until the thread ends,“", "«Wait until the thread ends,»", "「Wait until the thread ends,」"]
+)
+def test_quotation_marks_are_those_of_several_languages(said):
+    assert [quote.start for quote in quotes_in(said, [hit(1, "Wait until the thread ends, or not.")])] == [100]

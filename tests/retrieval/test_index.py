@@ -185,6 +185,19 @@ def test_an_update_that_is_killed_leaves_the_old_version_and_is_gone_on_with(mad
     assert len(now.store) == summary.passages == 5 and places(search(now, "tin", 1)) == ["new.md"]
 
 
+@pytest.mark.parametrize("words", ['{"format": 1, "size": 4, "terms": 0, "starts": 0, "rows": 0, "scores": 0}', "{"])
+def test_words_of_an_earlier_version_or_damaged_ones_are_made_anew_without_embedding(tmp_path, words):
+    build_index(DOCUMENTS, tmp_path / "index", embedder=BagEmbedder())
+    head = next((tmp_path / "index").glob("versions/*/words/words.json"))
+    now = head.read_text()
+    head.write_text(words)
+    embedder = BagEmbedder()
+    build_index(DOCUMENTS, tmp_path / "index", embedder=embedder)
+    assert not embedder.embedded
+    assert places(search(open_index(tmp_path / "index", embedder), "rust in water", 1, mode="words")) == ["metal.md"]
+    assert next((tmp_path / "index").glob("versions/2/words/words.json")).read_text() == now
+
+
 def test_a_first_build_that_was_killed_is_gone_on_with_beside_what_its_sources_fetched(tmp_path, monkeypatch):
     out, embedder = tmp_path / "i", BagEmbedder()
 

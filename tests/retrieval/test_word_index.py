@@ -55,6 +55,13 @@ def test_names_come_apart_and_words_keep_the_marks_of_their_scripts():
     assert terms_of("東京") == ["東", "京", "東京"] and terms_of("第3章") == ["第", "3", "章"]
 
 
+def test_a_korean_word_is_found_whatever_particle_follows_it():
+    texts = ["디스크를 암호화하려면 볼륨을 만듭니다.", "키보드는 나중에 고릅니다."]
+    with_particles = [bm25_scores(query, texts) for query in ("키보드를 바꾸기", "노트북 키보드로")]
+    assert all(second > 0 == first for first, second in with_particles)
+    assert terms_of("메모리는") == ["메모", "모리", "리는"] and terms_of("USB를") == ["usb", "를"]
+
+
 def test_scores_are_those_of_the_definition_worked_by_hand(tmp_path):
     rows, scores = built(tmp_path / "i", TEXTS).rank("green bridges", 5)
     # lengths 4, 8, 0, 3 and 3, so 3.6 on average; each word is in one text

@@ -22,9 +22,9 @@ _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})")
 _TABLE_ROW = re.compile(r"^[ \t]*\|.*\|[ \t]*$")
 #: The line below a table's header.
 _TABLE_RULE = re.compile(r"^[ \t]*\|(?:[ \t]*:?-+:?[ \t]*\|)+[ \t]*$")
-#: Where a sentence ends: after a mark, white space, and then anything but a small letter or a digit; or after a mark of Chinese
-#: or Japanese.
-_SENTENCE = re.compile(r"(?<=[.!?…])[\"'”’)\]]*[ \t\n]+(?![a-zß-öø-ÿ0-9])|(?<=[。！？｡])|\n+")
+#: Where a sentence ends: after a mark, white space, and then anything but a small letter or a digit; or after a mark of
+#: Chinese, Japanese, Hindi and its kin, Arabic, Urdu, Armenian, Ethiopic, Burmese or Khmer.
+_SENTENCE = re.compile(r"(?<=[.!?…])[\"'”’)\]]*[ \t\n]+(?![a-zß-öø-ÿ0-9])|(?<=[。！？｡।॥؟۔։።။។])|\n+")
 
 
 class Span(NamedTuple):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from bessemer.retrieval.chunks import Span, sentences
 from bessemer.retrieval.search import Hit
 from bessemer.retrieval.store import Passage
-from bessemer.retrieval.terms import PLAIN_WORDS
+from bessemer.retrieval.terms import compared_words
 
 #: Share of a sentence's content words that its sources must have.
 SUPPORT = 0.5
@@ -26,13 +26,16 @@ _LONGEST_MARK = len("[1234]")
 #: Characters before a citation in which its sentence begins.
 _SENTENCE_CHARACTERS = 2_000
 #: What ends a sentence; its citation stands before.
-_ENDS = ".!?:;,"
+_ENDS = ".!?:;,。！？｡।॥؟۔"
 #: Characters of the shortest text that is a quote.
 _SHORTEST_QUOTE = 8
 #: Blanks of a sentence that says something: four words.
 _FEWEST_BLANKS = 3
-_QUOTED = re.compile(rf"“([^“”]{{{_SHORTEST_QUOTE},}})”|\"([^\"]{{{_SHORTEST_QUOTE},}})\"")
-_WORD = re.compile(r"\w+")
+#: Opening and closing marks: English and straight ones, German, French, Chinese and Japanese.
+_MARKS = ("“”", '""', "„“", "„”", "«»", "»«", "「」", "『』")
+_QUOTED = re.compile("|".join(rf"{a}(?P<q{n}>[^{a}{b}]{{{_SHORTEST_QUOTE},}}){b}" for n, (a, b) in enumerate(_MARKS)))
+#: Citations behind the end of a sentence.
+_BEHIND = re.compile(rf"\s*(?:{_CITATION.pattern}\s*)+[{_ENDS}]?")
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,10 @@ class CitationReader:
 
 def nearest_sentence(statement: str, text: str) -> Span:
     """The sentence of a text that has most content words of a statement; the whole text where none has any."""
-    wanted = set(content_words(statement))
+    wanted = set(compared_words(statement))
     best, most = Span(0, len(text)), 0
     for span in sentences(text):
-        shared = len(wanted.intersection(content_words(text[span.start : span.end])))
+        shared = len(wanted.intersection(compared_words(text[span.start : span.end])))
         if shared > most:
             best, most = span, shared
     sentence = text[best.start : best.end]
@@ -132,30 +135,41 @@ def nearest_sentence(statement: str, text: str) -> Span:
 
 def checked_statements(text: str, sources: Sequence[Hit]) -> list[Statement]:
     """The sentences of an answer, with their citations and how far the sources support each."""
-    words = [set(content_words(hit.passage.shown)) for hit in sources]
+    words = [set(compared_words(hit.passage.shown)) for hit in sources]
     everything = set().union(*words)
     statements = []
-    for span in sentences(text):
-        sentence = text[span.start : span.end].strip()
-        if not sentence:
-            continue
+    for sentence in _cited_sentences(text):
         cited = tuple(dict.fromkeys(int(number) for number in _CITATION.findall(sentence) if 0 < int(number) <= len(sources)))
-        own = content_words(_CITATION.sub("", sentence))
+        own = compared_words(_CITATION.sub("", sentence))
         known = set().union(*(words[number - 1] for number in cited)) if cited else everything
         support = sum(word in known for word in own) / len(own) if own else None
         statements.append(Statement(sentence, cited, support))
     return statements
 
 
+def _cited_sentences(text: str) -> list[str]:
+    """The sentences of an answer. Citations behind the end of one that has none are its own: `It rusts. [1]`."""
+    found: list[str] = []
+    for span in sentences(text):
+        sentence = text[span.start : span.end]
+        behind = _BEHIND.match(sentence)
+        if found and behind and not _CITATION.search(found[-1]):
+            found[-1] = f"{found[-1]} {behind[0].strip()}"
+            sentence = sentence[behind.end() :]
+        if sentence.strip():
+            found.append(sentence.strip())
+    return found
+
+
 def attributed(text: str, sources: Sequence[Hit], among: Sequence[int]) -> str:
     """A text whose sentences are cited by what bears them out. Each cites that source, of the numbers `among`, which has most
     of its content words, the first of equal ones, if it has at least the share `SUPPORT` of them. Other citations are left
     out."""
-    words = {number: set(content_words(sources[number - 1].passage.shown)) for number in among}
+    words = {number: set(compared_words(sources[number - 1].passage.shown)) for number in among}
     parts = []
     for span in sentences(text):
         sentence = re.sub(rf"\s*{_CITATION.pattern}", "", text[span.start : span.end])
-        own = content_words(sentence)
+        own = compared_words(sentence)
         shares = {number: sum(word in known for word in own) / len(own) for number, known in words.items()} if own else {}
         best = max(shares, key=lambda number: (shares[number], -number), default=0)
         said = sentence.rstrip()
@@ -192,15 +206,10 @@ def _unwrapped(text: str) -> Iterator[str]:
         yield begun
 
 
-def content_words(text: str) -> list[str]:
-    """The words of a text in small letters, stop words left out."""
-    return [word for word in _WORD.findall(text.lower()) if word not in PLAIN_WORDS]
-
-
 def quotes_in(text: str, sources: Sequence[Hit]) -> Iterator[Quote]:
     """The quotes in an answer that a source holds word for word, as it has them: with its line breaks."""
     for match in _QUOTED.finditer(text):
-        if not (words := (match[1] or match[2]).split()):
+        if not (words := match[match.lastgroup or 0].split()):
             continue
         form = re.compile(r"\s+".join(map(re.escape, words)))
         for number, hit in enumerate(sources, start=1):

@@ -130,8 +130,11 @@ class LanceStore:
 
     @property
     def has_words(self) -> bool:
-        """Whether there is an index of words; versions until December 2026 made none."""
-        return (self._folder / _WORDS).exists()
+        """Whether there is a whole index of words, with the terms of this version; versions until December 2026 made none."""
+        try:
+            return self.words.is_current
+        except ArtefactError:
+            return False
 
     @cached_property
     def words(self) -> WordIndex:

@@ -2,7 +2,8 @@
 
 A word is a run of letters, digits and the marks that belong to them. Names such as `parseInt` are followed by their parts. Its
 terms are what is left in small letters, without accents and English endings. Scripts that write no space between words give a
-term for each character and each pair of neighbours, as Lucene's analysers do.
+term for each character and each pair of neighbours, and Korean, whose words end in particles, each pair of syllables, as
+Lucene's analysers do.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ _SPACELESS = re.compile(
 _ACCENTS = re.compile("[\u0300-\u036f\u200c\u200d]+")
 #: Latin letters that Unicode does not take apart.
 _LIGATURES = str.maketrans({"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"})
+#: Korean syllables.
+_HANGUL = re.compile("[\uac00-\ud7a3]+")
+#: Runs of characters that are compared by their pairs.
+_PAIRED = re.compile(f"{_SPACELESS.pattern}|{_HANGUL.pattern}")
+#: What is compared, as a number: to be raised where a word gives other terms, so that indexes are built again.
+TERMS_VERSION = 2
 #: Characters above which a word is no word: an encoded picture, a key.
 _LONGEST = 80
 
@@ -77,17 +84,26 @@ def terms_of(word: str) -> list[str]:
     if not folded.isascii():
         apart = unicodedata.normalize("NFKD", folded.translate(_LIGATURES))
         folded = unicodedata.normalize("NFC", _ACCENTS.sub("", apart))
-        if _SPACELESS.search(folded):
-            return _terms_without_spaces(folded)
+        return [stem(term) for term in _parts(folded, single=True)]
     return [stem(folded)] if folded else []
 
 
-def _terms_without_spaces(word: str) -> list[str]:
-    terms: list[str] = []
+def compared_words(text: str) -> list[str]:
+    """The words of a text in small letters, stop words left out; of scripts without spaces and of Korean, pairs of characters:
+    what a sentence and its source may share."""
+    words = (word for word in _WORD.findall(text.lower()) if word not in PLAIN_WORDS)
+    return [part for word in words for part in ([word] if word.isascii() else _parts(word))]
+
+
+def _parts(word: str, *, single: bool = False) -> list[str]:
+    """The pairs of neighbours in each run of characters that are compared so, a character that has no neighbour, and what
+    stands around. single: also each character of a script without spaces."""
+    parts: list[str] = []
     end = 0
-    for run in _SPACELESS.finditer(word):
-        terms += [word[end : run.start()]]
+    for run in _PAIRED.finditer(word):
         characters = run.group()
-        terms += [*characters, *(characters[place : place + 2] for place in range(len(characters) - 1))]
+        pairs = [characters[place : place + 2] for place in range(len(characters) - 1)]
+        is_single = len(characters) == 1 or (single and not _HANGUL.match(characters))
+        parts += [word[end : run.start()], *(characters if is_single else ""), *pairs]
         end = run.end()
-    return [stem(term) for term in (*terms, word[end:]) if term]
+    return [part for part in (*parts, word[end:]) if part]

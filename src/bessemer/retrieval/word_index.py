@@ -7,7 +7,7 @@ wanted, nor on a filter. The files are raw arrays, mapped into memory and read w
 - `terms.bin`: (V,) uint64, hashes of the terms, ascending
 - `starts.bin`: (V + 1,) int64, where the postings of each begin
 - `rows.bin`, `scores.bin`: (P,) int32 and float32, the postings
-- `words.json`, written last: the format and the sizes
+- `words.json`, written last: the format, the version of the terms (`terms.py`) and the sizes
 
 Terms are compared by their hashes of 64 bits: of a million terms, two share one with a probability of 3·10⁻⁸.
 """
@@ -28,7 +28,7 @@ import numpy as np
 
 from bessemer.core.errors import ArtefactError, writing_to
 from bessemer.core.store import check_format, read_json, write_json
-from bessemer.retrieval.terms import is_plain, parts_of_name, terms_of, words_of_text
+from bessemer.retrieval.terms import TERMS_VERSION, is_plain, parts_of_name, terms_of, words_of_text
 
 #: BM25's k₁ and b.
 K1, B = 1.2, 0.75
@@ -49,6 +49,8 @@ class WordIndex:
         head = read_json(folder / _HEAD, "index of words")
         check_format(head.get("format"), _FORMAT, folder / _HEAD, "index of words")
         self.size = int(head["size"])
+        #: Whether its texts were divided into terms as queries are now.
+        self.is_current = head.get("terms_version", 1) == TERMS_VERSION
         arrays: dict[str, Any] = {}
         for name, kind in _KINDS.items():
             path, count = folder / f"{name}.bin", int(head[name])
@@ -203,7 +205,7 @@ class _Counted:
                 _write(stream, array)
         postings = int(starts[-1])
         sizes = {"terms": len(order), "starts": len(starts), "rows": postings, "scores": postings}
-        write_json(folder / _HEAD, {"format": _FORMAT, "size": size, **sizes})
+        write_json(folder / _HEAD, {"format": _FORMAT, "terms_version": TERMS_VERSION, "size": size, **sizes})
 
 
 def _slabs(starts: np.ndarray) -> Iterator[tuple[int, int]]:
