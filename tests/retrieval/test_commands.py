@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import pytest
 
 from bessemer.cli.main import main
+from bessemer.core.progress import Silent
 from bessemer.core.store import locked_folder
+from bessemer.retrieval.index import IndexedDocument, build_index
 from tests.serving.running import babbling_engine
 
 pytest.importorskip("lancedb")
@@ -81,16 +84,29 @@ def test_a_full_disk_is_one_line_and_the_old_index_answers_until_there_is_room(t
     assert code == 0 and "2 documents, 2 passages (1 added)" in printed
 
 
-def test_a_second_writer_is_told_to_wait_and_a_reader_is_answered(tmp_path, capsys):
+def test_a_second_writer_waits_says_so_and_a_reader_is_answered_meanwhile(tmp_path, capsys, monkeypatch):
     docs, out = tmp_path / "docs", tmp_path / "i"
     docs.mkdir()
     (docs / "metal.md").write_text("Iron rusts in water.\n")
     run(capsys, "index", str(docs), str(out), "--embedder", "none")
     with locked_folder(out):
-        code, _, error = run(capsys, "index", str(docs), str(out))
-        assert code == 2 and "another process is at work in this folder; wait" in error and error.count("\n") == 1
         code, printed, _ = run(capsys, "search", str(out), "rusts")
     assert code == 0 and "metal.md#0" in printed
+    said = []
+
+    class FirstWriterEnds(Silent):
+        def say(self, line):
+            first.close()
+            said.append(line)
+
+    with ExitStack() as first:
+        first.enter_context(locked_folder(out))
+        summary = build_index([IndexedDocument("metal.md#0", "Gold does not.")], out, progress=FirstWriterEnds())
+    assert summary.changed == 1 and "another process is at work in this folder; waiting" in said[0]
+    monkeypatch.setattr("bessemer.retrieval.index.PATIENCE", 0)
+    with locked_folder(out):
+        code, _, error = run(capsys, "index", str(docs), str(out))
+    assert code == 2 and error.splitlines()[-1].startswith("error: ") and "another process is at work" in error
 
 
 @pytest.mark.parametrize(

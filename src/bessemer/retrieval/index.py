@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,8 @@ from bessemer.retrieval.terms import words_of_text
 INDEX = "index.json"
 _FORMAT = 1
 _VERSIONS = "versions"
+#: Seconds to wait for another process that writes.
+PATIENCE = 3600.0
 #: Folder beside the index for what sources download, and the file of who may see which documents.
 CACHE, ACCESS = "cache", "access.json"
 
@@ -131,12 +134,26 @@ def build_index(
     """Make an index of documents in a folder, or bring the one that is there up to date.
 
     config: None: that of the existing index, or the defaults. Documents that are not among `documents` leave the index. After a
-    change of settings or embedder all documents are cut and embedded again. Raises ArtefactError for a folder that holds
-    something else, or that another process writes to; ConfigError where there is nothing to index.
+    change of settings or embedder all documents are cut and embedded again. Where another process writes to the folder, it is
+    waited for. Raises ArtefactError for a folder that holds something else, or that another process writes to for long;
+    ConfigError where there is nothing to index.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with locked_folder(out):
-        return _Build(out, config, embedder, progress or Silent()).run(documents)
+    shown = progress or Silent()
+    with _locked(out, shown):
+        return _Build(out, config, embedder, shown).run(documents)
+
+
+@contextmanager
+def _locked(out: Path, progress: Progress) -> Iterator[None]:
+    """Lock an index against other writers, when they have ended."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(out))
+        except ArtefactError:
+            progress.say(f"  {out}: another process is at work in this folder; waiting for its end")
+            stack.enter_context(locked_folder(out, PATIENCE))
+        yield
 
 
 class _Build:
