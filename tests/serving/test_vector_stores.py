@@ -159,6 +159,7 @@ def test_a_file_without_text_fails_with_a_reason_and_hinders_no_other(connect, t
         ("blank.md", b" \n"),
         ("photo.png", b"\x89PNG\x00"),
         ("a.md.gz", b"\x1f\x8b"),
+        ("plan.docx", b"PK garbage"),
         ("notes.log", b"Iron."),
     ):
         given = client.files.create(file=(name, content), purpose="user_data")
@@ -168,9 +169,10 @@ def test_a_file_without_text_fails_with_a_reason_and_hinders_no_other(connect, t
         "blank.md": "blank.md: no text is in it",
         "photo.png": "photo.png: files of this kind cannot be read",
         "a.md.gz": "a.md.gz: compressed files are not read",
+        "plan.docx": "plan.docx: it is damaged (File is not a zip file)",
         "notes.log": "completed",
     }
-    assert client.vector_stores.retrieve(store.id).file_counts.failed == 3
+    assert client.vector_stores.retrieve(store.id).file_counts.failed == 4
 
 
 def test_files_and_stores_are_their_owners_and_an_index_shows_each_caller_their_groups(start, tmp_path):

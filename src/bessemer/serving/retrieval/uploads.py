@@ -188,7 +188,8 @@ def _documents_of(path: Path) -> Sequence[IndexedDocument]:
     tally = Tally()
     documents = list(documents_of(sources, path.parent / "cache", tally))
     if not documents and (losses := list(tally.losses)):
-        raise SourceError(f"{path}: {losses[0]}")
+        # a loss begins with the file's name
+        raise SourceError(str(losses[0]))
     return documents
 
 
