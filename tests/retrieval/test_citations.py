@@ -207,6 +207,11 @@ def test_a_sentence_over_wrapped_lines_is_quoted_whole_and_found_as_its_source_h
     assert not list(quotes_in("“         ” [1]", sources))
 
 
+def test_a_sentence_without_blanks_is_quoted_beside_one_with_them():
+    sources = [hit(1, "安装之前请先备份重要的数据。\n\nRun this command as root:\n")]
+    assert quotable(sources) == ["“安装之前请先备份重要的数据” [1].", "“Run this command as root” [1]."]
+
+
 @pytest.mark.parametrize(
     "said", ["„Wait until the thread ends,“", "«Wait until the thread ends,»", "「Wait until the thread ends,」"]
 )

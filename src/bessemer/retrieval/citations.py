@@ -29,8 +29,8 @@ _SENTENCE_CHARACTERS = 2_000
 _ENDS = ".!?:;,。！？｡।॥؟۔"
 #: Characters of the shortest text that is a quote.
 _SHORTEST_QUOTE = 8
-#: Blanks of a sentence that says something: four words.
-_FEWEST_BLANKS = 3
+#: Blanks of a sentence that says something: four words. Pairs of characters that do where no blanks are written.
+_FEWEST_BLANKS, _FEWEST_PAIRS = 3, 6
 #: Opening and closing marks: English and straight ones, German, French, Chinese and Japanese.
 _MARKS = ("“”", '""', "„“", "„”", "«»", "»«", "「」", "『』")
 _QUOTED = re.compile("|".join(rf"{a}(?P<q{n}>[^{a}{b}]{{{_SHORTEST_QUOTE},}}){b}" for n, (a, b) in enumerate(_MARKS)))
@@ -189,9 +189,14 @@ def quotable(sources: Sequence[Hit]) -> list[str]:
         found = [" ".join(one.split()).rstrip(_ENDS) for one in _unwrapped(hit.passage.text)]
         fitting = [one for one in found if len(one) >= _SHORTEST_QUOTE and not set("“”[]") & set(one)]
         # a name or a label alone says little
-        quoted = [one for one in fitting if one.count(" ") >= _FEWEST_BLANKS] or fitting
+        quoted = [one for one in fitting if _says_something(one)] or fitting
         answers += [f"“{one}” [{number}]." for one in quoted] or [f"See {without_citations(hit.passage.title)} [{number}]."]
     return list(dict.fromkeys(answers))
+
+
+def _says_something(sentence: str) -> bool:
+    pairs = sum(not word.isascii() for word in compared_words(sentence))
+    return sentence.count(" ") >= _FEWEST_BLANKS or pairs >= _FEWEST_PAIRS
 
 
 def _unwrapped(text: str) -> Iterator[str]:
