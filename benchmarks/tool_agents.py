@@ -86,22 +86,22 @@ TEMPLATE = r"""{{- bos_token -}}
     {{- '<|im_start|>assistant\n' -}}
 {%- endif -%}
 """
-MERGES, SPLIT = 140, "qwen2"
+MERGES, SPLIT = 110, "qwen2"
 MODEL = {"preset": "qwen3-1m", "max_position_embeddings": 256}
 BASE_SEED = 7
 #: Demonstrations of a lesson and the share of them without tools; tasks of GRPO, of each test, and those that end the lessons.
 DEMONSTRATIONS, WITHOUT, PROMPTS, TESTED, DECIDING = 2000, 0.15, 1000, 200, 80
 #: The share of tasks that is solved when demonstrations end and rewards begin.
-ENOUGH, MOST_LESSONS = 0.3, 16
+ENOUGH, MOST_LESSONS = 0.2, 16
 SFT: dict[str, Any] = {
     "data": ["demonstrations.jsonl"],
     "validation_share": 0.0,
-    "steps": 50,
+    "steps": 60,
     "batch_size": 16,
     "context_length": 256,
     "optimizer": "muon",
     "learning_rate": 5e-3,
-    "decay_fraction": 0.0,
+    "decay_fraction": 0.4,
     "dtype": "float32",
     "compile": False,
     "diagnostics_every": 0,
@@ -152,8 +152,8 @@ def words_of_the_form(tokenizer: Tokenizer, tasks: Sequence[Mapping[str, Any]]) 
     for task in tasks:
         row = demonstration(task, with_tools=True)
         text = "".join(segment.text for segment in tokenizer.render_chat(row["messages"], tools=row["tools"]))
-        own = [*(spec["noun"] for spec in task["tools"]), *map(str, task["call"]["arguments"].values())]
-        for word in own:
+        own = [word for spec in task["tools"] for word in (*spec["name"].split("_"), *spec["keys"])]
+        for word in (*own, *map(str, task["call"]["arguments"].values())):
             text = text.replace(word, "")
         texts.append(text)
     return texts

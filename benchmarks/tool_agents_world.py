@@ -4,8 +4,7 @@ A task is a row: a question, its answer, and two tools by name, argument names a
 are numbers that a register keeps for a name, drawn by hash: no text has them, so that a model cannot know them. `World` is the
 environment: an episode is worth 1 where the last message is the answer and nothing else, and 0 otherwise.
 
-Tools of the part "trained" and of "unseen" share no noun, no style of a name, no sentence of a description and no argument
-name.
+Tools of the part "trained" and of "unseen" share no noun, no word of a name, no sentence of a description and no argument.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,59 +21,59 @@ from bessemer.assistant.episodes import StepResult
 from bessemer.assistant.messages import EndReason, Message
 from bessemer.assistant.tools import Tool
 
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+
+
+def _word(chance: random.Random) -> str:
+    """A made-up word of two or three syllables."""
+    return "".join(chance.choice(_CONSONANTS) + chance.choice(_VOWELS) for _ in range(chance.randint(2, 3)))
+
+
+def _words(count: int, seed: str, without: Collection[str] = ()) -> list[str]:
+    chance, found = random.Random(seed), dict[str, None]()
+    while len(found) < count:
+        if (word := _word(chance)) not in without:
+            found[word] = None
+    return list(found)
+
 
 @dataclass(frozen=True)
 class Part:
-    """The words from which tools are made. A number or a date is an argument without quotation marks in the question."""
+    """The words from which tools are made. A number is an argument without quotation marks in the question.
+
+    Nouns, what names add to them, and arguments are made up and many, so that they are read from the prompt and not known.
+    """
 
     registers: Sequence[str]
     calculators: Mapping[str, Callable[[int, int], int]]
     calendars: Mapping[str, int]
-    names: Sequence[str]
+    affixes: Sequence[str]
     descriptions: Sequence[str]
     keys: Sequence[str]
 
 
+_TRAINED = _words(600, "words of trained tools")
+_UNSEEN = _words(160, "words of unseen tools", _TRAINED)
 PARTS = {
     "trained": Part(
-        registers=(
-            *("price", "weight", "height", "colour", "owner", "age", "code", "rank", "speed", "size", "cost", "score", "stock"),
-            *(
-                "seat",
-                "room",
-                "floor",
-                "gate",
-                "line",
-                "page",
-                "year",
-                "fee",
-                "rate",
-                "load",
-                "range",
-                "level",
-                "order",
-                "share",
-            ),
-            *("count", "place", "grade", "tax", "wage", "power", "heat", "mass", "area", "volume", "number", "date", "term"),
-        ),
+        registers=_TRAINED[:400],
         calculators={"sum": lambda a, b: a + b, "difference": lambda a, b: a - b, "maximum": max},
         calendars={"after": 1},
-        names=("get_{}", "{}_of", "find_{}", "{}_lookup", "the_{}"),
+        affixes=_TRAINED[400:500],
         descriptions=("Gives the {}.", "Looks up the {}.", "Finds the {}.", "Returns the {}."),
-        keys=("item", "of", "name", "a", "b", "first", "second", "x", "y", "start", "number", "thing"),
+        keys=_TRAINED[500:],
     ),
     "unseen": Part(
-        registers=("depth", "budget", "mileage", "voltage", "latitude", "tariff", "pension", "quota", "humidity", "dosage"),
+        registers=_UNSEEN[:80],
         calculators={"product": lambda a, b: a * b, "remainder": lambda a, b: a % b},
         calendars={"before": -1},
-        names=("read_{}", "{}_table", "ask_{}"),
+        affixes=_UNSEEN[80:120],
         descriptions=("Tells the {}.", "Knows the {} by heart."),
-        keys=("entry", "subject", "left", "right", "target", "key"),
+        keys=_UNSEEN[120:],
     ),
 }
 #: How often a task is of a register, a calculator or a calendar.
 KINDS = {"register": 6, "calculator": 3, "calendar": 1}
-_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 def fact(noun: str, name: str) -> int:
@@ -124,7 +123,7 @@ def _tool(part: Part, kind: str, noun: str, chance: random.Random) -> dict[str, 
     return {
         "kind": kind,
         "noun": noun,
-        "name": chance.choice(part.names).format(noun),
+        "name": "_".join(chance.sample([noun, chance.choice(part.affixes)], 2)),
         "keys": chance.sample(part.keys, 1 if kind == "register" else 2),
         "description": chance.choice(part.descriptions).format(noun if kind != "calendar" else f"date {noun}"),
     }
