@@ -1,5 +1,5 @@
 // Comparisons of two answers whose names were hidden: kept in this browser, and shown as rates of winning with their intervals.
-import { byId, download, make, whole } from "./page.js";
+import { byId, download, make, table, whole } from "./page.js";
 
 const KEPT = "bessemer-comparisons";
 function all() { try { return JSON.parse(localStorage.getItem(KEPT)) ?? []; } catch { return []; } }
@@ -37,7 +37,7 @@ export function drawComparisons() {
     return make("tr", {}, make("td", {}, names[0], make("br"), "against ", names[1]), make("td", { class: "number" }, `${shown((first + ties / 2) / count)} (${shown(low)} – ${shown(high)})`), make("td", { class: "number" }, `${first} – ${ties} – ${second}`));
   });
   place.replaceChildren(make("h3", {}, "Compared blindly"),
-    make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...["settings", "the first wins (95 %)", "wins – ties – losses"].map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows))),
+    table("Comparisons", ["settings", "the first wins (95 %)", "wins – ties – losses"], rows),
     make("div", { class: "row" },
       make("button", { class: "quiet", type: "button", onclick: () => download("comparisons.json", "application/json", JSON.stringify(comparisons, null, 1)) }, "Export"),
       make("button", { class: "quiet", type: "button", onclick: () => { if (confirm("Forget all comparisons?")) { localStorage.removeItem(KEPT); drawComparisons(); } } }, "Forget")));
