@@ -257,6 +257,28 @@ def test_an_answer_has_one_label_the_last_and_none_once_it_is_taken_back(start, 
     assert [row["id"] for row in json_lines(labels.read_text())] == ["b"]
 
 
+def test_training_on_feedback_is_started_by_whom_runs_are_shown_and_with_enough_of_it(start, tmp_path):
+    people, runs = tmp_path / "people", tmp_path / "runs"
+    row = {"prompt": [{"role": "user", "content": "Where?"}], "chosen": "Here.", "rejected": "There."}
+
+    def refused(url, **headers):
+        answer = httpx.post(url + "/feedback/train", json={}, headers=headers)
+        return answer.status_code, answer.json()["error"]["message"]
+
+    url = start(web={"feedback": people, "runs": runs})
+    assert httpx.post(url + "/feedback", json=row).status_code == 200
+    assert refused(url) == (400, "there are 1 pairs, and 8 are needed: go on comparing")
+    assert '"trains": true' in httpx.get(url).text
+    for web in ({"feedback": people}, {"runs": runs}):
+        url = start(web=web)
+        assert refused(url)[0] == 403 and '"trains": false' in httpx.get(url).text
+    keys, key = tmp_path / "keys.json", new_key()
+    write_keys(keys, [KeyRecord(name="ann", hash=hash_key(key))])
+    url = start(web={"feedback": people, "runs": runs}, keys=keys)
+    assert refused(url, Authorization=f"Bearer {key}") == (403, "runs and their documents are shown with an admin key")
+    assert not runs.exists()
+
+
 def test_the_description_of_the_api_has_the_routes_of_the_pages(start, engine, model_folder):
     app = create_app(engine, "tiny", ServingConfig(), web_pages(WebSettings(model_folder)))
     routes = FastAPI.openapi(app)["paths"]

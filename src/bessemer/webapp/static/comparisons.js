@@ -1,5 +1,5 @@
 // Comparisons of two answers whose names were hidden: kept in this browser, and shown as rates of winning with their intervals.
-import { byId, download, make, table, whole } from "./page.js";
+import { byId, download, given, json, make, say, table, whole } from "./page.js";
 
 const KEPT = "bessemer-comparisons";
 function all() { try { return JSON.parse(localStorage.getItem(KEPT)) ?? []; } catch { return []; } }
@@ -26,6 +26,20 @@ export function tallied(comparisons) {
   return [...pairs.values()];
 }
 
+/** Start `preference` on the pairs that the server has kept, and say where its run is seen. */
+async function train(button) {
+  button.disabled = true;
+  const place = byId("training");
+  try {
+    const { run, pairs } = await json("feedback/train", { body: {} });
+    place.replaceChildren(`Learning from ${whole(pairs)} pairs: `, make("a", { href: `runs?run=${encodeURIComponent(run)}` }, run));
+  } catch (error) {
+    place.replaceChildren(make("span", { class: "failure" }, error.message));
+    button.disabled = false;
+  }
+  say(place.textContent);
+}
+
 /** Show the rates in the settings, where anything was compared. */
 export function drawComparisons() {
   const comparisons = all(), place = byId("comparisons");
@@ -38,6 +52,8 @@ export function drawComparisons() {
   });
   place.replaceChildren(make("h3", {}, "Compared blindly"),
     table("Comparisons", ["settings", "the first wins (95 %)", "wins – ties – losses"], rows),
+    ...(given.trains ? [make("p", { class: "soft" }, "All pairs that this server has kept become training data: a run of ", make("code", {}, "preference"), " (DPO) on the model makes a new one, in minutes of this machine."),
+      make("button", { type: "button", onclick: (event) => train(event.target) }, "Learn from the preferences"), make("p", { id: "training", role: "status" })] : []),
     make("div", { class: "row" },
       make("button", { class: "quiet", type: "button", onclick: () => download("comparisons.json", "application/json", JSON.stringify(comparisons, null, 1)) }, "Export"),
       make("button", { class: "quiet", type: "button", onclick: () => { if (confirm("Forget all comparisons?")) { localStorage.removeItem(KEPT); drawComparisons(); } } }, "Forget")));
