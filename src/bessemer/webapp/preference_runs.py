@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fastapi import APIRouter, Request
 
 from bessemer.core.store import write_text
 from bessemer.pipeline import run_names
-from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.bodies import ApiError, without_places
 from bessemer.webapp.access import shown_runs
 from bessemer.webapp.feedback import PAIRS, FeedbackApi
 
@@ -76,7 +77,17 @@ class PreferenceRuns:
         # it ends with the server, and the same command goes on with it
         atexit.register(process.terminate)
         self._running = process
+        self._wait_for(runs, name, feedback / LOG)
         return {"run": name, "pairs": pairs}
+
+    def _wait_for(self, runs: Path, name: str, log: Path) -> None:
+        """Until the run can be shown. Raises ApiError (400) with the last line of a process that ended before."""
+        assert self._running is not None
+        while name not in run_names(runs):
+            if self._running.poll() is not None:
+                *_, last = ["", *log.read_text(encoding="utf-8", errors="replace").splitlines()]
+                raise ApiError(f"the run did not start: {without_places(last)}", status=400, code="not_started")
+            time.sleep(0.1)
 
 
 def count_pairs(path: Path) -> int:

@@ -50,10 +50,10 @@ export function drawComparisons() {
     const count = first + second + ties, [low, high] = interval(first + ties / 2, count);
     return make("tr", {}, make("td", {}, names[0], make("br"), "against ", names[1]), make("td", { class: "number" }, `${shown((first + ties / 2) / count)} (${shown(low)} – ${shown(high)})`), make("td", { class: "number" }, `${first} – ${ties} – ${second}`));
   });
-  place.replaceChildren(make("h3", {}, "Compared blindly"),
+  place.replaceChildren(make("h2", {}, "Compared blindly"),
     table("Comparisons", ["settings", "the first wins (95 %)", "wins – ties – losses"], rows),
     ...(given.trains ? [make("p", { class: "soft" }, "All pairs that this server has kept become training data: a run of ", make("code", {}, "preference"), " (DPO) on the model makes a new one, in minutes of this machine."),
-      make("button", { type: "button", onclick: (event) => train(event.target) }, "Learn from the preferences"), make("p", { id: "training", role: "status" })] : []),
+      make("button", { class: "strong", type: "button", onclick: (event) => train(event.target) }, "Learn from the preferences"), make("p", { id: "training", role: "status" })] : []),
     make("div", { class: "row" },
       make("button", { class: "quiet", type: "button", onclick: () => download("comparisons.json", "application/json", JSON.stringify(comparisons, null, 1)) }, "Export"),
       make("button", { class: "quiet", type: "button", onclick: () => { if (confirm("Forget all comparisons?")) { localStorage.removeItem(KEPT); drawComparisons(); } } }, "Forget")));
