@@ -149,7 +149,7 @@ function explained(explanation) {
   const parts = [make("h3", {}, "What the filters say"), verdict && make("p", { class: explanation.is_kept ? "" : "failure" }, verdict)];
   for (const edit of changed) {
     parts.push(make("h4", {}, `Edit ${edit.name}: ${count(edit.changes.length)} ${edit.changes.length === 1 ? "change" : "changes"}`),
-      ...edit.changes.slice(0, 12).map((change) => make("p", { class: "change" }, change.left, make("del", {}, visibleSpan(change.before)), make("ins", {}, visibleSpan(change.after)), change.right)));
+      ...edit.changes.slice(0, 12).map((change) => make("p", { class: "edits" }, change.left, make("del", {}, visibleSpan(change.before)), make("ins", {}, visibleSpan(change.after)), change.right)));
   }
   const limit = ([low, high]) => [low === null ? "" : `≥ ${short(low)}`, high === null ? "" : `≤ ${short(high)}`].filter(Boolean).join(" ");
   const rows = explanation.scores.map((score) => make("tr", { class: score.passes === false ? "failure" : undefined },
