@@ -92,6 +92,7 @@ STUDIES = [
     Benchmark("scaling_ladder", ("target",)),
     Benchmark("scaling_ladder", ("rates",)),
     Benchmark("sums"),
+    Benchmark("tool_agents"),
     Benchmark("rollout_servers"),
     Benchmark("tinker_recipes"),
     Benchmark("overoptimisation"),

@@ -206,7 +206,7 @@ def inside(page: Any, url: str) -> dict[str, float]:
     page.click("text=Look inside")
     page.wait_for_selector("#lens")
     first = time.perf_counter() - start
-    page.wait_for_function("document.querySelector('#state').textContent === ''", timeout=300_000)
+    page.wait_for_function("() => document.querySelector('#state').textContent === ''", timeout=300_000)
     return {
         "numbers_ms": median(one for one, _ in clicks),
         "panel_ms": median(whole for _, whole in clicks),

@@ -82,3 +82,16 @@ def test_a_project_s_instructions_are_read_and_cut(tmp_path):
     (tmp_path / "AGENTS.md").write_text("Use tabs.\n" + "x" * 100_000)
     text = instructions_of(tmp_path)
     assert text.startswith("Use tabs.") and text.endswith("(cut here)") and len(text) < 33_000
+
+
+def test_instructions_that_are_a_link_out_of_the_project_are_refused(tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    (tmp_path / "key").write_text("secret")
+    (project / "AGENTS.md").symlink_to(tmp_path / "key")
+    with pytest.raises(ConfigError, match=r"AGENTS\.md: this link leads out of the folder"):
+        instructions_of(project)
+    (project / "AGENTS.md").unlink()
+    (project / "CLAUDE.md").write_text("Use tabs.")
+    (project / "AGENTS.md").symlink_to("CLAUDE.md")
+    assert instructions_of(project) == "Use tabs."

@@ -121,6 +121,21 @@ def test_a_tool_of_an_mcp_server_is_called(model, folder, capsys):
     assert "weather" in json.loads((folder / "servers.json.approved.json").read_text())["city"]
 
 
+def test_a_task_that_goes_on_has_the_tools_that_it_had(model, folder, capsys):
+    pytest.importorskip("mcp")
+    (folder / "servers.json").write_text(json.dumps({"mcpServers": {"city": {"command": sys.executable, "args": [SCRIPTED]}}}))
+    # room for one tool, and the first by name is another one
+    options = ("--mcp-servers-config", "servers.json", "--tools", "", "--approve", "never", "--tool-tokens", "45")
+    name, server = model(("city__say", {"text": "Hello"}), "Said.")
+    code, _, _ = bessemer(capsys, "agent", name, "Say a text", "--steps", "1", *options)
+    first = [tool["function"]["name"] for tool in server.requests[0][2]["tools"]]
+    assert code == 0 and "city__say" in first and len(first) < 5
+    code, out, _ = bessemer(capsys, "agent", name, "--resume", "agents/1", *options)
+    assert (code, out) == (0, "Said.\n")
+    assert [tool["function"]["name"] for tool in server.requests[1][2]["tools"]] == first
+    assert server.requests[1][2]["messages"][-1]["content"] == "Hello"
+
+
 def test_ctrl_c_says_how_the_task_goes_on(model, folder, capsys, monkeypatch):
     def pressed(*_):
         raise KeyboardInterrupt

@@ -44,6 +44,26 @@ def test_what_was_decided_is_said_and_a_server_loads_what_is_used(people, capsys
         assert told == ([("/v1/load_lora_adapter", loaded)] if decision == "used" else [])
 
 
+def test_feedback_given_while_an_adapter_trains_is_looked_at_next(people, capsys, monkeypatch):
+    seen = []
+
+    def scripted(base, person, config, **_):
+        seen.append((person / "pairs.jsonl").read_text().count("\n"))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        with (person / "pairs.jsonl").open("a") as file:
+            file.write('{"prompt": "d", "chosen": "e", "rejected": "f"}\n')
+        return LINE | {"decision": "waits", "reason": "too little feedback"}
+
+    def waited(seconds):
+        raise AssertionError("it waits, although there is new feedback")
+
+    monkeypatch.setattr(personal, "personalise", scripted)
+    monkeypatch.setattr("bessemer.cli.personalise.time.sleep", waited)
+    bessemer(capsys, "personalise", "model", "ann", "--watch", "600")
+    assert seen == [1, 2]
+
+
 def test_a_person_is_shown_exported_and_forgotten(people, capsys):
     code, out, _ = bessemer(capsys, "person", "ann")
     assert code == 0 and "ann: 1 pairs of feedback" in out and "pairs.jsonl" in out

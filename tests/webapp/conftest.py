@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from bessemer.inference.engine import Engine
 from bessemer.model.storage.folder import save_model
 from bessemer.webapp.app import WebSettings, web_pages
+from tests.cases import slow
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 from tests.serving.running import servers
+from tests.webapp.firefox import firefox, write_launcher
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -57,27 +62,48 @@ def start(engine, model_folder, plain_server) -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture(scope="package")
-def browser():
-    """A real browser, headless; tests that need one are skipped where there is none.
-
-    Of this folder: as long as it lives, Playwright runs an event loop in this thread, and nothing else may run one.
-    """
-    where = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if where is None:
-        pytest.skip("browser")
+def playwright():
+    """Of this folder: as long as it lives, Playwright runs an event loop in this thread, and nothing else may run one."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+        yield playwright
+
+
+def pytest_generate_tests(metafunc):
+    """Every test of a page runs in Chromium, and the slow ones once more in Firefox."""
+    if "browser" in metafunc.fixturenames:
+        browsers = ["chromium", *([] if metafunc.definition.get_closest_marker("chromium") else [slow("firefox")])]
+        metafunc.parametrize("browser", browsers, indirect=True, scope="package")
+
+
+@pytest.fixture(scope="package")
+def browser(request, tmp_path_factory):
+    """A real browser, headless; tests that need one are skipped where there is none."""
+    with launched(request.getfixturevalue, request.param, tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@contextmanager
+def launched(fixture, name, folder):
+    """The browser of a name. fixture: gives a fixture by its name."""
+    where = firefox() if name == "firefox" else next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if where is None:
+        pytest.skip(name)
+    playwright = fixture("playwright")
+    if name == "firefox":
+        browser = playwright.firefox.launch(channel="moz-firefox", executable_path=write_launcher(folder / "firefox"))
+    else:
+        browser = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
 def page(browser, start):
     """A page whose faults, and whose requests to anywhere but its own server, fail the test; closed before the servers."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     page = context.new_page()
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))

@@ -27,6 +27,7 @@ def opened(page, url):
     page.evaluate("document.querySelector('[name=max_tokens]').value = 12; document.querySelector('[name=seed]').value = 3")
 
 
+@pytest.mark.chromium("Playwright is told of no download there")
 def test_a_conversation_is_asked_edited_branched_kept_and_taken_elsewhere(page, start, tmp_path):
     url = start(web={"feedback": tmp_path / "said", "suggestions": ["the end"]})
     opened(page, url)
@@ -264,6 +265,7 @@ def test_no_page_is_wider_than_a_phone(page, start, path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+@pytest.mark.chromium("its theme is not set from outside")
 def test_it_is_there_at_360_pixels_in_the_dark(page, start):
     page.set_viewport_size({"width": 360, "height": 640})
     page.emulate_media(color_scheme="dark")
@@ -275,6 +277,7 @@ def test_it_is_there_at_360_pixels_in_the_dark(page, start):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 23, 26)"
 
 
+@pytest.mark.chromium("Playwright is told of no download there")
 def test_an_xray_shows_the_attention_of_its_sentence_and_is_saved_as_one_file(page, start, tmp_path):
     page.goto(start() + "/xray?text=the+end+in+the+thin")
     page.wait_for_selector("#attention .pictures i")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
+
+import pytest
 
 from tests.serving.engine import FakeEngine
 from tests.webapp.test_accessibility import faults
 from tests.webapp.test_chat import ANSWER, ask, opened
+from tests.webapp.test_pages import wait_for
 
 MARKDOWN = r"""Title
 =====
@@ -116,7 +120,7 @@ def test_a_cut_answer_goes_on_and_says_its_model_settings_and_place_in_the_conte
     page.set_viewport_size({"width": 400, "height": 800})
     opened(page, start())
     page.click("#show-settings")
-    page.fill("#system", "Be brief.")
+    page.locator("#system").press_sequentially("Be brief.")
     page.select_option("[data-side=first] [name=preset]", "precise")
     page.evaluate("document.querySelector('[name=max_tokens]').value = 6")
     page.keyboard.press("Escape")
@@ -186,3 +190,35 @@ def test_two_answers_are_compared_without_their_names_and_nothing_is_kept_until_
     (row,) = page.locator("#comparisons tbody tr").all_inner_texts()
     # Wilson's interval of one win of one, or of none
     assert "(21 % – 100 %)" in row or "(0 % – 79 %)" in row
+
+
+@pytest.mark.slow
+def test_the_result_of_blind_comparisons_trains_a_model(page, start, tmp_path):
+    feedback, runs = tmp_path / "feedback", tmp_path / "runs"
+    feedback.mkdir()
+    said = [({"role": "user", "content": f"say {n}"}, "yes please", "no") for n in range(7)]
+    rows = ({"prompt": [asked], "chosen": one, "rejected": other} for asked, one, other in said)
+    (feedback / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = iter(["one answer", "another answer"])
+    engine = FakeEngine(lambda _: iter(next(answers)), context_length=1000)
+    opened(page, start(web={"feedback": feedback, "runs": runs}, served=engine))
+    page.click("#show-settings")
+    page.check("#beside")
+    page.check("#blind")
+    page.keyboard.press("Escape")
+    ask(page, "first")
+    with page.expect_response("**/feedback"):
+        page.get_by_role("button", name="A is better").click()
+    page.click("#show-settings")
+    found = faults(page)
+    assert not found, "\n".join(map(str, found))
+    page.get_by_role("button", name="Learn from the preferences").click()
+    page.wait_for_selector("#training >> text=Learning from 8 pairs: preferences-1")
+    page.get_by_role("button", name="Learn from the preferences").wait_for()
+    # a run at a time
+    assert page.get_by_role("button", name="Learn from the preferences").is_disabled()
+    page.click("#training a")
+    page.wait_for_selector("li.done >> text=preference", timeout=300_000)
+    record = runs / "preferences-1" / "stages" / "preference"
+    assert (runs / "preferences-1" / "model" / "model.safetensors").is_file() and record.is_dir()
+    wait_for(lambda: "preferences-1: done" in (feedback / "preference.log").read_text())

@@ -182,6 +182,8 @@ def test_a_change_is_seen_beside_the_text_as_it_is(token_page):
     page.set_viewport_size({"width": 400, "height": 800})
     page.click("text=Change it and see")
     page.wait_for_selector(".changing form")
+    fonts = "['body', '.changing label'].map((one) => getComputedStyle(document.querySelector(one)).fontFamily)"
+    assert len(set(page.evaluate(fonts))) == 1
     page.click("text=Go on with it")
     page.wait_for_selector(".results[data-done]")
     whole = page.inner_text(".results .answered >> nth=0")

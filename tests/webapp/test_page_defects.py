@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import httpx
+import pytest
 
 from bessemer.core.errors import RequestError
 from bessemer.core.records import json_lines
@@ -121,6 +122,7 @@ def test_an_xray_shows_what_it_has_says_how_far_it_is_and_is_cancelled(page, sta
     assert httpx.post(url + "/inspect/without", json={"text": "the end", "layer": 0, "head": 0}, timeout=60).json()["whole"]
 
 
+@pytest.mark.chromium("Playwright is not told there what a request sends")
 def test_the_numbers_of_a_token_are_those_it_was_sampled_with_and_are_there_at_once(page, start):
     asked = []
     # the server's own computation never comes

@@ -18,6 +18,7 @@ from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.inspection.inspect import inspect
 from bessemer.inspection.recording import logit_lens, record
 from bessemer.model.formats.gguf_export import export_gguf
+from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.posttraining.data.examples import read_examples
 from bessemer.posttraining.data.formats import as_labelled, as_pair
@@ -201,13 +202,19 @@ def test_an_xray_is_refused_where_its_copy_of_the_model_does_not_fit_or_anybody_
         assert refused.status_code == 403 and "asks for no key" in refused.json()["error"]["message"]
 
 
-def test_a_gguf_file_is_seen_from_inside_too(model_folder, tmp_path):
+def test_a_gguf_file_is_seen_from_inside_too(model_folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        xray_api, "inspect", lambda model, *rest, **more: (seen.append(model), inspect(model, *rest, **more))[1]
+    )
     export_gguf(model_folder, tmp_path / "tiny.gguf", "q8_0")
     with Engine(tmp_path / "tiny.gguf", device="cpu") as engine, servers() as begin:
         url = begin(engine, web_pages(WebSettings(tmp_path / "tiny.gguf")))
         found = httpx.post(url + "/inspect/xray", json={"text": "the end"}, timeout=60).json()
         expected = inspect(load_model(tmp_path / "tiny.gguf").float(), engine.tokenizer, "the end")
         assert found["figures"][-1]["value"] == f"{expected.loss:.2f}"
+        # a copy that kept its codes would dequantise a weight at every product
+        assert not is_quantised(seen[0]) and seen[0].dtype == torch.float32
         asked = {"text": "the end", "layer": 0, "head": 0}
         assert httpx.post(url + "/inspect/without", json=asked, timeout=60).json()["whole"]
 
@@ -255,6 +262,28 @@ def test_an_answer_has_one_label_the_last_and_none_once_it_is_taken_back(start, 
     assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": True}
     assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": False}
     assert [row["id"] for row in json_lines(labels.read_text())] == ["b"]
+
+
+def test_training_on_feedback_is_started_by_whom_runs_are_shown_and_with_enough_of_it(start, tmp_path):
+    people, runs = tmp_path / "people", tmp_path / "runs"
+    row = {"prompt": [{"role": "user", "content": "Where?"}], "chosen": "Here.", "rejected": "There."}
+
+    def refused(url, **headers):
+        answer = httpx.post(url + "/feedback/train", json={}, headers=headers)
+        return answer.status_code, answer.json()["error"]["message"]
+
+    url = start(web={"feedback": people, "runs": runs})
+    assert httpx.post(url + "/feedback", json=row).status_code == 200
+    assert refused(url) == (400, "there are 1 pairs, and 8 are needed: go on comparing")
+    assert '"trains": true' in httpx.get(url).text
+    for web in ({"feedback": people}, {"runs": runs}):
+        url = start(web=web)
+        assert refused(url)[0] == 403 and '"trains": false' in httpx.get(url).text
+    keys, key = tmp_path / "keys.json", new_key()
+    write_keys(keys, [KeyRecord(name="ann", hash=hash_key(key))])
+    url = start(web={"feedback": people, "runs": runs}, keys=keys)
+    assert refused(url, Authorization=f"Bearer {key}") == (403, "runs and their documents are shown with an admin key")
+    assert not runs.exists()
 
 
 def test_the_description_of_the_api_has_the_routes_of_the_pages(start, engine, model_folder):

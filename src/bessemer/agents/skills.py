@@ -105,10 +105,13 @@ def listing(skills: Sequence[Skill]) -> str:
 
 
 def instructions_of(root: Path) -> str:
-    """A project's `AGENTS.md`, cut where it is very long; "" where there is none."""
+    """A project's `AGENTS.md`, cut where it is very long; "" where there is none. Raises ConfigError for a link that leads out
+    of the project: a folder of somebody else's could show the model any file of this machine."""
     path = root / _INSTRUCTIONS
     if not path.is_file():
         return ""
+    if root.resolve() not in path.resolve().parents:
+        raise ConfigError(f"{path}: this link leads out of the folder; put a copy in its place, or remove it")
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     return text if len(text) <= _LONGEST_INSTRUCTIONS else f"{text[:_LONGEST_INSTRUCTIONS]}\n(cut here)"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -83,8 +83,11 @@ def agent(
     kinds = _kinds(tools, files, index)
     guard = None if policy is None else _guard(policy)
     check_kinds(kinds, has_folder=files is not None, has_index=index is not None)
+    question, kept = (task or "", ()) if resume is None else _asked_before(resume, task)
     with ExitStack() as stack:
-        chosen = stack.enter_context(_tools(kinds, files, index, task or "", mcp_servers_config, tool_tokens, approve_tools))
+        chosen = stack.enter_context(
+            _tools(kinds, files, index, question, kept, mcp_servers_config, tool_tokens, approve_tools)
+        )
         if resume is None:
             about = {"model": model, "tools": [tool.tool.name for tool in chosen], "budget": budget.model_dump()}
             messages = [Message.system(_system(files)), Message.user(task or "")]
@@ -172,12 +175,14 @@ def _tools(
     kinds: list[str],
     files: Path | None,
     index: Path | None,
-    task: str,
+    question: str,
+    kept: Sequence[str],
     mcp_config: Path | None,
     budget: int,
     approve: bool,
 ) -> Iterator[list[AgentTool]]:
-    """While entered, the tools of the agent."""
+    """While entered, the tools of the agent. Of MCP servers' tools those that the question needs, before them those of the
+    names `kept`."""
     from bessemer.agents.loop import AgentTool
     from bessemer.agents.skills import find_skills, skill_tools
     from bessemer.agents.toolbox import Folder, fetch_tool, open_sandbox, python_tool, search_tool
@@ -211,9 +216,19 @@ def _tools(
             *chosen,
             *(
                 AgentTool(tool, is_repeatable=servers.is_repeatable(tool.name))
-                for tool in choose_tools(servers.tools(), task, budget)
+                for tool in choose_tools(servers.tools(), question, budget, kept=kept)
             ),
         ]
+
+
+def _asked_before(folder: Path, more: str | None) -> tuple[str, Sequence[str]]:
+    """What the user of a task said last, and the names of the tools that were offered: a call under way needs its tool."""
+    from bessemer.agents.journal import JOURNAL, read_records, state_of
+
+    records, _ = read_records(folder)
+    state = state_of(records, folder / JOURNAL)
+    said = [message.text for message in state.messages if message.role == "user"]
+    return more or (said[-1] if said else ""), [str(name) for name in state.task.get("tools", ())]
 
 
 @contextmanager

@@ -59,12 +59,13 @@ def personalise(
     given = given_options(context, "minutes", "epochs", "rank", "learning_rate", "least_gain")
     config = PersonalConfig.parse(given, option_of("personalise"))
     while True:
+        # before the attempt: what is said while it trains is new
+        size = _size(folder)
         line = _attempt(source.path, folder, config, seed, device)
         if line["decision"] == "used" and url is not None:
             _tell(url, key_variable, "load", {"lora_name": person, "lora_path": f"{person}/adapter", "load_inplace": True})
         if watch is None:
             raise typer.Exit(3 if line["decision"] == "rolled back" else 0)
-        size = _size(folder)
         while _size(folder) == size:
             time.sleep(watch)
 

@@ -171,12 +171,15 @@ class LogitLens:
         return -np.log(np.maximum(self.next_probability_LT[-1], np.finfo(np.float32).tiny))
 
 
+#: States of which the lens computes logits at once, unless a text alone has more.
+_LENS_ROWS = 256
+
+
 def logit_lens(model: Decoder, recording: Recording, tokens_T: np.ndarray, top: int = 5, row: int = 0) -> LogitLens:
     """softmax(head(norm(h))) of one recorded text, with h the residual stream after each layer."""
     following_T1 = torch.as_tensor(np.asarray(tokens_T[1:], np.int64))[:, None]
     tokens, probabilities, ranks, of_next = [], [], [], []
-    for hidden_BTD in recording.residual:
-        probabilities_TV = lens_logits(model, hidden_BTD[row]).float().softmax(-1).cpu()
+    for probabilities_TV in _lens_probabilities(model, [hidden_BTD[row] for hidden_BTD in recording.residual]):
         best = probabilities_TV.topk(min(top, probabilities_TV.shape[-1]), dim=-1)
         next_T1 = probabilities_TV[:-1].gather(1, following_T1)
         tokens.append(best.indices.numpy())
@@ -184,6 +187,15 @@ def logit_lens(model: Decoder, recording: Recording, tokens_T: np.ndarray, top: 
         ranks.append(((probabilities_TV[:-1] > next_T1).sum(-1) + 1).numpy())
         of_next.append(next_T1[:, 0].numpy())
     return LogitLens(*map(np.stack, (tokens, probabilities, ranks, of_next)))
+
+
+def _lens_probabilities(model: Decoder, hidden_LTD: list[np.ndarray]) -> Iterator[Tensor]:
+    """The lens's probabilities (T, V) of each layer. Layers share products, which read the head once for several."""
+    layers = max(1, _LENS_ROWS // len(hidden_LTD[0]))
+    for first in range(0, len(hidden_LTD), layers):
+        some = hidden_LTD[first : first + layers]
+        logits_NV = lens_logits(model, np.concatenate(some)).float()
+        yield from logits_NV.softmax(-1).cpu().unflatten(0, (len(some), -1))
 
 
 @torch.no_grad()

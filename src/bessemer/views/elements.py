@@ -67,7 +67,9 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str | Markup]], cla
         )
         for row, name in zip(rows, classes or [""] * len(rows), strict=True)
     )
-    return Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(head, body)
+    return Markup('<div class="scroll" tabindex="0"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(
+        head, body
+    )
 
 
 def _numeric(column: Column) -> Markup:

@@ -68,7 +68,7 @@ def attention(inspection: Inspection) -> Markup:
         rows.append(Markup('<tr><th scope="row">{}</th>{}</tr>').format(layer, cells))
     top = Markup("").join(Markup("<th>{}</th>").format(head) for head in range(heads))
     style = Markup("<style>.attention{{{}}}\n{}</style>").format(Markup("".join(variables)), Markup("".join(shown)))
-    grid = Markup('<div class="pictures{}"><table><thead><tr><th></th>{}</tr></thead><tbody>{}</tbody></table></div>').format(
+    grid = Markup('<div class="pictures{}"><table><thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>').format(
         " many" if heads > _MANY_HEADS else "", top, Markup("").join(rows)
     )
     note = lead(
@@ -94,9 +94,9 @@ def _large(inspection: Inspection) -> Markup:
         )
         for w in (0.01, 0.1, 0.25, 0.5, 1.0)
     )
-    return Markup('<div class="large"><h3></h3><div class="square"><i></i>{}</div><p class="scale">weight {}</p></div>').format(
-        labels, steps
-    )
+    return Markup(
+        '<div class="large"><p class="chosen"></p><div class="square"><i></i>{}</div><p class="scale">weight {}</p></div>'
+    ).format(labels, steps)
 
 
 def _towards(inspection: Inspection) -> Markup:
@@ -163,9 +163,9 @@ def opened_head(inspection: Inspection) -> Markup:
             f"orange positive, blue negative, the fuller the larger. A score is q · k times {scale}.{cap} The mask takes away "
             f"what may not be seen; the softmax turns scores into weights.{sink}{note}"
         )
-        + Markup("<h4>q of {}</h4>{}").format(token(query), strip(opened.query_C))
+        + Markup('<h3 class="minor">q of {}</h3>{}').format(token(query), strip(opened.query_C))
         + Markup('<div class="steps">{}</div>').format(table(columns, rows, unseen))
-        + Markup("<h4>output: the weighted sum of v</h4>{}").format(strip(opened.output_V, values_limit))
+        + Markup('<h3 class="minor">output: the weighted sum of v</h3>{}').format(strip(opened.output_V, values_limit))
     )
 
 
@@ -312,9 +312,9 @@ def _lens(inspection: Inspection) -> Markup:
             "next likeliest and the rank of the true one."
             + (f" Of {len(pieces)} positions the last {len(shown)} are shown." if len(shown) < len(pieces) else "")
         )
-        + Markup('<div class="lens scroll"><table><thead><tr><th></th>{}</tr></thead><tbody>{}</tbody></table></div>').format(
-            head, body
-        )
+        + Markup(
+            '<div class="lens scroll" tabindex="0"><table><thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>'
+        ).format(head, body)
         + _ranks(inspection)
     )
 

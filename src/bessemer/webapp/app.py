@@ -25,6 +25,7 @@ from bessemer.webapp.forward_api import ForwardApi
 from bessemer.webapp.lineage_api import LineageApi
 from bessemer.webapp.model_copy import ModelCopy
 from bessemer.webapp.pictures_api import PicturesApi
+from bessemer.webapp.preference_runs import PreferenceRuns
 from bessemer.webapp.runs_api import RunsApi
 from bessemer.webapp.token_api import TokenApi
 from bessemer.webapp.xray_api import XrayApi
@@ -137,6 +138,7 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
 
     def pages(served: Served) -> Pages:
         site = _Site(served, settings)
+        feedback = FeedbackApi(settings.feedback)
         copy = ModelCopy(served, settings.folder, settings.makes_xrays)
         apis = (
             TokenApi(served),
@@ -147,7 +149,8 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
             XrayApi(served, copy),
             RunsApi(settings.runs),
             DataApi(served, settings.runs),
-            FeedbackApi(settings.feedback),
+            feedback,
+            PreferenceRuns(settings.folder, feedback, settings.runs),
         )
         return Pages([site.router(), *(api.router() for api in apis)], public_paths(), operations)
 
@@ -182,6 +185,8 @@ class _Site:
             "suggestions": self._settings.suggestions,
             "feedback": self._settings.feedback is not None,
             "run": self._settings.run,
+            # whether a run of `preference` may be started on what was said
+            "trains": None not in (self._settings.feedback, self._settings.runs, self._settings.folder),
             # the names under which this server has the model of the run
             "made": self._served.names_of_model,
             # whether a copy of it can be looked into and changed

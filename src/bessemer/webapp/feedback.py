@@ -72,7 +72,7 @@ class FeedbackApi:
 
     async def take(self, request: Request) -> dict[str, str]:
         body = await read_body(Feedback, request)
-        folder = self._kept_in(request)
+        folder = self.kept_in(request)
         name = PAIRS if body.chosen is not None else LABELS
         with self._lock:
             folder.mkdir(parents=True, exist_ok=True)
@@ -83,11 +83,11 @@ class FeedbackApi:
         return {"kept": name}
 
     async def withdraw(self, identity: str, request: Request) -> dict[str, bool]:
-        folder = self._kept_in(request)
+        folder = self.kept_in(request)
         with self._lock:
             return {"deleted": _remove(folder / LABELS, identity)}
 
-    def _kept_in(self, request: Request) -> Path:
+    def kept_in(self, request: Request) -> Path:
         """The folder of the caller: with keys that of the key's user, so that one person's feedback can be learnt and deleted
         apart. Raises ApiError (403) where nothing is kept."""
         if self._folder is None:

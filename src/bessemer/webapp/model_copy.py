@@ -11,12 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import BessemerError, RequestError
 from bessemer.model.decoder import Decoder
+from bessemer.model.quantisation.quantised_decoder import dequantised, set_dtype
 from bessemer.model.storage.tuned_folder import load_whole, tuned_model
 from bessemer.model.vision.folder import is_vision_folder, load_vision_language
 from bessemer.serving.runtime.bodies import ApiError, overloaded
@@ -168,7 +170,10 @@ class ModelCopy:
                 kind="server_error",
                 code="not_available",
             )
-        return _decoder_of(self._folder).float().eval()
+        # codes too are made numbers once: else every product would dequantise its weight
+        decoder = _decoder_of(self._folder)
+        set_dtype(decoder, torch.float32)
+        return dequantised(decoder).float().eval()
 
 
 def _decoder_of(folder: Path) -> Decoder:

@@ -29,6 +29,9 @@ def _read(summary: str, *names: str, path: tuple[str, ...] = ()) -> Operation:
 #: (path, method) → route.
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/feedback", "post"): Operation("Keep what is said of an answer.", _object("kept"), Feedback, tag="Pages"),
+    ("/feedback/train", "post"): Operation(
+        "Start `preference` on the pairs that were kept.", _object("run", "pairs"), tag="Pages"
+    ),
     ("/feedback/{identity}", "delete"): Operation(
         "Take back the label of an answer.", _object("deleted"), path=("identity",), tag="Pages"
     ),

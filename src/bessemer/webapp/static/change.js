@@ -1,6 +1,6 @@
 // Change it and see: a part of the model silenced, patched or steered, or a word of the prompt another, and both continuations
 // side by side.
-import { events, json, make, percent, request, visible } from "./page.js";
+import { events, json, make, percent, request, table, visible } from "./page.js";
 import { showDialog } from "./dialog.js";
 
 const ROLES = { previous_token: "looks at the token before", same_token: "looks at the same token", induction: "continues as before", first_token: "rests on the first token" };
@@ -146,7 +146,7 @@ function drawResults(state, results, title, sides, isWhole = false) {
   const [whole] = sides.whole, [changed] = sides.changed, parts = [make("div", { class: "two" }, column("As it is", sides.whole, same), column(title, sides.changed, alsoSame))];
   if (changed?.watched !== null && changed) {
     const rows = [["As it is", whole], [title, changed]].map(([name, first]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "number" }, percent(first.watched)), make("td", {}, ...first.likeliest.slice(0, 3).flatMap((one) => [make("code", {}, visible(one.piece)), ` ${percent(one.probability)} `]))));
-    parts.push(make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "The first token of both" }, make("table", {}, make("thead", {}, make("tr", {}, ...["", visible(state.piece), "likeliest"].map((name) => make(name ? "th" : "td", name ? { scope: "col" } : {}, name)))), make("tbody", {}, ...rows))));
+    parts.push(table("The first token of both", ["", visible(state.piece), "likeliest"], rows));
   }
   if (isWhole) {
     const differs = sides.changed.filter((_, place) => !alsoSame[place]).length;

@@ -127,6 +127,8 @@ function fromAddress() {
 function drawLog() {
   shown.clear();
   const path = store.pathTo(current, current.leaf);
+  byId("title").hidden = !path.length;
+  byId("title").textContent = titleOf(current);
   if (!path.length) { log.replaceChildren(welcome()); updateSend(); return; }
   const parts = current.system ? [make("article", { class: "system" }, make("details", {}, make("summary", {}, "System message"), make("p", { class: "text" }, current.system)))] : [];
   for (const node of path) {
@@ -536,7 +538,11 @@ function drawContext() {
 }
 function grow() { prompt.style.height = "auto"; prompt.style.height = `${prompt.scrollHeight}px`; updateSend(); }
 function stopAll(conversation = current) { for (const one of running.values()) if (one.conversation === conversation) one.stop.abort(); }
-function toggleSettings(open = settings.hidden) { settings.hidden = !open; byId("show-settings").setAttribute("aria-expanded", String(open)); }
+function toggleSettings(open = settings.hidden) {
+  // what was typed last is told before its field is hidden: Firefox tells nothing of a hidden one
+  if (!open && settings.contains(document.activeElement)) document.activeElement.blur();
+  settings.hidden = !open; byId("show-settings").setAttribute("aria-expanded", String(open));
+}
 function toggleList(open = !document.body.classList.contains("with-list")) {
   document.body.classList.toggle("with-list", open);
   byId("show-list").setAttribute("aria-expanded", String(open));

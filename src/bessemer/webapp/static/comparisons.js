@@ -1,5 +1,5 @@
 // Comparisons of two answers whose names were hidden: kept in this browser, and shown as rates of winning with their intervals.
-import { byId, download, make, whole } from "./page.js";
+import { byId, download, given, json, make, say, table, whole } from "./page.js";
 
 const KEPT = "bessemer-comparisons";
 function all() { try { return JSON.parse(localStorage.getItem(KEPT)) ?? []; } catch { return []; } }
@@ -26,6 +26,20 @@ export function tallied(comparisons) {
   return [...pairs.values()];
 }
 
+/** Start `preference` on the pairs that the server has kept, and say where its run is seen. */
+async function train(button) {
+  button.disabled = true;
+  const place = byId("training");
+  try {
+    const { run, pairs } = await json("feedback/train", { body: {} });
+    place.replaceChildren(`Learning from ${whole(pairs)} pairs: `, make("a", { href: `runs?run=${encodeURIComponent(run)}` }, run));
+  } catch (error) {
+    place.replaceChildren(make("span", { class: "failure" }, error.message));
+    button.disabled = false;
+  }
+  say(place.textContent);
+}
+
 /** Show the rates in the settings, where anything was compared. */
 export function drawComparisons() {
   const comparisons = all(), place = byId("comparisons");
@@ -36,8 +50,10 @@ export function drawComparisons() {
     const count = first + second + ties, [low, high] = interval(first + ties / 2, count);
     return make("tr", {}, make("td", {}, names[0], make("br"), "against ", names[1]), make("td", { class: "number" }, `${shown((first + ties / 2) / count)} (${shown(low)} – ${shown(high)})`), make("td", { class: "number" }, `${first} – ${ties} – ${second}`));
   });
-  place.replaceChildren(make("h3", {}, "Compared blindly"),
-    make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...["settings", "the first wins (95 %)", "wins – ties – losses"].map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows))),
+  place.replaceChildren(make("h2", {}, "Compared blindly"),
+    table("Comparisons", ["settings", "the first wins (95 %)", "wins – ties – losses"], rows),
+    ...(given.trains ? [make("p", { class: "soft" }, "All pairs that this server has kept become training data: a run of ", make("code", {}, "preference"), " (DPO) on the model makes a new one, in minutes of this machine."),
+      make("button", { class: "strong", type: "button", onclick: (event) => train(event.target) }, "Learn from the preferences"), make("p", { id: "training", role: "status" })] : []),
     make("div", { class: "row" },
       make("button", { class: "quiet", type: "button", onclick: () => download("comparisons.json", "application/json", JSON.stringify(comparisons, null, 1)) }, "Export"),
       make("button", { class: "quiet", type: "button", onclick: () => { if (confirm("Forget all comparisons?")) { localStorage.removeItem(KEPT); drawComparisons(); } } }, "Forget")));

@@ -1,5 +1,5 @@
 // Data: a run's documents, searched where they lie, and the way of one of them.
-import { byId, json, make, savePage, say, visible } from "./page.js";
+import { byId, json, make, savePage, say, table, visible } from "./page.js";
 
 const form = byId("ask"), state = byId("state"), list = byId("documents"), more = byId("more");
 const place = new URLSearchParams(location.search);
@@ -126,7 +126,7 @@ async function openDocument(id) {
       make("p", { class: "soft" }, [found.source, found.language, found.license, found.split, `${count(found.characters)} characters`, found.id].filter(Boolean).join(" · ")),
       ...(found.url ? [make("p", { class: "soft" }, found.url)] : []),
       way(found), ...(found.explanation ? explained(found.explanation) : [make("p", { class: "failure" }, found.problem ?? "")]),
-      make("h3", {}, "The text"), make("pre", { class: "whole" }, found.text),
+      make("h3", {}, "The text"), make("pre", { class: "whole", tabindex: "0" }, found.text),
       make("h3", {}, `In tokens${found.tokens.length ? `: ${count(found.tokens.length)}` : ""}`),
       make("p", { class: "tokens" }, ...found.tokens.slice(0, 4000).map((piece, number) => make("span", { class: `t${number % 5}` }, piece))));
     box.scrollIntoView({ block: "start" });
@@ -136,12 +136,8 @@ async function openDocument(id) {
   }
 }
 
-function table(heads, rows) {
-  return make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))), make("tbody", {}, ...rows)));
-}
-
 function way(found) {
-  return make("div", {}, make("h3", {}, "Its way"), table(["Stage", "Text", "", ""], found.history.map((one) => make("tr", {},
+  return make("div", {}, make("h3", {}, "Its way"), table("Its way", ["Stage", "Text", "", ""], found.history.map((one) => make("tr", {},
     make("td", {}, one.stage), make("td", { class: "number" }, `${count(one.bytes)} bytes`),
     make("td", {}, make("span", { class: `status ${one.side === "documents" ? "done" : "failed"}` }, one.side === "documents" ? "kept" : "dropped")),
     make("td", {}, one.reason ?? "")))));
@@ -153,13 +149,13 @@ function explained(explanation) {
   const parts = [make("h3", {}, "What the filters say"), verdict && make("p", { class: explanation.is_kept ? "" : "failure" }, verdict)];
   for (const edit of changed) {
     parts.push(make("h4", {}, `Edit ${edit.name}: ${count(edit.changes.length)} ${edit.changes.length === 1 ? "change" : "changes"}`),
-      ...edit.changes.slice(0, 12).map((change) => make("p", { class: "change" }, change.left, make("del", {}, visibleSpan(change.before)), make("ins", {}, visibleSpan(change.after)), change.right)));
+      ...edit.changes.slice(0, 12).map((change) => make("p", { class: "edits" }, change.left, make("del", {}, visibleSpan(change.before)), make("ins", {}, visibleSpan(change.after)), change.right)));
   }
   const limit = ([low, high]) => [low === null ? "" : `≥ ${short(low)}`, high === null ? "" : `≤ ${short(high)}`].filter(Boolean).join(" ");
   const rows = explanation.scores.map((score) => make("tr", { class: score.passes === false ? "failure" : undefined },
     make("td", {}, score.column.replaceAll("_", " ")), make("td", { class: "number" }, score.value === null ? "–" : short(score.value)),
     make("td", {}, limit(score.limit)), make("td", {}, score.preset), make("td", { class: "soft" }, score.description)));
-  if (rows.length) parts.push(table(["Score", "Value", "Kept", "Preset", "Says"], rows));
+  if (rows.length) parts.push(table("Scores", ["Score", "Value", "Kept", "Preset", "Says"], rows));
   return parts.filter(Boolean);
 }
 

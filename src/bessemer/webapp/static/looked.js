@@ -1,5 +1,5 @@
 // What a token looked at: its attention over the patches of each picture of its prompt, as a heat map, and the logit lens at a patch.
-import { json, make, percent, promptly, visible } from "./page.js";
+import { json, make, percent, promptly, table, visible } from "./page.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 /** Width and height of a picture in the units of its heat map. */
@@ -112,5 +112,5 @@ function drawLens(answer, position) {
     ...("probability" in row ? [make("td", { class: "number" }, percent(row.probability)), make("td", { class: "number" }, row.rank.toLocaleString("en"))] : [])));
   const heads = ["after", "likeliest", ...("probability" in answer.lens[0] ? ["token", "rank"] : [])];
   return [make("h4", {}, `Behind token ${position}, layer by layer`), make("p", { class: "soft" }, "What would come if the text ended at this patch, and the model at that layer (the logit lens), and how likely the chosen token is there."),
-    make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows)))];
+    table("Layer by layer behind the patch", heads, rows)];
 }

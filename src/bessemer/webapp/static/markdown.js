@@ -91,7 +91,7 @@ function opened(token) {
   switch (kind) {
     case "heading": return make(`h${Math.min(6, Number(token.tag.slice(1)) + 2)}`);
     case "link": return link(token.attrGet("href"));
-    case "table": return make("div", { class: "scroll" }, make("table"));
+    case "table": return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table" }, make("table"));
     case "ordered_list": return make("ol", { start: token.attrGet("start") ?? undefined });
     case "th": return make("th", { scope: "col", class: aligned(token) });
     case "td": return make("td", { class: aligned(token) });

@@ -17,6 +17,12 @@ export function make(tag, properties = {}, ...children) {
   return node;
 }
 
+/** A table that scrolls by itself where it is too wide, also by keys. heads: of its columns; rows: elements. */
+export function table(label, heads, rows) {
+  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label },
+    make("table", {}, make("thead", {}, make("tr", {}, ...heads.map((head) => (head === "" ? make("td") : make("th", { scope: "col" }, head))))), make("tbody", {}, ...rows)));
+}
+
 /** Tell those who do not see the page. */
 export function say(text) { byId("said").textContent = text; }
 

@@ -1,5 +1,5 @@
 // Runs: what has been made, and what is being made. Of files that grow only what is new is fetched.
-import { byId, calm, drawn, json, make, request, savePage, say } from "./page.js";
+import { byId, calm, drawn, json, make, request, savePage, say, table } from "./page.js";
 import uPlot from "./uplot.js";
 
 const state = byId("state"), place = new URLSearchParams(location.search), name = place.get("run");
@@ -43,9 +43,7 @@ async function showSweeps() {
   byId("sweeps").hidden = !sweeps.length;
   byId("sweeps").lastElementChild.replaceChildren(...sweeps.flatMap(({ name: title, columns, rows }) => [
     make("h3", {}, title),
-    make("div", { class: "scroll" }, make("table", {},
-      make("thead", {}, make("tr", {}, ...columns.map((column) => make("th", { scope: "col" }, column)))),
-      make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((cell, column) => make("td", {}, columns[column] === "name" ? make("a", { href: `runs?run=${encodeURIComponent(cell)}` }, cell) : cell))))))),
+    table(title, columns, rows.map((row) => make("tr", {}, ...row.map((cell, column) => make("td", {}, columns[column] === "name" ? make("a", { href: `runs?run=${encodeURIComponent(cell)}` }, cell) : cell))))),
   ]));
 }
 

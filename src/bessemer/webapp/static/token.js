@@ -1,6 +1,6 @@
 // This token: how surprising each of an answer was, what else could have come, what sampling makes of it, what each layer would have
 // said, and where a head looks. What was recorded while it was sampled is shown at once; the rest the server computes.
-import { byId, given, json, make, nameOfBlank, percent, promptly, visible } from "./page.js";
+import { byId, given, json, make, nameOfBlank, percent, promptly, table, visible } from "./page.js";
 import { openChange } from "./change.js";
 import { openForward } from "./forward.js";
 import { growth } from "./growth.js";
@@ -247,7 +247,7 @@ function drawLens(found) {
     make("td", {}, ...row.likeliest.flatMap((one) => [make("code", { title: percent(one.probability) }, visible(one.piece)), " "])),
     make("td", { class: "number" }, percent(row.probability)), make("td", { class: "number" }, row.rank.toLocaleString("en"))));
   byId("token-lens").replaceChildren(make("h3", {}, "Layer by layer"), make("p", { class: "soft" }, "What would come if the model ended there (the logit lens), and how likely and which in rank the token was."),
-    make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...["after", "likeliest", "token", "rank"].map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows))));
+    table("Layer by layer", ["after", "likeliest", "token", "rank"], rows));
 }
 
 async function drawAttention(found) {
@@ -270,7 +270,7 @@ async function drawAttention(found) {
       if (isPatch && last?.isPatch) { last.count += 1; last.weight += weight; } else units.push({ place, weight, isPatch, count: 1 });
     });
     const most = Math.max(...units.map((one) => one.weight), 1e-9);
-    parts.push(make("p", { class: "looked-at" }, ...units.map(({ place, weight, isPatch, count }) => {
+    parts.push(make("p", { class: "looked-at", tabindex: "0" }, ...units.map(({ place, weight, isPatch, count }) => {
       const span = isPatch ? make("button", { type: "button", class: "patches", title: `${percent(weight)}: show where they are`, onclick: () => open.showPatch?.(place) }, `${count} patch${count === 1 ? "" : "es"}`) : make("span", { title: percent(weight) }, pieces[place] || "∅");
       span.style.backgroundColor = `color-mix(in oklab, var(--heat) ${Math.round((COLOUR * weight) / most)}%, transparent)`;
       return span;
@@ -308,7 +308,7 @@ function drawEarlier({ models }) {
     ...(one.problem ? [make("td", { colspan: "3", class: "soft" }, one.problem)] : [
       make("td", {}, ...one.likeliest.flatMap((other) => [make("code", { title: percent(other.probability) }, visible(other.piece)), " "])),
       make("td", { class: "number" }, percent(one.probability)), make("td", { class: "number" }, one.rank.toLocaleString("en"))])));
-  return [make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...["model", "likeliest", "token", "rank"].map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows)))];
+  return [table("Earlier models", ["model", "likeliest", "token", "rank"], rows)];
 }
 
 function drawTraining({ run, stage, passages, looked_at, documents, examples, rows, example_stages }) {
