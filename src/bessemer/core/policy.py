@@ -283,6 +283,7 @@ class Policy(Config):
                     key = term.casefold() if kind == "terms" else term
                     if (other := terms.setdefault(key, name)) != name:
                         raise _refused(f"{term!r} is of the category {other!r} too", ("categories", name, kind), term)
+        self._check_stems()
         for allowed in self.taint.allow or ():
             for denied in self.taint.deny:
                 if fnmatchcase(allowed, denied) or (allowed != "*" and fnmatchcase(denied, allowed)):
@@ -290,6 +291,16 @@ class Policy(Config):
                         f"{allowed!r} is allowed, and {denied!r} denied: both hold for one tool", ("taint", "deny"), denied
                     )
         return self
+
+    def _check_stems(self) -> None:
+        """Raises ValidationError for a term that begins with the stem of another category's."""
+        terms = [(term.casefold(), name) for name, category in self.categories.items() for term in category.terms]
+        for stem, owner in terms:
+            for term, name in terms if stem.endswith("*") else ():
+                if name != owner and term.startswith(stem[:-1]):
+                    raise _refused(
+                        f"{term!r} is of the category {owner!r} too, by {stem!r}", ("categories", name, "terms"), term
+                    )
 
     def _surfaces(self) -> Iterator[tuple[str, Surface]]:
         for name in Surfaces.model_fields:
