@@ -261,7 +261,7 @@ def test_a_runs_model_has_a_card_from_its_manifests(runs, tmp_path):
     card = model_card(RunFolder(runs, "small"))
     record = json.loads((runs / "small" / "run.json").read_text())
     for name, entry in record["stages"].items():
-        assert f"| `{name}` | `{entry['key'][:12]}` |" in card
+        assert f"| `{name}` | `{entry['key']}` |" in card
     assert card.startswith("---\npipeline_tag: text-generation") and "layers 2" in card
     assert "No red team has attacked it" in card
     (tmp_path / "bare").mkdir()

@@ -23,7 +23,7 @@ _SHAPE = {
     "hidden_size": "width",
     "num_attention_heads": "query heads",
     "num_key_value_heads": "key-value heads",
-    "max_position_embeddings": "context, in tokens",
+    "max_position_embeddings": "context (tokens)",
     "vocab_size": "vocabulary",
 }
 
@@ -43,7 +43,7 @@ def model_card(run: RunFolder) -> str:
     shape = [f"{label} {value:,}" if isinstance(value, int) else f"{label} {value}" for label, value in known]
     lines += [f"The model of the stage `{maker.name}`, key `{maker.key}`: {', '.join(shape)}.", "", "## How it was made", ""]
     lines += ["| stage | key | what it made |", "|---|---|---|"]
-    lines += [f"| `{state.name}` | `{(state.key or '')[:12]}` | {_cell(state.summary)} |" for state in states]
+    lines += [f"| `{state.name}` | `{state.key}` | {_cell(state.summary)} |" for state in states]
     lines += ["", "The recipe:", "", "```json", json.dumps(record["recipe"], indent=1, ensure_ascii=False), "```", ""]
     if any((_folder(state) / "documents").is_dir() for state in states):
         lines += [f"What it read: `bessemer show {run.name} --card` writes the card of its corpus.", ""]
