@@ -1,8 +1,7 @@
 """Tables and figures that pages show beyond a result's own, computed from its rounds and trials when a page is written.
 
 `best` sets our median beside the peer's fastest of all its rounds and of all the trials by which its settings were chosen, so
-that no chance on its side counts for us. Of several streams it has decoding alone (tokens between tokens) and, apart, whole
-answers, whose time the prompts share.
+that no chance on its side counts for us.
 """
 
 from __future__ import annotations
@@ -25,37 +24,6 @@ _FORMS = {
 def fastest(rounds: Iterable[float], tried: Iterable[Mapping[str, Any]] = ()) -> float:
     """The largest rate of any round and of any trial that did not fail."""
     return max([*rounds, *(trial["rate"] for trial in tried if "rate" in trial)])
-
-
-def _inference(figures: Mapping[str, Any]) -> dict[str, Any]:
-    rows: list[list[Any]] = []
-    decoding: dict[str, float] = {}
-
-    def add(label: str, file: str, ours: float, peer: float) -> float:
-        rows.append([f"{label}, {_FILES[file]}", ours, peer, ours / peer])
-        return ours / peer
-
-    def by_rate(label: str, what: str, file: str) -> float:
-        peer = figures[what][file]["peer"]
-        ours = figures[what][file]["bessemer"]["rate"]["median"]
-        return add(label, file, ours, fastest(peer["rate"]["rounds"], peer["tried"]))
-
-    for file in _FILES:
-        decoding[f"one_{file}"] = by_rate("decoding, one stream", "decode", file)
-    for what, streams in _STREAMS.items():
-        for file in _FILES:
-            sides = figures[what][file]
-            ours = streams / sides["bessemer"]["between_median"]["median"]
-            peer = streams / min(sides["peer"]["between_median"]["rounds"])
-            decoding[f"{what}_{file}"] = add(f"decoding, {streams} streams", file, ours, peer)
-    for file in _FILES:
-        by_rate(f"reading a prompt of {figures['tokens']['prefill']['prompt']}", "prefill", file)
-    lengths = figures["tokens"]["streams"]
-    for what, streams in _STREAMS.items():
-        for file in _FILES:
-            label = f"whole answers of {lengths['answer']} behind prompts of {lengths['prompt']}, {streams} streams"
-            by_rate(label, what, file)
-    return {"figures": {"decoding_beside_best": decoding}, "tables": {"best": rows}}
 
 
 def _servers(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +63,6 @@ def _first_minute(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 _OF = {
     "first_minute": _first_minute,
-    "inference": _inference,
     "servers": _servers,
     "gguf_forms": _gguf_forms,
     "machines": _machines,

