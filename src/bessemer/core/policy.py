@@ -294,10 +294,10 @@ class Policy(Config):
 
     def _check_stems(self) -> None:
         """Raises ValidationError for a term that begins with the stem of another category's."""
-        terms = [(term.casefold(), name) for name, category in self.categories.items() for term in category.terms]
+        terms = [(term, name) for name, category in self.categories.items() for term in category.terms]
         for stem, owner in terms:
             for term, name in terms if stem.endswith("*") else ():
-                if name != owner and term.startswith(stem[:-1]):
+                if name != owner and term.casefold().startswith(stem[:-1].casefold()):
                     raise _refused(
                         f"{term!r} is of the category {owner!r} too, by {stem!r}", ("categories", name, "terms"), term
                     )
