@@ -63,11 +63,11 @@ class WordsRail:
         for name, category in policy.categories.items():
             if category.terms or category.patterns:
                 # readings are without accents
-                terms = [form for term in category.terms for form in (term, cleaned(term))]
-                unspaced = [re.escape(term) for term in terms if _UNSPACED.search(term)]
+                forms = [form for term in category.terms for form in (term, cleaned(term))]
+                unspaced = [re.escape(term) for term in forms if _UNSPACED.search(term)]
                 terms = Category(
                     name,
-                    terms={term: 1.0 for term in terms if not _UNSPACED.search(term)},
+                    terms={term: 1.0 for term in forms if not _UNSPACED.search(term)},
                     patterns=(*category.patterns, *dict.fromkeys(unspaced)),
                 )
                 try:
