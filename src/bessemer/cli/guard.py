@@ -28,32 +28,36 @@ def guard(
     """Say what a policy does about texts at a surface, and which rule decided."""
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
-    from bessemer.core.policy import read_policy
+    from bessemer.core.policy import PolicyLines, read_policy
     from bessemer.safety.findings import SURFACES
     from bessemer.safety.guard import Guard
 
     if surface not in SURFACES:
         raise ConfigError(f"--surface {surface}: one of {', '.join(SURFACES)}{nearest(surface, list(SURFACES))}")
-    checker = Guard(read_policy(policy), guard_config(guard_model, None))
+    checker, lines = Guard(read_policy(policy), guard_config(guard_model, None)), PolicyLines.read(policy)
     for given in texts:
         text = _standard_input() if given == "-" else given
         decision, findings = checker.check(text, surface), checker.findings(text, surface)
+        place, line = ("", "") if decision.finding is None else lines.of(surface, decision.finding.category)
         if as_json:
             found = [{"category": one.category, "score": one.score, "rail": one.rail, "rule": one.rule} for one in findings]
-            print(json.dumps({"action": decision.action, "reason": decision.reason, "findings": found}, ensure_ascii=False))
+            said = {"action": decision.action, "reason": decision.reason, "place": place, "findings": found}
+            print(json.dumps(said, ensure_ascii=False))
             continue
         print(f"{decision.action} · {decision.reason}")
+        if place:
+            print(f"  {place}: {line}")
         for one in findings[:_SHOWN]:
             read = "" if one.reading == "plain" else f", read as {one.reading}"
             print(f"  {one.score:.2f} {one.category} · {one.rail}: {one.rule}{read}")
 
 
-def guard_config(model: str | None, audit: Path | None) -> GuardConfig:
+def guard_config(model: str | None, audit: Path | None, audit_content: bool = False) -> GuardConfig:
     """The settings of the options. Raises ConfigError for a guard model that is not FORM=URL."""
     from bessemer.core.errors import ConfigError
     from bessemer.safety.config import GuardConfig
 
-    values: dict[str, Any] = {} if audit is None else {"audit": str(audit)}
+    values: dict[str, Any] = {"audit_content": audit_content} | ({} if audit is None else {"audit": str(audit)})
     if model is not None:
         form, separator, url = model.partition("=")
         if not separator:

@@ -210,6 +210,9 @@ def serve(
         ),
     ] = None,
     audit: Annotated[Path | None, _safety(help="File to which the guard adds each decision, without the texts.")] = None,
+    audit_content: Annotated[
+        bool, _safety("--audit-content", help="Keep the texts that were decided about, in the file and for the page Safety.")
+    ] = False,
     guard_model: Annotated[
         str | None,
         _safety(help="FORM=URL: a guard model beside its rails: llama_guard_3, llama_guard_4, qwen3guard, gpt_oss_safeguard."),
@@ -267,6 +270,7 @@ def serve(
         speculation,
     )
     from bessemer.cli.watermark import watermark_of
+    from bessemer.core.policy import PolicyLines, read_policy
     from bessemer.core.store import read_json
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
@@ -286,8 +290,8 @@ def serve(
         raise ConfigError("--accept-weights: of a server with one engine; name several such servers to the trainer instead")
     if engine == "ray" and policy is not None:
         raise ConfigError("--policy: of a server with one engine; replicas have no guard")
-    if policy is None and (audit is not None or guard_model is not None):
-        raise ConfigError("--audit, --guard-model: of a server with --policy")
+    if policy is None and (audit is not None or audit_content or guard_model is not None):
+        raise ConfigError("--audit, --audit-content, --guard-model: of a server with --policy")
     if engine == "ray" and (index or uploads or rerank or expand):
         raise ConfigError("--index, --uploads, --rerank, --expand: of a server with one engine; replicas share no files")
     if engine == "ray" and mcp_servers_config is not None:
@@ -326,7 +330,10 @@ def serve(
     run = model if shown_runs is not None and model in run_names(runs) else None
     # X-rays copy the model and take seconds of every core: they need a key, or a request from this machine
     makes_xrays = config.keys is not None or config.api_key is not None or is_loopback(host)
-    shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run, makes_xrays)
+    lines = None if policy is None else PolicyLines.read(policy)
+    redteams = None if shown_runs is None else Path("redteam")
+    questions = example_questions(folder, runs / model)
+    shown = WebSettings(folder, questions, feedback, shown_runs, run, makes_xrays, lines, redteams)
     setup = ModelSetup(
         folder,
         name,
@@ -358,11 +365,10 @@ def serve(
         return
     hooks: list[Hook] = []
     if policy is not None:
-        from bessemer.core.policy import read_policy
         from bessemer.safety.guard import Guard
         from bessemer.safety.hook import GuardHook
 
-        guard = Guard(read_policy(policy), guard_config(guard_model, audit))
+        guard = Guard(read_policy(policy), guard_config(guard_model, audit, audit_content))
         hooks = [GuardHook(guard)]
     server_tools = None
     if mcp_servers_config is not None:

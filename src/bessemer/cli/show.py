@@ -122,6 +122,9 @@ def show(
         int, typer.Option(help="A corpus: how many kept texts to show, and how many dropped for each reason.", min=0)
     ] = 2,
     card: Annotated[bool, typer.Option("--card", help="Of a corpus: print its dataset card, in Markdown.")] = False,
+    model_card: Annotated[
+        bool, typer.Option("--model-card", help="Of a run: print the card of its model, in Markdown.")
+    ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
     """Print and draw anything: a run, a stage, a corpus, a tokenizer, token shards, a model, a preset, all presets.
@@ -131,7 +134,9 @@ def show(
     """
     from bessemer.model.presets import PRESETS
 
-    if card:
+    if model_card:
+        print(_model_card(thing, runs), end="")
+    elif card:
         print(_card(thing, runs), end="")
     elif against or text or (Path(thing).is_file() and thing.endswith(TOKENIZER_SUFFIXES) and not _is_gguf_model(thing)):
         print_view(_tokenizers([thing, *against], runs, text))
@@ -208,6 +213,18 @@ def _bare_documents(folder: Path) -> Path | None:
     from bessemer.data.corpus.reader import holds_documents
 
     return next((place for place in (folder, folder / "documents") if holds_documents(place)), None)
+
+
+def _model_card(thing: str, runs: Path) -> str:
+    """The card of a run's model. Raises ArtefactError for what is no run."""
+    from bessemer.core.errors import ArtefactError
+    from bessemer.pipeline.model_card import model_card
+    from bessemer.pipeline.run_folder import RunFolder
+
+    folder = _folder(thing, runs)
+    if not (folder / "run.json").is_file():
+        raise ArtefactError(f"{thing}: --model-card is of a run, and this is none")
+    return model_card(RunFolder(folder.parent, folder.name))
 
 
 def _card(thing: str, runs: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from bessemer.core.http_client import ApiError, HttpClient, TransientError, start_of, wait_before
 
-__all__ = ["ApiError", "ChatClient", "ChatModel", "ChatPrompt", "CutText", "messages_of", "with_json_arguments"]
+__all__ = ["ApiError", "ChatClient", "ChatModel", "ChatPrompt", "CutText", "FilteredText", "messages_of", "with_json_arguments"]
 
 #: `top_logprobs` of a request that chooses an option: the most that common servers return.
 _LIKELIEST = 20
@@ -29,11 +29,18 @@ class CutText(str):
     __slots__ = ()
 
 
+class FilteredText(str):
+    """An answer that the server ended for what it says (`content_filter`). Methods such as `strip` return a plain `str`."""
+
+    __slots__ = ()
+
+
 class ChatModel(Protocol):
     """A model that answers conversations: at a URL (`ChatClient`), or on this machine (`inference.chat.EngineChat`)."""
 
     def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
-        """The answer to each prompt, each a conversation of its own; a `CutText` where it was cut at the token limit.
+        """The answer to each prompt, each a conversation of its own; a `CutText` where it was cut at the token limit, a
+        `FilteredText` where a server's filter ended it.
 
         seeds: one for each prompt, for sampled answers.
         """
@@ -139,7 +146,8 @@ class ChatClient:
         given = choice["message"].get("content")
         # JSON can hold half of a surrogate pair, which has no UTF-8
         text = given.encode("utf-8", "replace").decode("utf-8") if isinstance(given, str) else ""
-        return CutText(text) if choice.get("finish_reason") == "length" else text
+        reason = choice.get("finish_reason")
+        return CutText(text) if reason == "length" else FilteredText(text) if reason == "content_filter" else text
 
     def _choice(self, content: bytes) -> dict[str, Any]:
         try:

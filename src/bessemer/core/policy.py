@@ -20,6 +20,7 @@ post-training read the same file; `Policy.hash` is in the manifests of what they
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -31,7 +32,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_value
-from bessemer.core.yaml_file import read_yaml
+from bessemer.core.yaml_file import Location, PlacedValues, read_yaml
 
 #: What happens to a text of a category, the mildest first: nothing; an entry in the log; the assistant is told to take care;
 #: the place is blacked out; an answer is written anew, safely; it goes no further.
@@ -282,6 +283,7 @@ class Policy(Config):
                     key = term.casefold() if kind == "terms" else term
                     if (other := terms.setdefault(key, name)) != name:
                         raise _refused(f"{term!r} is of the category {other!r} too", ("categories", name, kind), term)
+        self._check_stems()
         for allowed in self.taint.allow or ():
             for denied in self.taint.deny:
                 if fnmatchcase(allowed, denied) or (allowed != "*" and fnmatchcase(denied, allowed)):
@@ -289,6 +291,16 @@ class Policy(Config):
                         f"{allowed!r} is allowed, and {denied!r} denied: both hold for one tool", ("taint", "deny"), denied
                     )
         return self
+
+    def _check_stems(self) -> None:
+        """Raises ValidationError for a term that begins with the stem of another category's."""
+        terms = [(term, name) for name, category in self.categories.items() for term in category.terms]
+        for stem, owner in terms:
+            for term, name in terms if stem.endswith("*") else ():
+                if name != owner and term.casefold().startswith(stem[:-1].casefold()):
+                    raise _refused(
+                        f"{term!r} is of the category {owner!r} too, by {stem!r}", ("categories", name, "terms"), term
+                    )
 
     def _surfaces(self) -> Iterator[tuple[str, Surface]]:
         for name in Surfaces.model_fields:
@@ -320,6 +332,32 @@ def _refused(message: str, place: tuple[str, ...], given: str) -> ValidationErro
     # pydantic formats the message: given as a variable, braces in it stay as they are
     error = PydanticCustomError("value_error", "{message}", {"message": message})
     return ValidationError.from_exception_data("Policy", [InitErrorDetails(type=error, loc=place, input=given)])
+
+
+@dataclass(frozen=True)
+class PolicyLines:
+    """The lines of a policy's file, to say by which of them something was decided."""
+
+    placed: PlacedValues
+    lines: Sequence[str]
+
+    @classmethod
+    def read(cls, path: Path | None = None) -> Self:
+        """Of a YAML file, or of the default policy. Raises ConfigError for a file that cannot be read."""
+        path = path or default_policy_path()
+        placed = read_yaml(path)
+        return cls(placed, path.read_text(encoding="utf-8").splitlines())
+
+    def of(self, surface: SurfaceName, category: str) -> tuple[str, str]:
+        """The place of what a surface does about a category, as `policy.yaml:12: surfaces.prompt.otherwise`, and its line;
+        both empty where the file says nothing of it."""
+        for key in (("surfaces", surface, "categories", category), ("surfaces", surface, "otherwise")):
+            location = self.placed.places.get(key)
+            if location is not None and (key[-1] != "otherwise" or category not in RULE_KINDS):
+                name = Location(Path(location.source).name, location.line)
+                line = self.lines[location.line - 1].strip() if location.line else ""
+                return f"{name}: {'.'.join(key)}", line
+        return "", ""
 
 
 def default_policy_path() -> Path:

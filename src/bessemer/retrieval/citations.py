@@ -32,7 +32,7 @@ _SHORTEST_QUOTE = 8
 #: Blanks of a sentence that says something: four words. Pairs of characters that do where no blanks are written.
 _FEWEST_BLANKS, _FEWEST_PAIRS = 3, 6
 #: Opening and closing marks: English and straight ones, German, French, Chinese and Japanese.
-_MARKS = ("“”", '""', "„“", "„”", "«»", "»«", "「」", "『』")
+_MARKS = [("“", "”"), ('"', '"'), ("„", "“"), ("„", "”"), ("«", "»"), ("»", "«"), ("「", "」"), ("『", "』")]
 _QUOTED = re.compile("|".join(rf"{a}(?P<q{n}>[^{a}{b}]{{{_SHORTEST_QUOTE},}}){b}" for n, (a, b) in enumerate(_MARKS)))
 #: Citations behind the end of a sentence.
 _BEHIND = re.compile(rf"\s*(?:{_CITATION.pattern}\s*)+[{_ENDS}]?")

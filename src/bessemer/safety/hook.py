@@ -12,6 +12,7 @@ import json
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from bessemer.safety.provenance import verdict
 _FLAGS = 2
 #: Characters that a growing answer has to gain before it is checked again.
 _BETWEEN_CHECKS = 12
+#: Decisions that are kept in memory.
+_LATEST = 200
 #: Characters in which the end of a sentence is looked for.
 _LONGEST_END = 16
 _SENTENCE_ENDS = re.compile(r"(?:[.!?…]['\")\]]*\s+|[。！？]\s*|\n\s*)\Z")
@@ -41,18 +44,25 @@ _SURFACE_OF: dict[Origin, SurfaceName] = {"user": "prompt", "document": "documen
 
 
 class AuditLog:
-    """A file to which decisions are added, a line of JSON each, without the texts unless asked."""
+    """Decisions, without the texts unless asked: the latest in memory, and all in a file, a line of JSON each."""
 
-    def __init__(self, path: Path, policy_hash: str, *, with_content: bool = False) -> None:
-        """Raises ConfigError where the file cannot be written."""
+    def __init__(self, path: Path | None, policy_hash: str, *, with_content: bool = False) -> None:
+        """path: None for no file. Raises ConfigError where it cannot be written."""
+        self.with_content = with_content
         self._path = path
         self._policy = policy_hash
-        self._with_content = with_content
+        self._latest: deque[dict[str, Any]] = deque(maxlen=_LATEST)
         self._lock = threading.Lock()
         try:
-            path.open("a", encoding="utf-8").close()
+            if path is not None:
+                path.open("a", encoding="utf-8").close()
         except OSError as error:
             raise ConfigError(f"{path}: the audit log cannot be written: {error.strerror}") from None
+
+    def latest(self) -> list[dict[str, Any]]:
+        """The latest decisions, the newest first, as the lines of the file."""
+        with self._lock:
+            return [*reversed(self._latest)]
 
     def add(self, decision: Decision, text: str, context: TurnContext | None = None) -> None:
         """Add a decision that is more than to allow."""
@@ -73,14 +83,17 @@ class AuditLog:
             "characters": len(text),
             "text_hash": hash_bytes(text.encode("utf-8", "replace")),
         }
-        if self._with_content:
+        if self.with_content:
             entry["text"] = text.encode("utf-8", "replace").decode()
         else:
             # a rule of the policy may quote the word that it found
             entry["rule"] = re.sub(r"'.*'", "'…'", one.rule)
         line = json.dumps(entry, ensure_ascii=False) + "\n"
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        with self._lock:
+            self._latest.append(entry)
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line)
 
 
 @dataclass
@@ -110,8 +123,9 @@ class GuardHook(Hook):
         self.guard = guard
         self.policy = guard.policy
         config = guard.config
-        if audit is None and config.audit is not None:
-            audit = AuditLog(Path(config.audit), self.policy.hash, with_content=config.audit_content)
+        if audit is None:
+            path = None if config.audit is None else Path(config.audit)
+            audit = AuditLog(path, self.policy.hash, with_content=config.audit_content)
         self.audit = audit
         self.takes_long = guard.takes_long
         self._approver = approver
@@ -256,5 +270,4 @@ class GuardHook(Hook):
             self._note(decision, text, context)
 
     def _note(self, decision: Decision, text: str, context: TurnContext) -> None:
-        if self.audit is not None:
-            self.audit.add(decision, text, context)
+        self.audit.add(decision, text, context)

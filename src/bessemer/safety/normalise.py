@@ -1,10 +1,11 @@
 """Readings of a text: as it stands, cleaned, and with usual disguises taken off, so that detectors see what a model would read.
 
-Cleaned means Unicode's compatibility form (NFKC) without marks on letters, without invisible and control characters, and with
-the letters of other alphabets that look Latin made Latin where they stand in Latin text. A disguise is undone only where it
-shows: leetspeak in words that mix letters and digits, single letters with gaps, base64, hexadecimal, percent signs and escapes
-where they decode to text, ROT13 and reversed text where common words appear, and quoted strings put together. A reading is
-never shown to anybody.
+Cleaned means Unicode's compatibility form (NFKC) without marks that any letter can carry (those of Indic and Thai letters and
+of kana stay), without invisible and control characters, with letters in boxes and small capitals made plain, and with the
+letters of other alphabets that look Latin made Latin where they stand in Latin text. A disguise is undone only where it shows:
+leetspeak in words that mix letters and digits, single letters with gaps, base64, hexadecimal, percent signs and escapes where
+they decode to text, ROT13 and reversed text where common words appear or a sign turns the text round, and quoted strings put
+together. A reading is never shown to anybody.
 """
 
 from __future__ import annotations
@@ -39,6 +40,18 @@ _PAIRS = """
     αa οo ρp εe τt υu ιi κk νv χx ηn ωw ΑA ΒB ΕE ΖZ ΗH ΙI ΚK ΜM ΝN ΟO ΡP ΤT ΥY ΧX օo սu ոn ɑa ɡg ıi ɩi ǀl ℓl
 """
 _LOOK_ALIKES = str.maketrans({pair[0]: pair[1] for pair in _PAIRS.split()})
+#: Letters that nobody writes words with, which NFKC leaves as they are: negative circles and squares, regional indicators
+#: (flags), small capitals.
+_DRESSED = {
+    first + number: chr(ord("a") + number) for first in (0x1F150, 0x1F170, 0x1F1E6) for number in range(26)
+} | str.maketrans("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘꞯǫʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnopqqrstuvwyz")
+#: Marks of no script's own letters, and the points of Hebrew and Arabic.
+_MARKS = re.compile(
+    "[\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8"
+    "\u06ea-\u06ed\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+"
+)
+#: Characters that have what follows shown from right to left.
+_TURNS = re.compile("[\u202e\u2067]")
 _LEET = str.maketrans("4@3€1!05$7+89", "aaeeiiossttbg")
 _WORD = re.compile(r"\S+")
 _LATIN = re.compile(r"[A-Za-z]")
@@ -94,10 +107,9 @@ def cleaned(text: str) -> str:
         # a surrogate that stands alone has no UTF-8
         text = text.encode("utf-8", "replace").decode()
         kept = "".join(character for character in unicodedata.normalize("NFKC", text) if not is_invisible(character))
-        decomposed = unicodedata.normalize("NFD", kept)
-        text = "".join(character for character in decomposed if unicodedata.category(character) != "Mn")
+        text = unicodedata.normalize("NFC", _MARKS.sub("", unicodedata.normalize("NFD", kept)))
         if not text.isascii():
-            text = _without_look_alikes(text)
+            text = _without_look_alikes(text.translate(_DRESSED))
     elif not text.isprintable():
         text = "".join(character if character >= " " or character in "\n\t\r" else "" for character in text)
     return text
@@ -162,7 +174,7 @@ def _decoded(raw: str, clean: str) -> Iterator[tuple[str, str, bool]]:
     words = [word.lower() for word in _PLAIN_WORD.findall(clean[:20_000])]
     if sum(word in _ROTATED for word in words) >= _FEWEST_COMMON:
         yield "rot13", clean.translate(_ROT13), True
-    if sum(word in _REVERSED for word in words) >= _FEWEST_COMMON:
+    if _TURNS.search(raw) or sum(word in _REVERSED for word in words) >= _FEWEST_COMMON:
         yield "reversed", clean[::-1], True
     quoted = ["".join(match.groups(default="")) for match in _QUOTED.finditer(clean)]
     if len(quoted) > 1:

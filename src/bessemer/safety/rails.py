@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from bessemer.data.word_lists.term_matcher import Category, TermMatcher
 from bessemer.safety.classifier import GuardClassifier, load_guard_classifier, packaged_classifier
 from bessemer.safety.config import GuardConfig
 from bessemer.safety.findings import SURFACES, Finding
-from bessemer.safety.normalise import Reading
+from bessemer.safety.normalise import Reading, cleaned
 from bessemer.safety.rules import matches
 
+#: Letters of scripts without blanks between words, where a term is looked for anywhere: Han, kana, Thai, Lao, Khmer, Burmese.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 #: Scores below this are not reported.
 _LOWEST = 0.05
 
@@ -58,7 +62,14 @@ class WordsRail:
         self._own: dict[str, TermMatcher] = {}
         for name, category in policy.categories.items():
             if category.terms or category.patterns:
-                terms = Category(name, terms=dict.fromkeys(category.terms, 1.0), patterns=tuple(category.patterns))
+                # readings are without accents
+                forms = [form for term in category.terms for form in (term, cleaned(term))]
+                unspaced = [re.escape(term) for term in forms if _UNSPACED.search(term)]
+                terms = Category(
+                    name,
+                    terms={term: 1.0 for term in forms if not _UNSPACED.search(term)},
+                    patterns=(*category.patterns, *dict.fromkeys(unspaced)),
+                )
                 try:
                     self._own[name] = TermMatcher([terms])
                 except ConfigError as error:
@@ -76,8 +87,10 @@ class WordsRail:
             if (score := float(scores[row].as_py())) >= _LOWEST:
                 name = column.removeprefix("hazards_")
                 found.append(Finding(name, score, "words", f"score {column} {score:.2f}", found_readings[row].name))
+        # and as it stands, for patterns with accents
+        written = Reading("plain", unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode()))
         for name, matcher in self._own.items():
-            for reading in found_readings:
+            for reading in (written, *found_readings):
                 if hits := matcher.hits(reading.text):
                     found.append(Finding(name, 1.0, "words", f"term {hits[0].term!r}", reading.name))
                     break

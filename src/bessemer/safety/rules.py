@@ -39,6 +39,25 @@ _DROP_ELSEWHERE = r"(?:ignorier\w*|vergiss|ignore[rsz]?|oublie[rz]?|olvida\w*|ig
 _RULES_ELSEWHERE = (
     r"(?:anweisungen|vorgaben|regeln|instructions|consignes|r[eè]gles|instrucciones|reglas|istruzioni|regole|instruc\w+|regras)"
 )
+#: The same in nine more languages, as readings have them: without the breve of й and the umlauts of Turkish. Each names whose
+#: instructions they are, since people forget instructions, and ask how to ignore a prompt.
+_DROP_ALL_LATIN = (
+    r"\b(?:negeer|vergeet)\b[^.\n]{0,20}\b(?:vorige|eerdere|alle|bovenstaande|je)\b[^.\n]{0,20}\b(?:instructies|regels|opdrachten)\b",
+    r"\b(?:z?ignoruj|zapomnij|pomin)\w*[^.\n]{0,20}\b(?:poprzedni|wszystki|powyzsz|swoj)\w*[^.\n]{0,20}(?:instrukcj|polece|zasad)",
+    r"\b(?:onceki|tum|yukaridaki|butun)\b[^.\n]{0,30}(?:talimat|kural|komut)\w*[^.\n]{0,20}(?:yok say|gormezden gel|unut)",
+)
+_DROP_ALL = (
+    r"(?:\bигнориру|\bпроигнориру|(?<!не )\bзабудь|\bне следу)\w*[^.\n]{0,20}\b(?:предыдущ|прежн|все|систем|сво)\w*[^.\n]{0,20}"
+    r"(?:инструкци|указани|правил|команд)",
+    r"(?:\bتجاهل|\bانس\b|لا تتبع)[^.\n]{0,20}(?:جميع|كل|التعليمات السابقة|الاوامر السابقة|القواعد السابقة|تعليماتك)",
+    r"(?:पिछले|पहले|सभी|सारे|ऊपर|उपरोक्त)[^।\n]{0,30}(?:निर्देश|नियम|आदेश)[^।\n]{0,30}(?:अनदेखा|नजरअंदाज|नज़रअंदाज|भूल जा|उपेक्षा)",
+    r"(?:忽略|无视|忽視|無視|忘记|忘掉|忘記|不要理会)[^。\n]{0,12}(?:之前|以上|上述|上面|前面|先前|所有|全部|一切|系统|你的)[^。\n]{0,12}"
+    r"(?:指令|指示|提示|规则|規則|设定|設定)",
+    r"(?:これまで|今まで|以前|前の|上記|上の|すべて|全て|あなたの)[^。\n]{0,12}"
+    r"(?:指示|命令|指令|ルール|プロンプト|規則|設定)[^。\n]{0,12}(?:無視し|無視せ|忘れて|従わない)",
+    r"(?:이전|위의|위 |앞의|앞선|모든|지금까지|기존)[^.\n]{0,15}(?:지시|명령|규칙|지침|프롬프트)[^.\n]{0,15}"
+    r"(?:무시|잊어|잊고|따르지)",
+)
 _TELL = r"(?:reveal|show|print|repeat|output|tell me|give me|display|write down|what (?:is|are|was|were))"
 _SAY = r"(?:print|say|output|write|repeat|reply|respond|answer|translate)"
 _PRIVATE = r"(?:password|secret|api key|credentials?|token|conversation|chat history|personal data|private)"
@@ -54,6 +73,7 @@ _INJECTIONS = {
         "drop the instructions": (
             rf"\b{_DROP}\b[^.\n]{{0,40}}\b{_WHOSE}\b[^.\n]{{0,30}}\b{_RULES}\b",
             rf"\b{_DROP_ELSEWHERE}\b[^.\n]{{0,40}}\b{_RULES_ELSEWHERE}\b",
+            *_DROP_ALL_LATIN,
             rf"\b{_DROP}\b[^.\n]{{0,60}}(?:,| and| then)(?: just| only| simply| instead)* {_SAY}\b",
         ),
         "new instructions": (
@@ -91,6 +111,8 @@ _INJECTIONS = {
         "an image that carries data": (r"!\[[^\]]{0,80}\]\(https?://[^)\s]{0,200}[?&][^)\s]{0,80}=",),
     }.items()
 }
+#: The same of other alphabets, which is looked for where there are such letters.
+_IN_OTHER_LETTERS = {"drop the instructions": re.compile("|".join(_DROP_ALL), re.IGNORECASE)}
 #: Forms in which a text has the assistant undo a disguise, so that what is asked is read by it and by nobody before.
 _TO_DECODE = re.compile(
     rf"\b(?:decode|decrypt|decipher|unscramble)\b[^.\n]{{0,60}}\b{_CODES}\b"
@@ -112,7 +134,8 @@ def matches(text: str, readings: Sequence[Reading], kinds: Sequence[str]) -> Ite
         yield Match("hidden_text", "asks to decode", *(found.span() if is_in_place else (None, None)))
     if "injection" in kinds:
         for reading in readings:
-            for name, pattern in _INJECTIONS.items():
+            others = () if reading.text.isascii() else _IN_OTHER_LETTERS.items()
+            for name, pattern in (*_INJECTIONS.items(), *others):
                 if found := pattern.search(reading.text):
                     # where cleaning changed nothing, places in the reading are places in the text
                     is_in_place = reading.text == text

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
+from bessemer.core.policy import PolicyLines
 from bessemer.serving.app import Pages, described
 from bessemer.serving.runtime.served import Served
 from bessemer.webapp.access import templates
@@ -27,6 +28,7 @@ from bessemer.webapp.model_copy import ModelCopy
 from bessemer.webapp.pictures_api import PicturesApi
 from bessemer.webapp.preference_runs import PreferenceRuns
 from bessemer.webapp.runs_api import RunsApi
+from bessemer.webapp.safety_api import SafetyApi
 from bessemer.webapp.token_api import TokenApi
 from bessemer.webapp.xray_api import XrayApi
 
@@ -96,6 +98,7 @@ _PAGES = {
     "/xray": ("xray.html.jinja", "X-ray", "xray.js"),
     "/runs": ("runs.html.jinja", "Runs", "runs.js"),
     "/data": ("data.html.jinja", "Data", "data.js"),
+    "/safety": ("safety.html.jinja", "Safety", "safety.js"),
     "/api": ("api.html.jinja", "API", "api.js"),
 }
 #: Media types that machines' own tables name otherwise, or lack.
@@ -110,7 +113,8 @@ class WebSettings:
 
     folder: of the model, where it has one. suggestions: questions that the chat offers. feedback: the folder for thumbs and
     edits; None: they stay in the browser. runs: the folder of the runs; None: none are shown. run: the one that made the model.
-    makes_xrays: whether X-rays are offered, which load a second copy of the model.
+    makes_xrays: whether X-rays are offered, which load a second copy of the model. policy: lines of the file of the guard's
+    policy. redteams: the folder of red teams' runs; None: none are shown.
     """
 
     folder: Path | None = None
@@ -119,6 +123,8 @@ class WebSettings:
     runs: Path | None = None
     run: str | None = None
     makes_xrays: bool = True
+    policy: PolicyLines | None = None
+    redteams: Path | None = None
 
 
 def operations() -> Mapping[tuple[str, str], Operation]:
@@ -151,6 +157,7 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
             DataApi(served, settings.runs),
             feedback,
             PreferenceRuns(settings.folder, feedback, settings.runs),
+            SafetyApi(served, settings.policy, settings.redteams),
         )
         return Pages([site.router(), *(api.router() for api in apis)], public_paths(), operations)
 

@@ -10,6 +10,7 @@ from bessemer.webapp.feedback import Feedback
 from bessemer.webapp.forward_api import ForwardRequest
 from bessemer.webapp.lineage_api import EarlierRequest, GrowthRequest
 from bessemer.webapp.pictures_api import PatchRequest, PicturesRequest
+from bessemer.webapp.safety_api import GuardCheck
 from bessemer.webapp.token_api import PiecesRequest, TokenRequest
 from bessemer.webapp.xray_api import WithoutRequest, XrayRequest
 
@@ -89,6 +90,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Lines that a stage has written since a place.", path=("run", "stage", "what")
     ),
     (f"{_RUNS}/{{run}}/beside/{{other}}", "get"): _read("Two runs compared.", path=("run", "other")),
+    ("/inspect/safety", "get"): _read("The guard's policy, and its latest decisions.", "policy", "rails", "decisions", "texts"),
+    ("/inspect/safety/check", "post"): Operation(
+        "What the guard would do about a text.", _object("decision", "findings"), GuardCheck, tag="Pages"
+    ),
+    ("/inspect/redteams", "get"): _read("The runs of red teams.", "runs"),
+    ("/inspect/redteams/{name}", "get"): _read("What a red team found.", "html", path=("name",)),
     ("/inspect/sweeps", "get"): _read("The sweeps.", "sweeps"),
     ("/inspect/evaluations", "get"): _read("The evaluations.", "evaluations"),
     ("/inspect/evaluations/beside", "get"): _read("Two evaluations compared."),

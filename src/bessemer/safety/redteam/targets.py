@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bessemer.core.chat_client import ChatClient, with_json_arguments
+from bessemer.core.chat_client import ChatClient, FilteredText, with_json_arguments
 from bessemer.core.errors import RequestError
 from bessemer.core.http_client import ApiError, HttpClient, TransientError
 
@@ -29,11 +29,13 @@ _OF_THE_REQUEST = (400, 413, 422, 451)
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer to a conversation. blocked: the server refused the request (a guard, a filter); error: why none was made."""
+    """An answer to a conversation. blocked: the server refused the request (a guard, a filter); error: why none was made;
+    is_filtered: the server ended the answer for what it says, and may have put words of its own in its place."""
 
     text: str = ""
     blocked: str = ""
     error: str = ""
+    is_filtered: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,15 +167,17 @@ class UrlTarget:
         try:
             if not one.tools:
                 (text,) = client.ask([list(one.messages)], [one.seed])
-                return Reply(str(text))
-            message = client.answer(with_json_arguments(one.messages), one.tools)["message"]
+                return Reply(str(text), is_filtered=isinstance(text, FilteredText))
+            choice = client.answer(with_json_arguments(one.messages), one.tools)
         except ApiError as error:
             if error.status not in _OF_THE_REQUEST:
                 raise
             return Reply(blocked=str(error))
+        message, is_filtered = choice["message"], choice.get("finish_reason") == "content_filter"
         said = message.get("content") if isinstance(message.get("content"), str) else ""
         calls = message.get("tool_calls") or ()
-        return Reply("\n".join(filter(None, [said, *(json.dumps(call, ensure_ascii=False) for call in calls)])))
+        written = [said, *(json.dumps(call, ensure_ascii=False) for call in calls)]
+        return Reply("\n".join(filter(None, written)), is_filtered=is_filtered)
 
 
 def _cancel(futures: Iterable[Future[Reply]]) -> None:
