@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -24,10 +25,12 @@ from bessemer.posttraining.data.examples import read_examples
 from bessemer.posttraining.data.formats import as_labelled, as_pair
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.runtime.bodies import without_places
+from bessemer.serving.runtime.bodies import ApiError, without_places
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, write_keys
 from bessemer.webapp import model_copy, xray_api
 from bessemer.webapp.app import WebSettings, web_pages
+from bessemer.webapp.feedback import FeedbackApi
+from bessemer.webapp.preference_runs import PreferenceRuns
 from tests.serving.running import servers
 
 
@@ -262,6 +265,24 @@ def test_an_answer_has_one_label_the_last_and_none_once_it_is_taken_back(start, 
     assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": True}
     assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": False}
     assert [row["id"] for row in json_lines(labels.read_text())] == ["b"]
+
+
+def test_of_two_who_start_training_at_the_same_moment_one_is_refused(monkeypatch, tmp_path):
+    class Running:
+        def poll(self):
+            return None
+
+    def start(self, *_):
+        time.sleep(0.2)
+        self._running = Running()
+        return {"run": "preferences-1"}
+
+    monkeypatch.setattr(PreferenceRuns, "_start", start)
+    started = PreferenceRuns(tmp_path, FeedbackApi(tmp_path), tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(started._start_alone, tmp_path, tmp_path, tmp_path) for _ in range(2)]
+    refused = [one.exception() for one in both if one.exception() is not None]
+    assert [error.status for error in refused] == [409] and isinstance(refused[0], ApiError)
 
 
 def test_training_on_feedback_is_started_by_whom_runs_are_shown_and_with_enough_of_it(start, tmp_path):

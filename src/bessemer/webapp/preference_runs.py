@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,7 @@ class PreferenceRuns:
         self._feedback = feedback
         self._runs = runs
         self._running: subprocess.Popen[bytes] | None = None
+        self._starts = threading.Lock()
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -56,9 +58,15 @@ class PreferenceRuns:
         feedback = self._feedback.kept_in(request)
         if self._model is None:
             raise ApiError("this server knows no folder or file of its model", status=404, code="not_available")
-        if self._running is not None and self._running.poll() is None:
-            raise ApiError("a run on the preferences is at work already; its page says how far it is", status=409, code="busy")
-        return await asyncio.to_thread(self._start, runs, feedback, self._model)
+        return await asyncio.to_thread(self._start_alone, runs, feedback, self._model)
+
+    def _start_alone(self, runs: Path, feedback: Path, model: Path) -> dict[str, Any]:
+        with self._starts:
+            if self._running is not None and self._running.poll() is None:
+                raise ApiError(
+                    "a run on the preferences is at work already; its page says how far it is", status=409, code="busy"
+                )
+            return self._start(runs, feedback, model)
 
     def _start(self, runs: Path, feedback: Path, model: Path) -> dict[str, Any]:
         pairs = count_pairs(feedback / PAIRS)
