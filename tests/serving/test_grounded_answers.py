@@ -97,6 +97,16 @@ def test_a_clients_own_system_message_stays_and_a_form_takes_the_place_of_citati
     assert "Sources:" not in engine.prompts[1]
 
 
+def test_a_chats_sources_are_sections_where_it_asks_for_them(connect, tokenizer):
+    engine = ScriptedEngine(tokenizer, "Copper turns green in air [1].")
+    answer = connect(engine).chat.completions.create(**ASKED, extra_body={"retrieval": {"section_characters": 2000}})
+    (source,) = answer.retrieval["sources"]
+    assert "Iron rusts" in source["text"] and "# Copper\n\nCopper turns green" in source["text"]
+    assert "Copper turns green in air." in engine.prompts[0] and engine.seen[0].regex == citing(1)
+    (one,) = answer.choices[0].message.annotations
+    assert METALS.text.encode()[one.start : one.end].decode() == one.quote == "Copper turns green in air."
+
+
 def test_where_nothing_is_found_the_answer_is_held_to_saying_so(connect, tokenizer):
     engine = ScriptedEngine(tokenizer, NOT_HELD)
     said = {"model": "tiny", "messages": [{"role": "user", "content": "zebra"}]}

@@ -26,6 +26,16 @@ Only = Annotated[
     list[str] | None,
     typer.Option("--only", help="Only this document, or those that a pattern such as guide/* matches; may be repeated."),
 ]
+Section = Annotated[
+    int,
+    typer.Option(
+        metavar="CHARACTERS",
+        help="Take the section in which a passage stands in place of it, where that has at most so many characters; of a "
+        "longer one the passages around it. 0: passages alone.",
+        min=0,
+        max=100_000,
+    ),
+]
 Rerank = Annotated[
     str | None,
     typer.Option(
@@ -134,6 +144,7 @@ def search(
     mode: Annotated[str, typer.Option(help="hybrid, words or meaning.")] = "hybrid",
     only: Only = None,
     neighbours: Annotated[int, typer.Option(help="Passages before and after each hit, shown with it.", min=0, max=20)] = 0,
+    section: Section = 0,
     rerank: Rerank = None,
     expand: Expand = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -147,8 +158,11 @@ def search(
 
     if mode not in (modes := ["hybrid", "words", "meaning"]):
         raise ConfigError(f"--mode {mode}: it is {', '.join(modes)}{nearest(mode, modes)}")
+    if neighbours and section:
+        raise ConfigError("--neighbours, --section: the one adds passages, the other takes whole sections; give one")
     opened = _opened(place, rerank, expand, runs)
-    hits = find(opened, query, count, mode=mode, where=Filter(only or ()), neighbours=neighbours)  # type: ignore[arg-type]
+    around = {"neighbours": neighbours, "section": section}
+    hits = find(opened, query, count, mode=mode, where=Filter(only or ()), **around)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps([_figures(hit) for hit in hits], ensure_ascii=False, indent=2))
         return
@@ -178,6 +192,7 @@ def ask(
     sources: Annotated[
         str, typer.Option(help="together, or each: a small model reads each source alone, and answers from the best.")
     ] = "together",
+    section: Section = 0,
     quote: Annotated[bool, typer.Option("--quote", help="Answer with a sentence of a source, word for word.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     device: Device = "auto",
@@ -209,6 +224,7 @@ def ask(
             params=params,
             reading=sources,  # type: ignore[arg-type]
             quote=quote,
+            section=section,
         )
     if as_json:
         print(json.dumps(_answer_figures(answer), ensure_ascii=False, indent=2))

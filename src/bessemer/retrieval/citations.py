@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from bessemer.retrieval.chunks import Span, sentences
 from bessemer.retrieval.search import Hit
-from bessemer.retrieval.store import Passage
+from bessemer.retrieval.store import Passage, Segment
 from bessemer.retrieval.terms import compared_words
 
 #: Share of a sentence's content words that its sources must have.
@@ -116,15 +116,17 @@ class CitationReader:
         passage = self._sources[number - 1].passage
         before = _CITATION.sub("", self._text[max(0, index - _SENTENCE_CHARACTERS) : index])
         said = [before[span.start : span.end] for span in sentences(before)]
-        span = nearest_sentence(next((one for one in reversed(said) if one.strip()), ""), passage.text)
+        span = nearest_sentence(next((one for one in reversed(said) if one.strip()), ""), passage.text, passage.parts)
         return Citation(number, index, passage.text[span.start : span.end], *_bytes_of(passage, span))
 
 
-def nearest_sentence(statement: str, text: str) -> Span:
-    """The sentence of a text that has most content words of a statement; the whole text where none has any."""
+def nearest_sentence(statement: str, text: str, parts: Sequence[Segment] = ()) -> Span:
+    """The sentence of a text that has most content words of a statement; the whole text where none has any. parts: of the text,
+    outside which no sentence is looked for."""
     wanted = set(compared_words(statement))
     best, most = Span(0, len(text)), 0
-    for span in sentences(text):
+    within = [Span(part.text_start, part.text_end) for part in parts] or [Span(0, len(text))]
+    for span in (span for part in within for span in sentences(text, part)):
         shared = len(wanted.intersection(compared_words(text[span.start : span.end])))
         if shared > most:
             best, most = span, shared
@@ -186,7 +188,8 @@ def quotable(sources: Sequence[Hit]) -> list[str]:
     stand between quotation marks gives its name, unquoted."""
     answers = []
     for number, hit in enumerate(sources, start=1):
-        found = [" ".join(one.split()).rstrip(_ENDS) for one in _unwrapped(hit.passage.text)]
+        parts = [hit.passage.text[part.text_start : part.text_end] for part in hit.passage.parts]
+        found = [" ".join(one.split()).rstrip(_ENDS) for part in parts for one in _unwrapped(part)]
         fitting = [one for one in found if len(one) >= _SHORTEST_QUOTE and not set("“”[]") & set(one)]
         # a name or a label alone says little
         quoted = [one for one in fitting if _says_something(one)] or fitting
@@ -218,12 +221,18 @@ def quotes_in(text: str, sources: Sequence[Hit]) -> Iterator[Quote]:
             continue
         form = re.compile(r"\s+".join(map(re.escape, words)))
         for number, hit in enumerate(sources, start=1):
-            if found := form.search(hit.passage.text):
+            # within one part: what is joined of two stands nowhere in the document
+            places = (form.search(hit.passage.text, part.text_start, part.text_end) for part in hit.passage.parts)
+            if found := next(filter(None, places), None):
                 yield Quote(found[0], number, *_bytes_of(hit.passage, Span(*found.span())))
                 break
 
 
 def _bytes_of(passage: Passage, span: Span) -> tuple[int, int]:
-    """The place of a part of a passage, in bytes of its document."""
-    start = passage.start + len(passage.text[: span.start].encode())
-    return start, start + len(passage.text[span.start : span.end].encode())
+    """The place of a part of a passage, in bytes of its document: from where its first character stands there to where its last
+    does."""
+    parts = [part for part in passage.parts if part.text_start < span.end and span.start < part.text_end] or passage.parts[:1]
+    first, last = parts[0], parts[-1]
+    before = passage.text[first.text_start : max(first.text_start, span.start)]
+    start = first.start + len(before.encode())
+    return start, last.start + len(passage.text[last.text_start : min(last.text_end, span.end)].encode())

@@ -30,7 +30,7 @@ from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.embed import Embedder, open_embedder
 from bessemer.retrieval.expansion import Expander, Headings
 from bessemer.retrieval.rerank import Reranker
-from bessemer.retrieval.store import LanceStore, Passage, StoreWriter
+from bessemer.retrieval.store import HEADINGS_BETWEEN, LanceStore, Passage, StoreWriter
 from bessemer.retrieval.terms import words_of_text
 
 INDEX = "index.json"
@@ -309,7 +309,7 @@ def passages_of(document: IndexedDocument, config: IndexConfig) -> list[Passage]
             document=document.place,
             number=number,
             title=document.title,
-            headings=" › ".join(chunk.headings),
+            headings=HEADINGS_BETWEEN.join(chunk.headings),
             text=chunk.text,
             start=chunk.start,
             end=chunk.end,

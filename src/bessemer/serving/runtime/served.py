@@ -20,7 +20,7 @@ from bessemer.inference.images import PicturePrompt
 from bessemer.inference.request import Completion, Prompt, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.vision.preprocessing import Prepared
-from bessemer.retrieval.answer import citation_form, grounded, most_sources
+from bessemer.retrieval.answer import citation_form, fitting_sources, grounded
 from bessemer.retrieval.long_documents import retrieved_from_itself
 from bessemer.serving.config import ASIDE, ENCODED
 from bessemer.serving.retrieval.annotations import ServedHit
@@ -314,16 +314,16 @@ class Served:
         tokenizer, tools = self.engine.tokenizer, [tool.description_in_chat for tool in chat.tools] or None
         answer_tokens = min(chat.token_limit or _ANSWER_TOKENS, self.engine.longest // 2)
 
-        def with_sources(count: int) -> list[Message]:
-            return with_system_in_place(grounded(messages, found[:count]), tokenizer)
+        def with_sources(sources: Sequence[ServedHit]) -> list[Message]:
+            return with_system_in_place(grounded(messages, sources), tokenizer)
 
-        def fits(count: int) -> bool:
-            inputs = [message.as_template_input() for message in with_sources(count)]
+        def fits(sources: Sequence[ServedHit]) -> bool:
+            inputs = [message.as_template_input() for message in with_sources(sources)]
             tokens = len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools))
             return tokens + answer_tokens <= self.engine.longest
 
-        count = most_sources(len(found), fits)
-        return with_sources(count), found[:count]
+        used = fitting_sources(found, fits)
+        return with_sources(used), used
 
     def count(self, chat: Chat) -> int:
         """The tokens of a conversation with its tools, up to where the assistant speaks. Raises as `begin`."""
