@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 #: Files named by the end of `bessemer index` that could not be read.
 _MOST_LOSSES = 20
 
-Index = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder of the index, as `bessemer index` made it.")]
+Index = Annotated[
+    str,
+    typer.Argument(
+        metavar="INDEX", help="The folder of the index, as `bessemer index` made it, or its address: s3://bucket/name."
+    ),
+]
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", help="Only this document, or those that a pattern such as guide/* matches; may be repeated."),
@@ -54,7 +59,12 @@ Expand = Annotated[
 
 def index(
     documents: Annotated[str, typer.Argument(metavar="DOCS", help="A file, a folder, or a source such as python_docs.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the index; an existing index is updated.")],
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT", help="Folder of the index, or an address such as s3://bucket/name; an existing index is updated."
+        ),
+    ],
     also: Annotated[list[str] | None, typer.Option(help="More documents; may be repeated.")] = None,
     watch: Annotated[
         float | None,
@@ -79,21 +89,35 @@ def index(
 ) -> None:
     """Index documents, or bring an index up to date: what is unchanged is kept, what is gone leaves it."""
     from bessemer.cli.named import option_of
+    from bessemer.core.errors import ConfigError
+    from bessemer.core.object_storage import ObjectPath, is_address
+    from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import read_json
     from bessemer.retrieval.access import access_of, read_access
     from bessemer.retrieval.config import IndexConfig
     from bessemer.retrieval.index import INDEX
+    from bessemer.retrieval.remote import cache_folder, remote_index
 
     given = {"embedder": embedder, "passage_characters": passage, "overlap_characters": overlap}
     changed = {name: value for name, value in given.items() if value is not None}
-    before = read_json(out / INDEX, "index").get("config", {}) if (out / INDEX).exists() else {}
-    config = IndexConfig.parse(before | changed, option_of("index"))
     places = [documents, *(also or [])]
-    rules = access_of(out) if access is None else () if access == "none" else read_access(Path(access))
-    if watch is None:
-        _update(places, out, config, rules)
+
+    def settings_of(folder: Path) -> tuple[IndexConfig, Sequence[AccessRule]]:
+        before = read_json(folder / INDEX, "index").get("config", {}) if (folder / INDEX).exists() else {}
+        rules = access_of(folder) if access is None else () if access == "none" else read_access(Path(access))
+        return IndexConfig.parse(before | changed, option_of("index")), rules
+
+    if is_address(out):
+        if watch is not None:
+            raise ConfigError("--watch: of an index in a folder; run bessemer index again to upload a new version")
+        address = ObjectPath.parse(out)
+        with remote_index(address, cache_folder(), progress_for_terminal()) as folder:
+            _update(places, folder, *settings_of(folder))
+        print(f"{address}: uploaded", flush=True)
+    elif watch is None:
+        _update(places, Path(out), *settings_of(Path(out)))
     else:
-        _watch(places, out, config, rules, watch)
+        _watch(places, Path(out), *settings_of(Path(out)), watch)
 
 
 def _update(given: list[str], out: Path, config: IndexConfig, rules: Sequence[AccessRule]) -> None:
@@ -267,13 +291,14 @@ def questions(
     from bessemer.core.errors import ArtefactError, ConfigError
     from bessemer.retrieval.index import open_index
     from bessemer.retrieval.questions import as_questions, cited_conversations, contrastive_rows, make_questions
+    from bessemer.retrieval.remote import local_index
     from bessemer.retrieval.specs import write_lines
 
     if out.exists():
         raise ArtefactError(f"{out}: is there already; name another file")
     if cited and negatives is not None:
         raise ConfigError("--cited, --negatives: the one makes conversations, the other rows for an embedder; give one")
-    opened = open_index(place)
+    opened = open_index(local_index(place))
     if cited:
         rows = list(
             cited_conversations(opened, count, unanswered=unanswered, longest=longest, most_sources=most_sources, seed=seed)
@@ -336,13 +361,14 @@ def memory(
     print(f"{remembered.forget(is_meant):,} turns deleted")
 
 
-def _opened(place: Path, rerank: str | None, expand: str | None, runs: Path) -> OpenIndex:
+def _opened(place: str, rerank: str | None, expand: str | None, runs: Path) -> OpenIndex:
     """An index with the models that its searches ask."""
     from bessemer.cli.named import find_expander, find_reranker
     from bessemer.retrieval.index import open_index
+    from bessemer.retrieval.remote import local_index
 
     reranker = None if rerank is None else find_reranker(rerank, runs)[1]
-    return open_index(place, reranker=reranker, expander=None if expand is None else find_expander(expand, runs))
+    return open_index(local_index(place), reranker=reranker, expander=None if expand is None else find_expander(expand, runs))
 
 
 def _place(hit: Hit) -> str:
