@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -217,6 +218,13 @@ def ask(
         str, typer.Option(help="together, or each: a small model reads each source alone, and answers from the best.")
     ] = "together",
     section: Section = 0,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="HEAD",
+            help="Mark sentences by this entailment head, as `bessemer entailment` made it, and its model; else by words.",
+        ),
+    ] = None,
     quote: Annotated[bool, typer.Option("--quote", help="Answer with a sentence of a source, word for word.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     device: Device = "auto",
@@ -236,7 +244,16 @@ def ask(
         raise ConfigError(f"--sources {sources}: it is {', '.join(readings)}{nearest(sources, readings)}")
     opened = _opened(place, rerank, expand, runs)
     judge = None if least is None else NearestJudge(least)
-    with Engine(find_served(model, runs), device=device) as engine:
+    with ExitStack() as stack:
+        engine = stack.enter_context(Engine(find_served(model, runs), device=device))
+        entails = None
+        if check is not None:
+            from bessemer.retrieval.entailment import Entailment, load_head
+
+            head = load_head(check)
+            # asked in turn with the one that answers, which is the same where the name is
+            asked = engine if head.model == model else stack.enter_context(Engine(find_served(head.model, runs), device=device))
+            entails = Entailment(asked, head).probabilities
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
         answer = answer_from(
             engine,
@@ -249,6 +266,7 @@ def ask(
             reading=sources,  # type: ignore[arg-type]
             quote=quote,
             section=section,
+            entails=entails,
         )
     if as_json:
         print(json.dumps(_answer_figures(answer), ensure_ascii=False, indent=2))
@@ -309,6 +327,31 @@ def questions(
         rows = list(as_questions(make_questions(opened, count, seed)))
     write_lines(out, rows)
     print(f"{out}: {len(rows):,} {'conversations' if cited else 'questions'}")
+
+
+def entailment(
+    place: Index,
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File of the head to write, in JSON.")],
+    passages: Annotated[int, typer.Option(help="Most passages of which pairs are made, about six of each.", min=10)] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Train a head that says of answers which sentences their sources bear out, over a model's opinions, for `ask --check`."""
+    from bessemer.cli.named import find_served
+    from bessemer.core.errors import ArtefactError
+    from bessemer.inference.engine import Engine
+    from bessemer.retrieval.entailment import train_head
+    from bessemer.retrieval.index import open_index
+    from bessemer.retrieval.remote import local_index
+
+    if out.exists():
+        raise ArtefactError(f"{out}: is there already; name another file")
+    with Engine(find_served(model, runs), device=device) as engine:
+        head = train_head(open_index(local_index(place)), engine, model, passages=passages, seed=seed)
+    head.save(out)
+    print(f"{out}: fitted on {head.made['pairs']:,} pairs, calibrated on {head.made['calibrated_on']:,} of other documents")
 
 
 def memory(
@@ -396,6 +439,7 @@ def _answer_figures(answer: Answer) -> dict[str, object]:
         "is_held": answer.is_held,
         "statements": [
             {"text": one.text, "cited": list(one.cited), "support": one.support, "is_supported": one.is_supported}
+            | ({} if one.entailment is None else {"entailment": one.entailment})
             for one in answer.statements
         ],
         "quotes": [{"text": one.text, "source": one.source, "start": one.start, "end": one.end} for one in answer.quotes],

@@ -27,6 +27,7 @@ from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.retrieval.citations import (
+    Entails,
     Quote,
     Statement,
     attributed,
@@ -132,13 +133,14 @@ def ask(
     reading: Reading = "together",
     quote: bool = False,
     section: int = 0,
+    entails: Entails | None = None,
 ) -> Answer:
     """Answer a question from an index. count: sources at most; fewer where the context holds no more. section: as of `search`;
     of sources that the context does not hold so, what was found alone is read. The others are those of `answer_from`. Raises
     RequestError as `search`.
     """
     hits = search(index, question, count, where=where, section=section)
-    return answer_from(engine, question, hits, judge=judge, params=params, reading=reading, quote=quote)
+    return answer_from(engine, question, hits, judge=judge, params=params, reading=reading, quote=quote, entails=entails)
 
 
 def answer_from(
@@ -150,12 +152,14 @@ def answer_from(
     params: SamplingParams | None = None,
     reading: Reading = "together",
     quote: bool = False,
+    entails: Entails | None = None,
 ) -> Answer:
     """Answer a question from what a search found.
 
     judge: refuses questions that the documents do not answer; None: the model alone decides, and with `quote` nothing is
     refused. reading: whether the model reads the sources together, or each alone and answers from the best. quote: the answer
-    is a sentence of a source, which the model chooses.
+    is a sentence of a source, which the model chooses. entails: judges whether sources bear out the sentences
+    (`entailment.Entailment.probabilities`); None: by the share of common words.
     """
     if not hits or (judge is not None and not judge.holds(question, hits)):
         return Answer(NOT_HELD, hits, is_held=False)
@@ -164,10 +168,10 @@ def answer_from(
         number = best_source(engine, question, hits, params.max_tokens)
         text, source = _from_one(engine, question, hits[number - 1], params, quote, is_judged=judge is not None)
         sources = [*hits[: number - 1], source, *hits[number:]]
-        return checked(attributed(text, sources, [number]), sources)
+        return checked(attributed(text, sources, [number]), sources, entails)
     messages, used = prompt_of(engine, question, hits, params.max_tokens)
     form = {"choice": quotable(used)} if quote else citation_form(used)
-    return checked(engine.chat(messages, params.with_changes(**form)).text.strip(), used)
+    return checked(engine.chat(messages, params.with_changes(**form)).text.strip(), used, entails)
 
 
 def best_source(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> int:
@@ -272,6 +276,6 @@ def _last_question(messages: Sequence[Message]) -> int:
     return places[-1]
 
 
-def checked(text: str, sources: Sequence[Hit]) -> Answer:
+def checked(text: str, sources: Sequence[Hit], entails: Entails | None = None) -> Answer:
     """An answer with the support of each sentence by the sources, and its quotes."""
-    return Answer(text, sources, checked_statements(text, sources), list(quotes_in(text, sources)))
+    return Answer(text, sources, checked_statements(text, sources, entails), list(quotes_in(text, sources)))

@@ -10,16 +10,20 @@ source that shares most words with what was said; `checked_statements` compares 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from bessemer.retrieval.chunks import Span, sentences
 from bessemer.retrieval.search import Hit
 from bessemer.retrieval.store import Passage, Segment
 from bessemer.retrieval.terms import compared_words
 
-#: Share of a sentence's content words that its sources must have.
-SUPPORT = 0.5
+#: Share of a sentence's content words that its sources must have, and the least probability that one bears it out.
+SUPPORT = ENTAILED = 0.5
+#: How likely each source bears out its sentence, (N,), for pairs of both: `entailment.Entailment.probabilities`.
+Entails = Callable[[Sequence[tuple[str, str]]], np.ndarray]
 _CITATION = re.compile(r"\[([0-9]{1,4})\]")
 #: Characters of the longest citation.
 _LONGEST_MARK = len("[1234]")
@@ -33,6 +37,7 @@ _SHORTEST_QUOTE = 8
 _FEWEST_BLANKS, _FEWEST_PAIRS = 3, 6
 #: Opening and closing marks: English and straight ones, German, French, Chinese and Japanese.
 _MARKS = [("“", "”"), ('"', '"'), ("„", "“"), ("„", "”"), ("«", "»"), ("»", "«"), ("「", "」"), ("『", "』")]
+_WITHOUT_MARKS = str.maketrans("", "", "".join(sorted({mark for pair in _MARKS for mark in pair})))
 _QUOTED = re.compile("|".join(rf"{a}(?P<q{n}>[^{a}{b}]{{{_SHORTEST_QUOTE},}}){b}" for n, (a, b) in enumerate(_MARKS)))
 #: Citations behind the end of a sentence.
 _BEHIND = re.compile(rf"\s*(?:{_CITATION.pattern}\s*)+[{_ENDS}]?")
@@ -41,14 +46,18 @@ _BEHIND = re.compile(rf"\s*(?:{_CITATION.pattern}\s*)+[{_ENDS}]?")
 @dataclass(frozen=True)
 class Statement:
     """A sentence of an answer. cited: numbers of its sources, from 1. support: share of its content words in them, or, where it
-    cites none, in any; None for a sentence without content words."""
+    cites none, in any; None for a sentence without content words. entailment: how likely the likeliest of these sources bears
+    it out (`entailment.py`), which then decides; None where nobody was asked."""
 
     text: str
     cited: tuple[int, ...]
     support: float | None
+    entailment: float | None = None
 
     @property
     def is_supported(self) -> bool:
+        if self.entailment is not None:
+            return self.entailment >= ENTAILED
         return self.support is None or self.support >= SUPPORT
 
 
@@ -135,8 +144,8 @@ def nearest_sentence(statement: str, text: str, parts: Sequence[Segment] = ()) -
     return Span(start, start + len(sentence.strip()))
 
 
-def checked_statements(text: str, sources: Sequence[Hit]) -> list[Statement]:
-    """The sentences of an answer, with their citations and how far the sources support each."""
+def checked_statements(text: str, sources: Sequence[Hit], entails: Entails | None = None) -> list[Statement]:
+    """The sentences of an answer, with their citations and how far the sources support each. entails: judges this besides."""
     words = [set(compared_words(hit.passage.shown)) for hit in sources]
     everything = set().union(*words)
     statements = []
@@ -146,7 +155,16 @@ def checked_statements(text: str, sources: Sequence[Hit]) -> list[Statement]:
         known = set().union(*(words[number - 1] for number in cited)) if cited else everything
         support = sum(word in known for word in own) / len(own) if own else None
         statements.append(Statement(sentence, cited, support))
-    return statements
+    return statements if entails is None or not sources else [_judged(one, sources, entails) for one in statements]
+
+
+def _judged(statement: Statement, sources: Sequence[Hit], entails: Entails) -> Statement:
+    """A statement with the probability that the likeliest of its sources bears it out; without content words as it is."""
+    if statement.support is None:
+        return statement
+    said = re.sub(rf"\s*{_CITATION.pattern}", "", statement.text).translate(_WITHOUT_MARKS)
+    among = [sources[number - 1] for number in statement.cited] or sources
+    return replace(statement, entailment=float(entails([(said, hit.passage.shown) for hit in among]).max()))
 
 
 def _cited_sentences(text: str) -> list[str]:
