@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ from bessemer.retrieval.entailment import (
     load_head,
     train_head,
 )
-from bessemer.retrieval.entailment_pairs import CHANGES, make_pairs, reworded
+from bessemer.retrieval.entailment_pairs import CHANGES, make_pairs, reworded, written_pairs
 from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import Hit
 from bessemer.retrieval.store import Found, Passage
@@ -32,6 +33,8 @@ from tests.retrieval.test_commands import run
 from tests.serving.running import babbling_engine
 
 pytest.importorskip("lancedb")
+
+TESTED = Path(__file__).parents[2] / "benchmarks" / "entailment_pairs.json"
 
 
 def passage(number, text, title="metals.melt(heat)"):
@@ -117,17 +120,27 @@ def test_the_fit_is_that_of_the_weights_by_which_the_answers_were_drawn():
 
 
 def test_a_head_judges_by_the_opinion_where_that_tells_and_by_numbers_where_it_does_not():
-    made = list(make_pairs(an_index(200), 200))
-    pairs, documents = [pair for _, pair in made], [document for document, _ in made]
+    pairs, written = [pair for _, pair in make_pairs(an_index(200), 200)], written_pairs()
     draw = np.random.default_rng(1)
+    # the opinions of what is written are less sure, and all too low
     opinions = np.array([(2.0 if pair.supported else -2.0) + draw.normal() for pair in pairs])
-    head = head_of(pairs, documents, opinions, {"seed": 0})
+    less_sure = np.array([(0.0 if pair.supported else -2.0) + draw.normal() for pair in written])
+    head = head_of(pairs, opinions, written, less_sure, {"seed": 0})
     source = passage(1, "Heat metal number 170 to 370 degrees.").shown
     asked = [("Heat metal number 170 to 370 degrees.", source), ("Heat metal number 170 to 375 degrees.", source)]
-    sure, against = head.probabilities(features(asked[:1] * 2, np.array([2.0, -2.0])))
-    assert sure > 0.8 and against < 0.3
-    right, wrong = head.probabilities(features(asked, np.array([0.5, 0.5])))
-    assert right - wrong > 0.1 and head.made["pairs"] + head.made["calibrated_on"] == len(pairs)
+    for_it, against = head.probabilities(features(asked[:1] * 2, np.array([1.0, -3.0])))
+    assert for_it > 0.8 and against < 0.3
+    right, wrong = head.probabilities(features(asked, np.array([-0.5, -0.5])))
+    assert right - wrong > 0.05 and head.made == {"pairs": len(pairs), "calibrated_on": len(written), "seed": 0}
+    # as many are right as the probabilities say
+    probabilities = head.probabilities(features([(one.sentence, one.source) for one in written], less_sure))
+    assert probabilities.mean() == pytest.approx(np.mean([one.supported for one in written]), abs=0.01)
+
+
+def test_what_calibrates_heads_is_of_both_kinds_and_none_of_what_tests_them():
+    written, tested = written_pairs(), written_pairs(TESTED)
+    assert len(written) >= 60 and 0.4 < np.mean([one.supported for one in written]) < 0.6
+    assert len(tested) == 120 and not {one.source for one in written} & {one.source for one in tested}
 
 
 def test_a_real_model_is_asked_its_head_written_and_read_and_that_of_another_model_is_refused(tmp_path, capsys):
@@ -164,7 +177,7 @@ def test_a_real_model_is_asked_its_head_written_and_read_and_that_of_another_mod
         with pytest.raises(ArtefactError, match="this is no entailment head"):
             load_head(out)
     with pytest.raises(ArtefactError, match="too few sentences"):
-        head_of([], [], np.empty(0), {})
+        head_of([], np.empty(0), [], np.empty(0), {})
 
 
 def test_a_sentence_that_its_source_does_not_entail_is_marked_and_quotation_marks_are_no_part_of_it():

@@ -351,7 +351,7 @@ def entailment(
     with Engine(find_served(model, runs), device=device) as engine:
         head = train_head(open_index(local_index(place)), engine, model, passages=passages, seed=seed)
     head.save(out)
-    print(f"{out}: fitted on {head.made['pairs']:,} pairs, calibrated on {head.made['calibrated_on']:,} of other documents")
+    print(f"{out}: fitted on {head.made['pairs']:,} pairs, calibrated on {head.made['calibrated_on']:,} written by hand")
 
 
 def memory(

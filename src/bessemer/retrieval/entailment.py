@@ -3,9 +3,9 @@
 The model is asked of each sentence whether its source says so; how much likelier its "Yes" is than its "No", in nats, is the
 first feature. The others take a part of a millisecond: numbers and names that the source has not, and a negation or an opposite
 in its nearest sentence. A logistic head over these gives a probability. It is fitted on pairs made from an index
-(`entailment_pairs.py`), and calibrated on pairs of other documents (Platt 1999). Both are of one model, whose opinions have a
-scale of their own. The share of common words is no feature: pairs that are made from a passage share its words, and what people
-write does not.
+(`entailment_pairs.py`), and calibrated on statements that were written by hand (Platt 1999): made ones that a passage bears out
+are nearer to it than what people write, by which a limit would be far too high. Both are of one model, whose opinions have a
+scale of their own. The share of common words is no feature, as made pairs share more of them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.hashing import hash_value
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.inference.engine import Engine
 from bessemer.retrieval.citations import nearest_sentence
-from bessemer.retrieval.entailment_pairs import OPPOSITES, SPELLED, Pair, make_pairs
+from bessemer.retrieval.entailment_pairs import OPPOSITES, SPELLED, Pair, make_pairs, written_pairs
 from bessemer.retrieval.index import OpenIndex
 
 # Shapes: N pairs, F features.
@@ -44,8 +43,6 @@ for _one, _other in OPPOSITES:
     _OPPOSITE.setdefault(_one, set()).add(_other)
     _OPPOSITE.setdefault(_other, set()).add(_one)
 _SPELLED = {word: str(number) for number, word in enumerate(SPELLED, start=1)}
-#: Share of the documents whose pairs calibrate the head: one in this many.
-_HELD_OUT = 4
 #: Weight decay of the fit, of standardised features.
 _DECAY = 1e-2
 
@@ -198,26 +195,32 @@ def load_head(path: Path) -> EntailmentHead:
 def train_head(index: OpenIndex, engine: Engine, name: str, *, passages: int = 100, seed: int = 0) -> EntailmentHead:
     """A head for a model, fitted on pairs of at most so many passages of an index. name: by which the model is opened again.
     Raises ArtefactError for an index with too few sentences."""
-    made = list(make_pairs(index, passages, seed))
-    pairs, opinions = [pair for _, pair in made], Opinions(engine)
-    opinions_N = opinions.of([(pair.sentence, pair.source) for pair in pairs])
-    head = head_of(pairs, [document for document, _ in made], opinions_N, {"seed": seed})
+    pairs, opinions = [pair for _, pair in make_pairs(index, passages, seed)], Opinions(engine)
+    written = written_pairs()
+    found_N = opinions.of([(pair.sentence, pair.source) for pair in (*pairs, *written)])
+    head = head_of(pairs, found_N[: len(pairs)], written, found_N[len(pairs) :], {"seed": seed})
     return replace(head, model=name, probes=tuple(opinions.of(_PROBES).tolist()))
 
 
-def head_of(pairs: Sequence[Pair], documents: Sequence[str], opinions_N: np.ndarray, made: Mapping[str, Any]) -> EntailmentHead:
-    """A head, of a model without a name, fitted on pairs with their documents and the model's opinions, and calibrated on those
-    of other documents. Raises as `train_head`."""
-    features_NF = features([(pair.sentence, pair.source) for pair in pairs], opinions_N)
-    wanted_N = np.array([pair.supported for pair in pairs], bool)
-    apart_N = np.array([is_held_out(document) for document in documents], bool)
+def head_of(
+    pairs: Sequence[Pair], opinions_N: np.ndarray, written: Sequence[Pair], written_N: np.ndarray, made: Mapping[str, Any]
+) -> EntailmentHead:
+    """A head, of a model without a name, fitted on pairs and calibrated on others, each with the model's opinions. Raises as
+    `train_head`."""
     try:
-        fitted = fit(features_NF[~apart_N], wanted_N[~apart_N])
-        scale, shift = calibrated(fitted.logits(features_NF[apart_N]), wanted_N[apart_N])
+        fitted = fit(*_inputs(pairs, opinions_N))
+        features_NF, wanted_N = _inputs(written, written_N)
+        scale, shift = calibrated(fitted.logits(features_NF), wanted_N)
     except ValueError:
         raise ArtefactError("entailment: too few sentences are in this index to train on; more documents are needed") from None
-    counts = {"pairs": int((~apart_N).sum()), "calibrated_on": int(apart_N.sum()), **made}
+    counts = {"pairs": len(pairs), "calibrated_on": len(written), **made}
     return EntailmentHead(fitted, scale, shift, "", (), counts)
+
+
+def _inputs(pairs: Sequence[Pair], opinions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features, (N, F), and whether the source bears the sentence out, (N,)."""
+    texts = [(pair.sentence, pair.source) for pair in pairs]
+    return features(texts, opinions_N), np.array([pair.supported for pair in pairs], bool)
 
 
 def calibrated(logits_N: np.ndarray, wanted_N: np.ndarray) -> tuple[float, float]:
@@ -225,11 +228,6 @@ def calibrated(logits_N: np.ndarray, wanted_N: np.ndarray) -> tuple[float, float
     own = fit(logits_N[:, None], wanted_N, decay=1e-4, is_balanced=False)
     scale = float(own.weights_F[0] / own.deviation_F[0])
     return scale, own.constant - scale * float(own.mean_F[0])
-
-
-def is_held_out(document: str) -> bool:
-    """Whether the pairs of a document calibrate the head, and train it not."""
-    return int(hash_value([document]), 16) % _HELD_OUT == 0
 
 
 class Entailment:

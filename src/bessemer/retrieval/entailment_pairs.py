@@ -2,21 +2,25 @@
 
 Of each passage a plain sentence is taken. As it stands, and in other words (`reworded`), its own passage bears it out. It does
 not where the sentence was changed: another number, another name, a negation more or less, two words in each other's place, an
-opposite (`CHANGES`); and another passage, the nearest that the index finds, does not either.
+opposite (`CHANGES`); and another passage, the nearest that the index finds, does not either. Statements that were written by
+hand are beside them (`entailment_statements.json`).
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from bessemer.core.hashing import hash_value
 from bessemer.retrieval.chunks import sentences
 from bessemer.retrieval.index import OpenIndex
 from bessemer.retrieval.store import Passage
 
+_WRITTEN = Path(__file__).with_name("entailment_statements.json")
 #: Characters of a sentence, and of a passage at most: a head reads few tokens of a long one's states.
 _SHORTEST, _LONGEST, _LONGEST_PASSAGE = 25, 200, 700
 _PLAIN = re.compile(r"[A-Z][^\n\[\]<>|`]*[.]")
@@ -92,6 +96,16 @@ def make_pairs(index: OpenIndex, count: int, seed: int = 0) -> Iterator[tuple[st
         made += 1
         if made == count:
             return
+
+
+def written_pairs(file: Path = _WRITTEN) -> list[Pair]:
+    """Statements that were written by hand, with their passages."""
+    passages = json.loads(file.read_text(encoding="utf-8"))["pairs"]
+    return [
+        Pair(one["text"], each["passage"], one["supported"], one.get("kind", ""))
+        for each in passages
+        for one in each["statements"]
+    ]
 
 
 def plain_sentence(sentence: str) -> str | None:
