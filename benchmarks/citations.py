@@ -4,9 +4,9 @@
 
 INDEX is one of the standard library's documentation (`bessemer index python_docs INDEX`). Each of the hundred questions of
 `retrieval_questions.json` is answered several times from its five sources at temperature 1.5, at which a model writes almost
-anything, held to the grammar of citations as `bessemer ask` holds it. Counted is every text in brackets: the number of a source,
-or not. An answer that its limit of tokens ends inside brackets has not cited. Besides, the same questions without the grammar, a
-tenth as often.
+anything, held to the grammar of citations as `bessemer ask` holds it. Counted is every text in brackets: the number of a
+source, or not. An answer that its limit of tokens ends inside brackets has not cited. Besides, the same questions without the
+grammar, a tenth as often.
 
 Nothing is timed. Result: `citations.json`.
 """
