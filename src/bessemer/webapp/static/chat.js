@@ -482,11 +482,18 @@ function drawOpening(node, { seconds, bytes, usual }) {
   line.replaceChildren(`Opening ${node.settings.model}${size}: ${Math.round(seconds)} s${usual ? ` of about ${Math.round(usual)} s` : ""} `, make("progress", { max: "1", value: share, "aria-label": "Opening the model" }));
 }
 
-/** Code that runs for the first time is slow: it runs once on what nobody sees, while nothing else is to be done. */
-(globalThis.requestIdleCallback ?? setTimeout)(() => {
-  const unseen = new MarkdownView(make("div"), "");
-  for (const part of ["A **b** `c`\n\n- d\n", "- *e*\n\n```x\ny\n", "```\n\n# f\n> g\n"]) unseen.append(part);
-});
+/** Code that runs for the first time, and a font that is used for the first time, are slow: both run once on what nobody sees, part by
+ *  part while nothing else is to be done. */
+function warm(parts, view = new MarkdownView(make("div", { class: "text unseen-text", inert: true }))) {
+  (globalThis.requestIdleCallback ?? setTimeout)(() => {
+    view.append(parts[0]);
+    scroll.append(view.node);
+    view.node.getBoundingClientRect();
+    view.node.remove();
+    if (parts.length > 1) warm(parts.slice(1), view);
+  });
+}
+warm(["A ", "**b** ", "*c* ", "`d`\n\n", "- e\n\n", "```python\ndef f(): return 1\n", "```\n\n", "# g\n> h\n"]);
 
 // --- the page ---------------------------------------------------------------------------------------------------------
 
