@@ -419,7 +419,7 @@ async function makeAnswer(node, source) {
     frame = 0;
     const entry = shown.get(node.id);
     if (entry) {
-      const follows = atBottom(), thinking = node.thinking ?? "";
+      const follows = isFollowing, thinking = node.thinking ?? "";
       entry.article.querySelector(".opening")?.remove();
       if (thinking.length > entry.thought) growThinking(entry, thinking.slice(entry.thought));
       // the first event says whether it is an answer from sources
@@ -516,7 +516,9 @@ function attachFiles(files) {
 
 function atBottom() { return scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80; }
 function toBottom() { scroll.scrollTop = scroll.scrollHeight; drawEnd(); }
-function drawEnd() { byId("to-end").hidden = atBottom(); }
+/** Whether the end was seen when it was looked at last, after each scroll: to ask at each frame would lay the page out twice. */
+let isFollowing = true;
+function drawEnd() { byId("to-end").hidden = isFollowing = atBottom(); }
 /** Scroll so that a question can be read: its end at the bottom, or its beginning where it is longer than the window. What is above has
  *  no exact height until it was drawn, so once more when it is. */
 function showQuestion(id) {
