@@ -385,7 +385,7 @@ def test_of_an_answer_without_spans_it_is_said_why(page, url, text, said):
     found = {"run": "small", "stage": "select", "text": text, "spans": [], "looked_at": looked_at, "documents": 86, "rows": 0}
     page.route("**/inspect/origins", lambda route: route.fulfill(json=found))
     page.goto(url)
-    page.evaluate("import('./static/origins.js').then((own) => document.querySelector('#log').append(own.origins({})))")
+    page.evaluate(f"import('{url}/static/origins.js').then((own) => document.body.append(own.origins({{}})))")
     page.click("text=Where the words come from")
     page.wait_for_selector(".origins[data-done]")
     assert page.inner_text(".origins .soft") == said
