@@ -73,7 +73,7 @@ def test_a_reader_finds_a_whole_version_whenever_the_writer_is_killed(address, t
         with pytest.raises(Killed):
             build(address, tmp_path / "b", IRON, COPPER)
         assert found(address, tmp_path / "reader") == {"a.md"}, limit
-    monkeypatch.setattr(remote.ObjectPath, "write_text", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(remote.ObjectPath, "write_text", lambda *_, **__: (_ for _ in ()).throw(Killed))
     monkeypatch.setattr(ObjectPath, "upload", real)
     with pytest.raises(Killed):
         build(address, tmp_path / "b", IRON, COPPER)
@@ -84,7 +84,7 @@ def test_a_reader_finds_a_whole_version_whenever_the_writer_is_killed(address, t
 def test_the_next_build_goes_on_with_what_was_built_and_removes_what_was_left(address, tmp_path, monkeypatch):
     build(address, tmp_path / "a", IRON)
     with monkeypatch.context() as patch:
-        patch.setattr(ObjectPath, "write_text", lambda *_: (_ for _ in ()).throw(StorageError("gone")))
+        patch.setattr(ObjectPath, "write_text", lambda *_, **__: (_ for _ in ()).throw(StorageError("gone")))
         with pytest.raises(StorageError, match="gone"):
             build(address, tmp_path / "a", IRON, COPPER)
     assert len(versions(address)) == 2
