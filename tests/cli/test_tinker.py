@@ -40,7 +40,7 @@ def test_two_servers_do_not_share_a_folder_of_states(folder, tmp_path, capsys):
 
 def test_the_command_serves_until_it_is_interrupted(folder, tmp_path):
     command = [sys.executable, "-m", "bessemer", "tinker", str(folder), "--port", "0", "--kv-memory", "0.01", "--device", "cpu"]
-    with subprocess.Popen([*command, "--states", str(tmp_path)], stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen([*command, "--states", str(tmp_path)], stdout=subprocess.PIPE, encoding="utf-8") as server:
         assert server.stdout is not None
         url = next(line.split(" at ")[1].split()[0] for line in server.stdout if "Tinker API at" in line)
         client = RawClient(url)

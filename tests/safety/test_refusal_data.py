@@ -100,6 +100,6 @@ def test_a_policy_that_is_none_is_one_line(tmp_path):
         "--policy",
         str(tmp_path / "none.yaml"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and not (tmp_path / "rows.jsonl").exists()
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "none.yaml" in done.stderr

