@@ -112,7 +112,7 @@ def test_adapters_are_computed_under_autocast_too(served, tokenizer, magnitudes)
             assert (torch.tensor(one.log_probs) - torch.tensor(other.log_probs)).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("served", slow_but(["dense", "experts", "linear"], ARCHITECTURES), indirect=True)
+@pytest.mark.parametrize("served", slow_but(["experts", "linear"], ARCHITECTURES), indirect=True)
 def test_an_invariant_engine_gives_the_same_bits_alone_and_in_company(served, tokenizer):
     together = engine_of(served, tokenizer, batch_invariant=True).generate(
         PROMPTS + PROMPTS, PARAMS, adapter=[*ADAPTERS, "two", "one", None]

@@ -62,7 +62,7 @@ def chained(model, texts, count):
 
 
 #: Tested on every run: each setting, keys of two kinds, and a state below the module.
-USUAL = {("dense", "in pieces"), ("dense", "invariant"), ("latent", ""), ("windows", ""), ("linear below", "")}
+USUAL = {("dense", "in pieces"), ("windows", ""), ("linear below", "")}
 SETTINGS = {"": {}, "in pieces": {"max_num_seqs": 4, "max_num_batched_tokens": 11}, "invariant": {"batch_invariant": True}}
 
 
