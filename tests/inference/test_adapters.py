@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory):
     return small_tokenizer(tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture(scope="module", params=slow_but(["dense", "experts", "latent", "linear"], ARCHITECTURES))
+@pytest.fixture(scope="module", params=slow_but(["experts", "linear"], ARCHITECTURES))
 def served(request, tokenizer, tmp_path_factory):
     """A model, and two adapters of it with their folders."""
     return with_adapters(small_decoder(request.param), tmp_path_factory.mktemp("served"))
