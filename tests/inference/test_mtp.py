@@ -121,6 +121,7 @@ def test_mtp_modules_change_nothing(tokenizer, name):
     assert engine.statistics.draft_tokens_proposed > 100
 
 
+@pytest.mark.slow
 def test_mtp_modules_change_nothing_where_pages_run_out(tokenizer):
     model = decoder("dense")
     prompts, params = [[7], [8, 9], [10]], GREEDY.with_changes(max_tokens=36)
