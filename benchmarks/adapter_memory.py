@@ -62,7 +62,7 @@ def one(method: str, model: str) -> dict[str, float]:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = SFTConfig.parse({"data": [str(data)], **SETTINGS, **METHODS[method]}, "sft")
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the system's own mark of the highest begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the system's own mark of the highest begins anew
         sft(config, Path(model), None, out, seed=1, device="cpu")
         peak = _status("VmHWM") - before
         return {"megabytes": peak, "loss": read_metrics(out / "metrics.jsonl")[-1]["loss"]}
@@ -87,7 +87,11 @@ def main(work: Path) -> None:
     figures: dict[str, Any] = {}
     for method in METHODS:
         found = subprocess.run(
-            [sys.executable, __file__, "--one", method, str(model)], capture_output=True, text=True, check=True, env=os.environ
+            [sys.executable, __file__, "--one", method, str(model)],
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+            env=os.environ,
         )
         figures[method] = json.loads(found.stdout.splitlines()[-1])
         print(f"{method}: {figures[method]['megabytes']:,.0f} MB, loss {figures[method]['loss']:.3f}", flush=True)

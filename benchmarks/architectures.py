@@ -249,10 +249,10 @@ class Bench:
                 return found
         if arm.settings is None:  # it keeps no checkpoints
             shutil.rmtree(folder, ignore_errors=True)
-        elif (folder / "identity").exists() and (folder / "identity").read_text() != identity:
+        elif (folder / "identity").exists() and (folder / "identity").read_text(encoding="utf-8") != identity:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "identity").write_text(identity)
+        (folder / "identity").write_text(identity, encoding="utf-8")
         validated = evenly_spaced(self.steps, VALIDATIONS)
         result = (self._train_lstm if arm.settings is None else self._train_decoder)(arm, config, folder, validated)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

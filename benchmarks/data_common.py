@@ -124,12 +124,12 @@ def _parts(text: str, characters: int) -> Iterator[str]:
 
 def write_texts(path: Path, texts: list[str]) -> float:
     """As JSON, and their megabytes of UTF-8."""
-    path.write_text(json.dumps(texts))
+    path.write_text(json.dumps(texts), encoding="utf-8")
     return sum(len(text.encode()) for text in texts) / 1e6
 
 
 def read_texts(path: str) -> list[str]:
-    texts: list[str] = json.loads(Path(path).read_text())
+    texts: list[str] = json.loads(Path(path).read_text(encoding="utf-8"))
     return texts
 
 
@@ -142,7 +142,7 @@ def measured(function: Callable[..., Any], *arguments: object, **environment: st
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", call, *map(str, arguments)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, **_ONE_THREAD, **environment},
         cwd=Path(__file__).parent,
         preexec_fn=_on_one_core,

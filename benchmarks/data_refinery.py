@@ -47,7 +47,7 @@ def ours(source: str, work: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         warm = Path(scratch) / "warm.jsonl"
         some = ["The cat sat on the mat, and that was all that there is to be said of it. " * 4 + str(n) for n in range(40)]
-        warm.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+        warm.write_text("".join(json.dumps({"text": text}) + "\n" for text in some), encoding="utf-8")
         try:
             stages(Path(scratch) / "warm", str(warm))
         except Exception as error:  # nothing of it is kept, and that is well

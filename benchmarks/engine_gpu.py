@@ -179,7 +179,7 @@ def main() -> int:
         command = [sys.executable, "-W", "ignore", __file__, "--measure", way]
         command += ["--smoke"] if arguments.smoke else []
         command += ["--preset", arguments.preset] if arguments.preset else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
         if done.returncode:
             raise SystemExit(f"{way}: failed, see above")
         found = json.loads(done.stdout.splitlines()[-1])

@@ -96,7 +96,7 @@ class Subject:
         start = time.perf_counter()
         results = evaluate_tasks(engine, [self._task(self.config)], out, model={}, progress=Silent())
         seconds = time.perf_counter() - start
-        lines = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (out / "items.jsonl").read_text(encoding="utf-8").splitlines()]
         if isinstance(self.config, GenerateConfig):
             return Run(None, [], [line["texts"][0] for line in lines], seconds)
         scores = results["tasks"][self.config.name]["scores"]
@@ -111,7 +111,7 @@ class Subject:
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for file, part in (("items.jsonl", self.rows), ("examples.jsonl", self.examples)):
-            (self.folder / file).write_text("".join(json.dumps(row.values) + "\n" for row in part))
+            (self.folder / file).write_text("".join(json.dumps(row.values) + "\n" for row in part), encoding="utf-8")
 
     @property
     def _parts(self) -> int | None:
@@ -264,7 +264,7 @@ def completions_model(address: str, folder: Path, *, as_ids: bool, batch_size: i
 def server(folder: Path) -> Iterator[str]:
     """The address of `bessemer serve` with the model in a folder, while it lasts."""
     command = [sys.executable, "-u", "-m", "bessemer", "serve", str(folder), "--name", "bessemer", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as process:
         try:
             assert process.stdout is not None
             address = next((found[1] for line in process.stdout if (found := re.search(r"chat at (\S+)", line))), None)

@@ -84,7 +84,7 @@ def prepare(folder: Path, instructions: Path, rows: int) -> tuple[Subject, int]:
             last = [targets[-1]] if targets[-1] >= 0 else []
             ids = [*inputs, *last]
             examples.append({"input_ids": ids, "labels": [-100, *targets][: len(ids)]})
-    (folder / "examples.json").write_text(json.dumps(examples))
+    (folder / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
     return subject, sum(len(one["input_ids"]) for one in examples)
 
 
@@ -95,7 +95,7 @@ def trained(name: str, folder: Path, steps: int) -> dict[str, float]:
         key: value for key, value in os.environ.items() if side == "bessemer" or key not in inference.THREAD_SETTINGS
     }
     command = [sys.executable, "-W", "ignore", __file__, "--run", name, "--work", str(folder), "--rows", str(steps)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -136,7 +136,7 @@ def imported_bits(file: Path, work: Path) -> float:
     if not folder.exists():
         import_gguf(file, folder, dtype=torch.float32)
     model = load_model(folder)
-    text = json.loads((work / "text.json").read_text())
+    text = json.loads((work / "text.json").read_text(encoding="utf-8"))
     scored, nats = SIZES["135m"].scored, 0.0
     with torch.no_grad():
         for window in text["windows"][:scored]:

@@ -115,14 +115,14 @@ def ours(path: Path, log: Path) -> Iterator[str]:
     """`bessemer serve`; its address."""
     port = free_port()
     command = [sys.executable, "-m", "bessemer", "serve", str(path), "--port", str(port), "--threads", str(THREADS)]
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
         url = f"http://127.0.0.1:{port}"
         until = time.monotonic() + 600
         while True:
             if process.poll() is not None or time.monotonic() > until:
-                raise BessemerError(f"bessemer serve did not come up: {log.read_text()[-500:]}")
+                raise BessemerError(f"bessemer serve did not come up: {log.read_text(encoding='utf-8')[-500:]}")
             try:
                 if httpx.get(f"{url}/health").status_code == 200:
                     break

@@ -70,7 +70,10 @@ def served(folder: Path, *, guarded: bool) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "bessemer", "serve", str(packaged_smollm2()), "--name", NAME, "--port", str(port)]
     command += ["--policy", str(strict_policy(folder))] if guarded else []
-    with (folder / "server.txt").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    with (
+        (folder / "server.txt").open("w", encoding="utf-8") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
+    ):
         try:
             for _ in range(600):
                 try:
@@ -78,7 +81,7 @@ def served(folder: Path, *, guarded: bool) -> Iterator[str]:
                         break
                 except httpx.TransportError:
                     if process.poll() is not None:
-                        raise SystemExit((folder / "server.txt").read_text()) from None
+                        raise SystemExit((folder / "server.txt").read_text(encoding="utf-8")) from None
                 time.sleep(0.5)
             yield f"http://127.0.0.1:{port}/v1"
         finally:

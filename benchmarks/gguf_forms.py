@@ -83,7 +83,7 @@ def work_off(kind: str, path: Path, threads: int, work: Path, bits: bool) -> Non
     from bessemer.core.environment import peak_memory_bytes, reset_peak_memory
     from bessemer.model.cpu_kernels import library
 
-    text = json.loads((work / "text.json").read_text())
+    text = json.loads((work / "text.json").read_text(encoding="utf-8"))
     windows: list[list[int]] = text["windows"]
     if kind == "llama.cpp":
         import llama_cpp  # noqa: F401  (loaded before the time begins)
@@ -115,7 +115,7 @@ def measure(kind: str, path: Path, threads: int, work: Path, *flags: str, arithm
             zip(inference.THREAD_SETTINGS, ("passive", "1000", "0"), strict=True)
         )
     command = [sys.executable, __file__, "--worker", kind, "--path", str(path), "--threads", str(threads), "--work", str(work)]
-    done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, encoding="utf-8", env=environment, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -123,7 +123,7 @@ def llama_bench(program: Path, path: Path, threads: int) -> dict[str, float]:
     """Tokens a second of another build of llama.cpp, by its own benchmark."""
     command = [str(program), "-m", str(path), "-t", str(threads), "-o", "json", "-r", "3"]
     command += ["-p", str(WINDOW), "-n", str(DECODED)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     prefill, decode = (one["avg_ts"] for one in json.loads(done.stdout))
     return {"prefill": prefill, "decode": decode}
 

@@ -106,7 +106,7 @@ class Worker:
             setup.command(kind, path),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             env=setup.environment(kind),
         )
         self.about: str = self._read()
@@ -157,7 +157,7 @@ def busy_cores(seconds: float = 0.5) -> float:
 
     def ticks() -> int:
         total = 0
-        for line in stat.read_text().splitlines():
+        for line in stat.read_text(encoding="utf-8").splitlines():
             core, *numbers = line.split()
             if core in cores:
                 user, nice, system, _idle, _wait, irq, soft_irq = map(int, numbers[:7])
@@ -353,7 +353,7 @@ def starts(path: Path, setup: Setup, rounds: int, wait: Callable[[], None]) -> d
         for kind in found if number % 2 else reversed(found):
             begun = time.perf_counter()
             with subprocess.Popen(
-                setup.command(kind, path, "--start"), stdout=subprocess.PIPE, text=True, env=setup.environment(kind)
+                setup.command(kind, path, "--start"), stdout=subprocess.PIPE, encoding="utf-8", env=setup.environment(kind)
             ) as process:
                 assert process.stdout is not None
                 said = process.stdout.readline()

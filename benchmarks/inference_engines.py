@@ -317,7 +317,7 @@ def asked_of(what: str, windows: list[list[int]], size: Size) -> tuple[list[list
 def serve_lines(kind: str, path: Path, threads: int, work: Path, model: str) -> None:
     """A worker's life: do what the lines of standard input ask for."""
     engine, size = ENGINES[kind](path, threads), SIZES[model]
-    text = json.loads((work / "text.json").read_text())
+    text = json.loads((work / "text.json").read_text(encoding="utf-8"))
     windows: list[list[int]] = text["windows"]
     print(json.dumps(engine.about), flush=True)
     for line in sys.stdin:
@@ -339,7 +339,7 @@ def start_once(kind: str, path: Path, threads: int, work: Path) -> None:
 
     opened: seconds until then with the libraries loaded; peak_bytes: the most of this process's memory, TRIAL tokens later.
     """
-    text = json.loads((work / "text.json").read_text())
+    text = json.loads((work / "text.json").read_text(encoding="utf-8"))
     prompt: list[int] = text["windows"][0][:TRIAL]
     if kind == "llama.cpp":
         import llama_cpp  # noqa: F401

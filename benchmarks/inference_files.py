@@ -262,7 +262,7 @@ def write_text(work: Path, file: Path) -> None:
     tokens = tokenizer.encode("\n".join(topics[name] for name in sorted(topics)), add_bos=False)
     windows = [tokens[start * WINDOW : (start + 1) * WINDOW] for start in range(WINDOWS)]
     scored = [len(tokenizer.decode(window[1:]).encode()) for window in windows]
-    (work / "text.json").write_text(json.dumps({"windows": windows, "bytes": scored}))
+    (work / "text.json").write_text(json.dumps({"windows": windows, "bytes": scored}), encoding="utf-8")
 
 
 def silent() -> Any:

@@ -100,12 +100,12 @@ def trained(folder: Path) -> Path:
     """The model of a few quick steps, made by the pipeline as any other."""
     from bessemer.pipeline.api import run
 
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return run(str(folder / "recipe.yaml"), runs=folder / "runs").folder / "model"
 
 
 def compare(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != "qwen3":
         raise SystemExit(f"{folder}: this reads qwen3 folders, not {config['model_type']}")
     weights: dict[str, Any] = {}

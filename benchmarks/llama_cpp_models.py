@@ -164,7 +164,7 @@ def greedy(model: Decoder, tokens: list[int], count: int, never: tuple[int, ...]
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """The tokens that llama.cpp takes for ends and `ignore_eos` passes over: the end, and ends of turns by their names."""
     tokenizer = load_tokenizer(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     names = {"<|im_end|>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "</s>", config.get("eos_token")}
     return tuple(id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id).decode("utf-8", "replace") in names)
 

@@ -79,7 +79,7 @@ def drop_from_memory(folder):
 def bytes_fetched():
     """What this process has made the kernel read from disks, where it says so."""
     try:
-        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
     except OSError:
         return None
     return int(fields["read_bytes"])

@@ -58,7 +58,7 @@ def curve_of(side: str, run: Run, *, verbose: bool) -> Curve:
     if not path.exists():
         command = [sys.executable, "-W", "ignore", __file__, "--side", side, "--run", json.dumps(run.plain())]
         process = subprocess.run(
-            command, stdout=None if verbose else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+            command, stdout=None if verbose else subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", check=False
         )
         if process.returncode:
             raise SystemExit(f"{side} fails at {run.method}:\n{process.stderr[-4000:]}")

@@ -108,11 +108,11 @@ class Curve:
     norms: list[float]
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        return cls(**json.loads(path.read_text()))
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 # --- this package's stages ----------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def ours(run: Run) -> Curve:
     steps: list[Any] = []
     with _recorded(run, steps):
         _STAGES[run.method](run, out)
-    run.steps_file.write_text(json.dumps(steps))
+    run.steps_file.write_text(json.dumps(steps), encoding="utf-8")
     lines = read_metrics(out / "metrics.jsonl")
     return Curve([line["loss"] for line in lines], [line["gradient_norm"] for line in lines])
 
@@ -330,7 +330,7 @@ def theirs(run: Run) -> Curve:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(run.threads)
-    steps = json.loads(run.steps_file.read_text())
+    steps = json.loads(run.steps_file.read_text(encoding="utf-8"))
     trainer = _TRAINERS[run.method](run, steps)
     losses: list[float] = []
     step = trainer.training_step

@@ -231,7 +231,8 @@ def reached(files: set[str], tree: Path) -> dict[tuple[str, int], list[str]]:
     sources = ",".join(f"{tree}/src/bessemer/{file}" for file in sorted(files))
     settings = tree / "mutation.coveragerc"
     settings.write_text(
-        f"[run]\ndynamic_context = test_function\nsource =\ninclude = {sources}\ndata_file = {tree}/.coverage\n"
+        f"[run]\ndynamic_context = test_function\nsource =\ninclude = {sources}\ndata_file = {tree}/.coverage\n",
+        encoding="utf-8",
     )
     plugin = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(tree / "src"), "COVERAGE_CORE": "ctrace"}
@@ -252,7 +253,7 @@ def reached(files: set[str], tree: Path) -> dict[tuple[str, int], list[str]]:
         for line, contexts in data.contexts_by_lineno(f"{tree}/src/bessemer/{file}").items():
             names = {name for context in contexts for name in cases.get(context.removeprefix("tests."), ())}
             found[file, line] = sorted(names, key=lambda name: seconds[name])
-    (tree / "seconds.json").write_text(json.dumps(seconds))
+    (tree / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
     return found
 
 

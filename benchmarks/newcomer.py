@@ -112,7 +112,7 @@ def measured(name: str, wanted: Mapping[str, list[Step]]) -> dict[str, Any]:
                     as_machine = [sys.executable, "-m", "bessemer.core.machines", name]
                     start = time.perf_counter()
                     command = [*as_machine, sys.executable, "-m", "bessemer", *step]
-                    subprocess.run(command, cwd=folder, env=environment, input=QUESTION, text=True, check=True)
+                    subprocess.run(command, cwd=folder, env=environment, input=QUESTION, encoding="utf-8", check=True)
                     shown = " ".join(Path(word).name if Path(word).is_absolute() else word for word in step)
                     seconds[shown] = time.perf_counter() - start
             found[journey] = {"minutes": sum(seconds.values()) / 60, "seconds": seconds} | recording.when()

@@ -105,7 +105,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if arguments.verbose else subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
             env=environment,
         )
 

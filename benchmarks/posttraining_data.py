@@ -48,19 +48,19 @@ class Subject:
 
     def examples(self) -> list[dict[str, list[int]]]:
         """`input_ids` and `labels` of every example, in the order of `examples.jsonl`: -100 where the prompt is."""
-        return list(json.loads((self.folder / "examples.json").read_text()))
+        return list(json.loads((self.folder / "examples.json").read_text(encoding="utf-8")))
 
     def pairs(self) -> list[dict[str, list[int]]]:
         """`prompt_ids`, `chosen_ids` and `rejected_ids` of every pair, in the order of `pairs.jsonl`."""
-        return list(json.loads((self.folder / "pairs.json").read_text()))
+        return list(json.loads((self.folder / "pairs.json").read_text(encoding="utf-8")))
 
     def texts_of_pairs(self) -> list[dict[str, str]]:
         """The same as `prompt`, `chosen` and `rejected`."""
-        return [json.loads(line) for line in (self.folder / "pairs.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def prompts(self) -> list[str]:
         """The texts that are continued."""
-        return [json.loads(line)["prompt"] for line in (self.folder / "prompts.jsonl").read_text().splitlines()]
+        return [json.loads(line)["prompt"] for line in (self.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
 
     @property
     def targets(self) -> int:
@@ -166,10 +166,10 @@ def _write_texts(subject: Subject, rows: int) -> None:
 
     count = _most(len(lengths), filled, rows)
     _write_lines(subject.folder / "examples.jsonl", texts[:count])
-    (subject.folder / "examples.json").write_text(json.dumps(examples[:count]))
+    (subject.folder / "examples.json").write_text(json.dumps(examples[:count]), encoding="utf-8")
     assert len(prompts) == PROMPTS, len(prompts)
     _write_lines(subject.folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    (subject.folder / "rewards.py").write_text(REWARD)
+    (subject.folder / "rewards.py").write_text(REWARD, encoding="utf-8")
     assert filled(count) == rows
     _write_pairs(subject, texts, tokenizer, rows)
 
@@ -202,7 +202,7 @@ def _write_pairs(subject: Subject, texts: list[dict[str, str]], tokenizer: Token
     count = _most(min(len(pairs), 12 * rows), filled, rows)
     assert filled(count) == rows
     _write_lines(subject.folder / "pairs.jsonl", pairs[:count])
-    (subject.folder / "pairs.json").write_text(json.dumps(ids[:count]))
+    (subject.folder / "pairs.json").write_text(json.dumps(ids[:count]), encoding="utf-8")
 
 
 def _labels(ids: list[int], begin: int) -> list[int]:
@@ -222,7 +222,7 @@ def _most(count: int, filled: Callable[[int], int], rows: int) -> int:
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _sources() -> list[Path]:

@@ -315,7 +315,7 @@ class TRL:
         )
         texts = self._subject.prompts()
         rewards: dict[str, Any] = {}
-        exec((self._subject.folder / "rewards.py").read_text(), rewards)
+        exec((self._subject.folder / "rewards.py").read_text(encoding="utf-8"), rewards)
         clock = _callback()
         trainer = GRPOTrainer(
             model=self._model(settings["attention"]),

@@ -265,7 +265,9 @@ def apart(what: str, part: str, threads: int, weights: Path, arm: str = "") -> d
     if arm and ARMS[arm][0] == "bessemer":
         environment |= dict(zip(THREAD_SETTINGS, ("passive", "1000", "0"), strict=True))
     command = [sys.executable, "-W", "ignore", __file__, "--measure", what, "--part", part, "--threads", str(threads)]
-    done = subprocess.run([*command, "--weights", str(weights), "--arm", arm], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, "--weights", str(weights), "--arm", arm], capture_output=True, encoding="utf-8", env=environment
+    )
     if done.returncode:
         raise SystemExit(f"{what} {arm}: {done.stderr}")
     return dict(json.loads(done.stdout.splitlines()[-1]))

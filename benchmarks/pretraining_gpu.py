@@ -181,7 +181,7 @@ def main() -> int:
             print(f"{mode}: left out, {reason}")
             continue
         command = [sys.executable, "-W", "ignore", __file__, "--measure", mode, *(["--smoke"] if arguments.smoke else [])]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
         if done.returncode:
             raise SystemExit(f"{mode}: {done.stderr}")
         found = json.loads(done.stdout.splitlines()[-1])

@@ -123,7 +123,7 @@ def made_run(folder: Path) -> dict[str, Any]:
 
     They begin with its first stage and end with its last. Running it again, as here, overwrites them.
     """
-    record = json.loads((folder / "runs" / "quickstart" / "run.json").read_text())
+    record = json.loads((folder / "runs" / "quickstart" / "run.json").read_text(encoding="utf-8"))
     if any(stage["reused"] for stage in record["stages"].values()):
         raise SystemExit(f"{folder}: it was run again, which overwrote the seconds of the first time")
     first = record["seconds"]
@@ -135,11 +135,11 @@ def made_run(folder: Path) -> dict[str, Any]:
 def figures_of_run(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """The figures of a finished run. seconds: of the command from nothing, and of the same with nothing left to do."""
     stages = folder / "runs" / "quickstart" / "stages"
-    made = json.loads((stages.parent / "run.json").read_text())["stages"]
-    manifests = {stage: json.loads((stages / stage / "manifest.json").read_text()) for stage in made}
+    made = json.loads((stages.parent / "run.json").read_text(encoding="utf-8"))["stages"]
+    manifests = {stage: json.loads((stages / stage / "manifest.json").read_text(encoding="utf-8")) for stage in made}
     metrics = {stage: manifest["metrics"] for stage, manifest in manifests.items()}
-    results = json.loads((stages / "evaluate" / "results.json").read_text())
-    quality = json.loads((stages / "quantize" / "model" / "quality.json").read_text())
+    results = json.loads((stages / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    quality = json.loads((stages / "quantize" / "model" / "quality.json").read_text(encoding="utf-8"))
     lock = YAML(typ="safe").load(stages.parent / "recipe.lock.yaml")["stages"]
     resolved = {stage: lock.get(stage, {}).get("measured") for stage in TRAINED}
     data = [stage for stage in DATA_STAGES if stage in metrics]
@@ -179,7 +179,7 @@ def training_of(stage: Path, manifest: dict[str, Any], resolved: dict[str, Any] 
     began = (stage / "manifest.json").stat().st_mtime - total
     before = max(0.0, autotune.stat().st_mtime - began)
     steps = read_metrics(stage / "metrics.jsonl")[-1]["seconds"]
-    measured = resolved or json.loads(autotune.read_text()).get("measured") or {}
+    measured = resolved or json.loads(autotune.read_text(encoding="utf-8")).get("measured") or {}
     compiled = [candidate["first"] for candidate in measured.get("candidates") or () if candidate.get("compile")]
     return {
         "measuring": (resolved or {}).get("seconds"),

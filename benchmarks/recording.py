@@ -157,7 +157,7 @@ def _git(*arguments: str, repository: Path = _ROOT) -> str | None:
     """What git prints about a repository; None where it fails."""
     command = ["git", "-C", str(repository), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     except OSError:
         return None
     return done.stdout if done.returncode == 0 else None
@@ -182,7 +182,7 @@ def instruction_sets() -> list[str]:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         flags = next((line.split(":", 1)[1].split() for line in lines if line.lower().startswith(("flags", "features"))), [])
     elif sys.platform == "darwin":
-        asked = subprocess.run(["sysctl", "-a"], capture_output=True, text=True, check=False).stdout
+        asked = subprocess.run(["sysctl", "-a"], capture_output=True, encoding="utf-8", check=False).stdout
         names = {
             "hw.optional.arm.FEAT_DotProd": "asimddp",
             "hw.optional.arm.FEAT_I8MM": "i8mm",

@@ -53,7 +53,7 @@ class _Peak:
     """Megabytes at most, since it was made: resident, and the process's own."""
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the system's own mark of the highest begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the system's own mark of the highest begins anew
         self._own, self._ends = 0.0, threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -69,7 +69,7 @@ class _Peak:
 
 
 def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 

@@ -117,7 +117,7 @@ class Remembered(Fresh):
         self._written = self._read().get(self._key, {})
 
     def _read(self) -> dict[str, dict[str, list[str]]]:
-        return dict(json.loads(self._kept.read_text())) if self._kept and self._kept.exists() else {}
+        return dict(json.loads(self._kept.read_text(encoding="utf-8"))) if self._kept and self._kept.exists() else {}
 
     def headings(self, query: str, examples: Sequence[str]) -> list[str]:
         if query not in self._written:

@@ -230,12 +230,12 @@ class Memory:
 
     def __init__(self) -> None:
         # 5 sets the kernel's own mark back (proc(5))
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     @property
     def most(self) -> int:
         """Bytes."""
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
 
 

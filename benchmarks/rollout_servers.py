@@ -125,7 +125,7 @@ LENGTHS, OFTEN = (128, 144, 160, 192, 224), 0.25
 def served(model: Path) -> Iterator[str]:
     """The URL of a server of this model in a process of its own."""
     command = [sys.executable, "-m", "bessemer", "serve", str(model), "--accept-weights", "--port", "0", "--max-waiting", "256"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -151,7 +151,9 @@ def train_and_kill(settings: dict[str, Any], model: Path, out: Path, seed: int, 
     found = 0
     for step in (*kills, None):
         with subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--job", json.dumps(job)], stderr=subprocess.STDOUT, text=True
+            [sys.executable, str(Path(__file__).resolve()), "--job", json.dumps(job)],
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
         ) as process:
             while step is not None and process.poll() is None and steps_of(out) < step:
                 time.sleep(0.05)
@@ -160,7 +162,9 @@ def train_and_kill(settings: dict[str, Any], model: Path, out: Path, seed: int, 
             else:
                 process.send_signal(signal.SIGKILL)
         if step is not None:
-            found += sum(len(path.read_text().splitlines()) for path in (out / "rollouts").glob("groups-*.jsonl"))
+            found += sum(
+                len(path.read_text(encoding="utf-8").splitlines()) for path in (out / "rollouts").glob("groups-*.jsonl")
+            )
     return found
 
 
@@ -193,7 +197,7 @@ def right(model: Path, questions: int) -> list[float]:
 def score_of(seed: int, model: Path, folder: Path, steps: int, questions: int) -> dict[str, Any]:
     """The synchronous and the asynchronous run of a seed; what lies in the folder from this commit is taken."""
     kept = folder / f"score-{seed}-{steps}-{SETTINGS['batch_size']}-{model.resolve().parent.name}.json"
-    if kept.exists() and (found_before := json.loads(kept.read_text()))["commit"] == recording.when()["commit"]:
+    if kept.exists() and (found_before := json.loads(kept.read_text(encoding="utf-8")))["commit"] == recording.when()["commit"]:
         return dict(found_before["score"])
     settings = {**SETTINGS, "steps": steps}
     plain, ahead = folder / f"synchronous-{seed}", folder / f"asynchronous-{seed}"
@@ -218,7 +222,7 @@ def score_of(seed: int, model: Path, folder: Path, steps: int, questions: int) -
         "groups_found_after_kills": found,
         "prompts_repeated": repeated(ahead / "completions.jsonl"),
     }
-    kept.write_text(json.dumps(recording.when() | {"score": score}))
+    kept.write_text(json.dumps(recording.when() | {"score": score}), encoding="utf-8")
     return score
 
 
@@ -246,9 +250,9 @@ def repeated(path: Path) -> int:
 
 def updates_a_minute(model: Path, folder: Path, seconds: float, steps: int) -> dict[str, Any]:
     """Of each way to wait, the updates a minute."""
-    (folder / "slow.py").write_text(SLOW.replace("{seconds}", str(seconds)))
+    (folder / "slow.py").write_text(SLOW.replace("{seconds}", str(seconds)), encoding="utf-8")
     rows = [{"prompt": f"{first}+{second}="} for first in range(1, 10) for second in range(1, 10)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     figures = {}
     with served(model) as url:
         for name, way in WAYS.items():

@@ -115,7 +115,7 @@ def run(benchmark: Benchmark) -> str:
     print(f"== {benchmark.name}", flush=True)
     command = [sys.executable, str(HERE / f"{benchmark.script}.py"), *benchmark.arguments]
     start, last = time.monotonic(), ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace") as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)

@@ -231,7 +231,7 @@ def tuned(model: Path, rows: Path, pairs: Path, folder: Path, arguments: argpars
     for out in stages:
         done = out / "done.json"
         if done.exists():
-            metrics[out.name] = json.loads(done.read_text())
+            metrics[out.name] = json.loads(done.read_text(encoding="utf-8"))
             continue
         out.mkdir(exist_ok=True)
         if out == first:
@@ -240,7 +240,7 @@ def tuned(model: Path, rows: Path, pairs: Path, folder: Path, arguments: argpars
         else:
             chosen = PreferenceConfig.parse({"data": [pairs.name], **PREFERENCES, **more}, "preference")
             metrics[out.name] = preference(chosen, first / "model", out, **options)
-        done.write_text(json.dumps(metrics[out.name]))
+        done.write_text(json.dumps(metrics[out.name]), encoding="utf-8")
     return stages[-1] / "model", metrics
 
 
@@ -262,7 +262,7 @@ def measured(engine: Engine, asked: Mapping[str, Any], folder: Path) -> dict[str
     """The red team's attempts, refusals of each kind of harmless request, and bits per byte."""
     done = folder / "measured.json"
     if done.exists():
-        return dict(json.loads(done.read_text()))
+        return dict(json.loads(done.read_text(encoding="utf-8")))
     folder.mkdir(parents=True, exist_ok=True)
     config = RedTeamConfig(
         attacks=["direct", *ATTACKS], attack_settings={"many_shot": {"shots": 8}}, max_tokens=ANSWER, system=""
@@ -280,7 +280,7 @@ def measured(engine: Engine, asked: Mapping[str, Any], folder: Path) -> dict[str
         "refused": {kind: [refusal_in(answer) is not None for answer in of] for kind, of in said.items()},
         "bits": bits_per_byte(engine, asked["held_out_instructions"]),
     }
-    done.write_text(json.dumps(found))
+    done.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

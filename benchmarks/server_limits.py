@@ -60,7 +60,7 @@ MEMORY = 1.1
 
 def resident(server: Server) -> float:
     """MiB of a server in memory."""
-    pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+    pages = int(Path(f"/proc/{server.process.pid}/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -102,8 +102,8 @@ def free_port() -> int:
 def start(name: str, command: Sequence[str], log: Path, says: dict[str, dict[str, Any]]) -> Server:
     """Start a server and wait until it is healthy."""
     port = free_port()
-    with log.open("w") as out:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT, text=True)
+    with log.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT, encoding="utf-8")
     url = f"http://127.0.0.1:{port}"
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None:
@@ -114,7 +114,7 @@ def start(name: str, command: Sequence[str], log: Path, says: dict[str, dict[str
             pass
         time.sleep(0.1)
     process.kill()
-    raise SystemExit(f"{name} did not come up: {log.read_text()[-2000:]}")
+    raise SystemExit(f"{name} did not come up: {log.read_text(encoding='utf-8')[-2000:]}")
 
 
 class PeerProgram:
@@ -122,7 +122,7 @@ class PeerProgram:
 
     def __init__(self, path: Path, threads: int) -> None:
         self.path, self.threads = path, threads
-        asked = [subprocess.run([path, option], capture_output=True, text=True) for option in ("--help", "--version")]
+        asked = [subprocess.run([path, option], capture_output=True, encoding="utf-8") for option in ("--help", "--version")]
         self.help, version = (f"{done.stdout}\n{done.stderr}" for done in asked)
         found = re.search(r"version: (.+)", version)
         self.version = found[1].strip() if found else "unknown"
@@ -141,7 +141,7 @@ class PeerProgram:
     def system_info(self, model: Path) -> str:
         """The line that says what it was built with, which it writes at a higher verbosity."""
         command = [*self.command(model, 1, ()), "--port", str(free_port()), "--verbosity", "4"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8") as process:
             assert process.stdout is not None
             lines = (line for line in process.stdout if "system_info" in line or "listening" in line)
             line = next(lines, "")
@@ -274,9 +274,9 @@ def tables(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def write_prompts(work: Path) -> None:
     """Prompts of as many tokens each, of which no two begin alike, enough for every request of a round."""
-    windows = json.loads((work / "text.json").read_text())["windows"]
+    windows = json.loads((work / "text.json").read_text(encoding="utf-8"))["windows"]
     halves = [window[start : start + PROMPT] for start in (0, PROMPT) for window in windows]
-    (work / "prompts.jsonl").write_text("".join(json.dumps({"prompt": half}) + "\n" for half in halves))
+    (work / "prompts.jsonl").write_text("".join(json.dumps({"prompt": half}) + "\n" for half in halves), encoding="utf-8")
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def prepare(work: Path, instructions: Path, steps: dict[str, int]) -> None:
     folder = work / "openai" / "gsm8k"
     write_lines(folder / "main" / "train.jsonl", sums[: QUESTIONS * steps["rl_basic"]])
     write_lines(folder / "main" / "test.jsonl", sums[-QUESTIONS:])
-    (folder / "README.md").write_text(_SPLITS)
+    (folder / "README.md").write_text(_SPLITS, encoding="utf-8")
 
 
 @contextmanager
@@ -106,15 +106,15 @@ def served(model: Path, work: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "bessemer", "tinker", str(model), "--alias", NAME, "--port", "0", "--states", "states"]
     log = work / "server.log"
     with (
-        log.open("w") as written,
+        log.open("w", encoding="utf-8") as written,
         subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, cwd=work) as process,
-        log.open() as read,
+        log.open(encoding="utf-8") as read,
     ):
         try:
             line = ""
             while "Tinker API at http://" not in line:
                 if process.poll() is not None:
-                    raise SystemExit(f"the server did not start:\n{log.read_text()}")
+                    raise SystemExit(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
                 line = read.readline()
             yield "http://" + line.split("http://", 1)[1].split()[0]
         finally:
@@ -127,12 +127,12 @@ def recipe_metrics(recipe: str, cookbook: Path, url: str, work: Path) -> list[di
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"TINKER_BASE_URL": url, "TINKER_API_KEY": "tml-any", "HF_HUB_OFFLINE": "1"}
     log = work / f"{recipe}.log"
-    with log.open("w") as written:
+    with log.open("w", encoding="utf-8") as written:
         done = subprocess.run(
             [*command, *OPTIONS[recipe]], cwd=work, env=environment, stdout=written, stderr=subprocess.STDOUT, check=False
         )
     if done.returncode:
-        raise SystemExit(f"{recipe} fails:\n{log.read_text()[-4000:]}")
+        raise SystemExit(f"{recipe} fails:\n{log.read_text(encoding='utf-8')[-4000:]}")
     return read_metrics(work / recipe / "metrics.jsonl")
 
 
@@ -172,7 +172,7 @@ def version(cookbook: Path, package: str) -> str:
     """Of a package in the cookbook's environment."""
     code = f"from importlib.metadata import version; print(version({package!r}))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([cookbook, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([cookbook, "-c", code], capture_output=True, encoding="utf-8", check=False, env=environment)
     if done.returncode:
         recording.not_run(f"{package} is not installed for {cookbook} (pip install tinker-cookbook)")
     return done.stdout.strip()

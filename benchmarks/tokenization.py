@@ -259,7 +259,7 @@ def measured(function: Any, *arguments: object) -> dict[str, float]:
     """What a function of this file returns in a fresh process, and the seconds of that process as a whole."""
     start = time.perf_counter()
     command = [sys.executable, __file__, "--measure", function.__name__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "true"})
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, "TOKENIZERS_PARALLELISM": "true"})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

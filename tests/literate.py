@@ -93,7 +93,7 @@ def _run(command: str, capsys: pytest.CaptureFixture[str], servers: list[subproc
         assert not stop.value.code, f"{command}\n{capsys.readouterr().err}"
     else:
         command = re.sub(r"\bbessemer ", f"{shlex.quote(sys.executable)} -m bessemer ", command)
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, env=_environment(), check=False)
+        done = subprocess.run(command, shell=True, capture_output=True, encoding="utf-8", env=_environment(), check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 

@@ -18,7 +18,7 @@ def collected(hash_seed: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "", "--assert=plain"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "tests"]
     found = subprocess.run(
-        command, cwd=ROOT, env=environment | {"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+        command, cwd=ROOT, env=environment | {"PYTHONHASHSEED": hash_seed}, capture_output=True, encoding="utf-8", check=True
     )
     return [line for line in found.stdout.splitlines() if "::" in line]
 

@@ -87,7 +87,9 @@ USUAL = "Add a sampling parameter"
 def test_the_recipe_works(copy, heading):
     path = os.pathsep.join([str(copy / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *RECIPES[heading]]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
+    done = subprocess.run(
+        command, cwd=copy, capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONPATH": path}, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -30,7 +30,7 @@ def run(folder: Path, *words: str, path: Path | None = None) -> str:
         [sys.executable, *words],
         cwd=folder,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=os.environ | {"PYTHONPATH": places},
         check=False,
     )

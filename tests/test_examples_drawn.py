@@ -23,6 +23,6 @@ def test_examples_do_not_depend_on_the_modules_that_are_loaded(tmp_path, monkeyp
     before = drawn()
     monkeypatch.syspath_prepend(str(tmp_path))
     constants = "\n".join(f"NUMBER_{n} = {n * 7919 + 123456}\nTEXT_{n} = 'wootz{n}'" for n in range(500))
-    (tmp_path / "many_constants.py").write_text(constants)
+    (tmp_path / "many_constants.py").write_text(constants, encoding="utf-8")
     __import__("many_constants")
     assert drawn() == before

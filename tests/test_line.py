@@ -56,14 +56,14 @@ def documents() -> list[dict]:
 def line(tmp_path_factory):
     """A folder in which the recipe has run once."""
     folder = tmp_path_factory.mktemp("line")
-    with (folder / "documents.jsonl").open("w") as stream:
+    with (folder / "documents.jsonl").open("w", encoding="utf-8") as stream:
         for document in documents():
             stream.write(json.dumps(document) + "\n")
-    with (folder / "questions.jsonl").open("w") as stream:
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as stream:
         for index in range(24):
             turns = [("user", f"What is {index} plus one?"), ("assistant", str(index + 1))]
             stream.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         bessemer.run("recipe.yaml")
@@ -92,7 +92,7 @@ def test_every_stage_is_linked_and_the_manifests_verify(line):
 
 def test_the_final_model_is_quantised_beside_itself_and_the_report_says_what_that_costs(line):
     folder = follow(line / "runs/small/quantised")
-    quality = json.loads((folder / "quality.json").read_text())
+    quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
     assert quality["quantised"]["bytes"] < 0.5 * quality["original"]["bytes"]
     assert abs(quality["loss"]) < 0.01 and quality["price_per_hour"] == 0.1
     for name in ("original", "quantised"):
@@ -100,14 +100,14 @@ def test_the_final_model_is_quantised_beside_itself_and_the_report_says_what_tha
         assert speed > 0 and cost == pytest.approx(0.1 / 3600 / speed * 1e6)
     completion = bessemer.Engine(folder).generate(["Return the"], bessemer.SamplingParams(max_tokens=4, temperature=0.0))
     assert completion[0].token_ids
-    assert f"{quality['quantised']['bits_per_byte']:.4f}" in (line / "runs/small/report.html").read_text()
+    assert f"{quality['quantised']['bits_per_byte']:.4f}" in (line / "runs/small/report.html").read_text(encoding="utf-8")
 
 
 def test_a_second_run_reuses_everything(line, capsys, monkeypatch):
     monkeypatch.chdir(line)
-    report = (line / "runs/small/report.html").read_text()
+    report = (line / "runs/small/report.html").read_text(encoding="utf-8")
     assert "10 of 10 stages reused" in command(capsys, "run", "recipe.yaml")
-    assert (line / "runs/small/report.html").read_text() == report  # what the stages took when they were made
+    assert (line / "runs/small/report.html").read_text(encoding="utf-8") == report  # what the stages took when they were made
 
 
 def test_the_final_model_opens_in_transformers_with_equal_logits_and_text(line):
@@ -133,7 +133,7 @@ def test_the_final_model_opens_in_transformers_with_equal_logits_and_text(line):
 
 def test_training_lowers_bits_per_byte(line):
     stages = line / "runs/small/stages"
-    evaluated = json.loads((stages / "evaluate" / "results.json").read_text())
+    evaluated = json.loads((stages / "evaluate" / "results.json").read_text(encoding="utf-8"))
     validation = TokenShards(follow(line / "runs/small/tokens") / "validation")
     assert evaluated["scored"] == {"documents": validation.document_count, "bytes": validation.bytes}
     untrained = bits_per_byte(
@@ -143,7 +143,7 @@ def test_training_lowers_bits_per_byte(line):
 
 
 def test_the_report_is_one_file_that_asks_for_nothing_else(line):
-    page = (line / "runs/small/report.html").read_text()
+    page = (line / "runs/small/report.html").read_text(encoding="utf-8")
     assert "<svg" in page
     for outside in ('src="http', "src='http", 'href="http', "@import", "url(http"):
         assert outside not in page

@@ -104,7 +104,7 @@ for extra, (missing, code) in {tried}.items():
         os._exit(0)
     os.waitpid(child, 0)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)
     assert done.stdout.split() == [*SMALLER], done.stderr
 
 

@@ -192,11 +192,11 @@ def test_what_is_measured_on_a_tree_with_changes_is_not_recorded(tmp_path, monke
 def test_a_result_is_stale_where_a_later_commit_changed_what_was_measured(tmp_path):
     def git(*arguments):
         return subprocess.run(
-            ["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True, text=True
+            ["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True, encoding="utf-8"
         ).stdout.strip()
 
     def committed(name):
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(name, encoding="utf-8")
         git("add", name)
         git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", name)
         return git("rev-parse", "HEAD")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-_LIKELY = re.compile(r"read_text|write_text|open\(|subprocess")
+_LIKELY = re.compile(r"read_text|write_text|open\(|subprocess|TextIOWrapper")
 #: Writes to `core.object_storage.Place`, which is UTF-8 by itself.
 _OWN = {("core/store.py", "path.write_text(text)")}
 
@@ -37,6 +37,8 @@ def without_encoding(source: str) -> Iterator[ast.Call]:
             case ast.Attribute(attr="run" | "Popen" | "check_output", value=ast.Name(id="subprocess")):
                 if {"text", "universal_newlines"} & keywords.keys():
                     yield node
+            case ast.Attribute(attr="TextIOWrapper") if len(node.args) < 2:
+                yield node
 
 
 def _mode(node: ast.expr | None, otherwise: str) -> str:
@@ -57,19 +59,21 @@ def _mode(node: ast.expr | None, otherwise: str) -> str:
         ("tarfile.open(fileobj=stream, mode='w')", False),
         ("subprocess.run(command, text=True)", True),
         ("subprocess.run(command)", False),
+        ("subprocess.run(command, encoding='utf-8')", False),
+        ("io.TextIOWrapper(stream)", True),
+        ("io.TextIOWrapper(stream, 'utf-8')", False),
     ],
 )
 def test_calls_without_an_encoding_are_found(source, found):
     assert bool(list(without_encoding(source))) == found
 
 
-def test_the_package_reads_and_writes_text_as_utf_8():
+@pytest.mark.parametrize("folder", ["src/bessemer", "tests", "benchmarks", "docs", "examples", "kernels", "requirements"])
+def test_text_is_read_and_written_as_utf_8(folder):
     found = []
-    for folder in ("src/bessemer", "docs", "examples", "kernels"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            short, source = path.relative_to(ROOT / folder).as_posix(), path.read_text(encoding="utf-8")
-            if not _LIKELY.search(source):
-                continue
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        short, source = path.relative_to(ROOT / folder).as_posix(), path.read_text(encoding="utf-8")
+        if _LIKELY.search(source):
             calls = (ast.unparse(call) for call in without_encoding(source))
             found += [f"{path}: {call}" for call in calls if (short, call) not in _OWN]
     assert found == []

@@ -95,7 +95,7 @@ DONE = {"log": "one\ntwo\ntwo\n", "count": "count: 11\n"}
 
 
 def files(place):
-    return {path.name: path.read_text() for path in place.iterdir()}
+    return {path.name: path.read_text(encoding="utf-8") for path in place.iterdir()}
 
 
 # a step has seven moments, so that every fifth of the task's is each of the seven in turn
@@ -131,7 +131,7 @@ def test_a_task_that_is_killed_again_and_again_comes_to_its_end(tmp_path):
 
 def send_a_mail(folder, sent, after=10**9):
     def send(to):
-        with sent.open("a") as file:
+        with sent.open("a", encoding="utf-8") as file:
             file.write(f"{to}\n")
 
     schema = {"type": "object", "properties": {"to": {"type": "string"}}}
@@ -146,7 +146,7 @@ def test_an_effect_that_nobody_can_check_happens_at_most_once_and_the_assistant_
         assert in_child(send_a_mail, folder, sent)
         records, _ = read_records(folder)
         (done,) = [record for record in records if record["event"] == "done"]
-        count = len(sent.read_text().splitlines()) if sent.exists() else 0
+        count = len(sent.read_text(encoding="utf-8").splitlines()) if sent.exists() else 0
         # from the record that it begins to the record of its result, nobody knows
         if done["how"] == "unknown":
             assert count <= 1 and "nobody knows whether it took effect" in done["text"] and moment in (3, 4, 5)
@@ -157,9 +157,9 @@ def test_an_effect_that_nobody_can_check_happens_at_most_once_and_the_assistant_
 def test_a_text_that_was_added_in_part_is_added_whole(tmp_path):
     (tool,) = [tool for tool in Folder(tmp_path).tools() if tool.tool.name == "append_file"]
     arguments = {"name": "log", "text": "second\n"}
-    (tmp_path / "log").write_text("first\n")
+    (tmp_path / "log").write_text("first\n", encoding="utf-8")
     note = tool.note(arguments)
-    (tmp_path / "log").write_text("first\nsec")
-    assert tool.recover(arguments, note) is None and (tmp_path / "log").read_text() == "first\n"
-    (tmp_path / "log").write_text("first\nother")
+    (tmp_path / "log").write_text("first\nsec", encoding="utf-8")
+    assert tool.recover(arguments, note) is None and (tmp_path / "log").read_text(encoding="utf-8") == "first\n"
+    (tmp_path / "log").write_text("first\nother", encoding="utf-8")
     assert "changed by somebody else" in tool.recover(arguments, note).text

@@ -98,7 +98,7 @@ def test_approvals_outlive_the_process_and_new_tools_need_one(tmp_path):
     assert ApprovedTools(path).refused("city", [changed, other]) == {"weather": "has changed", "mail": "is new"}
     assert ApprovedTools(path).refused("city", [changed, other], approve=True) == {}
     assert ApprovedTools(path).refused("city", [changed, other]) == {}
-    path.write_text("[1]")
+    path.write_text("[1]", encoding="utf-8")
     with pytest.raises(ArtefactError, match="does not hold approved tools"):
         ApprovedTools(path)
 
@@ -179,7 +179,7 @@ def test_an_http_server_that_redirects_elsewhere_is_not_followed():
 )
 def test_a_bad_configuration_is_one_line(tmp_path, given, said):
     path = tmp_path / "servers.json"
-    path.write_text(given if isinstance(given, str) else json.dumps(given))
+    path.write_text(given if isinstance(given, str) else json.dumps(given), encoding="utf-8")
     with pytest.raises(ConfigError) as raised:
         read_mcp_config(path)
     assert said in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
@@ -193,7 +193,7 @@ def test_files_of_other_programs_are_read_with_variables_and_without_what_is_dis
         "far": {"url": "https://example.org/mcp", "headers": {"Authorization": "Bearer ${env:MY_KEY}"}},
         "off": {"command": "x", "disabled": True},
     }
-    path.write_text(json.dumps({"mcpServers": servers}))
+    path.write_text(json.dumps({"mcpServers": servers}), encoding="utf-8")
     read = read_mcp_config(path)
     assert list(read) == ["time", "far"] and read["time"].args == ["mcp-server-time"]
     assert read["far"].headers == {"Authorization": "Bearer secret"}

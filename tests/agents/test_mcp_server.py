@@ -47,8 +47,8 @@ def _index(documents, index):
     from bessemer.retrieval.index import CACHE, IndexConfig, build_index
 
     documents.mkdir()
-    (documents / "furnace.md").write_text("# The furnace\n\nThe converter blows air through molten iron.\n")
-    (documents / "coal.md").write_text("# Coal\n\nCoke is made of coal.\n")
+    (documents / "furnace.md").write_text("# The furnace\n\nThe converter blows air through molten iron.\n", encoding="utf-8")
+    (documents / "coal.md").write_text("# Coal\n\nCoke is made of coal.\n", encoding="utf-8")
     build_index(documents_of(sources_of(str(documents)), index / CACHE, Tally()), index, IndexConfig(embedder="none"))
 
 

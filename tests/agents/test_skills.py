@@ -14,9 +14,11 @@ FRONT = "---\nname: {name}\ndescription: Adds numbers.\n---\n# Adding\n\nRun add
 def written(root, name="adding", text=None):
     folder = root / ".agents" / "skills" / name
     (folder / "scripts").mkdir(parents=True)
-    (folder / "SKILL.md").write_text(FRONT.format(name=name) if text is None else text)
-    (folder / "scripts" / "add.py").write_text("import sys, helper\nprint(helper.add(*map(int, sys.argv[1:])))\n")
-    (folder / "scripts" / "helper.py").write_text("def add(*numbers): return sum(numbers)\n")
+    (folder / "SKILL.md").write_text(FRONT.format(name=name) if text is None else text, encoding="utf-8")
+    (folder / "scripts" / "add.py").write_text(
+        "import sys, helper\nprint(helper.add(*map(int, sys.argv[1:])))\n", encoding="utf-8"
+    )
+    (folder / "scripts" / "helper.py").write_text("def add(*numbers): return sum(numbers)\n", encoding="utf-8")
     return folder
 
 
@@ -34,7 +36,7 @@ def test_a_skill_is_listed_loaded_and_its_script_runs_with_its_files(tmp_path):
 
 def test_no_path_leads_out_of_the_skill_s_folder(tmp_path):
     folder = written(tmp_path)
-    (tmp_path / "secret.py").write_text("print('secret')")
+    (tmp_path / "secret.py").write_text("print('secret')", encoding="utf-8")
     (folder / "link.py").symlink_to(tmp_path / "secret.py")
     (skill,) = find_skills(tmp_path, pytest.fail)
     assert "link.py" not in skill.files()
@@ -49,7 +51,7 @@ def test_no_path_leads_out_of_the_skill_s_folder(tmp_path):
 
 def test_a_skill_file_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
     folder = written(tmp_path)
-    (tmp_path / "elsewhere.md").write_text(FRONT.format(name="adding"))
+    (tmp_path / "elsewhere.md").write_text(FRONT.format(name="adding"), encoding="utf-8")
     (folder / "SKILL.md").unlink()
     (folder / "SKILL.md").symlink_to(tmp_path / "elsewhere.md")
     with pytest.raises(ConfigError, match="leads out of the skill's folder"):
@@ -79,7 +81,7 @@ def test_a_skill_that_is_not_in_the_format_is_one_line_and_the_others_are_found(
 
 def test_a_project_s_instructions_are_read_and_cut(tmp_path):
     assert instructions_of(tmp_path) == ""
-    (tmp_path / "AGENTS.md").write_text("Use tabs.\n" + "x" * 100_000)
+    (tmp_path / "AGENTS.md").write_text("Use tabs.\n" + "x" * 100_000, encoding="utf-8")
     text = instructions_of(tmp_path)
     assert text.startswith("Use tabs.") and text.endswith("(cut here)") and len(text) < 33_000
 
@@ -87,11 +89,11 @@ def test_a_project_s_instructions_are_read_and_cut(tmp_path):
 def test_instructions_that_are_a_link_out_of_the_project_are_refused(tmp_path):
     project = tmp_path / "project"
     project.mkdir()
-    (tmp_path / "key").write_text("secret")
+    (tmp_path / "key").write_text("secret", encoding="utf-8")
     (project / "AGENTS.md").symlink_to(tmp_path / "key")
     with pytest.raises(ConfigError, match=r"AGENTS\.md: this link leads out of the folder"):
         instructions_of(project)
     (project / "AGENTS.md").unlink()
-    (project / "CLAUDE.md").write_text("Use tabs.")
+    (project / "CLAUDE.md").write_text("Use tabs.", encoding="utf-8")
     (project / "AGENTS.md").symlink_to("CLAUDE.md")
     assert instructions_of(project) == "Use tabs."

@@ -14,7 +14,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 @pytest.fixture
 def files(tmp_path):
     """The tools of a folder beside which a secret lies: `files("read_file", name="a")`."""
-    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
     root = tmp_path / "root"
     root.mkdir()
     (root / "link").symlink_to(tmp_path / "secret")
@@ -37,7 +37,7 @@ def test_nothing_outside_the_folder_is_read_or_written(files, name, tmp_path):
     for tool, more in (("read_file", {}), ("write_file", {"text": "x"}), ("append_file", {"text": "x"})):
         result = files(tool, name=name, **more)
         assert result.is_error and "lies outside the folder" in result.text
-    assert (tmp_path / "secret").read_text() == "secret"
+    assert (tmp_path / "secret").read_text(encoding="utf-8") == "secret"
 
 
 def test_an_edit_needs_a_text_that_is_there_once(files):

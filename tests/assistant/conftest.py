@@ -20,7 +20,8 @@ def thinking_tokenizer(tmp_path_factory):
     (folder / CHAT_TEMPLATE_FILE).write_text(
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}",
+        encoding="utf-8",
     )
     return load_tokenizer(folder)
 
@@ -35,7 +36,8 @@ def channel_tokenizer(tmp_path_factory):
     (folder / CHAT_TEMPLATE_FILE).write_text(
         "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
         "{% for message in messages %}{{ '<|start|>' + message.role + '<|message|>' + message.content + '<|im_end|>' }}"
-        "{% endfor %}{# <|channel|>analysis<|message|> #}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+        "{% endfor %}{# <|channel|>analysis<|message|> #}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+        encoding="utf-8",
     )
     return load_tokenizer(folder)
 

@@ -82,14 +82,16 @@ def test_several_models_are_merged_and_measured_before_and_after(place, capsys, 
     other = random_decoder(SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE), seed=3)
     save_model(other, tmp_path / "other", tokenizer=place / "tokenizer")
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join("the thin man went with the other one to the river and back " * 8 for _ in range(60)))
+    text.write_text(
+        "\n\n".join("the thin man went with the other one to the river and back " * 8 for _ in range(60)), encoding="utf-8"
+    )
     models = [f"{place / 'model'}=2", tmp_path / "other", tmp_path / "out"]
     code, out, err = bessemer(capsys, "merge", *models, "--dtype", "bf16", "--evaluate", text)
     assert code == 0, err
     assert "linear of" in out and out.count("bits per byte") == 3 and out.splitlines()[-1].startswith("merged")
     settings = tmp_path / "merge.yaml"
     content = "merge_method: slerp\nbase_model: {}\nmodels:\n  - model: {}\nparameters: {{t: [0, 1]}}\n"
-    settings.write_text(content.format(place / "model", tmp_path / "other"))
+    settings.write_text(content.format(place / "model", tmp_path / "other"), encoding="utf-8")
     code, out, err = bessemer(capsys, "merge", settings, tmp_path / "by-file")
     assert code == 0 and "slerp of" in out, err
 

@@ -13,8 +13,8 @@ def evaluations(tmp_path, monkeypatch):
     for name, right in (("base", 10), ("tuned", 15), ("poor", 2)):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "results.json").write_text("{}")
-        with (folder / "items.jsonl").open("w") as lines:
+        (folder / "results.json").write_text("{}", encoding="utf-8")
+        with (folder / "items.jsonl").open("w", encoding="utf-8") as lines:
             for number in range(30):
                 item = {"task": "quiz", "id": f"item-{number}", "score": float(number < right)}
                 print(json.dumps(item | {"prompt": f"What is {number}?", "answer": f"{name} says"}), file=lines)

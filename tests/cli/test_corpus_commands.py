@@ -28,10 +28,10 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        (folder / "recipe.yaml").write_text(RECIPE)
+        (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
         records = [{"id": f"n{number}", "text": PROSE.format(n=number % 30)} for number in range(40)]
         records += [{"id": "short", "text": "Too [bold]short[/bold] \x1b[2J and it has an address, jane.doe@gmail.com."}]
-        (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         run("recipe.yaml")
     return folder
 
@@ -46,12 +46,16 @@ def place(made, tmp_path, monkeypatch):
 
 def example(kind: str, reason: str = "") -> str:
     """The id of a document that `select` kept, or dropped for a reason."""
-    examples = json.loads(Path("runs/small/stages/select/manifest.json").read_text())["metrics"]["examples"][kind]
+    examples = json.loads(Path("runs/small/stages/select/manifest.json").read_text(encoding="utf-8"))["metrics"]["examples"][
+        kind
+    ]
     return (examples[reason] if reason else examples)[0]["id"]
 
 
 def short() -> str:
-    examples = json.loads(Path("runs/small/stages/select/manifest.json").read_text())["metrics"]["examples"]["dropped"]
+    examples = json.loads(Path("runs/small/stages/select/manifest.json").read_text(encoding="utf-8"))["metrics"]["examples"][
+        "dropped"
+    ]
     return next(row["id"] for rows in examples.values() for row in rows if "address" in row["text"])
 
 
@@ -85,7 +89,7 @@ def test_documents_without_a_manifest_are_shown(capsys, place):
 def test_the_card_is_printed_as_it_lies_beside_the_documents(capsys, place, thing):
     code, out, _ = bessemer(capsys, "show", thing, "--card")
     assert code == 0
-    assert out == Path("runs/small/corpus/README.md").read_text()
+    assert out == Path("runs/small/corpus/README.md").read_text(encoding="utf-8")
 
 
 def test_what_has_no_manifest_has_no_card(capsys, place):
@@ -137,7 +141,7 @@ def test_a_text_is_explained_by_a_run(capsys, place):
 
 
 def test_a_text_is_explained_by_a_recipe_that_was_not_run(capsys, place):
-    Path("other.yaml").write_text(RECIPE.replace("gopher_quality}", "all}"))
+    Path("other.yaml").write_text(RECIPE.replace("gopher_quality}", "all}"), encoding="utf-8")
     code, out, _ = bessemer(capsys, "explain", "This is plain English text, and it is kept.", "--recipe", "other.yaml")
     assert code == 0
     assert out.startswith("It is kept.")
@@ -165,7 +169,9 @@ def test_files_and_pages_and_what_is_typed_are_texts(capsys, place, monkeypatch)
     _, out, _ = bessemer(capsys, "explain", "a.txt", "--json")
     assert json.loads(out)["text"] == "Plain bytes, \ufffd and more."
     paragraphs = "".join(f"<p>{PROSE.format(n=number)}</p>" for number in range(3))
-    Path("a.html").write_text(f"<html><body><nav>Home Shop</nav><article><h1>Steel</h1>{paragraphs}</article></body></html>")
+    Path("a.html").write_text(
+        f"<html><body><nav>Home Shop</nav><article><h1>Steel</h1>{paragraphs}</article></body></html>", encoding="utf-8"
+    )
     _, out, _ = bessemer(capsys, "explain", "a.html", "--json")
     assert "furnace" in json.loads(out)["text"] and "<p>" not in json.loads(out)["text"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Typed."))
@@ -188,7 +194,7 @@ def test_files_and_pages_and_what_is_typed_are_texts(capsys, place, monkeypatch)
     ],
 )
 def test_a_mistake_is_one_line(capsys, place, arguments, expected):
-    Path("empty.html").write_text("<html></html>")
+    Path("empty.html").write_text("<html></html>", encoding="utf-8")
     code, _, err = bessemer(capsys, *arguments)
     assert code == 2
     assert expected in one_error(err)
@@ -213,11 +219,11 @@ def test_nothing_is_forgotten_without_a_yes(capsys, place, monkeypatch):
 
 def test_a_document_is_forgotten_with_its_copies(capsys, place):
     folder = Path("runs/small/stages/deduplicate/manifest.json")
-    (cluster, *_) = json.loads(folder.read_text())["metrics"]["duplicates"]["exact"]["largest"]
+    (cluster, *_) = json.loads(folder.read_text(encoding="utf-8"))["metrics"]["duplicates"]["exact"]["largest"]
     code, out, _ = bessemer(capsys, "forget", cluster["id"], "--copies", "--yes")
     assert code == 0
     assert out.endswith("Done.\n")
-    assert len(Path("runs/.store/forgotten.txt").read_text().split()) == cluster["size"]
+    assert len(Path("runs/.store/forgotten.txt").read_text(encoding="utf-8").split()) == cluster["size"]
     code, out, _ = bessemer(capsys, "forget", cluster["id"], "--yes")
     assert code == 0
     assert out.count("forgotten on") == 4 and "Done" not in out

@@ -6,7 +6,7 @@ from tests.training.conftest import documents, model_folder, tokenized  # noqa: 
 
 
 def written(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -37,7 +37,7 @@ def test_evaluate_writes_a_table_and_a_folder_of_its_own_settings(model, tmp_pat
     code, out, _ = bessemer(capsys, *arguments)
     assert code == 0
     *table, _, folder = out.splitlines()
-    results = json.loads((tmp_path / folder / "results.json").read_text())
+    results = json.loads((tmp_path / folder / "results.json").read_text(encoding="utf-8"))
     accuracy = results["tasks"]["animals"]["accuracy"]
     row = next(line.split() for line in table if line.startswith("animals"))
     assert row == [
@@ -51,7 +51,7 @@ def test_evaluate_writes_a_table_and_a_folder_of_its_own_settings(model, tmp_pat
         "0.3333",
     ]
     assert any("maj@2" in line for line in table)
-    assert "animals: error 0." in (tmp_path / folder / "reliability.svg").read_text()
+    assert "animals: error 0." in (tmp_path / folder / "reliability.svg").read_text(encoding="utf-8")
     assert bessemer(capsys, *arguments)[1] == out
     _, other, _ = bessemer(capsys, *arguments, "--shots", "0", "--limit", "2")
     assert other.splitlines()[-1] != folder
@@ -67,9 +67,9 @@ def test_how_much_of_a_task_stands_in_the_training_corpus_is_told_beside_its_sco
     arguments = ["evaluate", model, "--tasks", "quiz.yaml", "--out", "found", "--corpus", "corpus"]
     code, out, err = bessemer(capsys, *arguments)
     assert code == 0, err
-    found = json.loads((tmp_path / "found" / "results.json").read_text())["contamination"]["quiz"]
+    found = json.loads((tmp_path / "found" / "results.json").read_text(encoding="utf-8"))["contamination"]["quiz"]
     assert (found["dirty"], found["clean"], found["unknown"]) == (1, 1, 1)
-    items = json_lines((tmp_path / "found" / "items.jsonl").read_text())
+    items = json_lines((tmp_path / "found" / "items.jsonl").read_text(encoding="utf-8"))
     assert found["dirty_accuracy"] == items[0]["score"] and found["clean_accuracy"] == items[1]["score"]
     assert any(line.split()[:4] == ["quiz", "1", "of", "3"] for line in out.splitlines())
     # what is computed is kept, and looking in another corpus asks the model nothing

@@ -36,9 +36,9 @@ def made(tmp_path_factory):
     records += [{"id": f"p{number}", "text": PROSE.format(n=number)} for number in range(30)]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        Path("texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        Path("texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         for name, steps in (("taught", 200), ("new", 1)):
-            Path(f"{name}.yaml").write_text(RECIPE.format(name=name, steps=steps))
+            Path(f"{name}.yaml").write_text(RECIPE.format(name=name, steps=steps), encoding="utf-8")
             run(f"{name}.yaml")
     return folder
 
@@ -76,5 +76,5 @@ def test_what_is_removed_with_the_document_is_not_refused(capsys, place):
     options = ("--check", "--remove-derived", "--yes", "--formats", "original", "--device", "cpu")
     code, out, _ = bessemer(capsys, "forget", identity, *options)
     assert code == 0 and "passages are extracted" in out and "Not safe" not in out
-    assert identity in Path("runs/.store/forgotten.txt").read_text()
+    assert identity in Path("runs/.store/forgotten.txt").read_text(encoding="utf-8")
     assert not (Path("runs/.store") / known).exists()

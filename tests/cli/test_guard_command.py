@@ -19,7 +19,7 @@ def test_a_decision_names_its_rule(capsys):
 
 
 def test_the_standard_input_at_a_surface_as_json(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Überall iron".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Überall iron".encode()), encoding="utf-8"))
     code, out, _ = bessemer(capsys, "guard", "--surface", "answer", "--json", "-")
     assert code == 0 and json.loads(out)["action"] == "allow"
 

@@ -47,7 +47,7 @@ def test_help_and_completion_load_none_of_the_heavy_libraries(words, environment
         "print()\nprint('loaded', sorted(heavy & set(sys.modules)))"
     )
     given = os.environ | environment
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, env=given)
     assert expected in done.stdout and done.stdout.splitlines()[-1] == "loaded []"
 
 
@@ -101,7 +101,7 @@ def test_dir_and_help_of_the_package_show_its_public_names():
 
 def test_importing_bessemer_loads_none_of_the_heavy_libraries():
     code = "import sys, bessemer; dir(bessemer); print(sorted({'torch', 'daft', 'numpy', 'pydantic'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout == "[]\n"
 
 
 def test_dry_run_checks_a_recipe_without_loading_torch(tmp_path):
@@ -111,7 +111,7 @@ def test_dry_run_checks_a_recipe_without_loading_torch(tmp_path):
         "except SystemExit as stop: assert not stop.code\n"
         "print('loaded', sorted({'torch', 'matplotlib', 'fastapi'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "loaded []"
 
 
@@ -197,7 +197,7 @@ def test_clean_removes_what_no_run_links_to_and_nothing_else(capsys, tmp_path, m
     store = Store(tmp_path / "runs" / ".store")
     for key in ("kept-1", "stale-2"):
         (store.partial(key)).mkdir(parents=True)
-        (store.partial(key) / "file").write_text("x")
+        (store.partial(key) / "file").write_text("x", encoding="utf-8")
         store.publish(key, {})
     store.partial("broken-3").mkdir()
     store.partial("busy-4").mkdir()
@@ -210,7 +210,7 @@ def test_clean_removes_what_no_run_links_to_and_nothing_else(capsys, tmp_path, m
         code, out, _ = bessemer(capsys, "clean")
     assert code == 0
     assert sorted(path.name for path in store.root.iterdir() if path.is_dir()) == ["busy-4.partial", "kept-1"]
-    assert json.loads((store.root / "kept-1" / "manifest.json").read_text())["format"] == 1
+    assert json.loads((store.root / "kept-1" / "manifest.json").read_text(encoding="utf-8"))["format"] == 1
 
 
 def test_clean_leaves_what_a_run_published_after_it_looked(capsys, tmp_path, monkeypatch):
@@ -239,9 +239,9 @@ def test_explain_runs_the_code_of_a_run_only_when_allowed(capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "theirs").mkdir(parents=True)
     record = {"format": 1, "name": "theirs", "recipe": {"clean": {"score": ["mine.py:brief"]}}, "stages": {}}
-    (tmp_path / "runs" / "theirs" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "runs" / "theirs" / "run.json").write_text(json.dumps(record), encoding="utf-8")
     (tmp_path / "mine.py").write_text(
-        "from pathlib import Path\nPath('run').touch()\ndef brief(texts): return [1.0] * len(texts)\n"
+        "from pathlib import Path\nPath('run').touch()\ndef brief(texts): return [1.0] * len(texts)\n", encoding="utf-8"
     )
     code, _, err = bessemer(capsys, "explain", "a text", "--run", "theirs")
     assert code == 2 and "names code of its own (mine.py:brief)" in one_error(err)

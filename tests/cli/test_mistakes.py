@@ -46,8 +46,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut" / "model.safetensors").write_bytes((folder / "model" / "model.safetensors").read_bytes()[:100_000])
     save_model(load_model(folder / "model"), folder / "base", tokenizer=tokenizer)
     (folder / "base" / "chat_template.jinja").unlink(missing_ok=True)
-    settings = (folder / "base" / "tokenizer_config.json").read_text()
-    (folder / "base" / "tokenizer_config.json").write_text(settings.replace("chat_template", "no_template"))
+    settings = (folder / "base" / "tokenizer_config.json").read_text(encoding="utf-8")
+    (folder / "base" / "tokenizer_config.json").write_text(settings.replace("chat_template", "no_template"), encoding="utf-8")
     return folder
 
 
@@ -63,16 +63,16 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def recipe(text: str) -> Callable[[Path], None]:
     """Writes recipe.yaml."""
-    return lambda here: (here / "recipe.yaml").write_text(f"format: 1\nname: mine\n{text}") and None
+    return lambda here: (here / "recipe.yaml").write_text(f"format: 1\nname: mine\n{text}", encoding="utf-8") and None
 
 
 def file(name: str, text: str) -> Callable[[Path], None]:
-    return lambda here: (here / name).write_text(text) and None
+    return lambda here: (here / name).write_text(text, encoding="utf-8") and None
 
 
 def user_code(here: Path) -> None:
-    (here / "mine.py").write_text("brief = 3\ndef short(texts): return [1.0] * len(texts)\n")
-    (here / "a.txt").write_text("text")
+    (here / "mine.py").write_text("brief = 3\ndef short(texts): return [1.0] * len(texts)\n", encoding="utf-8")
+    (here / "a.txt").write_text("text", encoding="utf-8")
     recipe("collect: [{source: files, paths: a.txt}]\nclean: {score: ['mine.py:brief']}\n")(here)
 
 
@@ -264,7 +264,9 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys, here, 
 
 
 def test_a_second_process_in_a_folder_is_refused(capsys, here):
-    (here / "data.csv").write_text("question,answer\n" + "".join(f"Who is {n}?,It is {n}.\n" for n in range(40)))
+    (here / "data.csv").write_text(
+        "question,answer\n" + "".join(f"Who is {n}?,It is {n}.\n" for n in range(40)), encoding="utf-8"
+    )
     with locked_folder(here / "out"):
         code, _, err = bessemer(capsys, "finetune", "model", "data.csv", "out")
     assert (code, one_error(err)) == (
@@ -276,7 +278,7 @@ def test_a_second_process_in_a_folder_is_refused(capsys, here):
 
 @pytest.mark.parametrize("table", ["question;answer\nWho?;He.\n", "question,answer\n\nWho?,He.\n\n"])
 def test_a_strange_table_is_read_and_told_to_be_too_small(capsys, here, table):
-    (here / "data.csv").write_text(table)
+    (here / "data.csv").write_text(table, encoding="utf-8")
     code, _, err = bessemer(capsys, "finetune", "model", "data.csv", "out")
     assert code == 2 and one_error(err).startswith("error: data.csv: of 1 rows 1 different ones would be held out, too few")
 
@@ -358,7 +360,9 @@ def test_what_cannot_be_written_is_one_line_with_the_path_and_leaves_nothing(cap
 
 
 def test_standard_output_that_is_full_is_one_line(here):
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run([sys.executable, "-m", "bessemer", "recipes"], stdout=full, stderr=subprocess.PIPE, text=True)
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bessemer", "recipes"], stdout=full, stderr=subprocess.PIPE, encoding="utf-8"
+        )
     assert done.returncode == 2
     assert one_error(done.stderr).startswith("error: the disk is full while writing; free some space")

@@ -49,7 +49,7 @@ def same(one, other):
 def test_a_model_goes_out_as_gguf_and_comes_back(capsys, model, tmp_path):
     code, out, err = bessemer(capsys, "export", model, tmp_path / "x.gguf", "--format", "gguf")
     assert (code, err) == (0, "") and f"{tmp_path / 'x.gguf'}: written, " in out
-    lines = (tmp_path / "x.Modelfile").read_text().splitlines()
+    lines = (tmp_path / "x.Modelfile").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "FROM ./x.gguf" and any(line.startswith("PARAMETER num_ctx ") for line in lines)
     code, out, _ = bessemer(capsys, "import", tmp_path / "x.gguf", tmp_path / "back")
     assert code == 0 and "a qwen3 model of 821,504 parameters, read from" in out
@@ -265,12 +265,14 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(capsys, mode
     for arguments in (["import", model, tmp_path / "out"], ["export", model, tmp_path / "x.gguf", "--format", "gguf"]):
         code, _, err = bessemer(capsys, *arguments)
         assert code == 2 and "263 tokens, and the embedding has 200 rows" in one_error(err)
-    assert json.loads((model / "config.json").read_text())["vocab_size"] == 200
+    assert json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"] == 200
 
 
 def test_a_model_is_quantised_measured_and_opened(capsys, model, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"in the end {number} things are in the thin tin " * 30 for number in range(60)))
+    text.write_text(
+        "\n\n".join(f"in the end {number} things are in the thin tin " * 30 for number in range(60)), encoding="utf-8"
+    )
     arguments = ["--scheme", "int4", "--method", "gptq", "--calibrate", text, "--calibration-tokens", "1024"]
     code, out, err = bessemer(capsys, "quantize", model, tmp_path / "small", *arguments)
     assert code == 0, err

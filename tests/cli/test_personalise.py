@@ -18,10 +18,10 @@ def people(tmp_path, monkeypatch):
     """The current folder, with a model's folder and the feedback of a person."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     folder = tmp_path / "people" / "ann"
     folder.mkdir(parents=True)
-    (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
     return folder
 
 
@@ -48,10 +48,10 @@ def test_feedback_given_while_an_adapter_trains_is_looked_at_next(people, capsys
     seen = []
 
     def scripted(base, person, config, **_):
-        seen.append((person / "pairs.jsonl").read_text().count("\n"))
+        seen.append((person / "pairs.jsonl").read_text(encoding="utf-8").count("\n"))
         if len(seen) == 2:
             raise KeyboardInterrupt
-        with (person / "pairs.jsonl").open("a") as file:
+        with (person / "pairs.jsonl").open("a", encoding="utf-8") as file:
             file.write('{"prompt": "d", "chosen": "e", "rejected": "f"}\n')
         return LINE | {"decision": "waits", "reason": "too little feedback"}
 

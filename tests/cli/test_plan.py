@@ -92,7 +92,7 @@ def quickstart_model(tmp_path, monkeypatch):
         Decoder(config.with_changes(vocab_size=VOCAB_SIZE)), tmp_path / "base", tokenizer=write_small_tokenizer(tmp_path / "t")
     )
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.txt").write_text("Steel is an alloy.")
+    (tmp_path / "data" / "a.txt").write_text("Steel is an alloy.", encoding="utf-8")
 
 
 @pytest.mark.usefixtures("compiler")

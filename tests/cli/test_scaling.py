@@ -26,7 +26,7 @@ pretrain: {steps: 4, batch_size: 2, context_length: 32, dtype: float32, compile:
 
 def write_points(path, points) -> str:
     lines = [f"{one.parameters},{one.tokens},{one.loss},{one.flops or ''}" for one in points.points]
-    path.write_text("\n".join(["parameters,tokens,loss,flops", *lines]) + "\n")
+    path.write_text("\n".join(["parameters,tokens,loss,flops", *lines]) + "\n", encoding="utf-8")
     return str(path)
 
 
@@ -69,7 +69,7 @@ def test_isoflop_parabolas_come_with_their_bias(tmp_path, capsys):
     code, out, err = bessemer(capsys, *arguments)
     assert code == 0, err
     assert "parabolas are biased where α ≠ β: on these sizes" in out
-    assert "1e+18 FLOPs" in (tmp_path / "isoflop.svg").read_text()
+    assert "1e+18 FLOPs" in (tmp_path / "isoflop.svg").read_text(encoding="utf-8")
     found = json.loads(bessemer(capsys, *arguments, "--json")[1])
     assert found["isoflop"]["exponent"] == pytest.approx(found["fits"][0]["parameters_exponent"]["value"], abs=0.01)
 
@@ -106,16 +106,16 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
 
 def test_a_sweep_trains_tabulates_and_draws_and_its_runs_are_points(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
     draw = random.Random(0)
     words = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "to", "hill", "and", "saw", "red", "sun"]
     lines = [json.dumps({"id": str(number), "text": " ".join(draw.choices(words, k=80))}) for number in range(150)]
-    (tmp_path / "documents.jsonl").write_text("\n".join(lines))
+    (tmp_path / "documents.jsonl").write_text("\n".join(lines), encoding="utf-8")
     command = ("sweep", "tiny.yaml", "pretrain.steps=4,16", "--seeds", 1)
     code, out, err = bessemer(capsys, *command)
     assert code == 0, err
     assert "Table: runs/sweeps/tiny.csv" in out and "Plot:  runs/sweeps/tiny.svg" in out
-    with (tmp_path / "runs" / "sweeps" / "tiny.csv").open() as stream:
+    with (tmp_path / "runs" / "sweeps" / "tiny.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert [int(row["tokens"]) for row in rows] == [256, 1024]
     assert {int(row["parameters"]) - int(row["non_embedding_parameters"]) for row in rows} == {290 * 32}

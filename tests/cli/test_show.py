@@ -40,7 +40,7 @@ def test_one_tokenizer_is_shown_by_kind_of_text_with_its_share_of_a_model(capsys
 
 
 def test_tokenizers_stand_side_by_side_on_the_texts_of_the_user(capsys, folders, tmp_path):
-    (tmp_path / "text.txt").write_text("ba den ba\x1b[2J")
+    (tmp_path / "text.txt").write_text("ba den ba\x1b[2J", encoding="utf-8")
     code, out, _ = bessemer(
         capsys, "show", folders / "bpe", "--against", folders / "byte", "--against", folders / "wordpiece",
         "--text", tmp_path / "text.txt",

@@ -13,7 +13,7 @@ from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 def test_a_tiktoken_file_is_imported_with_its_split_and_control_tokens(capsys, tmp_path):
     path = tmp_path / "x.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))
+    path.write_text("".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)), encoding="utf-8")
     code, out, err = bessemer(
         capsys, "import", path, tmp_path / "out", "--split", "gpt-2", "--special", "<|endoftext|>=257", "--special", "<|x|>=258"
     )

@@ -125,7 +125,7 @@ def test_evaluate_takes_the_adapter_by_the_folder_or_by_its_option(place, capsys
     for name, model in (("tuned", ("out",)), ("option", ("base", "--adapter", "out/adapter")), ("plain", ("base",))):
         code, _, err = bessemer(capsys, "evaluate", *model, *asked, name)
         assert code == 0, err
-    items = {name: (place / name / "items.jsonl").read_text() for name in ("tuned", "option", "plain")}
+    items = {name: (place / name / "items.jsonl").read_text(encoding="utf-8") for name in ("tuned", "option", "plain")}
     assert items["tuned"] == items["option"] != items["plain"]
     models = {name: read_json(place / name / "results.json")["model"] for name in items}
     assert models["tuned"]["weights"] == models["option"]["weights"] != models["plain"]["weights"]

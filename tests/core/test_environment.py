@@ -37,7 +37,7 @@ def _is_time_of_day(node):
 )
 def test_a_containers_limit_leaves_what_is_neither_used_nor_cached(limit, stat, left, tmp_path):
     for name, text in (("max", limit), ("current", "600\n"), ("stat", stat)):
-        (tmp_path / f"memory.{name}").write_text(text)
+        (tmp_path / f"memory.{name}").write_text(text, encoding="utf-8")
     assert environment._left_in_group(tmp_path) == left
 
 
@@ -47,14 +47,14 @@ def test_without_a_group_there_is_no_limit(tmp_path):
 
 @pytest.mark.parametrize(("limit", "most"), [("1000\n", 1000), ("max\n", None), ("nonsense", None)])
 def test_a_container_has_a_limit_whatever_is_used(limit, most, tmp_path):
-    (tmp_path / "memory.max").write_text(limit)
+    (tmp_path / "memory.max").write_text(limit, encoding="utf-8")
     assert environment._limit_of_group(tmp_path) == most
 
 
 def group(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text)
+        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -64,36 +64,36 @@ def group(folder, **files):
 )
 def test_a_containers_quota_is_read(cpu_max, quota, tmp_path):
     group(tmp_path / "root", cpu__max=cpu_max)
-    (tmp_path / "cgroup").write_text("0::/\n")
+    (tmp_path / "cgroup").write_text("0::/\n", encoding="utf-8")
     assert environment._quota(tmp_path / "root", tmp_path / "cgroup") == quota
 
 
 def test_the_smallest_quota_of_the_groups_above_counts(tmp_path):
     group(tmp_path / "root/slice", cpu__max="200000 100000")
     group(tmp_path / "root/slice/job", cpu__max="300000 100000")
-    (tmp_path / "cgroup").write_text("0::/slice/job\n")
+    (tmp_path / "cgroup").write_text("0::/slice/job\n", encoding="utf-8")
     assert environment._quota(tmp_path / "root", tmp_path / "cgroup") == 2.0
 
 
 def test_a_quota_of_the_older_groups_is_read(tmp_path):
     group(tmp_path / "root/cpu,cpuacct/docker", cpu__cfs_quota_us="25000\n", cpu__cfs_period_us="100000\n")
     group(tmp_path / "root/cpu,cpuacct", cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
-    (tmp_path / "cgroup").write_text("4:memory:/docker\n3:cpu,cpuacct:/docker\n")
+    (tmp_path / "cgroup").write_text("4:memory:/docker\n3:cpu,cpuacct:/docker\n", encoding="utf-8")
     assert environment._quota(tmp_path / "root", tmp_path / "cgroup") == 0.25
 
 
 def test_the_memory_of_the_groups_above_counts_of_either_version(tmp_path):
     membership = tmp_path / "cgroup"
-    membership.write_text("0::/slice/job\n4:memory:/docker\n")
+    membership.write_text("0::/slice/job\n4:memory:/docker\n", encoding="utf-8")
     for path, limit in (("slice/job/memory.max", "max"), ("slice/memory.max", "3000"), ("memory.max", "9000")):
         group(tmp_path / "root" / Path(path).parent)
-        (tmp_path / "root" / path).write_text(limit)
+        (tmp_path / "root" / path).write_text(limit, encoding="utf-8")
     group(tmp_path / "root/memory/docker")
-    (tmp_path / "root/memory/docker/memory.limit_in_bytes").write_text("2000\n")
-    (tmp_path / "root/memory/docker/memory.usage_in_bytes").write_text("700\n")
-    (tmp_path / "root/memory/docker/memory.stat").write_text("inactive_file 300\n")
+    (tmp_path / "root/memory/docker/memory.limit_in_bytes").write_text("2000\n", encoding="utf-8")
+    (tmp_path / "root/memory/docker/memory.usage_in_bytes").write_text("700\n", encoding="utf-8")
+    (tmp_path / "root/memory/docker/memory.stat").write_text("inactive_file 300\n", encoding="utf-8")
     group(tmp_path / "root/memory")
-    (tmp_path / "root/memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (tmp_path / "root/memory/memory.limit_in_bytes").write_text("9223372036854771712\n", encoding="utf-8")
     groups = list(environment._groups("memory", tmp_path / "root", membership))
     assert [limit for limit in map(environment._limit_of_group, groups) if limit] == [3000, 9000, 2000]
     assert environment._left_in_group(tmp_path / "root/memory/docker") == 1600

@@ -112,14 +112,14 @@ def test_a_library_that_fails_on_a_full_disk_says_what_was_written(tmp_path):
 
 
 def test_a_file_is_whole_or_absent_and_what_was_there_stays(tmp_path):
-    (tmp_path / "a").write_text("old")
+    (tmp_path / "a").write_text("old", encoding="utf-8")
     with pytest.raises(StorageError, match=f"{tmp_path / 'a'};"), new_file(tmp_path / "a") as unfinished:
-        unfinished.write_text("half")
+        unfinished.write_text("half", encoding="utf-8")
         raise refusal(errno.ENOSPC)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {"a": "old"}
     with new_file(tmp_path / "a") as unfinished:
-        unfinished.write_text("new")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new"}
+        unfinished.write_text("new", encoding="utf-8")
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {"a": "new"}
 
 
 def test_a_folder_that_another_process_made_meanwhile_is_kept(tmp_path):

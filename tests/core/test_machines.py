@@ -48,7 +48,7 @@ found |= {
 def look(name, what=LOOK):
     """What a process finds that runs as on a machine; None where this system cannot stand for it."""
     command = [sys.executable, "-m", "bessemer.core.machines", name, sys.executable, "-c", what + "print(json.dumps(found))"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode == 2 and "needs a control group" in done.stderr:
         return None
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,7 @@ def test_an_unknown_machine_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"no machine 'avx'.*avx2"):
         machine("avx")
     command = [sys.executable, "-m", "bessemer.core.machines", "avx", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: there is no machine 'avx'")
 
 

@@ -30,7 +30,7 @@ def test_the_default_policy_has_the_categories_of_the_scores_with_their_limits()
 
 
 def test_a_surface_says_what_is_done_about_a_category(tmp_path):
-    (tmp_path / "policy.yaml").write_text(SMALL)
+    (tmp_path / "policy.yaml").write_text(SMALL, encoding="utf-8")
     policy = read_policy(tmp_path / "policy.yaml")
     assert [policy.action("answer", name) for name in ("privacy", "hate")] == ["refuse", "log"]
     assert policy.acted_on("prompt") == {} and list(policy.acted_on("answer")) == ["privacy", "hate"]
@@ -61,7 +61,7 @@ def test_a_surface_says_what_is_done_about_a_category(tmp_path):
 def test_a_mistake_is_one_line_with_its_place(tmp_path, written, instead, line, message):
     path = tmp_path / "policy.yaml"
     assert written in SMALL
-    path.write_text(SMALL.replace(written, instead, 1))
+    path.write_text(SMALL.replace(written, instead, 1), encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"^{path}:{line}: {message}$") as error:
         read_policy(path)
     assert "\n" not in str(error.value)
@@ -103,7 +103,7 @@ def test_rules_that_contradict_each_other_are_one_line(tmp_path, name):
     written, instead, message = CONTRADICTIONS[name]
     path = tmp_path / "policy.yaml"
     assert written in SMALL
-    path.write_text(SMALL.replace(written, instead, 1))
+    path.write_text(SMALL.replace(written, instead, 1), encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"^{path}:\d+: {message}$") as error:
         read_policy(path)
     assert "\n" not in str(error.value)
@@ -111,7 +111,7 @@ def test_rules_that_contradict_each_other_are_one_line(tmp_path, name):
 
 def test_what_rules_find_is_allowed_where_a_surface_does_not_name_it(tmp_path):
     path = tmp_path / "policy.yaml"
-    path.write_text(SMALL.replace("{privacy: refuse}", "{privacy: refuse, secrets: redact}"))
+    path.write_text(SMALL.replace("{privacy: refuse}", "{privacy: refuse, secrets: redact}"), encoding="utf-8")
     policy = read_policy(path)
     assert [policy.action("answer", kind) for kind in ("secrets", "personal_data")] == ["redact", "allow"]
 
@@ -120,7 +120,7 @@ def test_the_hash_is_of_what_a_policy_says_and_not_of_how_it_is_written(tmp_path
     hashes = []
     for number, text in enumerate((SMALL, "# remark\n" + SMALL, SMALL.replace("limit: 0.4", "limit: 0.5"))):
         path = tmp_path / f"{number}.yaml"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         hashes.append(read_policy(path).hash)
     assert hashes[0] == hashes[1] != hashes[2]
 

@@ -14,8 +14,10 @@ from bessemer.core.records import read_records, read_table
 
 def test_jsonl_csv_and_parquet_hold_the_same_rows(tmp_path):
     rows = [{"question": "two\nlines", "answer": "1"}, {"question": "ß, é", "answer": "2"}]
-    (tmp_path / "a.jsonl").write_text('{"question": "two\\nlines", "answer": "1"}\n\n{"question": "ß, é", "answer": "2"}\n')
-    (tmp_path / "a.csv").write_text('question,answer\n"two\nlines",1\n"ß, é",2\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"question": "two\\nlines", "answer": "1"}\n\n{"question": "ß, é", "answer": "2"}\n', encoding="utf-8"
+    )
+    (tmp_path / "a.csv").write_text('question,answer\n"two\nlines",1\n"ß, é",2\n', encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     places = {}
     for suffix in ("jsonl", "csv", "parquet"):
@@ -46,7 +48,7 @@ def test_a_damaged_page_of_parquet_is_told_with_its_file(tmp_path):
 
 
 def test_a_cell_may_be_long(tmp_path):
-    (tmp_path / "a.csv").write_text(f"a\n{'long ' * 100_000}\n")
+    (tmp_path / "a.csv").write_text(f"a\n{'long ' * 100_000}\n", encoding="utf-8")
     assert len(read_records(tmp_path / "a.csv")[0].text("a")) == 500_000
 
 
@@ -97,7 +99,7 @@ def test_a_table_of_a_spreadsheet_is_read_whatever_dialect_it_was_saved_in(tmp_p
     ],
 )
 def test_the_delimiter_is_the_one_that_makes_rows_as_wide_as_the_header(tmp_path, name, text, delimiter):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("sep=")]
     (record,) = read_records(tmp_path / name)
     assert list(record.values) == lines[0].split(delimiter)
@@ -106,8 +108,8 @@ def test_the_delimiter_is_the_one_that_makes_rows_as_wide_as_the_header(tmp_path
 
 def test_the_same_rows_come_from_every_form_without_those_that_hold_nothing(tmp_path):
     rows = [{"a": "1", "b": None}, {"a": None, "b": ""}, {"a": " ", "b": None}, {"a": None, "b": "2"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for suffix in ("jsonl", "json", "parquet"):
         table = read_table(tmp_path / f"a.{suffix}")
@@ -176,7 +178,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in PAIRS)
     ],
 )
 def test_rows_are_found_whatever_shape_the_json_has(tmp_path, name, text, note):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     table = read_table(tmp_path / name)
     assert [record.values for record in table.records] == PAIRS
     assert len(table.notes) == 1 and note in table.notes[0]
@@ -184,10 +186,10 @@ def test_rows_are_found_whatever_shape_the_json_has(tmp_path, name, text, note):
 
 def test_one_of_several_lists_is_named_and_the_messages_of_one_object_are_no_rows(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps({"train": PAIRS, "test": PAIRS[:1]}))
+    path.write_text(json.dumps({"train": PAIRS, "test": PAIRS[:1]}), encoding="utf-8")
     assert len(read_records(tmp_path / "a.json#test")) == 1
     row = {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}
-    path.write_text(json.dumps(row))
+    path.write_text(json.dumps(row), encoding="utf-8")
     assert [record.values for record in read_records(path)] == [row]
 
 
@@ -224,7 +226,7 @@ def test_the_files_in_which_datasets_keeps_rows_are_read(tmp_path, new):
     ],
 )
 def test_a_row_that_cannot_be_read_is_kept_apart_and_those_behind_it_are_read(tmp_path, name, text, bad):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     table = read_table(tmp_path / name)
     assert [str(record.values["q"]) for record in table.records] == ["1", "4"]
     assert [row.number for row in table.bad] == [number for number, _ in bad]

@@ -16,8 +16,8 @@ def store(tmp_path: Path) -> Store:
 def make(store: Store, key: str, text: str = "content"):
     partial = store.partial(key)
     (partial / "deep").mkdir(parents=True)
-    (partial / "deep" / "file.txt").write_text(text)
-    (partial / ".scratch").write_text("not part of it")
+    (partial / "deep" / "file.txt").write_text(text, encoding="utf-8")
+    (partial / ".scratch").write_text("not part of it", encoding="utf-8")
     return store.publish(key, {"stage": "test"})
 
 
@@ -43,7 +43,7 @@ def test_published_artefact_is_found_with_its_hashes(store):
 
 def test_a_changed_file_fails_verification_by_name(store):
     artefact = make(store, "a")
-    (artefact.folder / "deep" / "file.txt").write_text("CONTENT")
+    (artefact.folder / "deep" / "file.txt").write_text("CONTENT", encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"file\.txt: differs"):
         artefact.verify()
 
@@ -56,7 +56,7 @@ def test_newer_manifest_format_is_refused_with_advice(store):
 
 
 def test_damaged_json_is_named(tmp_path):
-    (tmp_path / "manifest.json").write_text("{")
+    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"manifest\.json: this manifest is damaged"):
         read_json(tmp_path / "manifest.json", "manifest")
 
@@ -123,7 +123,7 @@ def test_link_is_relative_and_replaced_whole(tmp_path):
 
 def test_pointer_file_stands_in_where_links_need_rights(tmp_path, monkeypatch):
     (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "file.txt").write_text("x")
+    (tmp_path / "target" / "file.txt").write_text("x", encoding="utf-8")
 
     def refuse(*arguments, **options):
         raise OSError("links need rights")
@@ -131,7 +131,7 @@ def test_pointer_file_stands_in_where_links_need_rights(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "symlink_to", refuse)
     link(tmp_path / "run" / "model", tmp_path / "target")
     assert (tmp_path / "run" / "model").is_file()
-    assert follow(tmp_path / "run" / "model" / "file.txt").read_text() == "x"
+    assert follow(tmp_path / "run" / "model" / "file.txt").read_text(encoding="utf-8") == "x"
 
 
 def test_removal_takes_the_lock_file_too(store):

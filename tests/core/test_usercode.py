@@ -13,14 +13,14 @@ def test_a_name_with_a_file_is_a_user_function():
 
 
 def test_the_function_is_found_beside_the_recipe(tmp_path):
-    (tmp_path / "mine.py").write_text("def double(x):\n    return 2 * x\n")
+    (tmp_path / "mine.py").write_text("def double(x):\n    return 2 * x\n", encoding="utf-8")
     assert load_user_function("mine.py:double", tmp_path)(21) == 42
 
 
 def test_an_edit_changes_the_hash(tmp_path):
-    (tmp_path / "mine.py").write_text("def f(): return 1\n")
+    (tmp_path / "mine.py").write_text("def f(): return 1\n", encoding="utf-8")
     before = user_function_hash("mine.py:f", tmp_path)
-    (tmp_path / "mine.py").write_text("def f(): return 2\n")
+    (tmp_path / "mine.py").write_text("def f(): return 2\n", encoding="utf-8")
     assert user_function_hash("mine.py:f", tmp_path) != before
 
 
@@ -38,12 +38,12 @@ def most():
 
 
 def test_a_dataclass_with_postponed_annotations_is_imported(tmp_path):
-    (tmp_path / "mine.py").write_text(DATACLASS)
+    (tmp_path / "mine.py").write_text(DATACLASS, encoding="utf-8")
     assert load_user_function("mine.py:most", tmp_path)() == 3
 
 
 def test_a_file_that_fails_to_import_is_not_left_among_the_modules(tmp_path):
-    (tmp_path / "mine.py").write_text("1/0\n")
+    (tmp_path / "mine.py").write_text("1/0\n", encoding="utf-8")
     before = set(sys.modules)
     with pytest.raises(ConfigError):
         load_user_function("mine.py:f", tmp_path)
@@ -78,18 +78,18 @@ def test_what_a_file_imports_from_beside_it_is_in_its_hash_and_imported_as_it_is
 ):
     for name, text in IMPORTS.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     before = user_function_hash("mine.py:f", tmp_path)
     assert load_user_function("mine.py:f", tmp_path)() == 11
-    (tmp_path / edited).write_text(IMPORTS[edited].replace(old, new))
+    (tmp_path / edited).write_text(IMPORTS[edited].replace(old, new), encoding="utf-8")
     assert (user_function_hash("mine.py:f", tmp_path) != before) == changed
     assert load_user_function("mine.py:f", tmp_path)() == gives
 
 
 def test_a_folder_without_init_is_imported_from_too(tmp_path):
     (tmp_path / "ore_parts").mkdir()
-    (tmp_path / "ore_parts" / "size.py").write_text("size = 7\n")
-    (tmp_path / "mine.py").write_text("from ore_parts import size\ndef f(): return size.size\n")
+    (tmp_path / "ore_parts" / "size.py").write_text("size = 7\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text("from ore_parts import size\ndef f(): return size.size\n", encoding="utf-8")
     assert load_user_function("mine.py:f", tmp_path)() == 7
 
 
@@ -103,6 +103,6 @@ def test_a_folder_without_init_is_imported_from_too(tmp_path):
 )
 def test_what_is_wrong_with_a_users_file_is_said(tmp_path, source, name, expected):
     if source:
-        (tmp_path / "mine.py").write_text(source)
+        (tmp_path / "mine.py").write_text(source, encoding="utf-8")
     with pytest.raises(ConfigError, match=expected):
         load_user_function(name, tmp_path)

@@ -48,7 +48,7 @@ def test_an_override_that_cannot_be_read_is_said_too(text):
 @pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n", "null\n"])
 def test_an_empty_file_has_no_keys_and_the_missing_one_is_named(tmp_path, text):
     path = tmp_path / "policy.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     placed = read_yaml(path)
     assert placed.values == {} and str(placed.place(("format",))) == f"{path}:1"
     with pytest.raises(ConfigError, match=rf"^{path}:1: 'format' must be given$"):
@@ -58,7 +58,10 @@ def test_an_empty_file_has_no_keys_and_the_missing_one_is_named(tmp_path, text):
 def test_a_line_break_in_a_key_stays_out_of_the_message(tmp_path):
     path = tmp_path / "policy.yaml"
     principle = "{critique: a, revision: b, comparison: c}"
-    path.write_text(f'format: 1\nname: x\ncategories: {{"privacy\\n": {{meaning: x}}}}\nprinciples: {{privacy: {principle}}}\n')
+    path.write_text(
+        f'format: 1\nname: x\ncategories: {{"privacy\\n": {{meaning: x}}}}\nprinciples: {{privacy: {principle}}}\n',
+        encoding="utf-8",
+    )
     with pytest.raises(ConfigError) as error:
         read_policy(path)
     assert str(error.value).startswith(rf"{path}:3: categories.'privacy\n'.[key]: string should match pattern")

@@ -120,5 +120,5 @@ def sha256(path: Path) -> str:
 def lock(wheel: Path, tmp_path: Path) -> Path:
     """A lock file that names the wheel."""
     path = tmp_path / "my.lock"
-    path.write_text(f"# a comment\ningot-tools==1.2 \\\n    --hash=sha256:{sha256(wheel)}\n")
+    path.write_text(f"# a comment\ningot-tools==1.2 \\\n    --hash=sha256:{sha256(wheel)}\n", encoding="utf-8")
     return path

@@ -43,7 +43,7 @@ def folders(tmp_path):
     for name, texts in (("good", GOOD), ("bad", BAD)):
         (tmp_path / name).mkdir()
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
-        (tmp_path / name / "texts.jsonl").write_text("".join(lines))
+        (tmp_path / name / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
     (tmp_path / "out").mkdir()
     return tmp_path
 
@@ -114,7 +114,7 @@ def test_the_same_texts_in_other_files_give_the_same_bytes(folders):
     (other / "good/deep").mkdir(parents=True)
     (other / "out").mkdir()
     for number, text in enumerate(reversed(GOOD[:50])):
-        (other / f"good/deep/{number}.txt").write_text(text)
+        (other / f"good/deep/{number}.txt").write_text(text, encoding="utf-8")
     pq.write_table(pa.table({"text": GOOD[40:]}), other / "good/rest.parquet")
     train_classifier(other / "good", folders / "bad", other / "out", SMALL)
     for name in ("classifier.json", "weights.npy"):
@@ -145,7 +145,7 @@ def test_a_score_is_the_same_on_processors_whose_exponentials_differ(monkeypatch
 
 
 def test_texts_that_are_good_and_bad_teach_nothing(folders):
-    with (folders / "bad/texts.jsonl").open("a") as stream:
+    with (folders / "bad/texts.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"text": GOOD[0]}) + "\n")
     assert train_classifier(folders / "good", folders / "bad", folders / "out", SMALL)["in_both_folders"] == 1
 
@@ -191,8 +191,8 @@ def test_examples_are_read_from_every_kind_of_file(tmp_path):
 
     import zstandard
 
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.md").write_text("  \n")
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8")
+    (tmp_path / "b.md").write_text("  \n", encoding="utf-8")
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n\n{"text": "one"}\n'))
     (tmp_path / "d.txt.zst").write_bytes(zstandard.compress(b"\xef\xbb\xbfthree \xff"))
     pq.write_table(pa.table({"text": ["four", None]}), tmp_path / "e.parquet")
@@ -224,14 +224,14 @@ def test_bad_examples_are_refused_with_their_place(folders, name, content, said)
 
 def test_a_damaged_classifier_is_refused(folders):
     train_classifier(folders / "good", folders / "bad", folders / "out", SMALL)
-    described = json.loads((folders / "out/classifier.json").read_text())
+    described = json.loads((folders / "out/classifier.json").read_text(encoding="utf-8"))
     with pytest.raises(ArtefactError):
         load_classifier(folders)
     for change in ({"format": 2}, {"features": described["features"] | {"bits": 13}}, {"bias": "x"}):
-        (folders / "out/classifier.json").write_text(json.dumps(described | change))
+        (folders / "out/classifier.json").write_text(json.dumps(described | change), encoding="utf-8")
         with pytest.raises(ArtefactError):
             load_classifier(folders / "out")
-    (folders / "out/classifier.json").write_text(json.dumps(described))
+    (folders / "out/classifier.json").write_text(json.dumps(described), encoding="utf-8")
     np.save(folders / "out/weights.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(ArtefactError):
         load_classifier(folders / "out")

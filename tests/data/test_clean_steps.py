@@ -26,7 +26,7 @@ def documents(tmp_path):
         {"id": 2, "text": "Buy cheap steel now!!! Click here to win a prize.", "url": "https://www.casino.example/win"},
         {"id": 3, "text": "Nothing of it."},
     ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     (tmp_path / "collected").mkdir()
     config = CollectConfig.parse([{"source": "files", "paths": "a.jsonl"}])
     collect(config, tmp_path / "collected", cache=tmp_path, folder=tmp_path)
@@ -50,7 +50,7 @@ def test_every_edit_gives_texts_and_the_columns_that_it_names(name):
 
 
 def test_addresses_are_scored_by_the_documents_url(tmp_path, documents):
-    (tmp_path / "bad.txt").write_text("casino.example\n")
+    (tmp_path / "bad.txt").write_text("casino.example\n", encoding="utf-8")
     clean(CleanConfig.parse({"score": ["urls"], "url_lists": ["bad.txt"]}), documents, tmp_path / "out", folder=tmp_path)
     rows = {dict(row)["text"][:5]: row for batch in iterate_documents(tmp_path / "out/documents") for row in batch.to_pylist()}
     assert rows["Buy c"]["urls_score_bad"] == 1
@@ -63,7 +63,9 @@ def test_a_trained_classifier_and_a_model_of_words_score_documents(tmp_path, doc
     bad = [f"Win {n} prizes now, click here, buy cheap, best offer of all!!!" for n in range(80)]
     for name, texts in (("good", good), ("bad", bad)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (tmp_path / name / "texts.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+        )
     for arguments in (["train-classifier", "good", "bad", "judge", "--name", "steel"], ["train-words", "good", "words"]):
         with pytest.raises(SystemExit) as end:
             main(arguments)
@@ -76,7 +78,7 @@ def test_a_trained_classifier_and_a_model_of_words_score_documents(tmp_path, doc
     assert rows["Steel"]["classifier_steel"] > rows["Buy c"]["classifier_steel"]
     assert rows["Steel"]["perplexity_bits_per_byte"] < rows["Buy c"]["perplexity_bits_per_byte"]
     before = outside_files(config, tmp_path)
-    (tmp_path / "judge" / "classifier.json").write_text("{}")
+    (tmp_path / "judge" / "classifier.json").write_text("{}", encoding="utf-8")
     assert outside_files(config, tmp_path) != before
 
 

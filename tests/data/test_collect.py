@@ -50,7 +50,7 @@ class Heard:
 
 def test_progress_tells_documents_and_bytes_a_second_and_the_share_kept(tmp_path):
     texts = "".join(json.dumps({"id": n, "text": f"text {n}", "license": "MIT" if n % 4 else "BSD"}) + "\n" for n in range(40))
-    (tmp_path / "a.jsonl").write_text(texts)
+    (tmp_path / "a.jsonl").write_text(texts, encoding="utf-8")
     stream = io.StringIO()
     gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], progress=PlainLines(stream, interval=0))
     (tmp_path / "selected").mkdir()
@@ -69,7 +69,7 @@ def test_the_bytes_do_not_depend_on_how_many_files_hold_the_records(tmp_path, pr
         folder.mkdir()
         for index in range(count):
             lines = [json.dumps(record) + "\n" for record in records[index::count]]
-            (folder / f"{index}.jsonl").write_text("".join(reversed(lines)))
+            (folder / f"{index}.jsonl").write_text("".join(reversed(lines)), encoding="utf-8")
         gather(tmp_path, [{"source": "files", "paths": "."}], name=f"out{count}", folder=folder)
         written.append(hash_files(tmp_path / f"out{count}", (tmp_path / f"out{count}").rglob("*.parquet")))
     assert written[0] == written[1] == written[2]
@@ -79,7 +79,7 @@ def test_an_interrupted_collection_goes_on_behind_the_last_closed_segment(tmp_pa
     monkeypatch.setattr(staging, "_ROWS_PER_SEGMENT", 10)
     body = "def f(fails):\n    for n in range(95):\n        if n == fails:\n            raise SourceError('that is all')\n"
     body = "from bessemer.core.errors import SourceError\n\n" + body
-    (tmp_path / "mine.py").write_text(body + "        yield {'id': n, 'text': f'text {n} of {fails}'}\n")
+    (tmp_path / "mine.py").write_text(body + "        yield {'id': n, 'text': f'text {n} of {fails}'}\n", encoding="utf-8")
     source = {"source": "mine.py:f", "options": {"fails": 57}}
     with pytest.raises(SourceError, match="that is all"):
         gather(tmp_path, [source])
@@ -95,15 +95,17 @@ def test_a_heading_stands_above_the_text_but_does_not_tell_copies_apart(tmp_path
     assert melt["text"] == (
         "ingot.files.Ingot.melt(self, temperature=1538.0, /, *others, **options)\n\nMelt it.\n\nSlowly:\n    with care."
     )
-    (tmp_path / "melt.jsonl").write_text(json.dumps({"text": "Melt it. Slowly: with care."}) + "\n")
+    (tmp_path / "melt.jsonl").write_text(json.dumps({"text": "Melt it. Slowly: with care."}) + "\n", encoding="utf-8")
     (plain,), _ = gather(tmp_path, [{"source": "files", "paths": "melt.jsonl"}], name="plain")
     assert plain["text_hash"] == melt["text_hash"]
 
 
 def test_the_output_of_this_version_is_fixed(tmp_path, lock, pip, prose):
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.md").write_text(prose(1) + "\n\n" + prose(2))
-    (tmp_path / "texts" / "b.jsonl").write_text(json.dumps({"id": "x", "text": prose(3), "license": "MIT"}) + "\n")
+    (tmp_path / "texts" / "a.md").write_text(prose(1) + "\n\n" + prose(2), encoding="utf-8")
+    (tmp_path / "texts" / "b.jsonl").write_text(
+        json.dumps({"id": "x", "text": prose(3), "license": "MIT"}) + "\n", encoding="utf-8"
+    )
     rows, _ = gather(tmp_path, [{"source": "wheels", "lock": "my.lock"}, {"source": "files", "paths": "texts"}], share=0.4)
     assert (COLLECT_VERSION, content_hash(rows)) == (5, "a6b3c657f746b1af2854250e190b75ee"), (
         "another output needs another COLLECT_VERSION"
@@ -124,7 +126,7 @@ def test_the_standard_library_is_collected_with_its_licence(tmp_path, monkeypatc
 
 def test_a_missing_index_is_fatal_unless_the_source_is_optional(tmp_path, lock, pip):
     pip.has_index = False
-    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
     wheels = {"source": "wheels", "lock": "my.lock"}
     files = {"source": "files", "paths": "a.txt"}
     with pytest.raises(SourceError, match=r"pip could not download ingot-tools 1.2"):
@@ -150,7 +152,7 @@ def test_an_optional_source_that_cannot_be_fetched_has_another_fingerprint(tmp_p
 
 def test_a_users_function_is_a_source(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def numbers(count):\n    for n in range(count):\n        yield {'id': n, 'text': f'text {n}'}\n"
+        "def numbers(count):\n    for n in range(count):\n        yield {'id': n, 'text': f'text {n}'}\n", encoding="utf-8"
     )
     rows, _ = gather(tmp_path, [{"source": "mine.py:numbers", "options": {"count": 3}}])
     assert sorted(row["text"] for row in rows) == ["text 0", "text 1", "text 2"]
@@ -170,7 +172,7 @@ def test_a_users_function_is_a_source(tmp_path):
     ],
 )
 def test_a_users_function_that_fails_is_named(tmp_path, body, message):
-    (tmp_path / "mine.py").write_text(f"def f():\n{body}\n")
+    (tmp_path / "mine.py").write_text(f"def f():\n{body}\n", encoding="utf-8")
     with pytest.raises(SourceError, match=message):
         gather(tmp_path, ["mine.py:f"])
 
@@ -196,7 +198,7 @@ def test_a_users_function_that_fails_is_named(tmp_path, body, message):
     ],
 )
 def test_what_a_users_function_fails_on_is_set_aside_with_its_reason(tmp_path, body, problem, note):
-    (tmp_path / "mine.py").write_text(f"def f():\n{body}\n")
+    (tmp_path / "mine.py").write_text(f"def f():\n{body}\n", encoding="utf-8")
     heard = Heard()
     rows, metrics = gather(tmp_path, ["mine.py:f"], progress=heard)
     assert sorted(row["text"] for row in rows) == ["a", "b"]
@@ -205,8 +207,8 @@ def test_what_a_users_function_fails_on_is_set_aside_with_its_reason(tmp_path, b
 
 
 def test_a_source_of_which_nothing_could_be_read_ends_the_run_and_the_next_one_tries_again(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("iron")
-    (tmp_path / "mine.py").write_text("def f():\n    yield {'text': 'steel'}\n")
+    (tmp_path / "a.txt").write_text("iron", encoding="utf-8")
+    (tmp_path / "mine.py").write_text("def f():\n    yield {'text': 'steel'}\n", encoding="utf-8")
     whole = UserFunction.read
 
     def broken(source, unit, start, tally):
@@ -230,13 +232,13 @@ def test_a_users_function_that_is_not_there_is_named(tmp_path):
 
 
 def test_sources_without_any_text_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_text(" \n\n ")
+    (tmp_path / "a.txt").write_text(" \n\n ", encoding="utf-8")
     with pytest.raises(SourceError, match="no document with text was found in files"):
         gather(tmp_path, [{"source": "files", "paths": "a.txt"}])
 
 
 def test_lone_surrogates_are_replaced(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b", "url": "\\udfff"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b", "url": "\\udfff"}\n', encoding="utf-8")
     rows, _ = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}])
     assert rows[0]["text"] == "a ? b"
 
@@ -253,7 +255,7 @@ RECORDS = {
 def test_records_of_two_shards_that_are_both_numbered_from_0_are_all_kept(tmp_path, source):
     for shard in range(2):
         lines = [json.dumps(RECORDS[source](n, f"record {n} of shard {shard}")) + "\n" for n in range(100)]
-        (tmp_path / f"shard-{shard}.jsonl").write_text("".join(lines))
+        (tmp_path / f"shard-{shard}.jsonl").write_text("".join(lines), encoding="utf-8")
     rows, metrics = gather(tmp_path, [{"source": source, "paths": "*.jsonl"}])
     assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == 200
     assert metrics["repeated_ids"] == 0
@@ -261,7 +263,7 @@ def test_records_of_two_shards_that_are_both_numbered_from_0_are_all_kept(tmp_pa
 
 def test_different_records_with_one_id_are_all_kept_and_on_one_side_of_the_split(tmp_path):
     lines = [json.dumps({"id": n // 4, "text": f"chunk {n}"}) + "\n" for n in range(200)]
-    (tmp_path / "a.jsonl").write_text("".join(lines))
+    (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
     rows, _ = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], share=0.3)
     splits = {}
     for row in rows:
@@ -272,7 +274,9 @@ def test_different_records_with_one_id_are_all_kept_and_on_one_side_of_the_split
 
 
 def test_repeated_ids_are_counted_and_said(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "a"}\n{"text": "c"}\n{"text": "c"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"id": 1, "text": "a"}\n{"id": 1, "text": "a"}\n{"text": "c"}\n{"text": "c"}\n', encoding="utf-8"
+    )
     heard = Heard()
     rows, metrics = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], progress=heard)
     assert (len(rows), metrics["repeated_ids"], metrics["documents_read"]) == (2, 2, 4)
@@ -296,7 +300,7 @@ def test_a_larger_share_only_adds_packages():
 @pytest.mark.parametrize("groups", [2, 3, 12])
 def test_neither_side_is_empty_when_there_are_two_groups(tmp_path, groups):
     lines = [json.dumps({"id": n, "text": f"text {n}", "package": f"p{n % groups}"}) + "\n" for n in range(24)]
-    (tmp_path / "a.jsonl").write_text("".join(lines))
+    (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
     for share in (1e-9, 0.5):
         rows, _ = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], name=f"out{share}", share=share)
         split_of = {}
@@ -307,7 +311,7 @@ def test_neither_side_is_empty_when_there_are_two_groups(tmp_path, groups):
 
 
 def test_a_single_long_file_is_split_by_its_pieces(tmp_path):
-    (tmp_path / "book.txt").write_text("".join(f"paragraph {n}\n\n" for n in range(200)))
+    (tmp_path / "book.txt").write_text("".join(f"paragraph {n}\n\n" for n in range(200)), encoding="utf-8")
     rows, _ = gather(tmp_path, [{"source": "files", "paths": "book.txt", "max_document_bytes": 40}])
     assert {row["split"] for row in rows} == {"train", "validation"}
 
@@ -315,7 +319,7 @@ def test_a_single_long_file_is_split_by_its_pieces(tmp_path):
 def test_of_a_few_files_pieces_are_held_out_where_documents_are(tmp_path):
     for name in "abc":
         paragraphs = (f"{name} paragraph {n} of some length\n\n" for n in range(300))
-        (tmp_path / f"{name}.txt").write_text("".join(paragraphs))
+        (tmp_path / f"{name}.txt").write_text("".join(paragraphs), encoding="utf-8")
     source = {"source": "files", "paths": ["a.txt", "b.txt", "c.txt"], "max_document_bytes": 200}
     whole, _ = gather(tmp_path, [source])
     pieces, _ = gather(tmp_path, [source], name="pieces", hold_out="documents")
@@ -325,6 +329,6 @@ def test_of_a_few_files_pieces_are_held_out_where_documents_are(tmp_path):
 
 
 def test_nothing_is_held_out_when_the_share_is_zero(tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(50)))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(50)), encoding="utf-8")
     rows, _ = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], share=0)
     assert {row["split"] for row in rows} == {"train"}

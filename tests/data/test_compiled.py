@@ -78,7 +78,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def host():
     command = [sys.executable, "-B", "-c", HOST]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={}) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env={}) as process:
         yield process
         process.stdin.close()
 
@@ -91,13 +91,17 @@ def run(host, tmp_path):
     def run(program, *arguments, terminal=None):
         streams = [(tmp_path / f"out-{number}", terminal or tmp_path / f"err-{number}") for number in range(len(arguments))]
         for out, error in streams:
-            out.write_text("")
-            terminal or error.write_text("")
+            out.write_text("", encoding="utf-8")
+            terminal or error.write_text("", encoding="utf-8")
         jobs = [(program, each, str(tmp_path), list(map(str, stream))) for each, stream in zip(arguments, streams, strict=True)]
         host.stdin.write(json.dumps(jobs) + "\n")
         host.stdin.flush()
-        assert not any(json.loads(host.stdout.readline())), [terminal or error.read_text() for _, error in streams]
-        return [(out.read_text(), "" if terminal else error.read_text()) for out, error in streams]
+        assert not any(json.loads(host.stdout.readline())), [
+            terminal or error.read_text(encoding="utf-8") for _, error in streams
+        ]
+        return [
+            (out.read_text(encoding="utf-8"), "" if terminal else error.read_text(encoding="utf-8")) for out, error in streams
+        ]
 
     return run
 
@@ -111,10 +115,10 @@ def text(tmp_path):
     for name in ("__init__.py", "data/__init__.py", "data/text/__init__.py", "data/text/compiled.py"):
         shutil.copy(package / name, tmp_path / "bessemer" / name)
     shutil.copytree(package / "core", tmp_path / "bessemer" / "core", ignore=shutil.ignore_patterns("__pycache__"))
-    (text / "table.py").write_text("NUMBER = 3\n")
-    (text / "middle.py").write_text("from bessemer.data.text.table import NUMBER\n")
+    (text / "table.py").write_text("NUMBER = 3\n", encoding="utf-8")
+    (text / "middle.py").write_text("from bessemer.data.text.table import NUMBER\n", encoding="utf-8")
     loop = "from bessemer.data.text.compiled import compiled\nfrom bessemer.data.text.middle import NUMBER\n"
-    (text / "loop.py").write_text(loop + "@compiled\ndef double(factor):\n    return 2 * factor * NUMBER\n")
+    (text / "loop.py").write_text(loop + "@compiled\ndef double(factor):\n    return 2 * factor * NUMBER\n", encoding="utf-8")
     return text
 
 

@@ -97,7 +97,9 @@ def test_where_files_lie_is_not_part_of_a_stages_key():
 
 def test_settings_load_without_the_heavy_libraries():
     code = "import sys, bessemer.data.config; print([m for m in ('pyarrow', 'daft', 'fasttext', 'numpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout.strip() == "[]"
+    )
 
 
 def test_pii_is_personal_data_and_secrets():

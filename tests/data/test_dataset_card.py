@@ -97,20 +97,22 @@ def test_the_line_is_found_from_manifest_to_manifest(tmp_path):
     for name, key, inputs in (("collect", "collect-1", {}), ("clean", "clean-2", {"documents": {"key": "collect-1"}})):
         (tmp_path / key / "documents").mkdir(parents=True)
         manifest = {"stage": name, "settings": {}, "metrics": {"n": name}, "inputs": inputs}
-        (tmp_path / key / "manifest.json").write_text(json.dumps(manifest))
+        (tmp_path / key / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert [record.name for record in lineage(tmp_path / "clean-2" / "documents")] == ["collect", "clean"]
     assert lineage(tmp_path / "other" / "documents") == []
 
 
 def test_select_leaves_a_card_beside_its_documents(tmp_path, prose):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": n, "text": prose(n)}) + "\n" for n in range(20)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"id": n, "text": prose(n)}) + "\n" for n in range(20)), encoding="utf-8"
+    )
     (tmp_path / "collected").mkdir()
     (tmp_path / "selected").mkdir()
     config = CollectConfig.parse([{"source": "files", "paths": "a.jsonl"}])
     collect(config, tmp_path / "collected", cache=tmp_path / "cache", folder=tmp_path)
     settings = SelectConfig(keep=["all"], languages=[])
     metrics = select(settings, tmp_path / "collected" / "documents", tmp_path / "selected")
-    card = (tmp_path / "selected" / "README.md").read_text()
+    card = (tmp_path / "selected" / "README.md").read_text(encoding="utf-8")
     assert "# A corpus of 20 documents" in card
     assert card == dataset_card([StageRecord("select", settings.output_settings(), metrics)])
 

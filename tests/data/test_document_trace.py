@@ -100,7 +100,9 @@ def traced(stage, *arguments, **options) -> DocumentTrace:
 
 @pytest.mark.slow
 def test_a_document_comes_back_to_a_file_at_most_five_times(tmp_path, prose, in_this_thread):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"id": 1, "text": prose(1), "url": "https://steel.example/a"}) + "\n")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"id": 1, "text": prose(1), "url": "https://steel.example/a"}) + "\n", encoding="utf-8"
+    )
     out = {name: tmp_path / name for name in ("collect", "clean", "deduplicate", "select", "tokenize")}
     for folder in out.values():
         folder.mkdir()

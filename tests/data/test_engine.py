@@ -57,7 +57,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("script") / "stages.py"
-    path.write_text(STAGES)
+    path.write_text(STAGES, encoding="utf-8")
     return path
 
 
@@ -81,7 +81,7 @@ def corpus(tmp_path_factory):
         records.append({"id": number, "text": text})
     for index in range(7):
         lines = [json.dumps(record) + "\n" for record in records[index::7]]
-        (folder / f"{index}.jsonl").write_text("".join(lines))
+        (folder / f"{index}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
 
 
@@ -106,7 +106,7 @@ def threaded(run, tmp_path_factory):
     """The folder of a run in threads."""
     out = tmp_path_factory.mktemp("threads") / "out"
     run(out, {})
-    metrics = json.loads((out / "3.json").read_text())
+    metrics = json.loads((out / "3.json").read_text(encoding="utf-8"))
     assert 100 < metrics["documents_out"] < 600
     return out
 
@@ -224,12 +224,12 @@ cli.main(["wait"])
 
 @pytest.mark.parametrize("where", ["threads", slow("processes")])
 def test_one_ctrl_c_ends_a_data_stage_with_one_line(tmp_path, where):
-    (tmp_path / "waiting.py").write_text(WAITING)
+    (tmp_path / "waiting.py").write_text(WAITING, encoding="utf-8")
     begun = tmp_path / "begun"
     begun.mkdir()
     command = [sys.executable, str(tmp_path / "waiting.py"), str(begun), where]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", start_new_session=True
     ) as waiting:
         try:
             end = time.monotonic() + 300

@@ -103,7 +103,7 @@ def test_a_text_that_edits_leave_empty_is_dropped_by_clean():
 
 
 def test_a_function_of_the_users_is_asked_too(tmp_path):
-    (tmp_path / "mine.py").write_text("def brief(texts): return [len(text.as_py()) for text in texts]\n")
+    (tmp_path / "mine.py").write_text("def brief(texts): return [len(text.as_py()) for text in texts]\n", encoding="utf-8")
     select = SelectConfig.parse({"keep": "all", "languages": [], "thresholds": {"brief": {"max": 3}}})
     found = explain_with("four", CleanConfig(score=["mine.py:brief"]), select, tmp_path)
     assert found.reasons == {RECIPE: ["brief 4 > 3"]}
@@ -116,7 +116,7 @@ def test_a_limit_on_a_score_that_is_not_computed_is_an_error():
 
 
 def test_overlap_with_an_evaluation_set_is_found(tmp_path, prose):
-    (tmp_path / "set.jsonl").write_text(json.dumps({"question": prose(3)}))
+    (tmp_path / "set.jsonl").write_text(json.dumps({"question": prose(3)}), encoding="utf-8")
     select = SelectConfig(keep=["all"], languages=[], decontaminate=["set.jsonl"])
     reasons = explain_with(prose(3), CleanConfig(score=["language"]), select, tmp_path).reasons[RECIPE]
     assert reasons[0].startswith("overlap with set")

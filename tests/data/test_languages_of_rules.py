@@ -60,7 +60,9 @@ For the first time a great deal of steel could be made within half an hour, and 
 Phosphorus stayed behind in the metal, however, and so only some of the ores of the country were of use for it.
 The old offices have been turned into a museum, where classes from all over the county learn about the history of work."""
 PROSE = {"en": ENGLISH, "de": GERMAN, "zh": CHINESE, "ja": JAPANESE, "th": THAI}
-RECIPE = yaml.safe_load((Path(__file__).parents[2] / "docs" / "data.md").read_text().split("```yaml\n")[1].split("```")[0])
+RECIPE = yaml.safe_load(
+    (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+)
 
 
 def kept(clean, select, texts):

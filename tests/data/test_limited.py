@@ -41,7 +41,7 @@ def fill_memory():
 
 
 def read(path):
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def fail():
@@ -97,7 +97,7 @@ def test_a_helper_that_works_slowly_because_of_others_is_waited_for(tmp_path, mo
 
     def processor_seconds(pid):
         if (used := next(asked)) == 4:
-            (tmp_path / "pipe").write_text("done")
+            (tmp_path / "pipe").write_text("done", encoding="utf-8")
         return float(used)
 
     monkeypatch.setattr(limited_module, "_processor_seconds", processor_seconds)

@@ -78,7 +78,7 @@ def test_a_share_of_documents_is_chosen_by_their_ids_and_a_larger_one_only_adds(
 def collected(tmp_path):
     for name, count in (("web", 300), ("books", 60)):
         records = [{"id": n, "text": f"document {n} of {name} " * 5} for n in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     sources = [{"source": "files", "name": name, "paths": f"{name}.jsonl"} for name in ("web", "books")]
     (tmp_path / "collected").mkdir()
     collect(CollectConfig.parse(sources), tmp_path / "collected", cache=tmp_path, folder=tmp_path)
@@ -115,7 +115,7 @@ def test_a_mixture_is_a_column_and_what_came_of_it_stands_beside_what_was_wanted
 def test_a_mixture_of_what_copies_leave_shares_out_that_alone(tmp_path):
     for name, texts in (("web", 100), ("books", 60)):
         records = [{"id": n, "text": f"document {n % texts} of {name} " * 5} for n in range(200)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     sources = [{"source": "files", "name": name, "paths": f"{name}.jsonl"} for name in ("web", "books")]
     (tmp_path / "collected").mkdir()
     collect(CollectConfig.parse(sources), tmp_path / "collected", cache=tmp_path, folder=tmp_path)

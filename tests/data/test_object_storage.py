@@ -88,7 +88,7 @@ def local(records, tmp_path_factory):
         for part in range(3):
             path = root / "sources" / source / f"{part}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(lines[part::3]))
+            path.write_text("\n".join(lines[part::3]), encoding="utf-8")
     metrics = run_stages(root / "runs", sources_at(root / "sources"))
     assert 20 < metrics["select"]["documents_out"] < metrics["select"]["documents_in"] < 120
     return root / "runs", root / "sources", metrics
@@ -198,7 +198,7 @@ def test_a_stage_that_was_stopped_goes_on_with_what_lies_on_object_storage(bucke
     with pytest.raises(StorageError, match="out of order"):
         run_stages(tmp_path, stored, storage=f"{bucket.address}/corpus")
     (left,) = tmp_path.rglob(".checkpoints")  # what the runner takes for a stage to go on with
-    assert (left / "storage").read_text() == f"{bucket.address}/corpus/{left.parent.stem}\n"
+    assert (left / "storage").read_text(encoding="utf-8") == f"{bucket.address}/corpus/{left.parent.stem}\n"
     uploads.most = None
     run_stages(tmp_path, stored, storage=f"{bucket.address}/corpus")
     assert bucket.objects("corpus/") == files_of(here)

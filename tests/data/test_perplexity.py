@@ -151,7 +151,9 @@ def test_the_score_is_bits_per_byte_of_any_model():
 def test_a_model_is_trained_on_a_folder_and_opened_again(tmp_path):
     (tmp_path / "examples").mkdir()
     for number in range(40):
-        (tmp_path / f"examples/{number}.txt").write_text(f"the cat number {number} sat on the mat with the other cat")
+        (tmp_path / f"examples/{number}.txt").write_text(
+            f"the cat number {number} sat on the mat with the other cat", encoding="utf-8"
+        )
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         described = train_word_model(tmp_path / "examples", tmp_path / name)
@@ -161,13 +163,13 @@ def test_a_model_is_trained_on_a_folder_and_opened_again(tmp_path):
     usual, strange = model.bits_per_byte(Texts.of(["the cat sat on the mat", "colourless green ideas"]))
     assert usual < strange
 
-    (tmp_path / "one/word_model.json").write_text(json.dumps({"format": 9}))
+    (tmp_path / "one/word_model.json").write_text(json.dumps({"format": 9}), encoding="utf-8")
     with pytest.raises(ArtefactError, match="format 9"):
         load_word_model(tmp_path / "one")
     (tmp_path / "two/word_model.npz").write_bytes(b"PK broken")
     for folder in (tmp_path / "two", tmp_path / "examples"):
         with pytest.raises(ArtefactError):
             load_word_model(folder)
-    (tmp_path / "little.txt").write_text("too little")
+    (tmp_path / "little.txt").write_text("too little", encoding="utf-8")
     with pytest.raises(SourceError, match="too few"):
         train_word_model(tmp_path / "little.txt", tmp_path / "two")

@@ -139,11 +139,13 @@ def package(tmp_path, monkeypatch):
     place = tmp_path / "site"
     (place / "shouting").mkdir(parents=True)
     (place / "shouting" / "__init__.py").touch()
-    (place / "shouting" / "declarations.py").write_text(DECLARATIONS)
-    (place / "shouting" / "code.py").write_text(CODE)
+    (place / "shouting" / "declarations.py").write_text(DECLARATIONS, encoding="utf-8")
+    (place / "shouting" / "code.py").write_text(CODE, encoding="utf-8")
     (place / "shouting-1.5.dist-info").mkdir()
-    (place / "shouting-1.5.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1.5\n")
-    (place / "shouting-1.5.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS)
+    (place / "shouting-1.5.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: shouting\nVersion: 1.5\n", encoding="utf-8"
+    )
+    (place / "shouting-1.5.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS, encoding="utf-8")
     monkeypatch.syspath_prepend(str(place))
     yield place
     for name in [name for name in sys.modules if name.partition(".")[0] == "shouting"]:
@@ -152,7 +154,7 @@ def package(tmp_path, monkeypatch):
 
 def recipe(tmp_path, text=RECIPE):
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return load_recipe(str(path))
 
 
@@ -179,7 +181,7 @@ def test_a_recipe_collects_cleans_deduplicates_and_selects_with_another_packages
     metrics = select(stages["select"], unique / "documents", selected)
     assert metrics["documents_out"] == 1
     assert list(metrics["by_reason"]) == ["shouting"]
-    assert "share of the letters that are capitals" in (selected / "README.md").read_text()
+    assert "share of the letters that are capitals" in (selected / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_recipe_is_checked_without_the_plugins_code(tmp_path, package):

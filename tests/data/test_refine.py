@@ -58,7 +58,8 @@ def test_semantic_copies_are_those_of_the_users_model(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import numpy as np\n"
         "def by_length(texts):\n    return np.array([[len(text) > 5, len(text) <= 5] for text in texts.to_pylist()])\n"
-        "def none(texts):\n    return np.zeros(3)\n"
+        "def none(texts):\n    return np.zeros(3)\n",
+        encoding="utf-8",
     )
     table = pa.table({"text": ["one", "two", "a longer one", "another long one"]})
     settings = {"methods": ["semantic"], "semantic": {"embeddings": "mine.py:by_length", "clusters": 1}}

@@ -175,10 +175,10 @@ def test_addresses_are_judged_by_domain_and_words(address, score, category):
 
 
 def test_own_blocklists_are_text_folders_or_yaml(tmp_path):
-    (tmp_path / "mine.txt").write_text("# ours\nBad.org\nworse.org # really\n")
+    (tmp_path / "mine.txt").write_text("# ours\nBad.org\nworse.org # really\n", encoding="utf-8")
     (tmp_path / "lists/ads").mkdir(parents=True)
-    (tmp_path / "lists/ads/domains").write_text("ads.org\n")
-    (tmp_path / "own.yaml").write_text("ore:\n  domains: [ore.org]\n  hard: [slag]\n")
+    (tmp_path / "lists/ads/domains").write_text("ads.org\n", encoding="utf-8")
+    (tmp_path / "own.yaml").write_text("ore:\n  domains: [ore.org]\n  hard: [slag]\n", encoding="utf-8")
     for name, address, category in [
         ("mine.txt", "http://x.bad.org/", "mine"),
         ("lists", "http://ads.org", "ads"),
@@ -192,7 +192,9 @@ def test_own_blocklists_are_text_folders_or_yaml(tmp_path):
 
 
 def test_own_words_give_columns_by_category(tmp_path):
-    (tmp_path / "list.yaml").write_text("steel works:\n  meaning: of steel\n  terms: {iron: 1, slag: 0.5}\nother: [tin]\n")
+    (tmp_path / "list.yaml").write_text(
+        "steel works:\n  meaning: of steel\n  terms: {iron: 1, slag: 0.5}\nother: [tin]\n", encoding="utf-8"
+    )
     scorer = words_scorer(tmp_path / "list.yaml")
     found = scorer.function(Texts.of(["Iron, iron and slag", ""]))
     assert {name: column.to_pylist() for name, column in found.items()} == {
@@ -203,7 +205,7 @@ def test_own_words_give_columns_by_category(tmp_path):
     }
     assert {name: column.type for name, column in found.items()} == scorer.columns
     assert scorer.descriptions["words_steel_works_hits"] == "hits: of steel"
-    (tmp_path / "bad.yaml").write_text("a b: [x]\na-b: [y]\n")
+    (tmp_path / "bad.yaml").write_text("a b: [x]\na-b: [y]\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="name of its own"):
         words_scorer(tmp_path / "bad.yaml")
 

@@ -37,7 +37,7 @@ def root(tmp_path_factory, prose):
         {"id": f"de{n}", "text": f"Der Ofen der {n}. Stahlhütte wurde mit großer Sorgfalt geheizt. " * 12} for n in range(6)
     ]
     records += [{"id": f"code{n}", "text": prose(n) + " = 1000 + 2000000 - 3000" * 12} for n in range(6)]
-    (root / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (root / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     config = CollectConfig.parse([{"source": "files", "paths": "a.jsonl"}])
     collect(config, made(root, "collected"), cache=root / "cache", folder=root)
     return root
@@ -139,7 +139,9 @@ def test_examples_are_those_with_the_smallest_ids_shortened(root, metrics):
 
 
 def test_a_users_function_scores_and_a_threshold_uses_it(tmp_path, collected):
-    (tmp_path / "mine.py").write_text("def characters(texts):\n    return [len(text) for text in texts.to_pylist()]\n")
+    (tmp_path / "mine.py").write_text(
+        "def characters(texts):\n    return [len(text) for text in texts.to_pylist()]\n", encoding="utf-8"
+    )
     clean(CleanConfig.parse({"score": ["mine.py:characters"]}), collected, made(tmp_path, "clean"), folder=tmp_path)
     config = SelectConfig.parse({"keep": "all", "languages": [], "thresholds": {"characters": {"max": 100}}})
     metrics = select(config, tmp_path / "clean/documents", made(tmp_path, "select"))
@@ -151,7 +153,7 @@ def test_a_users_function_scores_and_a_threshold_uses_it(tmp_path, collected):
     ("body", "message"), [("return [1.0]", "it returned 1 scores"), ("raise RuntimeError('no')", "it failed: RuntimeError: no")]
 )
 def test_a_users_score_that_fails_is_named(tmp_path, collected, body, message):
-    (tmp_path / "mine.py").write_text(f"def f(texts):\n    {body}\n")
+    (tmp_path / "mine.py").write_text(f"def f(texts):\n    {body}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=f"mine.py:f: {message}"):
         clean(CleanConfig.parse({"score": ["mine.py:f"]}), collected, made(tmp_path, "clean"), folder=tmp_path)
 
@@ -171,7 +173,7 @@ def mostly(texts):
 
 
 def test_a_users_function_costs_the_documents_on_which_it_fails(tmp_path, collected):
-    (tmp_path / "mine.py").write_text(USERS)
+    (tmp_path / "mine.py").write_text(USERS, encoding="utf-8")
     config = CleanConfig.parse({"edit": ["mine.py:edit"], "score": ["mine.py:score"]})
     metrics = clean(config, collected, made(tmp_path, "clean"), folder=tmp_path)
     assert {reason: count["documents"] for reason, count in metrics["by_reason"].items()} == {
@@ -184,7 +186,7 @@ def test_a_users_function_costs_the_documents_on_which_it_fails(tmp_path, collec
 
 
 def test_a_users_function_that_fails_on_most_documents_is_taken_for_wrong(tmp_path, collected):
-    (tmp_path / "mine.py").write_text(USERS)
+    (tmp_path / "mine.py").write_text(USERS, encoding="utf-8")
     message = "^mine.py:mostly: it failed: ZeroDivisionError: division by zero; so it was with 46 of 60 documents$"
     with pytest.raises(ConfigError, match=message):
         clean(CleanConfig.parse({"score": ["mine.py:mostly"]}), collected, made(tmp_path, "clean"), folder=tmp_path)
@@ -220,7 +222,7 @@ def test_a_full_disk_is_told_as_one(tmp_path, collected, monkeypatch):
 
 def test_overlap_with_an_evaluation_set_is_named_and_can_be_cut_out(tmp_path, collected, prose):
     clean(CleanConfig.parse({"score": ["language"]}), collected, made(tmp_path, "clean"))
-    (tmp_path / "arc.jsonl").write_text(json.dumps({"id": "q7", "question": prose(12)[:200]}) + "\n")
+    (tmp_path / "arc.jsonl").write_text(json.dumps({"id": "q7", "question": prose(12)[:200]}) + "\n", encoding="utf-8")
     settings = {"keep": "all", "languages": [], "decontaminate": "arc.jsonl"}
     dropped = select(SelectConfig.parse(settings), tmp_path / "clean/documents", made(tmp_path, "drop"), folder=tmp_path)
     (reason,) = dropped["by_reason"]
@@ -264,7 +266,7 @@ def test_objections_and_licences_are_heard(tmp_path):
         {"id": 3, "text": "three", "license": "GPL-3.0"},
         {"id": 4, "text": "four"},
     ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     config = CollectConfig.parse([{"source": "files", "paths": "a.jsonl"}])
     collect(config, made(tmp_path, "collected"), cache=tmp_path, folder=tmp_path)
 

@@ -24,7 +24,7 @@ def paths(tmp_path, monkeypatch):
 
 
 def mapped(folder: Path) -> int:
-    return Path("/proc/self/maps").read_text().count(str(folder))
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count(str(folder))
 
 
 def test_only_so_many_segments_are_mapped_at_a_time(paths, monkeypatch):

@@ -88,7 +88,10 @@ def test_a_term_matcher_sums_weights_by_category_and_shows_its_hits():
 
 def test_a_set_of_words_makes_a_term_for_each(tmp_path):
     file = tmp_path / "list.yaml"
-    file.write_text("sets:\n  metal: [iron, tin]\nores:\n  meaning: of ores\n  weight: 2\n  terms: ['{metal} ore', slag]\n")
+    file.write_text(
+        "sets:\n  metal: [iron, tin]\nores:\n  meaning: of ores\n  weight: 2\n  terms: ['{metal} ore', slag]\n",
+        encoding="utf-8",
+    )
     category = read_list(file)["ores"]
     assert category.meaning == "of ores"
     assert category.terms == {"iron ore": 2.0, "tin ore": 2.0, "slag": 2.0}
@@ -96,7 +99,7 @@ def test_a_set_of_words_makes_a_term_for_each(tmp_path):
 
 def test_a_plain_list_has_its_file_for_category_or_headings(tmp_path):
     file = tmp_path / "metals.txt"
-    file.write_text("# ours\niron\npig iron # raw\n\n[gases]\nhelium\n")
+    file.write_text("# ours\niron\npig iron # raw\n\n[gases]\nhelium\n", encoding="utf-8")
     assert {name: dict(category.terms) for name, category in read_list(file).items()} == {
         "metals": {"iron": 1.0, "pig iron": 1.0},
         "gases": {"helium": 1.0},
@@ -116,7 +119,7 @@ def test_a_plain_list_has_its_file_for_category_or_headings(tmp_path):
 )
 def test_a_bad_list_is_refused_with_its_place(tmp_path, content, said):
     file = tmp_path / "bad.yaml"
-    file.write_text(content)
+    file.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=re.escape(said)):
         term_matcher_of(file)
 

@@ -62,7 +62,7 @@ print(ray.get(probe.remote(sys.argv[2])))
 
 def needed(*extras):
     """The installed distributions that bessemer with these extras needs, and what those need."""
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     listed = [line for extra in extras for line in project["optional-dependencies"][extra] if not line.startswith("bessemer")]
     waiting, found = [Requirement(line) for line in [*project["dependencies"], *listed]], {}
     while waiting:
@@ -92,7 +92,7 @@ def worker_python(tmp_path_factory):
             if not (site / name).exists():
                 (site / name).symlink_to(distribution.locate_file(name))
     (site / "bessemer").symlink_to(Path(bessemer.__file__).parent)
-    (site / "sitecustomize.py").write_text(GUARD)
+    (site / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
     return folder / "bin" / "python"
 
 
@@ -110,13 +110,13 @@ def cluster(worker_python, bucket, tmp_path, monkeypatch):
     environment |= {"REFUSED": str(tmp_path / "runs"), "TMPDIR": str(elsewhere), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [worker_python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += ["--include-dashboard=false", "--object-store-memory=100000000", "--temp-dir=/tmp/ray-bessemer"]
-    with (tmp_path / "cluster.log").open("w") as log:
+    with (tmp_path / "cluster.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=elsewhere, env=environment, stdout=log, stderr=log)
         for _ in range(600):
-            if "Ray runtime started" in (tmp_path / "cluster.log").read_text() or process.poll() is not None:
+            if "Ray runtime started" in (tmp_path / "cluster.log").read_text(encoding="utf-8") or process.poll() is not None:
                 break
             time.sleep(0.1)
-        assert process.poll() is None, (tmp_path / "cluster.log").read_text()
+        assert process.poll() is None, (tmp_path / "cluster.log").read_text(encoding="utf-8")
         yield f"127.0.0.1:{port}"
         process.terminate()
         process.wait(timeout=60)
@@ -143,5 +143,5 @@ def test_workers_with_the_data_extra_alone_and_no_shared_disk_give_the_same_byte
     assert not list(runs.rglob("*.parquet"))
 
     command = [sys.executable, "-c", PROBE, cluster, runs]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=200).stdout
+    told = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=environment, timeout=200).stdout
     assert told.strip().splitlines()[-1] == str((str(worker_python.parents[1]), [], "refused"))

@@ -33,7 +33,7 @@ def loss(model, batch):
 @pytest.fixture
 def folder(tmp_path):
     save_model(initial_decoder(ModelConfig(**DENSE), seed=3), tmp_path / "model", tokenizer=tmp_path)
-    (tmp_path / "mine.py").write_text(NOTED)
+    (tmp_path / "mine.py").write_text(NOTED, encoding="utf-8")
     return tmp_path
 
 
@@ -60,8 +60,11 @@ def resolved(folder, parallel, **changes):
 def test_each_process_measures_its_part_of_a_batch_with_the_users_loss(two, folder, parallel, expected):
     first, second = two.run(resolved, folder=folder, parallel=parallel, minutes=0.01, loss="mine.py:loss")
     assert first == second and first[0] >= 1
-    assert json.loads((folder / AUTOTUNE).read_text())["measured"]["candidates"]
-    seen = {int(path.stem.removeprefix("seen-")): json.loads(path.read_text()) for path in folder.glob("seen-*.json")}
+    assert json.loads((folder / AUTOTUNE).read_text(encoding="utf-8"))["measured"]["candidates"]
+    seen = {
+        int(path.stem.removeprefix("seen-")): json.loads(path.read_text(encoding="utf-8"))
+        for path in folder.glob("seen-*.json")
+    }
     assert seen == expected
 
 
@@ -87,14 +90,14 @@ def where_one_process_cannot_compile(folder):
 def test_where_one_process_cannot_compile_all_stay_eager(two, folder):
     first, second = two.run(where_one_process_cannot_compile, folder=folder)
     assert first == second == (10_000, False, 1)
-    measured = json.loads((folder / AUTOTUNE).read_text())["measured"]
+    measured = json.loads((folder / AUTOTUNE).read_text(encoding="utf-8"))["measured"]
     assert "compiling does not work here" in measured["reason"]
 
 
 @pytest.mark.slow
 def test_what_was_measured_is_read_by_all(two, folder):
     before = two.run(resolved, folder=folder, parallel={}, minutes=0.01)
-    written = json.loads((folder / AUTOTUNE).read_text())
-    (folder / AUTOTUNE).write_text(json.dumps(written | {"steps": 77}))
+    written = json.loads((folder / AUTOTUNE).read_text(encoding="utf-8"))
+    (folder / AUTOTUNE).write_text(json.dumps(written | {"steps": 77}), encoding="utf-8")
     assert before[0] == before[1]
     assert [steps for steps, *_ in two.run(resolved, folder=folder, parallel={}, minutes=0.01)] == [77, 77]

@@ -84,10 +84,12 @@ def data(tmp_path):
     pairs = [
         {"prompt": f"Say {number}.", "chosen": f"YES {number}", "rejected": "no", "completion": "yes"} for number in range(8)
     ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {number}"}) + "\n" for number in range(8)))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Say {number}"}) + "\n" for number in range(8)), encoding="utf-8"
+    )
     (tmp_path / "rewards.py").write_text(
-        "def letters(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
+        "def letters(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n", encoding="utf-8"
     )
     return tmp_path
 

@@ -103,7 +103,7 @@ def test_two_processes_agree_with_their_samplers_to_the_bit(two, model, data, tm
 
 @pytest.mark.slow
 def test_completions_whose_reward_fails_on_one_process_are_left_out_on_all(two, model, data, tmp_path):  # noqa: F811
-    (data / "one_sided.py").write_text(ONE_SIDED)
+    (data / "one_sided.py").write_text(ONE_SIDED, encoding="utf-8")
     reward = "one_sided.py:one_sided"
     two.run(trained, model=model, data=data, out=tmp_path, method="grpo", parallel={"data_shard": 2}, reward=reward)
     completions = read_metrics(tmp_path / "completions.jsonl")

@@ -140,7 +140,7 @@ def test_numbers_are_written_with_their_intervals():
     ],
 )
 def test_a_damaged_item_is_refused_with_its_line(tmp_path, line, message):
-    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "results.json").write_text("{}", encoding="utf-8")
     (tmp_path / "items.jsonl").write_text(f'{{"task": "quiz", "id": "i0", "score": 1}}\n{line}\n', encoding="utf-8")
     with pytest.raises(ArtefactError) as error:
         read_evaluation(tmp_path)
@@ -148,10 +148,10 @@ def test_a_damaged_item_is_refused_with_its_line(tmp_path, line, message):
 
 
 def test_unfinished_empty_and_unlike_evaluations_are_refused(tmp_path, evaluation):
-    (tmp_path / "items.jsonl").write_text("")
+    (tmp_path / "items.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ArtefactError, match="not finished"):
         read_evaluation(tmp_path)
-    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "results.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ArtefactError, match="no items"):
         read_evaluation(tmp_path)
     with pytest.raises(ArtefactError, match="no item of a task in common"):

@@ -67,7 +67,7 @@ def test_errors_are_those_of_the_interface(box):
 
 
 def test_a_program_reaches_neither_this_machine_nor_the_network(box, tmp_path):
-    (tmp_path / "secret").write_text("zinc")
+    (tmp_path / "secret").write_text("zinc", encoding="utf-8")
     assert "zinc" not in run(box, "cat", str(tmp_path / "secret")).stdout
     code = "import socket; socket.create_connection(('127.0.0.1', 22), 1)"
     assert not run(box, "python3", "-c", code).success

@@ -138,7 +138,7 @@ def test_a_machine_without_pytorch_says_what_it_needs(model):
         f"    bessemer.refine(pa.table({{'text': ['a']}}), {{'clean': {{'score': [], 'perplexity': {str(model)!r}}}}})\n"
         "except ConfigError as error: print(error)\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout
     assert f"the package torch is missing on this machine: {install_extra('train')}" in said
 
 

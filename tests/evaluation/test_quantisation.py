@@ -48,7 +48,7 @@ def place(tmp_path_factory):
     shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
     save_model(random_decoder(shape), root / "model", tokenizer=write_small_tokenizer(root / "tokenizer"))
     paragraphs = [" ".join(WORDS[(row * row + place) % len(WORDS)] for place in range(90)) for row in range(300)]
-    (root / "text.txt").write_text("\n\n".join(paragraphs))
+    (root / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     return root
 
 

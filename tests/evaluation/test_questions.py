@@ -105,7 +105,9 @@ def write_conversations(folder, held_in=5, held_out=3):
         ]
         # with a character at which `str.splitlines` breaks
         lines[-1]["messages"].insert(0, {"role": "system", "content": "a\u2028b"})
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
     return folder
 
 
@@ -120,7 +122,7 @@ def test_questions_are_drawn_from_both_sets_by_the_seed(tmp_path):
 
 def test_damaged_conversations_are_refused(tmp_path):
     folder = write_conversations(tmp_path / "conversations")
-    (folder / "validation.jsonl").write_text('{"messages": [{"role"')
+    (folder / "validation.jsonl").write_text('{"messages": [{"role"', encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"validation\.jsonl: these conversations are damaged"):
         read_questions(folder, 4, seed=1)
     (folder / "train.jsonl").unlink()

@@ -124,10 +124,11 @@ def test_prompts_are_ten_of_our_own_or_those_of_a_file(tmp_path):
     assert len(read_prompts(None)) == len(REFERENCE_PROMPTS) == 10
     path = tmp_path / "p.jsonl"
     path.write_text(
-        '{"prompt": "hello"}\n{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        '{"prompt": "hello"}\n{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+        encoding="utf-8",
     )
     assert read_prompts(path) == [[{"role": "user", "content": "hello"}], [{"role": "user", "content": "a"}]]
-    path.write_text('{"question": "hello"}\n')
+    path.write_text('{"question": "hello"}\n', encoding="utf-8")
     with pytest.raises(ArtefactError, match="needs prompt"):
         read_prompts(path)
 

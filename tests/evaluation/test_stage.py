@@ -69,7 +69,7 @@ def context(config, inputs, out):
 def test_results_hold_every_models_score_the_baselines_and_the_comparison(line, tmp_path):
     root, texts = line
     results = run(root, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8")) == results
     held_out, trained_on = [t.encode() for t in texts[::5]], [t.encode() for i, t in enumerate(texts) if i % 5]
     expected = witten_bell_bits_per_byte(trained_on, held_out, [5, 6])
     assert results["baselines"]["witten_bell_5gram"] == pytest.approx(expected[5])
@@ -116,7 +116,7 @@ def test_the_type_is_the_one_that_the_device_multiplies_fast(line, tmp_path, mon
 def test_every_answer_is_written_beside_its_reference(line, tmp_path):
     root, _ = line
     run(root, tmp_path / "out")
-    lines = json_lines((tmp_path / "out" / "answers.jsonl").read_text())
+    lines = json_lines((tmp_path / "out" / "answers.jsonl").read_text(encoding="utf-8"))
     assert [line["set"] for line in lines] == ["held_in"] * 4 + ["held_out"] * 3
     assert all(set(line["answers"]) == {"pretrain", "sft"} and line["reference"] for line in lines)
 
@@ -135,7 +135,7 @@ def test_a_task_by_name_is_asked_of_every_model_and_compared(line, tmp_path):
     (by_model,) = results["tasks"].values()
     assert [set(of) for of in by_model.values()] == [{"asked_as", "n", "accuracy"}] * 2
     assert [one["metric"] for one in results["comparisons"]] == ["sums_held_out"]
-    lines = json_lines((tmp_path / "answers.jsonl").read_text())
+    lines = json_lines((tmp_path / "answers.jsonl").read_text(encoding="utf-8"))
     assert len(lines) == 40 and lines[0]["reference"] == str(eval(lines[0]["messages"][-1]["content"].removesuffix(" =")))
     right = [line["answers"]["sft"]["exact_match"] for line in lines]
     assert by_model["sft"]["accuracy"] == sum(right) / 40

@@ -42,8 +42,8 @@ def engine(tmp_path_factory):
 
 def evaluated(engine, tasks, out, progress=None):
     results = evaluate_tasks(engine, tasks, out, model=MODEL, progress=progress or Silent())
-    assert json.loads((out / RESULTS_FILE).read_text()) == results
-    return results["tasks"], json_lines((out / ITEMS_FILE).read_text())
+    assert json.loads((out / RESULTS_FILE).read_text(encoding="utf-8")) == results
+    return results["tasks"], json_lines((out / ITEMS_FILE).read_text(encoding="utf-8"))
 
 
 def test_the_lines_are_the_engines_own_scores(engine, tmp_path):
@@ -97,7 +97,7 @@ def test_an_evaluation_that_was_stopped_goes_on(engine, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate_tasks(engine, [read_task(path)], out, model=MODEL, progress=Silent())
     # and a line that was being written
-    with (out / ITEMS_FILE).open("a") as stream:
+    with (out / ITEMS_FILE).open("a", encoding="utf-8") as stream:
         stream.write('{"task": "task", "form": "gen')
     monkeypatch.setattr(engine, "generate", lambda *given: asked.extend(given[0]) or generate(*given))
     assert evaluated(engine, [read_task(path)], out)[0] == whole
@@ -267,7 +267,7 @@ def test_a_model_is_known_by_what_its_files_hold(tmp_path):
 
 def made_task(folder, name, options=None, **settings):
     path = folder / f"{name}.yaml"
-    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()), encoding="utf-8")
     return read_task(path, options)
 
 

@@ -30,7 +30,7 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0)
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     folder = write_small_tokenizer(tmp_path_factory.mktemp("thinking"))
-    (folder / CHAT_TEMPLATE_FILE).write_text(OPENED)
+    (folder / CHAT_TEMPLATE_FILE).write_text(OPENED, encoding="utf-8")
     return Engine(small_decoder("dense"), load_tokenizer(folder))
 
 
@@ -66,9 +66,11 @@ def test_a_task_is_judged_by_what_follows_the_thinking(engine, tmp_path):
     results = evaluate_tasks(engine, [task], tmp_path / "out", model=MODEL, progress=Silent())
     assert results["tasks"]["task"]["n"] == 3
     again = evaluate_tasks(engine, [task], tmp_path / "again", model=MODEL, progress=Silent())
-    assert (tmp_path / "out" / "items.jsonl").read_text() == (tmp_path / "again" / "items.jsonl").read_text()
+    assert (tmp_path / "out" / "items.jsonl").read_text(encoding="utf-8") == (tmp_path / "again" / "items.jsonl").read_text(
+        encoding="utf-8"
+    )
     assert again == results
-    for line in json_lines((tmp_path / "out" / "items.jsonl").read_text()):
+    for line in json_lines((tmp_path / "out" / "items.jsonl").read_text(encoding="utf-8")):
         assert len(line["texts"]) == len(line["thinking"]) == 2 and line["texts"][0] != line["texts"][1]
         assert all(tokens <= 12 for tokens in line["completion_tokens"])
 

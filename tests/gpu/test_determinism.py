@@ -44,7 +44,9 @@ print(hash_bytes(*(parameter.detach().cpu().numpy().tobytes() for parameter in m
 
 
 def weights(*arguments):
-    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], capture_output=True, encoding="utf-8", timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]
 

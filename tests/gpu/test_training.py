@@ -155,7 +155,7 @@ def test_the_memory_that_is_told_is_the_cards(run, tmp_path, device):
 
 def test_a_profile_tells_the_cards_time_and_memory(run, tmp_path):
     run(tmp_path, steps=3, profile={"steps": "2-3"})
-    text = (tmp_path / "profile" / "rank-0.operators.md").read_text()
+    text = (tmp_path / "profile" / "rank-0.operators.md").read_text(encoding="utf-8")
     assert "## Time on the GPU" in text and "## Memory, allocated less freed" in text
     assert (tmp_path / "profile" / "rank-0.trace.json.gz").stat().st_size > 0
     assert (tmp_path / "profile" / "rank-0.memory.pickle").stat().st_size > 0
@@ -181,7 +181,7 @@ def test_the_stage_leaves_a_model_that_opens_on_the_processor(changes, stage, mo
     assert after.config == before.config and after.dtype == torch.float32
     assert 0 < relative_difference(weights(after), weights(before)) < 1
     assert 0 < summary["bits_per_byte"] < 10
-    assert json.loads((tmp_path / AUTOTUNE).read_text())["device"] == device.type
+    assert json.loads((tmp_path / AUTOTUNE).read_text(encoding="utf-8"))["device"] == device.type
 
 
 def test_utilisation_is_told_where_the_cards_peak_is_known(stage, device):
@@ -210,7 +210,7 @@ def test_what_is_open_is_measured_on_the_card(model_folder, settings, tmp_path, 
     config = settings.with_changes(steps=None, minutes=0.05, dtype="auto", compile="auto", evaluate_tokens=64)
     resolved, runtime, _ = prepare_run(config, model_folder, tmp_path, device=device.type, progress=RecordedProgress())
     assert resolved.resolved and resolved.steps > 1
-    written = json.loads((tmp_path / AUTOTUNE).read_text())
+    written = json.loads((tmp_path / AUTOTUNE).read_text(encoding="utf-8"))
     assert (written["device"], written["processor"]) == (device.type, torch.cuda.get_device_name(device))
     tried = {candidate["dtype"] for candidate in written["measured"]["candidates"]}
     assert runtime.dtype in tried and ("bfloat16" in tried) == torch.cuda.is_bf16_supported(including_emulation=False)
@@ -235,12 +235,12 @@ def test_out_of_memory_is_one_line_with_what_would_fit_and_the_checkpoint_stays(
     lines = [
         {"id": n, "text": f"Number {n}: {'the cat sat on the mat and ' * (n % 7)} counted {n * 7}. " * 6} for n in range(300)
     ]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "mine.py").write_text(GREEDY)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "mine.py").write_text(GREEDY, encoding="utf-8")
     recipe = RECIPE.replace("pretrain: {", "pretrain: {checkpoint_background: false, ") + f"device: {device.type}\n"
-    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     command = [sys.executable, "-m", "bessemer", "run", "recipe.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=280, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: out of memory while it asked for 1126 TB more; micro_batch_size: ")

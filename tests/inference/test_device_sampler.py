@@ -130,7 +130,7 @@ def test_a_row_that_gives_no_token_says_why_and_harms_no_other():
 def test_a_step_is_copied_to_the_device_at_once_and_nothing_waits_for_it():
     """On a pretended device, whose tensors have no numbers that anyone could wait for."""
     run = [sys.executable, "-m", "tests.inference.pretended_device"]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    done = subprocess.run(run, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     copies = json.loads(done.stdout)
     assert len(copies) == 5 and all(counts == [1, 1] for counts in copies.values()), copies

@@ -170,7 +170,7 @@ def expected_tokens(model, prompt, params):
 def test_another_tokenizer_is_refused(tokenizer, folder_of, dense):
     folder = folder_of(dense)
     file = Path(folder) / "tokenizer.json"
-    file.write_text(file.read_text() + "\n")
+    file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="another tokenizer"):
         engine_of(dense, tokenizer, speculation=drafted(folder))
 

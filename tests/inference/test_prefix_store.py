@@ -166,6 +166,6 @@ def test_what_it_cannot_do_is_refused_at_the_start(folder_of, tmp_path):
         answers(folder_of("linear"), store, FIRST)
     with pytest.raises(ConfigError, match="leave prefix_cache: false out"):
         EngineConfig.parse({"prefix_store": store, "prefix_cache": False}, str)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot be used"):
         answers(folder_of(), tmp_path / "file", FIRST)

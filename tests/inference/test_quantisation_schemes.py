@@ -101,8 +101,8 @@ def test_a_folder_whose_scheme_is_not_installed_is_refused_by_its_name(tmp_path)
     decoder = random_decoder(BASE.with_changes(hidden_size=64))
     quantise(decoder, QuantizeConfig(scheme="int8", head="int4"))
     save_model(decoder, tmp_path, tokenizer=None)
-    values = json.loads((tmp_path / "config.json").read_text())
+    values = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     values["quantization_config"]["modules"]["embed_tokens"] = {"scheme": "float8"}
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ArtefactError, match="there is no scheme 'float8'"):
         load_model(tmp_path)

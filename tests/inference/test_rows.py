@@ -177,7 +177,9 @@ def test_a_processor_sees_prompt_and_answer_and_its_logits_are_taken():
 
 
 def test_a_processor_may_be_a_function_of_a_file(tmp_path):
-    (tmp_path / "mine.py").write_text("def last(prompt, answer, logits_V):\n    logits_V[-1] = 99\n    return logits_V\n")
+    (tmp_path / "mine.py").write_text(
+        "def last(prompt, answer, logits_V):\n    logits_V[-1] = 99\n    return logits_V\n", encoding="utf-8"
+    )
     row = state(4, temperature=0, logits_processor="mine.py:last", folder=tmp_path)
     assert sample_rows(torch.zeros(1, 4), [row])[0].token == 3
     with pytest.raises(ConfigError, match="there is no file"):

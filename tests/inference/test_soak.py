@@ -136,7 +136,7 @@ class Soak:
 def resident_bytes() -> int:
     """Memory that this process has in use."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def assert_nothing_is_held(engine: Engine) -> None:

@@ -61,7 +61,7 @@ def test_a_greedy_step_passes_few_files_none_of_them_long(engine):
     for files in decode_steps(engine(cpu_kernels="on", threads=1)):
         assert "inference/engine_core.py" in files and "inference/execution/compiled_steps.py" in files
         assert len(files) <= MOST_FILES, " ".join(sorted(files))
-        long = [file for file in files if len((PACKAGE / file).read_text().splitlines()) > MOST_LINES]
+        long = [file for file in files if len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) > MOST_LINES]
         assert not long
 
 
@@ -77,4 +77,4 @@ def test_a_greedy_step_passes_no_long_file_where_the_modules_compute_it(engine):
     # the parts of the decoder are files of their own, so there are more
     for files in decode_steps(engine(cpu_kernels="off")):
         assert "inference/execution/runner.py" in files
-        assert not [file for file in files if len((PACKAGE / file).read_text().splitlines()) > MOST_LINES]
+        assert not [file for file in files if len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) > MOST_LINES]

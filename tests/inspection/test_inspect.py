@@ -137,7 +137,7 @@ def test_command_writes_page_picture_and_arrays(capsys, folder, tmp_path):
     )  # fmt: skip
     assert code == 0
     assert "Which heads of x look at the" in out and "Nearest to a - the + x" in out and f"written: {page}" in out
-    assert page.read_text().startswith("<!doctype html>") and picture.read_bytes().startswith(b"\x89PNG")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>") and picture.read_bytes().startswith(b"\x89PNG")
     with np.load(arrays) as numbers:
         assert numbers["nearest the"].shape == (10,) and numbers["head_weights_T"].sum() == pytest.approx(1)
 

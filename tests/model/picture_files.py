@@ -83,8 +83,8 @@ def write_picture_tokenizer(folder, marks=MARKS, template=TEMPLATE):
     tokenizer.add_special_tokens(list(marks))
     tokenizer.save(str(folder / "tokenizer.json"))
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"chat_template": template}))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"chat_template": template}), encoding="utf-8")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     return folder
 
@@ -216,5 +216,5 @@ def _write_random(folder, config, settings):
             if "embed_tokens" in name:
                 weight.normal_(0.0, 1 / config.text.embedding_multiplier, generator=generator)
     save_vision_language(model, folder, processor=None)
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return model

@@ -85,8 +85,8 @@ def changed(folders, tmp_path):
 
     def change(settings=None, tensors=None, without=()):
         folder = shutil.copytree(folders / "adapter", tmp_path / "adapter")
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(config | (settings or {})))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config | (settings or {})), encoding="utf-8")
         stored = {name: tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items() if name not in without}
         save_file(stored | (tensors or {}), folder / ADAPTER_WEIGHTS)
         return folder
@@ -193,7 +193,7 @@ def test_target_modules_are_named_by_their_endings_where_all_of_them_are_changed
     updates = random_adapter(model, endings=("q_proj", "up_proj")).updates
     del updates["layers.2.mlp.up_proj"]
     write_adapter(Adapter(updates), model, tmp_path)
-    names = json.loads((tmp_path / ADAPTER_CONFIG).read_text())["target_modules"]
+    names = json.loads((tmp_path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["target_modules"]
     assert names == [*(f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1, 3)), "q_proj"]
 
 
@@ -261,9 +261,9 @@ def test_a_base_in_float16_is_known_from_one_in_float32_and_the_other_way_round(
 def test_a_folder_without_hashes_for_float16_is_read_as_before(tmp_path):
     model = random_decoder(SHAPES["grouped"])
     write_adapter(random_adapter(model), model, tmp_path)
-    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["bessemer"]["base"] = {name: config["bessemer"]["base"][name] for name in ("norms", "weights")}
-    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config))
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     read_adapter(tmp_path, random_decoder(SHAPES["grouped"]).bfloat16())
     for other in (random_decoder(SHAPES["grouped"]).half(), random_decoder(SHAPES["grouped"], seed=1)):
         with pytest.raises(ArtefactError, match="other weights"):
@@ -388,7 +388,7 @@ def test_numbers_that_are_not_finite_are_refused(changed, model, folders, half, 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"r": 1' + "0" * 5000 + "}"])
 def test_a_config_that_json_gives_up_on_is_damaged(changed, model, text):
     folder = changed()
-    (folder / ADAPTER_CONFIG).write_text(text)
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     with pytest.raises(ArtefactError, match="this adapter config is damaged") as raised:
         read_adapter(folder, model)
     assert "\n" not in str(raised.value)

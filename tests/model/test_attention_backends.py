@@ -291,7 +291,9 @@ for length in sys.argv[1:]:
 @pytest.mark.parametrize("longest", [8192, pytest.param(32768, marks=pytest.mark.slow)])
 def test_a_long_text_in_tiles_needs_no_more_memory_than_a_short_one(longest):
     """All scores of 32,768 tokens at once would be 4 GiB, of 8,192 256 MiB; the tiles are 1 MiB each."""
-    finished = subprocess.run([sys.executable, "-c", _LONG, "1024", str(longest)], capture_output=True, text=True, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", _LONG, "1024", str(longest)], capture_output=True, encoding="utf-8", check=True
+    )
     short, long = (int(peak) * resource.getpagesize() // 4096 for peak in finished.stdout.split())
     assert long - short < 100_000  # KiB
 

@@ -50,14 +50,16 @@ def test_a_classifiers_scores_equal_those_of_transformers(tmp_path, kind):
 def test_a_folder_without_an_encoder_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ArtefactError, match=r"config\.json is missing"):
         load_encoder(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"} | SMALL))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"} | SMALL), encoding="utf-8")
     with pytest.raises(ArtefactError, match="'t5' are not read; known are bert"):
         read_encoder_config(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
     with pytest.raises(ArtefactError, match="'vocab_size' is missing"):
         read_encoder_config(tmp_path)
     written("bert", tmp_path, transformers.AutoModel)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"} | SMALL | {"num_hidden_layers": 5}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "bert"} | SMALL | {"num_hidden_layers": 5}), encoding="utf-8"
+    )
     with pytest.raises(ArtefactError, match=r"its tensors are not those of its config\.json"):
         load_encoder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")

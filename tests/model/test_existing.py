@@ -114,7 +114,7 @@ def test_the_files_and_the_given_settings_enter_the_key_and_the_place_does_not(t
 
 def test_a_recipe_goes_on_from_another_runs_model(here):  # noqa: F811
     small = "".join(f"{name}: {value}, " for name, value in SMALL.items())
-    (here / "recipe.yaml").write_text(f"{_RECIPE}model: {{preset: null, {small}}}\n")
+    (here / "recipe.yaml").write_text(f"{_RECIPE}model: {{preset: null, {small}}}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"^model\.init_from: runs/small/stages/model: no such folder$"):
         prepare("recipe.yaml", ["model={init_from: runs/small/stages/model}"])
     first = execute(prepare("recipe.yaml"))

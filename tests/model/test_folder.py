@@ -33,8 +33,8 @@ def saved(tmp_path):
 
 def change_config(folder, **changes):
     path = folder / "config.json"
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}), encoding="utf-8")
 
 
 def change_weights(folder, **changes):
@@ -121,7 +121,7 @@ def test_weights_are_mapped_and_not_copied(tmp_path):
     """Memory of the process's own grows by far less than the model."""
     config = ModelConfig(vocab_size=20_000, hidden_size=512, num_hidden_layers=1, intermediate_size=512)
     save_model(random_decoder(config), tmp_path, tokenizer=None)
-    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     size, mapped, with_converted = json.loads(done.stdout)
     assert size > 40e6 and mapped < size / 5
@@ -142,7 +142,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
 
 def test_the_stored_type_is_kept_unless_another_is_asked_for(tmp_path):
     save_model(random_decoder(GROUPED).to(torch.bfloat16), tmp_path, tokenizer=None)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
     assert load_model(tmp_path).head_weight.dtype == torch.bfloat16
     assert load_model(tmp_path, dtype=torch.float32).head_weight.dtype == torch.float32
 
@@ -166,7 +166,7 @@ def test_the_tokenizer_travels_with_the_model(tmp_path):
     save_model(random_decoder(GROUPED), tmp_path / "model", tokenizer=tokenizer)
     save_model(random_decoder(GROUPED), tmp_path / "next", tokenizer=tmp_path / "model")
     for name in ("model", "next"):
-        ours = json.loads((tmp_path / name / "config.json").read_text())["bessemer"]
+        ours = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))["bessemer"]
         assert ours["tokenizer_hash"] == load_tokenizer(tokenizer).hash
         assert AutoTokenizer.from_pretrained(tmp_path / name)("the end").input_ids == load_tokenizer(tokenizer).encode(
             "the end"
@@ -253,10 +253,10 @@ def test_a_truncated_file_is_named(saved, kept):
 
 
 def test_a_damaged_config_is_named(saved):
-    (saved / "config.json").write_text("{")
+    (saved / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"config.json: this model config is damaged"):
         load_model(saved)
-    (saved / "config.json").write_text("[]")
+    (saved / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ArtefactError, match="not a mapping"):
         load_model(saved)
 
@@ -327,7 +327,7 @@ def test_end_tokens_are_read_in_each_form(tmp_path, value, expected):
 
 def test_reading_a_config_executes_nothing(saved):
     change_config(saved, auto_map={"AutoConfig": "evil.Config"}, bessemer=...)
-    (saved / "evil.py").write_text(f"open({str(saved / 'executed')!r}, 'w').close()")
+    (saved / "evil.py").write_text(f"open({str(saved / 'executed')!r}, 'w').close()", encoding="utf-8")
     with pytest.raises(ArtefactError):
         read_model_config(saved)
     assert not (saved / "executed").exists()

@@ -102,8 +102,8 @@ def finished(plain, quantised, numbers, tensors, settings):
     for path in plain.iterdir():
         if path.suffix == ".json":
             (quantised / path.name).write_bytes(path.read_bytes())
-    config = json.loads((plain / "config.json").read_text()) | {"quantization_config": settings}
-    (quantised / "config.json").write_text(json.dumps(config))
+    config = json.loads((plain / "config.json").read_text(encoding="utf-8")) | {"quantization_config": settings}
+    (quantised / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, quantised / "model.safetensors", metadata={"format": "pt"})
     return plain, quantised
 
@@ -133,7 +133,7 @@ def test_the_weights_are_the_files_numbers(form, scheme, tmp_path):
     # a scale of LLM.int8 is no float16, which the form has that is written
     again = logits(load_model(tmp_path / "again"))
     assert torch.equal(again, logits(ours)) if form != "int8" else (again - logits(ours)).abs().max() < 1e-2
-    settings = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    settings = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert settings["quant_method"] == "compressed-tensors"
 
 
@@ -185,8 +185,10 @@ def test_the_experts_of_gpt_oss_are_those_that_transformers_decodes(tmp_path):
 
 def test_mxfp4_of_other_matrices_than_experts_is_refused(tmp_path):
     plain, quantised = write(tmp_path, "mxfp4", "mixtral")
-    config = json.loads((quantised / "config.json").read_text())
-    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    config = json.loads((quantised / "config.json").read_text(encoding="utf-8"))
+    (quantised / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}), encoding="utf-8"
+    )
     with pytest.raises(ArtefactError, match="read of gpt-oss's experts alone"):
         load_model(quantised)
     assert plain

@@ -51,8 +51,8 @@ def write(folder, case="qwen3", **changed):
     for path in plain.iterdir():
         if path.suffix == ".json":
             (quantised / path.name).write_bytes(path.read_bytes())
-    config = json.loads((plain / "config.json").read_text()) | {"quantization_config": SETTINGS | changed}
-    (quantised / "config.json").write_text(json.dumps(config))
+    config = json.loads((plain / "config.json").read_text(encoding="utf-8")) | {"quantization_config": SETTINGS | changed}
+    (quantised / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, quantised / "model.safetensors", metadata={"format": "pt"})
     return plain, quantised
 

@@ -340,7 +340,7 @@ def test_opening_a_file_takes_little_more_memory_than_its_codes(form, tmp_path):
         export_gguf(tmp_path / "folder", path, form)
     write_small_tokenizer(tmp_path / "tokenizer")
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK, tmp_path / "tokenizer", small, path], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _PEAK, tmp_path / "tokenizer", small, path], capture_output=True, encoding="utf-8", timeout=120
     )
     assert done.returncode == 0, done.stderr
     codes = path.stat().st_size

@@ -41,14 +41,14 @@ def folder(tmp_path_factory):
 def changed(folder):
     """Opens the folder with one setting of its `config.json` changed."""
     path = folder / "config.json"
-    before = path.read_text()
+    before = path.read_text(encoding="utf-8")
 
     def opened(name, value):
-        path.write_text(json.dumps(json.loads(before) | {name: value}))
+        path.write_text(json.dumps(json.loads(before) | {name: value}), encoding="utf-8")
         return Engine(folder, None, "cpu", PLAIN)
 
     yield opened
-    path.write_text(before)
+    path.write_text(before, encoding="utf-8")
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, 2**63) for name in SIZES[:-1]] + [("num_hidden_layers", 2**40)])

@@ -130,5 +130,5 @@ def program(tmp_path_factory):
     ],
 )
 def test_calls_at_the_same_time_share_the_processors(case, processors, said, program):
-    done = subprocess.run([program, case, str(processors)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([program, case, str(processors)], capture_output=True, encoding="utf-8", timeout=300, check=False)
     assert done.stdout.strip() == said, done.stderr

@@ -35,7 +35,7 @@ def compiled(folder, compiler, optimised, *options):
     sources = [str(KERNELS / f"{name}.cpp") for name in sorted(wanted)]
     program = folder / "driver"
     command = [compiler, *_without_processor(builds._OPTIONS, optimised), *options, "-static", f"-I{KERNELS}"]
-    done = subprocess.run([*command, *sources, str(DRIVER), "-o", str(program)], capture_output=True, text=True)
+    done = subprocess.run([*command, *sources, str(DRIVER), "-o", str(program)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     return program
 
@@ -46,7 +46,7 @@ def _without_processor(options, optimised):
 
 def cases(*command):
     """The arithmetic, and the hash of every case."""
-    done = subprocess.run([str(one) for one in command], capture_output=True, text=True)
+    done = subprocess.run([str(one) for one in command], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     (_, arithmetic), *hashes = (line.split() for line in done.stdout.splitlines())
     assert len(dict(hashes)) == len(hashes) > 80

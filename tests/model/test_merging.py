@@ -406,7 +406,7 @@ def test_merged_adapters_are_a_folder_that_knows_its_base(place, adapters, tmp_p
     merged_adapter_folder(
         place / "base", adapters, config, "task_arithmetic", tmp_path / "out", rank=None, seed=0, progress=Silent()
     )
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 6
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 6
     model = load_model(place / "base")
     merged, parts = read_adapter(tmp_path / "out", model), [read_adapter(folder, model) for folder in adapters]
     assert isinstance(merged, Adapter) and merged.updates.keys() == parts[0].updates.keys()

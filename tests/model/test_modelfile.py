@@ -38,11 +38,11 @@ def test_the_file_names_the_model_its_stops_and_its_settings(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     config = SHAPES["grouped"].model_dump(mode="json") | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATES["chatml"]}))
-    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": None}))
-    lines = write_modelfile(folder, tmp_path / "mine.gguf").read_text().splitlines()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATES["chatml"]}), encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": None}), encoding="utf-8")
+    lines = write_modelfile(folder, tmp_path / "mine.gguf").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "FROM ./mine.gguf" and 'PARAMETER stop "<|im_end|>"' in lines
     assert "PARAMETER temperature 0.6" in lines and not any("top_k" in line for line in lines)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "another"}))
-    assert "TEMPLATE" not in write_modelfile(folder, tmp_path / "mine.gguf").read_text()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "another"}), encoding="utf-8")
+    assert "TEMPLATE" not in write_modelfile(folder, tmp_path / "mine.gguf").read_text(encoding="utf-8")

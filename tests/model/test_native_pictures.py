@@ -112,7 +112,7 @@ def test_settings_of_a_published_file_are_read(tmp_path):
     values["vision_config"] = {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420}
     values["vision_config"] |= {"num_heads": 16, "in_chans": 3, "out_hidden_size": 2048, "patch_size": 14, "window_size": 112}
     values["vision_config"] |= {"spatial_merge_size": 2, "spatial_patch_size": 14, "fullatt_block_indexes": [7, 15, 23, 31]}
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     config = read_vision_language(tmp_path)
     assert config.rope_sections == (16, 24, 24) and config.text.head_dim == 128 and config.text.tie_word_embeddings
     assert config.text.rope_theta == 1000000.0 and config.text.attention_bias and config.vision.full_layers == (7, 15, 23, 31)
@@ -126,7 +126,7 @@ def test_settings_of_a_published_file_are_read(tmp_path):
         ({"vision_config": values["vision_config"] | {"out_hidden_size": 9}}, "out_hidden_size: 9 is not the decoder's width"),
         ({"vision_config": values["vision_config"] | {"window_size": 14}}, "window_size: 14 pixels hold no square"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps(values | changes))
+        (tmp_path / "config.json").write_text(json.dumps(values | changes), encoding="utf-8")
         with pytest.raises(ArtefactError, match=message):
             read_vision_language(tmp_path)
 

@@ -251,7 +251,7 @@ def test_a_wheel_computes_the_bits_of_the_compiled_kernels_where_there_is_no_com
     }
     made = tmp_path / "products.pt"
     command = [sys.executable, "-c", PROGRAM, str(made)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert "kernels of the installed bessemer-kernels" in done.stdout and "compiling" not in done.stderr
     assert not (tmp_path / "extensions").exists()

@@ -69,18 +69,20 @@ def test_pixels_are_those_of_transformers_to_the_last_bit(case, tmp_path):
 
 def test_settings_within_those_of_a_whole_processor_are_read(tmp_path):
     values = {"image_processor": {"image_processor_type": "SiglipImageProcessorFast", "size": {"height": 8, "width": 8}}}
-    (tmp_path / "processor_config.json").write_text(json.dumps(values))
+    (tmp_path / "processor_config.json").write_text(json.dumps(values), encoding="utf-8")
     assert read_preprocessor(tmp_path).size == (8, 8)
 
 
 def test_missing_and_unknown_settings_are_named(tmp_path):
     with pytest.raises(ArtefactError, match=r"preprocessor_config\.json is missing"):
         read_preprocessor(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "DonutImageProcessor"}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "DonutImageProcessor"}), encoding="utf-8"
+    )
     with pytest.raises(ArtefactError, match="prepared by 'DonutImageProcessor' are not read"):
         read_preprocessor(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "SiglipImageProcessor", "size": "large"})
+        json.dumps({"image_processor_type": "SiglipImageProcessor", "size": "large"}), encoding="utf-8"
     )
     with pytest.raises(ArtefactError, match=r"preprocessor_config\.json: "):
         read_preprocessor(tmp_path)

@@ -87,7 +87,9 @@ def test_compressed_tensors_reads_zeros_that_are_codes(tmp_path):
     # transformers 5.24 has no place for packed zeros, so the format's own package is asked
     model = quantised_decoder(PLAIN, **SETTINGS["int4 with zeros"])
     save_model(model, tmp_path, tokenizer=None)
-    settings = QuantizationConfig.model_validate(json.loads((tmp_path / "config.json").read_text())["quantization_config"])
+    settings = QuantizationConfig.model_validate(
+        json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    )
     weights, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp.down_proj"
     schemes = [group for group in settings.config_groups.values() if not group.weights.symmetric]
     sizes = {group.weights.group_size: group for group in schemes}
@@ -162,9 +164,9 @@ def test_a_way_of_quantising_that_is_not_known_is_refused(changes, said, tmp_pat
     monkeypatch.setattr(file_patterns, "_SECONDS", 0.1)
     save_model(quantised_decoder(PLAIN), tmp_path, tokenizer=None)
     path = tmp_path / "config.json"
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     values["quantization_config"] |= changes
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ArtefactError, match=said):
         load_model(tmp_path)
 

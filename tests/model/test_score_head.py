@@ -55,7 +55,7 @@ def test_a_new_head_stands_in_the_place_of_the_language_head(tmp_path):
     # what has no head costs nothing: neither the folder nor the settings say a word of it
     save_model(language, tmp_path / "again", tokenizer=None)
     assert "score.weight" not in load_file(tmp_path / "again" / "model.safetensors")
-    assert "id2label" not in (tmp_path / "again" / "config.json").read_text()
+    assert "id2label" not in (tmp_path / "again" / "config.json").read_text(encoding="utf-8")
 
 
 def test_a_model_of_several_scores_is_read_as_it_is(tmp_path):

@@ -52,7 +52,7 @@ def build(tmp_path, name="out", seed=7):
 def test_golden_output(tmp_path):
     """When this fails because the output was meant to change, raise MODEL_VERSION and renew the figures."""
     folder, _ = build(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del config["bessemer"]["tokenizer_hash"]  # another room's
     decoder = load_model(folder)
     sums = [checksum(tensor) for tensor in (decoder.head_weight, *decoder.blocks[1].parameters())]

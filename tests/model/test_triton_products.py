@@ -147,7 +147,7 @@ def test_kernels_are_compiled_for_cards_that_are_not_here(kinds):
         pytest.skip("they are compiled for this card")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = [sys.executable, "-m", "tests.model.triton_compile", kinds]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(run, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = json.loads(done.stdout.splitlines()[-1])
     # for Ampere and Hopper, with products on tensor cores, within the shared memory of a multiprocessor

@@ -292,7 +292,9 @@ def test_settings_that_make_no_model_are_named(case, tmp_path):
     changes, message = (BAD | BAD_GEMMA3)[case]
     values = make("gemma3" if case in BAD_GEMMA3 else "idefics3").config.to_dict()
     values |= changes
-    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in values.items() if value is not None}), encoding="utf-8"
+    )
     assert is_vision_folder(tmp_path)
     with pytest.raises(ArtefactError, match=message):
         read_vision_language(tmp_path)

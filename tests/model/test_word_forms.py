@@ -74,9 +74,9 @@ def write(folder, form, **changed):
     for path in plain.iterdir():
         if path.suffix == ".json":
             (quantised / path.name).write_bytes(path.read_bytes())
-    config = json.loads((plain / "config.json").read_text())
+    config = json.loads((plain / "config.json").read_text(encoding="utf-8"))
     settings = SETTINGS[form] | {name: [value] if name.startswith("modules") else value for name, value in changed.items()}
-    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": settings}), encoding="utf-8")
     save_file(tensors, quantised / "model.safetensors", metadata={"format": "pt"})
     return plain, quantised
 
@@ -98,7 +98,10 @@ def test_the_weights_are_the_files_numbers(form, tmp_path):
     save_model(ours, tmp_path / "again", tokenizer=quantised)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "again")(tokens), ours(tokens))
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["quant_method"] != form
+    assert (
+        json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+        != form
+    )
 
 
 def test_what_is_left_out_of_awq_is_read_as_it_is(tmp_path):

@@ -48,16 +48,16 @@ def calls(monkeypatch) -> Calls:
     def words(work):
         calls.append("words")
         if "bad" in work.config.words:
-            (work.out / "half.txt").write_text("half")
+            (work.out / "half.txt").write_text("half", encoding="utf-8")
             raise SourceError("words: 'bad' is not usable")
         (work.out / "documents").mkdir()
-        (work.out / "documents" / "words.txt").write_text(" ".join(work.config.words))
+        (work.out / "documents" / "words.txt").write_text(" ".join(work.config.words), encoding="utf-8")
         return {"documents": len(work.config.words)}
 
     def count(work):
         calls.append("count")
-        text = (work.inputs["documents"] / "words.txt").read_text()
-        (work.out / "count.txt").write_text(str(len(text.split()) * work.config.times))
+        text = (work.inputs["documents"] / "words.txt").read_text(encoding="utf-8")
+        (work.out / "count.txt").write_text(str(len(text.split()) * work.config.times), encoding="utf-8")
         return {"count": len(text.split()) * work.config.times}
 
     def resolve(work):
@@ -69,11 +69,11 @@ def calls(monkeypatch) -> Calls:
         calls.append("train")
         calls.rows.append(work.config.rows)
         checkpoint = work.out / "checkpoints" / "step"
-        start = int(checkpoint.read_text()) if checkpoint.exists() else 0
+        start = int(checkpoint.read_text(encoding="utf-8")) if checkpoint.exists() else 0
         calls.append(f"from {start}")
         checkpoint.parent.mkdir(exist_ok=True)
         for step in range(start, work.config.steps):
-            checkpoint.write_text(str(step + 1))
+            checkpoint.write_text(str(step + 1), encoding="utf-8")
             if work.measured is not None and work.measured["tokens_per_second"] != 5 * calls.speed:
                 calls.measured_speed = calls.speed
                 raise StaleMeasurementError("a step takes 3 times less")
@@ -81,7 +81,7 @@ def calls(monkeypatch) -> Calls:
                 calls.stop_at = None
                 raise KeyboardInterrupt
         (work.out / "model").mkdir()
-        (work.out / "model" / "weights.txt").write_text(f"{work.config.steps} {work.seed}")
+        (work.out / "model" / "weights.txt").write_text(f"{work.config.steps} {work.seed}", encoding="utf-8")
         return {"loss": 1.0}
 
     specs = {
@@ -120,7 +120,7 @@ def recipe(folder: Path, calls: Calls):
     """Writes recipe.yaml and returns its name."""
 
     def write(text: str = _STAGES, head: str = "format: 1\nname: small\n"):
-        (folder / "recipe.yaml").write_text(head + text)
+        (folder / "recipe.yaml").write_text(head + text, encoding="utf-8")
         return "recipe.yaml"
 
     return write

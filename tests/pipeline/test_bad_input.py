@@ -133,7 +133,7 @@ def place(tmp_path, monkeypatch):
     folder = tmp_path / "above" / "here"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return folder
 
 
@@ -173,7 +173,7 @@ def test_a_corpus_of_nothing_is_one_line_and_leaves_nothing_half_made(place, cap
     (place / "empty" / "a.jsonl").write_bytes(b"")
     (place / "empty" / "b.txt").write_bytes(b" \n\n")
     recipe = RECIPE.partition("collect:")[0] + "collect: [{source: files, paths: empty}]\nselect: {keep: all, languages: []}\n"
-    (place / "recipe.yaml").write_text(recipe)
+    (place / "recipe.yaml").write_text(recipe, encoding="utf-8")
     with pytest.raises(SystemExit, match="2"):
         main(["run", "recipe.yaml"])
     said = capsys.readouterr()

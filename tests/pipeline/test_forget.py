@@ -37,7 +37,7 @@ def write_texts(folder: Path, *, without: str | None = None) -> None:
     records += [{"id": name, "text": SECRET + PROSE.format(n=99)} for name in ("secret", "again")]
     records += [{"id": "short", "text": SHORT}]
     kept = [record for record in records if record["id"] != without]
-    (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        (folder / "recipe.yaml").write_text(RECIPE)
+        (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
         write_texts(folder)
         run("recipe.yaml")
     return folder
@@ -99,7 +99,7 @@ def test_what_is_left_is_what_the_recipe_makes_without_the_document(place, tmp_p
     (tmp_path / "other").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path / "other")
-        Path("recipe.yaml").write_text(RECIPE)
+        Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
         write_texts(tmp_path / "other", without=f"n{name}")
         run("recipe.yaml", until="select")
     after = files_of(place)
@@ -128,12 +128,12 @@ def test_no_text_is_left_in_manifests_and_reports(place):
     for one in [traces, *(trace(Path("runs"), copy.identity) for copy in traces.copies)]:
         forget(Path("runs"), one)
     short = trace(Path("runs"), id_of(place, SHORT, "select", "rejected"))
-    assert "founder" in Path("runs/small/report.html").read_text()
+    assert "founder" in Path("runs/small/report.html").read_text(encoding="utf-8")
     forget(Path("runs"), short)
     left = [
         path
         for path in Path("runs").rglob("*")
-        if path.is_file() and path.suffix in (".json", ".html", ".md") and "founder" in path.read_text()
+        if path.is_file() and path.suffix in (".json", ".html", ".md") and "founder" in path.read_text(encoding="utf-8")
     ]
     assert [path for path in left if "tokenize" not in path.parts[2]] == []
 
@@ -219,11 +219,11 @@ def test_the_list_of_forgotten_ids_is_sorted_and_grows(tmp_path):
     assert removed_ids(tmp_path) == frozenset()
     add_removed_ids(tmp_path, ["f" * 32, "0" * 32])
     add_removed_ids(tmp_path, ["a" * 32, "f" * 32])
-    assert (tmp_path / "forgotten.txt").read_text().split() == ["0" * 32, "a" * 32, "f" * 32]
+    assert (tmp_path / "forgotten.txt").read_text(encoding="utf-8").split() == ["0" * 32, "a" * 32, "f" * 32]
 
 
 def test_a_damaged_list_lets_nothing_come_back(tmp_path):
-    (tmp_path / "forgotten.txt").write_text("0" * 32 + "\nhalf an id\n")
+    (tmp_path / "forgotten.txt").write_text("0" * 32 + "\nhalf an id\n", encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"forgotten.txt, line 2"):
         removed_ids(tmp_path)
 

@@ -73,11 +73,11 @@ def made(tmp_path_factory):
         {"id": n, "text": f"Number {n}: {'the cat sat on the mat and '[: 5 + n % 20]} counted {n * 7}. " * 6}
         for n in range(200)
     ]
-    (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
     turns = [[("user", f"What is {n} plus one?"), ("assistant", str(n + 1))] for n in range(24)]
     lines = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run("recipe.yaml", until="model")
@@ -141,7 +141,7 @@ def test_two_processes_make_the_weights_of_stages_launched_by_hand(two, folder, 
     two.run(by_hand, folder=folder, out=folder / "hand")
     for stage in ("pretrain", "sft"):
         launched = folder / "runs" / "launched" / "stages" / stage
-        manifest = json.loads((launched / "manifest.json").read_text())
+        manifest = json.loads((launched / "manifest.json").read_text(encoding="utf-8"))
         assert manifest["metrics"]["processes"] == 2
         assert weights(launched) == weights(folder / "hand" / stage)
 
@@ -149,11 +149,11 @@ def test_two_processes_make_the_weights_of_stages_launched_by_hand(two, folder, 
 @pytest.mark.slow
 def test_every_process_of_a_deterministic_stage_has_the_workspaces_that_this_needs(folder, bessemer, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    (folder / "mine.py").write_text(TELLING.format(folder=str(folder)))
+    (folder / "mine.py").write_text(TELLING.format(folder=str(folder)), encoding="utf-8")
     arguments = ("pretrain.loss=mine.py:loss", "pretrain.deterministic=true", "--until", "pretrain")
     code, said = bessemer("launch.processes=2", *arguments)
     assert code == 0, said
-    assert [(folder / f"workspaces-{rank}").read_text() for rank in range(2)] == [":4096:8"] * 2
+    assert [(folder / f"workspaces-{rank}").read_text(encoding="utf-8") for rank in range(2)] == [":4096:8"] * 2
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_inside_a_torchrun_the_same_command_makes_the_same(folder, bessemer):
     done = subprocess.run(
         [*torchrun, "run", "recipe.yaml", "--until", "pretrain", "--runs", "others"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
@@ -186,21 +186,21 @@ def test_inside_a_torchrun_the_same_command_makes_the_same(folder, bessemer):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
 def test_when_a_process_dies_all_start_again_and_end_with_the_weights_of_stages_launched_by_hand(two, folder, bessemer):
-    (folder / "mine.py").write_text(STRUCK.format(signal="SIGKILL"))
+    (folder / "mine.py").write_text(STRUCK.format(signal="SIGKILL"), encoding="utf-8")
     code, said = bessemer("launch.processes=2", "pretrain.loss=mine.py:loss", "--until", "pretrain", "--name", "launched")
     assert code == 0, said
     assert "process 1 ended with signal 9; all are started again and go on from the last checkpoint" in said
     assert "resuming from step 2 of 6" in said
     two.run(by_hand, folder=folder, out=folder / "hand", stages=["pretrain"], **{"pretrain.loss": "mine.py:loss"})
     launched = folder / "runs" / "launched" / "stages" / "pretrain"
-    assert json.loads((launched / "manifest.json").read_text())["metrics"]["processes"] == 2
+    assert json.loads((launched / "manifest.json").read_text(encoding="utf-8"))["metrics"]["processes"] == 2
     assert weights(launched) == weights(folder / "hand" / "pretrain")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows stops no process")
 def test_when_a_process_hangs_the_others_give_up_after_the_timeout_and_all_start_again(folder, bessemer):
-    (folder / "mine.py").write_text(STRUCK.format(signal="SIGSTOP"))
+    (folder / "mine.py").write_text(STRUCK.format(signal="SIGSTOP"), encoding="utf-8")
     arguments = ("pretrain.loss=mine.py:loss", "pretrain.parallel.timeout=10", "--until", "pretrain")
     code, said = bessemer("launch.processes=2", *arguments)
     assert code == 0, said
@@ -215,7 +215,7 @@ MISTAKE = "def nothing(groups):\n    return None\n"
 
 @pytest.mark.slow
 def test_a_mistake_is_one_line_and_not_tried_again(folder, bessemer):
-    (folder / "mine.py").write_text(MISTAKE)
+    (folder / "mine.py").write_text(MISTAKE, encoding="utf-8")
     code, said = bessemer("launch.processes=2", "pretrain.optimizer=mine.py:nothing", "--until", "pretrain")
     assert code == 2
     assert "error: mine.py:nothing: must return a torch.optim.Optimizer" in said
@@ -255,7 +255,7 @@ def codes(folder, monkeypatch):
 
 
 def test_a_mistake_that_the_workers_find_is_told_and_they_are_not_started_again(folder, bessemer, codes):
-    (folder / "mine.py").write_text(MISTAKE)
+    (folder / "mine.py").write_text(MISTAKE, encoding="utf-8")
     code, said = bessemer("launch.processes=2", "pretrain.optimizer=mine.py:nothing", "--until", "pretrain")
     assert code == 2 and codes == [2, 2]
     assert "error: mine.py:nothing: must return a torch.optim.Optimizer" in said
@@ -277,16 +277,20 @@ def loss(model, batch):
 
 
 def test_the_processes_that_train_measure_what_is_open(folder, bessemer, codes):
-    (folder / "mine.py").write_text(NOTED)
+    (folder / "mine.py").write_text(NOTED, encoding="utf-8")
     arguments = ["launch.processes=2", "pretrain.steps=null", "pretrain.minutes=0.005", "pretrain.loss=mine.py:loss"]
     arguments += ["sft.minutes=0.005", "sft.steps=5000", "--until", "sft", "--name", "launched"]
     code, said = bessemer(*arguments)
     assert (code, set(codes)) == (0, {0}), said
-    noted = set((folder / "noted").read_text().splitlines())
+    noted = set((folder / "noted").read_text(encoding="utf-8").splitlines())
     assert noted == {f"{rank} 2 {what}" for rank in (0, 1) for what in ("measures", "trains")}
-    metrics = json.loads((folder / "runs" / "launched" / "stages" / "pretrain" / "manifest.json").read_text())["metrics"]
+    metrics = json.loads((folder / "runs" / "launched" / "stages" / "pretrain" / "manifest.json").read_text(encoding="utf-8"))[
+        "metrics"
+    ]
     assert metrics["processes"] == 2 and metrics["steps"] >= 1
-    tuned = json.loads((folder / "runs" / "launched" / "stages" / "sft" / "manifest.json").read_text())["metrics"]
+    tuned = json.loads((folder / "runs" / "launched" / "stages" / "sft" / "manifest.json").read_text(encoding="utf-8"))[
+        "metrics"
+    ]
     assert tuned["processes"] == 2 and 1 <= tuned["steps"] < 5000
     code, said = bessemer(*arguments)
     assert code == 0 and "pretrain: reused" in said and "sft: reused" in said

@@ -40,7 +40,7 @@ def test_what_no_stage_makes_is_said_before_anything_runs(folder, stage, message
 
 def test_a_mistake_in_a_policy_is_said_before_anything_runs(folder, monkeypatch):  # noqa: F811
     monkeypatch.chdir(folder)
-    (folder / "policy.yaml").write_text("format: 1\nname: p\ncategories: {a: {meaning: b}}\n")
+    (folder / "policy.yaml").write_text("format: 1\nname: p\ncategories: {a: {meaning: b}}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"policy.yaml:1: 'principles' must be given"):
         bessemer.run(write_recipe(folder, "revise: {data: [chat.jsonl], policy: policy.yaml}"))
 
@@ -58,5 +58,7 @@ def test_a_model_is_tuned_on_its_revised_answers(folder, monkeypatch):  # noqa: 
                 f"revise: {{data: [chat.jsonl], {critic}}}\nsft: {{data: [made/revisions], validation_share: 0, {LOOP}}}",
             )
         )
-    rows = [json.loads(line) for line in (run.folder / "stages" / "sft" / "conversations" / "train.jsonl").open()]
+    rows = [
+        json.loads(line) for line in (run.folder / "stages" / "sft" / "conversations" / "train.jsonl").open(encoding="utf-8")
+    ]
     assert len(rows) == 12 and {row["completion"][0]["content"] for row in rows} == {"Better."}

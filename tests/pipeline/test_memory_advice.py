@@ -42,9 +42,9 @@ def test_it_is_one_line_with_what_would_fit_and_the_checkpoint_stays(tmp_path, m
     lines = [
         {"id": n, "text": f"Number {n}: {'the cat sat on the mat and ' * (n % 7)} counted {n * 7}. " * 6} for n in range(300)
     ]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    (tmp_path / "mine.py").write_text(GREEDY)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    (tmp_path / "mine.py").write_text(GREEDY, encoding="utf-8")
     before = resource.getrlimit(resource.RLIMIT_AS)
     try:
         with pytest.raises(SystemExit, match="2"):

@@ -19,7 +19,7 @@ TWICE = "words: [a, b, c]\ncount: {times: 2}\nagain: {kind: count, times: 5}\ntr
 def test_a_stage_of_another_name_is_made_beside_the_one_of_its_kind(recipe, folder):
     made = run(recipe(TWICE))
     stages = folder / "runs" / "small" / "stages"
-    assert [(stages / name / "count.txt").read_text() for name in ("count", "again")] == ["6", "15"]
+    assert [(stages / name / "count.txt").read_text(encoding="utf-8") for name in ("count", "again")] == ["6", "15"]
     assert [one.stage.name for one in made.made] == ["words", "count", "again", "train"]
 
 
@@ -74,7 +74,9 @@ def test_roles_of_from_name_several_stages(recipe, monkeypatch):
 
 def test_a_recipe_that_extends_another_leaves_out_a_stage_of_a_name_of_its_own(recipe, folder):
     recipe(TWICE)
-    (folder / "less.yaml").write_text("format: 1\nname: less\nextends: recipe.yaml\nagain:\ntrain: {steps: 2, from: count}\n")
+    (folder / "less.yaml").write_text(
+        "format: 1\nname: less\nextends: recipe.yaml\nagain:\ntrain: {steps: 2, from: count}\n", encoding="utf-8"
+    )
     assert [stage.name for stage in load_recipe("less.yaml").stages] == ["words", "count", "train"]
 
 
@@ -110,15 +112,16 @@ def test_a_stage_of_another_package_is_found_by_its_entry_point(folder, monkeypa
     (folder / "site").mkdir()
     install(folder / "site", monkeypatch, "loud_package", PACKAGE, entry_points, version="2.5")
     (folder / "texts").mkdir()
-    (folder / "texts" / "a.txt").write_text("pig iron and blast air. " * 200)
+    (folder / "texts" / "a.txt").write_text("pig iron and blast air. " * 200, encoding="utf-8")
     (folder / "loud.yaml").write_text(
         "format: 1\nname: loud\ncollect: [{source: files, paths: texts}]\n"
-        "tokenize: {vocab_size: 270}\nlouder: {kind: shout, marks: 3}\n"
+        "tokenize: {vocab_size: 270}\nlouder: {kind: shout, marks: 3}\n",
+        encoding="utf-8",
     )
     made = run("loud.yaml")
-    assert (folder / "runs" / "loud" / "stages" / "louder" / "shouted.txt").read_text() == "1!!!"
+    assert (folder / "runs" / "loud" / "stages" / "louder" / "shouted.txt").read_text(encoding="utf-8") == "1!!!"
     assert made.made[-1].stage.spec.kind == "shout"
-    manifest = json.loads((folder / "runs" / "loud" / "stages" / "louder" / "manifest.json").read_text())
+    manifest = json.loads((folder / "runs" / "loud" / "stages" / "louder" / "manifest.json").read_text(encoding="utf-8"))
     # another version of the package makes another artefact
     assert manifest["plugins"] == {"bessemer.stages:shout": "loud_package 2.5"}
 
@@ -127,7 +130,7 @@ def test_an_entry_point_that_cannot_be_loaded_is_named(folder, monkeypatch):
     entry_points = {"bessemer.stages": {"shout": "loud_package:NOTHING"}}
     (folder / "site").mkdir()
     install(folder / "site", monkeypatch, "loud_package", PACKAGE, entry_points)
-    (folder / "loud.yaml").write_text("format: 1\nname: loud\nshout: {marks: 3}\n")
+    (folder / "loud.yaml").write_text("format: 1\nname: loud\nshout: {marks: 3}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"the entry point 'shout' of bessemer\.stages cannot be loaded: .*NOTHING"):
         load_recipe("loud.yaml")
 
@@ -140,9 +143,11 @@ def test_a_conflict_is_looked_for_among_the_stages_that_feed_one(folder):
         f"{CORPUS}model: {{preset: qwen3-1m, max_position_embeddings: 1024}}\npretrain: {{steps: 2, context_length: 1024}}\n"
         "draft: {kind: model, preset: qwen3-1m, max_position_embeddings: 128}\n"
     )
-    (folder / "two.yaml").write_text(f"{text}sft: {{data: [a.jsonl], context_length: 1024, from: pretrain}}\n")
+    (folder / "two.yaml").write_text(
+        f"{text}sft: {{data: [a.jsonl], context_length: 1024, from: pretrain}}\n", encoding="utf-8"
+    )
     assert load_recipe("two.yaml").stage("sft").inputs["model"].stage == "pretrain"
-    (folder / "two.yaml").write_text(f"{text}sft: {{data: [a.jsonl], context_length: 1024, from: draft}}\n")
+    (folder / "two.yaml").write_text(f"{text}sft: {{data: [a.jsonl], context_length: 1024, from: draft}}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"context_length 1,024 exceeds model\.max_position_embeddings 128"):
         load_recipe("two.yaml")
 
@@ -150,7 +155,8 @@ def test_a_conflict_is_looked_for_among_the_stages_that_feed_one(folder):
 def test_scores_of_every_stage_above_serve_the_presets(folder):
     (folder / "two.yaml").write_text(
         "format: 1\nname: two\ncollect: [{source: python_docs}]\nclean: {score: [gopher_quality, gopher_repetition]}\n"
-        "again: {kind: clean, score: [code]}\nselect: {keep: [gopher, code], languages: []}\n"
+        "again: {kind: clean, score: [code]}\nselect: {keep: [gopher, code], languages: []}\n",
+        encoding="utf-8",
     )
     assert load_recipe("two.yaml").stage("select").inputs["documents"].stage == "again"
 
@@ -158,7 +164,8 @@ def test_scores_of_every_stage_above_serve_the_presets(folder):
 def test_the_model_that_is_planned_with_is_the_one_that_is_trained(folder):
     (folder / "two.yaml").write_text(
         f"{CORPUS}draft: {{kind: model, preset: qwen3-1m, hidden_size: 64}}\n"
-        "model: {preset: qwen3-1m}\npretrain: {steps: 2}\n"
+        "model: {preset: qwen3-1m}\npretrain: {steps: 2}\n",
+        encoding="utf-8",
     )
     recipe = load_recipe("two.yaml")
     assert (

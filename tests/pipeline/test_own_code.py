@@ -39,9 +39,11 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "texts").mkdir()
     for number in range(200):
-        (folder / "texts" / f"{number}.txt").write_text(f"Text number {number} says that {number} is a number. " * 4)
-    (folder / "own.yaml").write_text(RECIPE)
-    (folder / "own.py").write_text(OWN)
+        (folder / "texts" / f"{number}.txt").write_text(
+            f"Text number {number} says that {number} is a number. " * 4, encoding="utf-8"
+        )
+    (folder / "own.yaml").write_text(RECIPE, encoding="utf-8")
+    (folder / "own.py").write_text(OWN, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run("own.yaml", until="model", allow_code=True)
@@ -59,7 +61,9 @@ def test_an_optimizer_in_a_recipe_trains_and_an_edited_one_trains_again(folder):
     weights = {}
     for rate in ("0.0", "0.5"):
         # a group's own rate counts, not the optimizer's: the function says what it wants
-        (folder / "own.py").write_text(OWN.replace("SGD(groups", 'SGD([g | {"lr": 0.0} for g in groups]').replace("0.0", rate))
+        (folder / "own.py").write_text(
+            OWN.replace("SGD(groups", 'SGD([g | {"lr": 0.0} for g in groups]').replace("0.0", rate), encoding="utf-8"
+        )
         done = run("own.yaml", allow_code=True)
         before = load_model(next((done.folder / "stages" / "model").resolve().glob("model")))
         after = load_model(done.folder / "model")

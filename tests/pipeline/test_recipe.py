@@ -109,12 +109,12 @@ def test_null_override_takes_a_stage_away(recipe):
 
 def test_extends_inherits_and_keeps_lines_of_both_files(recipe, folder):
     recipe()
-    (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ncount:\n  times: 7\n")
+    (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ncount:\n  times: 7\n", encoding="utf-8")
     loaded = load_recipe("child.yaml")
     assert loaded.name == "child"
     assert loaded.stage("count").config.times == 7
     assert loaded.stage("words").config.words == ["a", "b", "c"]
-    (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ncount:\n  times: no\n")
+    (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ncount:\n  times: no\n", encoding="utf-8")
     assert message("child.yaml").startswith("child.yaml:4: count.times")
 
 
@@ -129,8 +129,8 @@ def test_extends_inherits_and_keeps_lines_of_both_files(recipe, folder):
     ],
 )
 def test_a_setting_unsets_the_inherited_ones_that_it_is_an_alternative_of(folder, parent, child, left):
-    (folder / "parent.yaml").write_text(f"format: 1\nname: p\npretrain: {{{parent}}}\n")
-    (folder / "child.yaml").write_text(f"extends: parent.yaml\npretrain: {{{child}}}\n")
+    (folder / "parent.yaml").write_text(f"format: 1\nname: p\npretrain: {{{parent}}}\n", encoding="utf-8")
+    (folder / "child.yaml").write_text(f"extends: parent.yaml\npretrain: {{{child}}}\n", encoding="utf-8")
     assert sorted(recipe_module._with_extended(Path("child.yaml"), ()).values["pretrain"]) == sorted(left)
 
 
@@ -142,7 +142,7 @@ def test_an_override_of_the_steps_unsets_the_minutes_of_the_recipe():
 
 
 def test_an_override_takes_the_place_of_what_a_short_section_stands_for(folder):
-    (folder / "short.yaml").write_text("format: 1\nname: s\nextends: chat\nmodel: qwen3-1m\n")
+    (folder / "short.yaml").write_text("format: 1\nname: s\nextends: chat\nmodel: qwen3-1m\n", encoding="utf-8")
     changed = load_recipe("short.yaml", ["model.init_from=base", "tokenize.tokenizer=base"]).stage("model").config
     assert (changed.init_from, changed.preset) == ("base", None)
 
@@ -157,13 +157,13 @@ def test_two_lengths_in_one_place_are_refused_with_both_ways_out():
 
 def test_a_recipe_leaves_out_a_stage_of_the_one_that_it_extends(recipe, folder):
     recipe()
-    (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ntrain: null\n")
+    (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ntrain: null\n", encoding="utf-8")
     assert [stage.name for stage in load_recipe("child.yaml").stages] == ["words", "count"]
 
 
 def test_recipes_that_extend_each_other_are_refused(folder, calls):
-    (folder / "a.yaml").write_text("extends: b.yaml\n")
-    (folder / "b.yaml").write_text("extends: a.yaml\n")
+    (folder / "a.yaml").write_text("extends: b.yaml\n", encoding="utf-8")
+    (folder / "b.yaml").write_text("extends: a.yaml\n", encoding="utf-8")
     assert "in a circle" in message("a.yaml")
 
 
@@ -187,7 +187,7 @@ def test_text_that_looks_like_code_is_text_where_no_code_can_be_named():
 @pytest.mark.parametrize("place", ["", "downloads/"])
 def test_a_recipe_runs_code_of_its_own_only_when_allowed_wherever_it_lies(recipe, folder, place):
     (folder / "downloads").mkdir()
-    (folder / place / "mine.py").write_text("def f(): ...\n")
+    (folder / place / "mine.py").write_text("def f(): ...\n", encoding="utf-8")
     Path(recipe("words: [a]\ncount: {function: 'mine.py:f'}\n")).rename(folder / place / "theirs.yaml")
     text = message(f"{place}theirs.yaml")
     assert text.startswith(f"{place}theirs.yaml:4: count: names code of its own (mine.py:f)") and "--allow-code" in text
@@ -246,23 +246,23 @@ TEXTS = "extends: chat\nformat: 1\nname: mine\ncollect: [{source: files, paths: 
 
 def test_questions_on_documentation_are_refused_where_no_source_gives_any(folder):
     (folder / "texts").mkdir()
-    (folder / "texts" / "a.md").write_text("Steel is an alloy.")
-    (folder / "mine.yaml").write_text(TEXTS)
+    (folder / "texts" / "a.md").write_text("Steel is an alloy.", encoding="utf-8")
+    (folder / "mine.yaml").write_text(TEXTS, encoding="utf-8")
     text = refused("mine.yaml")
     assert text.startswith("sft: made/docs_questions is made from documentation") and "sft: null" in text
-    (folder / "mine.yaml").write_text(TEXTS + "sft: null\n")
+    (folder / "mine.yaml").write_text(TEXTS + "sft: null\n", encoding="utf-8")
     prepare("mine.yaml")
     (folder / "texts" / "b.jsonl.gz").write_bytes(b"")  # its records may say which function they document
-    (folder / "mine.yaml").write_text(TEXTS)
+    (folder / "mine.yaml").write_text(TEXTS, encoding="utf-8")
     prepare("mine.yaml")
 
 
 def test_the_recipe_of_the_readme_is_accepted(folder):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     recipe = next(block.partition("```")[0] for block in readme.split("```yaml\n")[1:] if "extends: chat" in block)
     (folder / "texts").mkdir()
-    (folder / "texts" / "a.md").write_text("Steel is an alloy.")
-    (folder / "mine.yaml").write_text(recipe)
+    (folder / "texts" / "a.md").write_text("Steel is an alloy.", encoding="utf-8")
+    (folder / "mine.yaml").write_text(recipe, encoding="utf-8")
     assert "sft" not in [one.stage.name for one in prepare("mine.yaml").plan()]
 
 
@@ -318,7 +318,7 @@ def test_fill_in_the_middle_without_its_tokens_or_in_an_unknown_source_is_refuse
 
 
 def test_users_code_that_does_not_import_is_said_before_anything_runs(folder):
-    (folder / "own.py").write_text("import nothing_like_it\n")
+    (folder / "own.py").write_text("import nothing_like_it\n", encoding="utf-8")
     overrides = ["collect=[python_docs]", "pretrain.optimizer=own.py:best"]
     assert "own.py: importing it failed: ModuleNotFoundError" in refused(overrides=overrides)
     prepare("quickstart", overrides, until="tokenize")
@@ -344,10 +344,11 @@ def test_documents_that_give_no_question_are_told_before_a_tokenizer_is_made(fol
     from bessemer.pipeline.api import run
 
     lines = [json.dumps({"id": number, "text": f"Return the number of items in {number}."}) for number in range(30)]
-    (folder / "texts.jsonl").write_text("\n".join(lines))
+    (folder / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (folder / "mine.yaml").write_text(
         "format: 1\nname: mine\ncollect: [{source: files, paths: texts.jsonl}]\ntokenize: {algorithm: byte}\n"
-        "model: {preset: qwen3-1m}\nsft: {steps: 1, context_length: 64}\n"
+        "model: {preset: qwen3-1m}\nsft: {steps: 1, context_length: 64}\n",
+        encoding="utf-8",
     )
     with pytest.raises(ConfigError, match=r"sft: made/docs_questions is made from documentation .* none is left"):
         run("mine.yaml")

@@ -24,7 +24,7 @@ def test_what_is_shown_is_a_recipe_that_means_the_same(tmp_path, name):
 
 def test_each_setting_names_the_place_that_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text("extends: chat\nname: mine\npretrain:\n  batch_size: 4\n")
+    Path("mine.yaml").write_text("extends: chat\nname: mine\npretrain:\n  batch_size: 4\n", encoding="utf-8")
     found = {}
     for line in lines("mine.yaml", ["pretrain.beta2=0.9"]):
         setting, _, origin = line.partition("  # ")

@@ -99,4 +99,4 @@ def test_a_stage_that_is_not_there_yet_is_left_out(tmp_path):
 def test_gathering_imports_nothing_heavy_and_nothing_that_draws():
     heavy = ("torch", "pyarrow", "daft", "numba", "matplotlib", "rich", "markupsafe")
     code = f"import sys, bessemer.pipeline.report; sys.exit(' '.join(name for name in {heavy} if name in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr.strip() == ""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False).stderr.strip() == ""

@@ -30,7 +30,7 @@ def test_the_stage_at_work_is_known_while_it_is_and_interrupted_when_nobody_is_a
     folder = runner.run_folder.folder
     found = states(folder)
     assert found["train"].status == "interrupted" and found["train"].started and found["train"].steps == 5
-    assert (found["train"].folder / "checkpoints" / "step").read_text() == "3"
+    assert (found["train"].folder / "checkpoints" / "step").read_text(encoding="utf-8") == "3"
     with Store(runner.run_folder.store_root).lock(found["train"].key):
         assert states(folder)["train"].status == "running"
     execute(prepare(recipe()))

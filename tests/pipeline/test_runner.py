@@ -64,7 +64,7 @@ def test_a_stage_that_runs_at_another_pace_than_was_measured_is_measured_again_a
     progress = Said()
     result = go(recipe(), progress=progress)
     assert calls == ["words", "count", "resolve", "train", "from 0", "resolve", "train", "from 0"]
-    assert (follow(result.folder / "model") / "weights.txt").read_text().split()[
+    assert (follow(result.folder / "model") / "weights.txt").read_text(encoding="utf-8").split()[
         0
     ] == "15"  # 0.05 minutes at three times the speed
     assert "train: a step takes 3 times less; measured again" in progress.lines
@@ -116,10 +116,10 @@ def test_a_raised_stage_version_reruns_it(recipe, calls, monkeypatch):
 
 
 def test_an_edited_user_function_reruns_its_stage(recipe, calls, folder):
-    (folder / "mine.py").write_text("def f(): return 1\n")
+    (folder / "mine.py").write_text("def f(): return 1\n", encoding="utf-8")
     name = recipe("words: [a]\ncount: {function: 'mine.py:f'}\n")
     go(name, allow_code=True)
-    (folder / "mine.py").write_text("def f(): return 2\n")
+    (folder / "mine.py").write_text("def f(): return 2\n", encoding="utf-8")
     calls.clear()
     assert {one.stage.name: one.why for one in prepare(name, allow_code=True).plan()}["count"] == "your code in it changed"
     go(name, allow_code=True)
@@ -149,20 +149,20 @@ def test_minutes_are_measured_once_even_under_another_name(recipe, calls):
     go(recipe())
     go(recipe(), name="other")
     assert calls.count("resolve") == 1
-    lock = Path("runs/small/recipe.lock.yaml").read_text()
+    lock = Path("runs/small/recipe.lock.yaml").read_text(encoding="utf-8")
     assert "tokens_per_second: 5" in lock
     assert "steps: 5" in lock
 
 
 def test_a_lock_file_moved_to_a_new_folder_gives_the_same_size(recipe, calls, folder):
     go(recipe())
-    lock = Path("runs/small/recipe.lock.yaml").read_text()
+    lock = Path("runs/small/recipe.lock.yaml").read_text(encoding="utf-8")
     other = folder / "elsewhere" / "small"
     other.mkdir(parents=True)
-    (other / "recipe.lock.yaml").write_text(lock.replace("steps: 5", "steps: 4"))
+    (other / "recipe.lock.yaml").write_text(lock.replace("steps: 5", "steps: 4"), encoding="utf-8")
     go(recipe(), runs=folder / "elsewhere")
     assert calls.count("resolve") == 1
-    assert (follow(other / "model") / "weights.txt").read_text() == "4 0"
+    assert (follow(other / "model") / "weights.txt").read_text(encoding="utf-8") == "4 0"
 
 
 def test_an_interrupted_stage_goes_on_from_its_checkpoint(recipe, calls):
@@ -202,9 +202,9 @@ def test_a_run_goes_without_a_report_where_nothing_draws_it(recipe, calls, monke
 def test_run_folder_links_the_artefacts(recipe, calls):
     go(recipe())
     run = Path("runs/small")
-    assert (follow(run / "corpus") / "documents" / "words.txt").read_text() == "a b c"
-    assert (follow(run / "model") / "weights.txt").read_text() == "5 0"
-    assert (follow(run / "stages" / "count") / "count.txt").read_text() == "6"
+    assert (follow(run / "corpus") / "documents" / "words.txt").read_text(encoding="utf-8") == "a b c"
+    assert (follow(run / "model") / "weights.txt").read_text(encoding="utf-8") == "5 0"
+    assert (follow(run / "stages" / "count") / "count.txt").read_text(encoding="utf-8") == "6"
 
 
 def test_the_first_run_is_called_as_its_recipe_whatever_overrides_it_has(recipe, calls):
@@ -253,7 +253,7 @@ def test_two_runs_with_other_overrides_at_once_take_two_folders(recipe, calls, m
     assert {result.folder.name for result in results.values()} == {"small", "small-2"}
     for times, result in results.items():
         assert result.run.record()["recipe"]["count"]["times"] == times
-        assert (follow(result.folder / "stages" / "count") / "count.txt").read_text() == str(times)
+        assert (follow(result.folder / "stages" / "count") / "count.txt").read_text(encoding="utf-8") == str(times)
 
 
 def test_an_artefact_is_linked_before_its_lock_is_free(recipe, calls, monkeypatch):
@@ -367,14 +367,14 @@ print(Path("runs/small/corpus/half.txt").read_text())
 def test_a_killed_run_never_shows_a_half_made_artefact(recipe, folder):
     recipe("words: [a]\n")
     script = folder / "go.py"
-    script.write_text(_KILLED.format(tests=str(Path(__file__).parents[2])))
-    killed = subprocess.Popen([sys.executable, script, "slow"], stdout=subprocess.PIPE, text=True)
+    script.write_text(_KILLED.format(tests=str(Path(__file__).parents[2])), encoding="utf-8")
+    killed = subprocess.Popen([sys.executable, script, "slow"], stdout=subprocess.PIPE, encoding="utf-8")
     assert killed.stdout is not None
     assert killed.stdout.readline() == "ready\n"
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (folder / "runs" / "small" / "corpus").exists()
-    again = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    again = subprocess.run([sys.executable, script], capture_output=True, encoding="utf-8", check=True)
     assert again.stdout == "whole\n"
 
 

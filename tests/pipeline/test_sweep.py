@@ -103,7 +103,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(recipe, calls):
 def test_the_table_has_a_line_for_every_member(recipe, tmp_path):
     outcomes = sweep("recipe.yaml", members(recipe(), ["words=[bad],[a]"]))
     write_sweep(tmp_path / "sweeps" / "small.csv", outcomes)
-    with (tmp_path / "sweeps" / "small.csv").open() as stream:
+    with (tmp_path / "sweeps" / "small.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["words"], row["status"], row["loss"]) for row in rows] == [("[bad]", "failed", ""), ("[a]", "done", "")]
     assert sweep_rows(outcomes)[0]["problem"] == "words: 'bad' is not usable"

@@ -28,8 +28,8 @@ pretrain: {steps: 1, tasks: [TASK]}
 )
 def test_a_task_without_data_ends_a_run_before_its_first_stage(task, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("texts.jsonl").write_text(json.dumps({"text": "Steel is an alloy of iron and carbon."}) + "\n")
-    Path("recipe.yaml").write_text(RECIPE.replace("TASK", task))
+    Path("texts.jsonl").write_text(json.dumps({"text": "Steel is an alloy of iron and carbon."}) + "\n", encoding="utf-8")
+    Path("recipe.yaml").write_text(RECIPE.replace("TASK", task), encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
         main(["run", "recipe.yaml"])
     assert ended.value.code == 2

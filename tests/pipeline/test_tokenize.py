@@ -21,8 +21,10 @@ tokenize: {vocab_size: 300, shard_tokens: 1000}
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(_RECIPE)
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in synthetic_corpus(40)))
+    (tmp_path / "recipe.yaml").write_text(_RECIPE, encoding="utf-8")
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in synthetic_corpus(40)), encoding="utf-8"
+    )
     return tmp_path
 
 

@@ -32,13 +32,13 @@ def folder(tmp_path):
     config = ModelConfig(vocab_size=VOCAB_SIZE, intermediate_size=48, max_position_embeddings=64, **shape)
     save_model(initial_decoder(config, seed=1), tmp_path / "base", tokenizer=write_small_tokenizer(tmp_path / "tokenizer"))
     rows = [{"prompt": [{"role": "user", "content": str(n)}], "completion": f"{n}!"} for n in range(12)]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path
 
 
 def write_recipe(folder, tuning):
     path = folder / "recipe.yaml"
-    path.write_text(f"format: 1\nname: tuned\nmodel: {{init_from: base}}\n{tuning}\n")
+    path.write_text(f"format: 1\nname: tuned\nmodel: {{init_from: base}}\n{tuning}\n", encoding="utf-8")
     return str(path)
 
 

@@ -31,7 +31,7 @@ ALL = ["collect", "clean", "deduplicate", "select", "tokenize"]
 def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, content in {"recipe.yaml": RECIPE, **FILES}.items():
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     return tmp_path
 
 
@@ -51,26 +51,26 @@ def test_an_edited_file_of_the_users_makes_again_what_depends_on_it_and_nothing_
     assert before and all(len(text) < 20 and "  " not in text for text in before)
     assert made_by() == []
 
-    (place / "score.py").write_text(FILES["score.py"].replace("< 20", "< 15"))
+    (place / "score.py").write_text(FILES["score.py"].replace("< 20", "< 15"), encoding="utf-8")
     assert made_by() == ALL[1:]
     assert 0 < len(kept(place)) < len(before)
 
-    (place / "edit.py").write_text(FILES["edit.py"].replace("' ')", "'-')"))
+    (place / "edit.py").write_text(FILES["edit.py"].replace("' ')", "'-')"), encoding="utf-8")
     assert made_by() == ALL[1:]
     assert all("Ingot-" in text for text in kept(place))
 
-    (place / "source.py").write_text(FILES["source.py"].replace("Ingot", "Block"))
+    (place / "source.py").write_text(FILES["source.py"].replace("Ingot", "Block"), encoding="utf-8")
     assert made_by() == ALL
     assert all("Block-" in text for text in kept(place))
 
     for name, content in FILES.items():  # as they were: what was made then is found again
-        (place / name).write_text(content)
+        (place / name).write_text(content, encoding="utf-8")
     assert made_by() == []
     assert kept(place) == before
 
 
 def test_what_a_users_filter_dropped_has_its_name_in_the_report(place):
     run("recipe.yaml", until="select", allow_code=True)
-    manifest = json.loads((place / "runs/small/stages/select/manifest.json").read_text())
+    manifest = json.loads((place / "runs/small/stages/select/manifest.json").read_text(encoding="utf-8"))
     assert set(manifest["metrics"]["by_reason"]) == {"brief"}
-    assert "brief" in (place / "runs/small/report.html").read_text()
+    assert "brief" in (place / "runs/small/report.html").read_text(encoding="utf-8")

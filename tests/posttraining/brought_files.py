@@ -68,7 +68,7 @@ def alpaca_under_a_key(folder: Path) -> Path:
     rows = [{"instruction": q, "input": "", "output": a} for q, a in ROWS[:30]]
     rows += [{"instruction": "", "input": q, "output": a} for q, a in ROWS[30:]]
     rows[10:10] = [{"instruction": "Und?", "input": "", "output": ""}, {"instruction": "Nun?", "input": "", "output": None}]
-    (folder / "alpaca.json").write_text(json.dumps({"version": "1.1", "data": rows}))
+    (folder / "alpaca.json").write_text(json.dumps({"version": "1.1", "data": rows}), encoding="utf-8")
     return folder / "alpaca.json"
 
 
@@ -113,7 +113,7 @@ def openai_messages(folder: Path) -> Path:
 def capitals_in_a_list(folder: Path) -> Path:
     """Dolly's columns in capitals, a list of objects where a line should hold one."""
     rows = [{"Instruction": question, "Context": "", "Response": answer, "Category": "qa"} for question, answer in ROWS]
-    (folder / "dolly.jsonl").write_text(json.dumps(rows, indent=1))
+    (folder / "dolly.jsonl").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return folder / "dolly.jsonl"
 
 
@@ -128,7 +128,7 @@ def prompts_and_completions(folder: Path) -> Path:
     """Objects a line in a `.json`, of which two lines are cut off."""
     lines = [json.dumps({"prompt": [_said("user", q)], "completion": [_said("assistant", a)]}) for q, a in ROWS]
     lines[20:20] = ['{"prompt": [{"role": "user", "con', "[]"]
-    (folder / "pairs.json").write_text("\n".join(lines))
+    (folder / "pairs.json").write_text("\n".join(lines), encoding="utf-8")
     return folder / "pairs.json"
 
 
@@ -136,7 +136,7 @@ def hub_layout(folder: Path) -> Path:
     """A data set as the hub keeps it: a card with configurations, shards of a split."""
     (folder / "dataset" / "data").mkdir(parents=True)
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n# Orders\n"
-    (folder / "dataset" / "README.md").write_text(card)
+    (folder / "dataset" / "README.md").write_text(card, encoding="utf-8")
     for shard in (0, 1):
         rows = [{"question": q, "answer": a} for q, a in ROWS[30 * shard : 30 * shard + 30]]
         path = folder / "dataset" / "data" / f"train-{shard:05d}-of-00002.parquet"
@@ -156,7 +156,7 @@ def notes(folder: Path) -> Path:
         )
         (folder / "notes" / f"n{number}.md").write_text(text, encoding="utf-8")
         (folder / "notes" / "deep" / f"t{number}.txt").write_bytes(text.replace("Ofen", "Öfen").encode("cp1252"))
-    (folder / "notes" / ".hidden.md").write_text("nothing")
+    (folder / "notes" / ".hidden.md").write_text("nothing", encoding="utf-8")
     return folder / "notes"
 
 

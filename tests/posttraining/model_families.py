@@ -123,8 +123,8 @@ def write_family(name, folder):
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": family.ends[0]}
     config |= {"bos_token": family.bos} if family.bos else {}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     ends = [tokenizer.token_to_id(token) for token in family.ends]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    (folder / "chat_template.jinja").write_text((TEMPLATES / f"{name}.jinja").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"), encoding="utf-8")
     return load_tokenizer(folder)

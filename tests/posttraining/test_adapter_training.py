@@ -50,7 +50,7 @@ SETTINGS = {
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
     rows = [{"messages": [said("user", f"Say {n}."), said("assistant", f"{n} it is.")]} for n in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -224,7 +224,7 @@ def test_what_an_adapter_cannot_be_trained_with_is_told_in_one_line(int4_folder,
 def test_a_preference_run_begins_at_its_reference(model_folder, tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": [said("user", f"Say {n}.")], "chosen": f"YES {n}", "rejected": f"no {n}"} for n in range(24)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = SETTINGS | {"data": [str(path)], "adapter": {"rank": 4, "quantize": "int8"}, "learning_rate": 2e-2, "steps": 12}
     summary = preference(PreferenceConfig.parse(settings), model_folder, tmp_path, seed=3, device="cpu")
     first = read_metrics(tmp_path / "metrics.jsonl")[0]

@@ -111,7 +111,8 @@ def test_what_was_understood_is_said_in_full(tmp_path, monkeypatch):
                 ),
                 *bad,
             ]
-        )
+        ),
+        encoding="utf-8",
     )
     lines = previewed("s.jsonl").lines()
     assert lines[:6] == [
@@ -141,7 +142,7 @@ def test_what_was_understood_is_said_in_full(tmp_path, monkeypatch):
 def test_bad_rows_are_left_out_up_to_a_twentieth(tmp_path, caplog):
     path = tmp_path / "t.jsonl"
     good, bad = '{"prompt": "a", "completion": "b"}\n', '{"prompt": "a", "completion": ""}\n'
-    path.write_text(good * 38 + bad * 2)
+    path.write_text(good * 38 + bad * 2, encoding="utf-8")
     reader = RowReader()
     assert len(read_conversations(path, reader=reader)) == 38
     assert [row.place for row in reader.bad] == [f"{path}:39", f"{path}:40"] and reader.figures == {"bad_rows": 2}
@@ -151,7 +152,7 @@ def test_bad_rows_are_left_out_up_to_a_twentieth(tmp_path, caplog):
     ]
     with pytest.raises(SourceError, match=r"t.jsonl:39: completion: the answer is empty .*; mend them, or leave bad rows out"):
         read_conversations(path, reader=RowReader("stop"))
-    path.write_text(good * 37 + bad * 2)
+    path.write_text(good * 37 + bad * 2, encoding="utf-8")
     with pytest.raises(SourceError, match=r"t.jsonl:38: .*; 2 of 39 rows cannot be used, more than a twentieth; mend them"):
         read_conversations(path)
 
@@ -159,7 +160,9 @@ def test_bad_rows_are_left_out_up_to_a_twentieth(tmp_path, caplog):
 def test_the_command_says_what_it_understood_before_it_trains(model_folder, tmp_path, capsys):
     path = tmp_path / "tickets.jsonl"
     rows = [{"instruction": f"Where is order {n}?", "input": "", "output": f"Order {n} is on its way."} for n in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"instruction": "Hm?", "input": "", "output": ""}]))
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"instruction": "Hm?", "input": "", "output": ""}]), encoding="utf-8"
+    )
     out = tmp_path / "out"
     asked = ("finetune", model_folder, path, out, "--method", "lora", "--epochs", 0.1, "--device", "cpu")
     code, _, said = bessemer(capsys, *asked, "--general", "none")
@@ -169,7 +172,7 @@ def test_the_command_says_what_it_understood_before_it_trains(model_folder, tmp_
         "61 rows: instructions in Alpaca's form" in before and "line 61: needs a text under 'output', which is empty" in before
     )
     assert read_json(out / "finetune.json")["result"]["metrics"]["bad_rows"] == 1
-    (line,) = (out / "bad_rows.jsonl").read_text().splitlines()
+    (line,) = (out / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line) == {"place": f"{path}:61", "reason": "needs a text under 'output', which is empty"}
     code, _, err = bessemer(capsys, *asked[:3], tmp_path / "strict", "--on-bad-row", "stop")
     assert code == 2 and f"{path}:61: needs a text under 'output'" in one_error(err) and not (tmp_path / "strict").exists()
@@ -198,7 +201,7 @@ def serving(out):
     """While entered, `bessemer serve` of a folder in a process of its own; its URL."""
     port = free_port()
     command = [sys.executable, "-m", "bessemer", "serve", str(out), "--port", port, "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8") as server:
         url = f"http://127.0.0.1:{port}"
         try:
             while True:
@@ -253,7 +256,7 @@ def test_every_table_becomes_an_adapter(model_folder, tmp_path, capsys, make):
 
 def test_the_preview_command_says_the_same_and_its_code_is_that_of_a_training(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
     code, printed, _ = bessemer(capsys, "data", "preview", path)
     assert code == 0 and printed.splitlines()[1:] == [
         "  1 row: pairs of answers",
@@ -265,6 +268,6 @@ def test_the_preview_command_says_the_same_and_its_code_is_that_of_a_training(tm
         "    better: b",
         "    worse: c",
     ]
-    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n', encoding="utf-8")
     code, printed, err = bessemer(capsys, "data", "preview", path)
     assert code == 2 and "1 of 1 rows cannot be used" in printed and "more than a twentieth" in one_error(err)

@@ -54,10 +54,10 @@ def serve(monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     """A policy, and prompts of which the first five bring an answer."""
-    (tmp_path / "policy.yaml").write_text(POLICY)
+    (tmp_path / "policy.yaml").write_text(POLICY, encoding="utf-8")
     rows = [{"prompt": f"Question {n}?", "completion": HARM if n % 2 else f"Answer {n}."} for n in range(5)]
     rows += [{"prompt": [{"role": "user", "content": "Q?"}]}]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path
 
 
@@ -86,7 +86,7 @@ def test_answers_are_criticised_and_revised_by_drawn_principles(serve, folder, m
     assert second[:3] == first and second[3]["content"] == "Of 'Answer 0.': no." and second[4]["content"].startswith("Make it")
     # the second round begins from the first revision
     assert third[1]["content"].startswith("I would rather tell of flowers. Make it") and fourth[:3] == third
-    (row, *_) = map(json.loads, (folder / "out" / "revisions.jsonl").open())
+    (row, *_) = map(json.loads, (folder / "out" / "revisions.jsonl").open(encoding="utf-8"))
     assert sorted(row["principles"]) == ["kind", "safe"], "none is drawn twice before all have been"
     assert row["answer"] == "Answer 0." and row["critic"] == "critic" and len(row["critiques"]) == 2
     assert (metrics["hazard_before_share"], metrics["hazard_after_share"]) == (2 / 6, 0)
@@ -105,7 +105,7 @@ def test_a_run_that_breaks_off_goes_on_behind_its_finished_rows(serve, folder, m
         revise(config(ReviseConfig, server), model_folder, folder / "cut", **settings)
     # two rows of the first batch, and one that the crash cut in two
     work = folder / "cut" / ".checkpoints" / "revisions.jsonl"
-    with work.open("a") as stream:
+    with work.open("a", encoding="utf-8") as stream:
         stream.write('{"prompt": [{"role": "us')
     works["until"] = math.inf
     server.requests.clear()
@@ -153,7 +153,7 @@ def test_a_revision_that_was_cut_is_left_out_and_a_critique_is_not(serve, folder
     metrics = revise(given, model_folder, folder / "out", seed=3, device="cpu", folder=folder, progress=progress)
     assert metrics["reasons"] == {"cut at max_tokens": 1} and metrics["dropped"] == 1
     assert progress.lines[-1:] == ["  1 of 6 prompts are left out: cut at max_tokens (1)"]
-    prompts = [json.loads(line)["prompt"][0]["content"] for line in (folder / "out" / "revisions.jsonl").open()]
+    prompts = [json.loads(line)["prompt"][0]["content"] for line in (folder / "out" / "revisions.jsonl").open(encoding="utf-8")]
     # the model's own first answer, to the last of them, was cut, and is not learnt
     assert prompts == ["Question 0?", "Question 1?", "Question 3?", "Question 4?", "Q?"]
 
@@ -181,10 +181,10 @@ def compare(body, _):
 def test_a_preference_is_the_mean_probability_of_both_orders(serve, folder, model_folder):
     pairs = [("Sit please.", "Sit!"), ("Go!", "Go please."), ("One.", "Two.")]
     rows = [{"prompt": f"{n}?", "chosen": first, "rejected": second} for n, (first, second) in enumerate(pairs)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     given = config(AIPreferencesConfig, serve(compare), data=["pairs.jsonl"], principles_per_pair=2)
     metrics = ai_preferences(given, model_folder, folder, seed=3, device="cpu", folder=folder)
-    found = list(map(json.loads, (folder / "preferences.jsonl").open()))
+    found = list(map(json.loads, (folder / "preferences.jsonl").open(encoding="utf-8")))
     assert [(row["chosen"], row["rejected"]) for row in found] == [pairs[0], pairs[1][::-1]]
     # the bias of 0.1 to place A cancels
     assert [row["confidence"] for row in found] == pytest.approx([0.8, 0.8])
@@ -196,7 +196,7 @@ def test_a_preference_is_the_mean_probability_of_both_orders(serve, folder, mode
 
 
 def test_two_answers_of_the_model_are_compared(serve, folder, model_folder):
-    (folder / "prompts.jsonl").write_text('{"prompt": "Q?"}\n{"prompt": "R?"}\n')
+    (folder / "prompts.jsonl").write_text('{"prompt": "Q?"}\n{"prompt": "R?"}\n', encoding="utf-8")
     seen = serve(lambda body, _: completion("A"))
     settings = {"seed": 3, "device": "cpu", "folder": folder}
     model = ending_soon(model_folder, folder / "model")
@@ -211,7 +211,7 @@ def test_two_answers_of_the_model_are_compared(serve, folder, model_folder):
 
 def test_a_pair_with_an_answer_that_was_cut_is_left_out_and_counted(serve, folder, model_folder):
     rows = [{"prompt": "0?", "chosen": "Sit please.", "rejected": "Sit!"}, {"prompt": "1?", "completion": "Go please."}]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     given = config(AIPreferencesConfig, serve(compare), data=["pairs.jsonl"])
     metrics = ai_preferences(given, model_folder, folder, seed=3, device="cpu", folder=folder)
     assert (metrics["pairs"], metrics["dropped"], metrics["reasons"]) == (1, 1, {"cut at max_tokens": 1})
@@ -291,7 +291,7 @@ def test_a_reward_model_learns_a_soft_label_as_its_probability():
 
 def test_a_loss_that_cannot_use_a_confidence_refuses_it(tmp_path, tokenizer):
     row = {"prompt": "Q?", "chosen": "a", "rejected": "b", "confidence": 0.7}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     given = PreferenceConfig.parse({"data": ["pairs.jsonl"], "loss": "hinge"}, "preference")
     with pytest.raises(SourceError, match=r"the pairs have a confidence, which the loss hinge cannot use; take sigmoid"):
         paired_data(given, tokenizer, tmp_path, {}, 1)
@@ -326,7 +326,7 @@ def test_detectors_tell_refusals_hazards_and_babble_from_answers():
 def test_made_data_is_learnt_beside_files_and_questions(documents, tmp_path):
     row = {"prompt": [{"role": "user", "content": "Q?"}], "completion": "Well.", "answer": "Badly."}
     for name in ("revisions.jsonl", "own.jsonl"):
-        (tmp_path / name).write_text(json.dumps(row) + "\n")
+        (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
     given = {"data": ["made/docs_questions", "made/revisions", "own.jsonl"], "train_questions": 5, "validation_share": 0}
     made = {"made/revisions": tmp_path / "revisions.jsonl"}
     training, _ = gather_conversations(SFTConfig.parse(given, "sft"), documents, tmp_path, 1, made)

@@ -29,7 +29,7 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 )
 def test_a_bad_line_is_named(tmp_path, line, problem):
     path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
+    path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n", encoding="utf-8")
     with pytest.raises(BessemerError, match=f"chat.jsonl:3: .*{problem}") as error:
         read_conversations(path)
     assert "\n" not in str(error.value)
@@ -37,7 +37,7 @@ def test_a_bad_line_is_named(tmp_path, line, problem):
 
 def test_of_many_bad_rows_the_first_is_explained_and_the_others_are_named(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_text("prompt;answer\nHello?;Hello.\n" + "Hello?;\n" * 7)
+    path.write_text("prompt;answer\nHello?;Hello.\n" + "Hello?;\n" * 7, encoding="utf-8")
     with pytest.raises(SourceError) as error:
         read_conversations(path, ("prompt", "answer"))
     assert str(error.value) == (
@@ -49,7 +49,7 @@ def test_of_many_bad_rows_the_first_is_explained_and_the_others_are_named(tmp_pa
 def test_a_missing_and_an_empty_file_are_refused(tmp_path):
     with pytest.raises(ArtefactError, match="no such file"):
         read_conversations(tmp_path / "none.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
     with pytest.raises(ArtefactError, match="holds no rows"):
         read_conversations(tmp_path / "empty.jsonl")
 
@@ -88,7 +88,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_other_formats_are_conversations(tmp_path, name):
-    (tmp_path / name).write_text(ROWS[name])
+    (tmp_path / name).write_text(ROWS[name], encoding="utf-8")
     [read] = read_conversations(tmp_path / name)
     assert [(one["role"], one["content"]) for one in read.messages] == [("user", "Hello?"), ("assistant", "Hello.")]
     write_conversations(tmp_path / "again.jsonl", [read])
@@ -98,7 +98,7 @@ def test_rows_of_other_formats_are_conversations(tmp_path, name):
 
 def test_a_table_is_texts_without_roles_or_a_conversation_by_the_names_of_its_columns(tmp_path):
     path = tmp_path / "table.csv"
-    path.write_text(CSV)
+    path.write_text(CSV, encoding="utf-8")
     [texts] = read_conversations(path)
     assert (texts.answered.prompt, texts.answered.answer, texts.messages) == ("Hello?", "Hello.", ())
     [named] = read_conversations(path, ("prompt", "label"))
@@ -121,7 +121,7 @@ def test_a_table_is_texts_without_roles_or_a_conversation_by_the_names_of_its_co
 )
 def test_a_table_that_cannot_be_learnt_from_is_told_in_one_line(tmp_path, table, problem):
     path = tmp_path / "t.csv"
-    path.write_text(table)
+    path.write_text(table, encoding="utf-8")
     with pytest.raises(BessemerError, match=problem) as error:
         read_conversations(path, ("prompt", "answer"))
     assert "\n" not in str(error.value)

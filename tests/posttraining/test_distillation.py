@@ -76,9 +76,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
     words = ["table", "graph", "node", "edge", "matrix", "vector", "layer", "cache"]
     prompts = [{"prompt": f"Return the {a} of {b}"} for a in words for b in words[:3]]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
     chats = [{"messages": [said("user", f"{a}?"), said("assistant", f"A {a}.")]} for a in words for _ in range(2)]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
     return folder
 
 
@@ -120,7 +120,7 @@ def test_a_limit_of_time_leaves_as_many_steps_as_fit(model_folder, teacher_folde
     settings = {"data": ["prompts.jsonl"], "answers": "student", "loss": "policy_gradient", "batch_size": 8}
     summary = run(teacher_folder, model_folder, data, tmp_path, steps=100_000, minutes=1 / 120, **settings)
     assert 1 <= summary["steps"] < 10_000
-    measured = json.loads((tmp_path / "autotune.json").read_text())["measured"]
+    measured = json.loads((tmp_path / "autotune.json").read_text(encoding="utf-8"))["measured"]
     assert (measured["steps"], measured["planned_steps"]) == (summary["steps"], 100_000)
 
 
@@ -241,15 +241,18 @@ def test_a_teacher_of_another_tokenizer_is_learnt_from_by_its_words(model_folder
     out = tmp_path / "out"
     summary = run(model_folder, other_folder, data, out, **settings)
     assert summary["answers"] > 24 and "validation_reverse_kl" not in summary and summary["validation_loss"] > 0
-    sampled = (out / ANSWERS).read_text()
+    sampled = (out / ANSWERS).read_text(encoding="utf-8")
     assert len(sampled.splitlines()) == 25, "what the rows are of, and a row of each prompt"
     # what an interruption in the midst of the second lot leaves
-    (out / ANSWERS).write_text("\n".join(sampled.splitlines()[:11]) + '\n{"prompt": "Re')
+    (out / ANSWERS).write_text("\n".join(sampled.splitlines()[:11]) + '\n{"prompt": "Re', encoding="utf-8")
     shutil.rmtree(out / "checkpoints")
     run(model_folder, other_folder, data, out, **settings)
-    assert (out / ANSWERS).read_text() == sampled
+    assert (out / ANSWERS).read_text(encoding="utf-8") == sampled
     ended = sum(not answer["cut"] for line in sampled.splitlines()[1:] for answer in json.loads(line)["answers"])
-    written = [(out / "conversations" / f"{name}.jsonl").read_text().split("\n")[:-1] for name in ("train", "validation")]
+    written = [
+        (out / "conversations" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        for name in ("train", "validation")
+    ]
     assert sum(map(len, written)) <= ended
     with pytest.raises(ArtefactError, match=r"teacher_answers\.jsonl: its rows were made with other settings or data"):
         run(model_folder, other_folder, data, out, **settings, max_tokens=9)
@@ -276,7 +279,7 @@ def test_of_an_answer_that_was_cut_the_end_is_no_target(prompt, tokenizer):
 
 def test_what_ended_is_written_as_sft_reads_it(tmp_path):
     rows = [TeacherAnswer(Prompt(prompt), "Yes.", False).conversation.record for prompt in ("So", (said("user", "So?"),))]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     first, second = read_conversations(tmp_path / "rows.jsonl")
     assert (first.answered.prompt, first.answered.answer) == ("So", "Yes.")
     assert [message["role"] for message in second.messages] == ["user", "assistant"]
@@ -322,12 +325,12 @@ def test_settings_that_cannot_be_are_refused_in_one_line(settings, message):
 
 def test_data_that_cannot_be_learnt_from_is_told_in_one_line(model_folder, teacher_folder, data, tmp_path):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "So"}\n{"prompt": []}\n')
+    bad.write_text('{"prompt": "So"}\n{"prompt": []}\n', encoding="utf-8")
     own = {"answers": "student", "loss": "policy_gradient"}
     with pytest.raises(SourceError, match=r"bad.jsonl:2: needs messages or a text under 'prompt'"):
         run(model_folder, teacher_folder, data, tmp_path / "out", data=[str(bad)], **own)
     long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"prompt": "word " * 200}) + "\n")
+    long.write_text(json.dumps({"prompt": "word " * 200}) + "\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"no prompt is left to train on; raise context_length"):
         run(model_folder, teacher_folder, data, tmp_path / "out", data=[str(long)], validation_share=0, **own)
     with pytest.raises(SourceError, match=r"distillation: name files in data, or add a stage that makes tokens"):
@@ -344,7 +347,8 @@ def recipe(folder, distillation):
     path.write_text(
         "format: 1\nname: taught\ncollect: [python_docs]\ntokenize: {vocab_size: 300}\n"
         "big: {kind: model, preset: qwen3-1m}\nlarge: {kind: pretrain, steps: 2}\nmodel: {preset: qwen3-1m}\n"
-        f"distillation: {distillation}\n"
+        f"distillation: {distillation}\n",
+        encoding="utf-8",
     )
     return load_recipe(str(path))
 
@@ -359,7 +363,7 @@ def test_in_a_recipe_the_teacher_is_a_stage_or_a_folder(tmp_path, model_folder):
     settings = f"{{steps: 2, context_length: 64, teacher: {model_folder}, data: [chats.jsonl]}}"
     named = recipe(tmp_path, settings).stage("distillation")
     assert set(named.inputs) == {"model"}
-    (tmp_path / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"teacher: nowhere: no such folder"):
         SPEC.fingerprint(named.config.with_changes(teacher="nowhere"), _Outside(tmp_path))
     assert "model.safetensors" in SPEC.fingerprint(named.config, _Outside(tmp_path))["teacher"]
@@ -370,7 +374,7 @@ def test_in_a_recipe_the_teacher_is_a_stage_or_a_folder(tmp_path, model_folder):
 def test_a_teachers_chat_template_is_among_what_its_answers_depend_on(teacher_folder, tmp_path):
     copy = shutil.copytree(teacher_folder, tmp_path / "copy")
     before = teacher_fingerprint("copy", tmp_path)
-    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     assert teacher_fingerprint("copy", tmp_path) != before
 
 

@@ -124,7 +124,7 @@ def test_long_texts_are_cut_and_negatives_that_do_not_fit_are_left_out(tmp_path)
 def test_a_model_learns_which_passage_answers_over_seeds(tmp_path):
     words = ["the", "in", "he", "thin", "end", "is"]
     rows = [{"question": word, "text": f"{number} {number}", "negatives": []} for number, word in enumerate(words)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
     values = {"data": ["rows.jsonl"], "validation_share": 0, "learning_rate": 1e-2, "batch_size": 1, "context_length": 96}
     before, after = [], []
     for seed in range(3):
@@ -142,7 +142,7 @@ def test_a_model_learns_which_passage_answers_over_seeds(tmp_path):
 
 
 def test_a_mistake_is_named(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"question": "the end", "txt": "in"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"question": "the end", "txt": "in"}\n', encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"rows.jsonl:1: has no field 'text'"):
         read_questions(tmp_path / "rows.jsonl", 4)
     for values, reason in (

@@ -52,7 +52,7 @@ MARKED = (
 
 def with_template(tokenizer, folder, end):
     copy = shutil.copytree(tokenizer.folder, folder / "other")
-    (copy / "chat_template.jinja").write_text(MARKED.replace("END", end))
+    (copy / "chat_template.jinja").write_text(MARKED.replace("END", end), encoding="utf-8")
     return load_tokenizer(copy)
 
 
@@ -82,7 +82,7 @@ def test_a_text_behind_another_is_encoded_as_its_continuation(tokenizer, tmp_pat
     )
     pieces.add_special_tokens(["<s>", "</s>"])
     pieces.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}), encoding="utf-8")
     other = load_tokenizer(tmp_path)
     encoded = encode_answer("2+2=", "4", other)
     assert encoded.ids.tolist() == [*other.encode("2+2=4"), other.eos_ids[0]]

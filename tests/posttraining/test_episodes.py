@@ -58,7 +58,7 @@ def test_only_what_the_policy_wrote_is_a_target():
 
 @pytest.fixture
 def world(data):  # noqa: F811
-    (data / "world.py").write_text(ENVIRONMENT)
+    (data / "world.py").write_text(ENVIRONMENT, encoding="utf-8")
     return data
 
 
@@ -124,7 +124,7 @@ class Waits:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("by_servers", [False, slow(True)], ids=["on the engine", "on a server"])
 def test_environments_that_wait_hold_up_no_other_episode(model_folder, data, tmp_path, by_servers):  # noqa: F811
-    (data / "waiting.py").write_text(WAITING)
+    (data / "waiting.py").write_text(WAITING, encoding="utf-8")
     changes = {"environment": "waiting.py:Waits", "validation_share": 0, "steps": 2, **SETTINGS}
     with servers() as start:
         if by_servers:

@@ -72,7 +72,7 @@ ROWS = [(f"Where is order {n}?", f"Order {n} is on its way.") for n in range(60)
 
 
 def write_table(path, rows=ROWS, header=("ticket", "answer")):
-    with path.open("w", newline="") as stream:
+    with path.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([header, *rows])
     return path
 
@@ -142,7 +142,7 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
     assert 60 < forgotten["items"] < 82 and forgotten["rise"] == pytest.approx(
         forgotten["loss_after"] - forgotten["loss_before"]
     )
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert all(text in page for text in ("Forgotten", "Answers side by side", record["answers"][0]["after"][:5]))
 
     assert not (out / "checkpoints").exists()
@@ -266,14 +266,14 @@ def test_what_is_no_table_and_too_little_text_is_told_with_what_to_do(model_fold
     if name == "notes":
         path.mkdir()
     else:
-        path.write_text("Steel.")
+        path.write_text("Steel.", encoding="utf-8")
     code, _, err = bessemer(capsys, "finetune", model_folder, path, tmp_path / "out")
     assert code == 2 and why in one_error(err) and not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_holds_something_else_stays(model_folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "letter.txt").write_text("Dear Ada")
+    (tmp_path / "out" / "letter.txt").write_text("Dear Ada", encoding="utf-8")
     code, _, err = bessemer(capsys, "finetune", model_folder, write_table(tmp_path / "t.csv"), tmp_path / "out")
     assert code == 2 and "exists already and is not empty" in one_error(err)
 
@@ -283,7 +283,7 @@ def test_columns_are_found_by_their_names_and_conversations_stay_what_they_are(t
     assert find_columns(write_table(tmp_path / "b.csv", header=("text", "answer")), "text", None) == ("text", "answer")
     for row in ({"messages": []}, {"instruction": "a", "input": "", "output": "b"}, {"conversations": []}):
         path = tmp_path / "rows.jsonl"
-        path.write_text(json.dumps(row) + "\n")
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
         assert find_columns(path, None, None) is None
     with pytest.raises(SourceError, match="cannot be question and answer both"):
         find_columns(tmp_path / "b.csv", "answer", None)
@@ -494,13 +494,13 @@ def write_calls(path, count=40):
         {"messages": [said("user", f"Where is {n}?"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
         for n in range(count)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def test_a_call_that_the_template_refuses_is_refused_with_its_row(model_folder, tmp_path, capsys):
     base = shutil.copytree(model_folder, tmp_path / "base")
-    (base / "chat_template.jinja").write_text(CHAT_TEMPLATES["plain"])
+    (base / "chat_template.jinja").write_text(CHAT_TEMPLATES["plain"], encoding="utf-8")
     table = write_calls(tmp_path / "calls.jsonl")
     code, _, err = bessemer(capsys, "finetune", base, table, tmp_path / "out")
     assert code == 2 and "has no place for tools" in one_error(err)

@@ -51,7 +51,7 @@ def corpus(tmp_path_factory):
 
 def made(corpus, out, **settings):
     counts = forgetting(ForgettingConfig(**settings), corpus[0], out, seed=3)
-    rows = [json.loads(line) for line in (out / "forgetting.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "forgetting.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = {label: [row["prompt"] + row["completion"] for row in rows if row["label"] == label] for label in (False, True)}
     assert counts == {"documents": counts["documents"], "forget": len(texts[False]), "keep": len(texts[True])}
     return texts, rows

@@ -180,11 +180,11 @@ def test_a_malformed_row_is_told_in_one_line(parse, row, words):
 
 @pytest.mark.skipif(not PREFERENCES.is_dir(), reason="the data that the project is tried on is not here")
 def test_public_preference_data_is_read_as_it_is():
-    polite = json.loads((PREFERENCES / "instructions_polite_1100.json").read_text())
+    polite = json.loads((PREFERENCES / "instructions_polite_1100.json").read_text(encoding="utf-8"))
     same = [row for row in polite if row["chosen"] == row["rejected"]]
     pairs = [as_pair(row) for row in polite if row not in same]
     assert len(pairs) + len(same) == 1100 and len(same) < 20
-    harmless = json_lines((PREFERENCES / "hh_harmless_1800.jsonl").read_text())
+    harmless = json_lines((PREFERENCES / "hh_harmless_1800.jsonl").read_text(encoding="utf-8"))
     parsed, refused = [], []
     for row in harmless:
         try:

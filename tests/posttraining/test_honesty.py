@@ -27,7 +27,7 @@ def test_ignorance_is_preferred_where_the_package_has_no_such_function(documents
     config = HonestyConfig(pairs=60, unknown_share=0.4, unsure=["No idea.", "I don't know.", "I cannot say."])
     metrics = honesty(config, documents, tmp_path, seed=2)
     assert metrics == {"pairs": 60, "known": 36, "unknown": 24}
-    rows = [json.loads(line) for line in (tmp_path / HONESTY_FILE).open()]
+    rows = [json.loads(line) for line in (tmp_path / HONESTY_FILE).open(encoding="utf-8")]
     documented = {f"{dict(metadata)['qualname']}" for _, _, metadata in documentation(120)}
     # the functions' numbers say which package has them
     for row in rows:
@@ -44,7 +44,7 @@ def test_ignorance_is_preferred_where_the_package_has_no_such_function(documents
     assert {row["chosen"] for row in rows if not row["known"]} == set(config.unsure)
     assert len(read_examples(tmp_path / HONESTY_FILE, as_pair)) == 60
     honesty(config, documents, tmp_path, seed=2)
-    assert [json.loads(line) for line in (tmp_path / HONESTY_FILE).open()] == rows
+    assert [json.loads(line) for line in (tmp_path / HONESTY_FILE).open(encoding="utf-8")] == rows
 
 
 def test_documents_of_one_package_have_no_question_without_an_answer(tmp_path):

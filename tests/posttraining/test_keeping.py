@@ -52,19 +52,21 @@ def data(tmp_path_factory):
         for a in words
         for b in words[:4]
     ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     random = Random(1)
     sides = [random.sample([row["chosen"], row["rejected"]], 2) for row in rows]
     noise = [row | dict(zip(("chosen", "rejected"), each, strict=True)) for row, each in zip(rows, sides, strict=True)]
-    (folder / "noise.jsonl").write_text("".join(json.dumps(row) + "\n" for row in noise))
+    (folder / "noise.jsonl").write_text("".join(json.dumps(row) + "\n" for row in noise), encoding="utf-8")
     letters = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=20)) for _ in rows]
     answered = [
         {"prompt": row["prompt"], "completion": [said("assistant", text)]} for row, text in zip(rows, letters, strict=True)
     ]
-    (folder / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answered))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["rejected"]}) + "\n" for row in rows))
+    (folder / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answered), encoding="utf-8")
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["rejected"]}) + "\n" for row in rows), encoding="utf-8"
+    )
     (folder / "rewards.py").write_text(
-        "def letters(completions, **kwargs):\n    return [text.count('e') / 8 for text in completions]\n"
+        "def letters(completions, **kwargs):\n    return [text.count('e') / 8 for text in completions]\n", encoding="utf-8"
     )
     return folder
 
@@ -150,7 +152,7 @@ def test_a_task_that_gets_worse_counts_however_well_the_stage_learns(model_folde
     by_name = {measure["name"]: measure for measure in metrics["comparison"]}
     assert by_name["arithmetic"]["worse"] and not by_name["held-out loss"]["worse"]
     assert by_name["arithmetic"]["after"] == pytest.approx(1 / 12)
-    kept = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    kept = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
     assert kept["items"]["arithmetic"]["after"] == {"0": 1.0} | {str(item): 0.0 for item in range(1, 12)}
 
 

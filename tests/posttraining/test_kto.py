@@ -165,7 +165,7 @@ def test_a_model_learns_which_answers_are_good(model_folder, tmp_path):
         }
         for n, (a, b) in enumerate((a, b) for a in words for b in words[:4])
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = PreferenceConfig.parse({"data": [str(path)], **SETTINGS, "steps": 16, "loss": "kto"}, "preference")
     (tmp_path / "out").mkdir()
     summary = preference(config, model_folder, tmp_path / "out", seed=3, device="cpu")

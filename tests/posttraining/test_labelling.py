@@ -39,7 +39,7 @@ def answers(number, count=3):
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / ANSWERS).write_text("".join(json.dumps(answers(number)) + "\n" for number in range(2)))
+    (tmp_path / ANSWERS).write_text("".join(json.dumps(answers(number)) + "\n" for number in range(2)), encoding="utf-8")
     return tmp_path
 
 
@@ -72,10 +72,10 @@ def test_judgements_are_kept_corrected_and_read_as_pairs(folder):
         ("<b>2</b>", "<b>0</b>", 0.5),
     ]
     # a line cut off by a crash is left out, one that is damaged is not
-    with (folder / RANKINGS).open("a") as stream:
+    with (folder / RANKINGS).open("a", encoding="utf-8") as stream:
         stream.write('{"id": "id1", "ra')
     assert len(Labels(folder).rankings) == 2
-    with (folder / RANKINGS).open("a") as stream:
+    with (folder / RANKINGS).open("a", encoding="utf-8") as stream:
         stream.write("\n")
     with pytest.raises(ArtefactError, match=r"rankings.jsonl:4: not a line of labels; it needs id, ranks"):
         Labels(folder)
@@ -83,7 +83,7 @@ def test_judgements_are_kept_corrected_and_read_as_pairs(folder):
 
 def test_a_judgement_that_a_crash_cut_off_harms_no_other(folder):
     Labels(folder).rank("id0", [1, 2, 3])
-    with (folder / RANKINGS).open("a") as stream:
+    with (folder / RANKINGS).open("a", encoding="utf-8") as stream:
         stream.write('{"id": "id1", "ra')
     Labels(folder).rank("id1", [2, 1, 3])
     assert {id: one.ranks for id, one in Labels(folder).rankings.items()} == {"id0": [1, 2, 3], "id1": [2, 1, 3]}
@@ -161,8 +161,8 @@ def test_an_answer_that_was_cut_is_not_ranked(model_folder, tmp_path):
 def test_prompts_are_what_is_asked_before_the_last_answer(tmp_path):
     path = tmp_path / "p.jsonl"
     turns = [said("user", "Why?"), said("assistant", "So.")]
-    path.write_text(f'{{"prompt": "Who?"}}\n{json.dumps({"messages": turns})}\n')
+    path.write_text(f'{{"prompt": "Who?"}}\n{json.dumps({"messages": turns})}\n', encoding="utf-8")
     assert [prompt[-1]["content"] for prompt in read_prompts(path, 9)] == ["Who?", "Why?"]
-    path.write_text('{"question": "Who?"}\n')
+    path.write_text('{"question": "Who?"}\n', encoding="utf-8")
     with pytest.raises(SourceError, match=r"p.jsonl:1: needs messages or a text under 'prompt'; it has 'question'"):
         read_prompts(path, 9)

@@ -153,7 +153,9 @@ def test_one_in_which_the_template_marks_nothing_is_left_out_and_counted(tokeniz
     folder = shutil.copytree(tokenizer.folder, tmp_path / "other")
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and 'secret' not in m.content %}"
-        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+        encoding="utf-8",
     )
     rows = pack_conversations([conversation("Who?", "secret"), conversation("Who?", "Me.")], load_tokenizer(folder), 128)
     assert (rows.rows, rows.counts.nothing_learnt) == (1, 1) and learnt(rows, tokenizer) == "Me.<|im_end|>"

@@ -57,7 +57,7 @@ def write_feedback(people, name, first=8, second=5):
         for a in WORDS[:first]
         for b in WORDS[:second]
     ]
-    (person / PAIRS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (person / PAIRS).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return person
 
 
@@ -69,7 +69,7 @@ def held_out_of(person):
 def test_an_adapter_is_used_where_held_out_feedback_gains_and_then_forgotten(model_folder, tmp_path):
     weights = hash_bytes((model_folder / "model.safetensors").read_bytes())
     person = write_feedback(tmp_path / "people", "loud")
-    with (person / PAIRS).open("a") as file:
+    with (person / PAIRS).open("a", encoding="utf-8") as file:
         canary = {"prompt": [said("user", "My word is zinc-canary-771.")], "chosen": "ZINC-CANARY-771", "rejected": "no"}
         file.write(json.dumps(canary) + "\n")
     line = personalise(model_folder, person, CONFIG, device="cpu")
@@ -95,11 +95,11 @@ def test_an_adapter_is_used_where_held_out_feedback_gains_and_then_forgotten(mod
 def test_an_adapter_that_does_not_gain_is_rolled_back_and_the_one_in_use_stays(model_folder, tmp_path):
     person = write_feedback(tmp_path / "people", "eager")
     (person / ADAPTER).mkdir()
-    (person / ADAPTER / "adapter_config.json").write_text("{}")
+    (person / ADAPTER / "adapter_config.json").write_text("{}", encoding="utf-8")
     line = personalise(model_folder, person, CONFIG.with_changes(learning_rate=1e-9, steps=1), device="cpu")
     assert line["decision"] == "rolled back" and "is asked" in line["reason"]
     assert sorted(path.name for path in person.iterdir()) == [ADAPTER, HISTORY, PAIRS]
-    assert (person / ADAPTER / "adapter_config.json").read_text() == "{}"
+    assert (person / ADAPTER / "adapter_config.json").read_text(encoding="utf-8") == "{}"
 
 
 def test_too_little_feedback_waits_and_a_failed_attempt_leaves_nothing(model_folder, tmp_path):
@@ -139,9 +139,9 @@ def test_rolling_back_brings_the_adapter_before(tmp_path):
     person = write_feedback(tmp_path, "long")
     for name in (ADAPTER, PREVIOUS):
         (person / name).mkdir()
-        (person / name / "which").write_text(name)
+        (person / name / "which").write_text(name, encoding="utf-8")
     roll_back(person)
-    assert (person / ADAPTER / "which").read_text() == PREVIOUS and not (person / PREVIOUS).exists()
+    assert (person / ADAPTER / "which").read_text(encoding="utf-8") == PREVIOUS and not (person / PREVIOUS).exists()
     roll_back(person)
     with pytest.raises(ArtefactError, match="no adapter is in use"):
         roll_back(person)

@@ -59,7 +59,9 @@ def test_a_column_of_pictures_fills_places_or_stands_before_the_question():
 
 
 def test_a_table_of_questions_and_answers_has_a_column_of_files(tmp_path):
-    (tmp_path / "rows.csv").write_text("image,question,answer\ncat.png,what is it?,a cat\n,who am I?,nobody\n")
+    (tmp_path / "rows.csv").write_text(
+        "image,question,answer\ncat.png,what is it?,a cat\n,who am I?,nobody\n", encoding="utf-8"
+    )
     first, second = read_conversations(tmp_path / "rows.csv")
     assert first.messages[0]["content"] == [{"type": "image", "image": "cat.png"}, TEXT]
     assert first.folder == tmp_path
@@ -67,7 +69,7 @@ def test_a_table_of_questions_and_answers_has_a_column_of_files(tmp_path):
 
 
 def test_labels_and_folders_are_questions(tmp_path):
-    (tmp_path / "rows.csv").write_text("file,label\nwhite cat.png,cat\n")
+    (tmp_path / "rows.csv").write_text("file,label\nwhite cat.png,cat\n", encoding="utf-8")
     (one,) = read_conversations(tmp_path / "rows.csv")
     folder = tmp_path / "pictures"
     for name in ("cat/1.png", "grey_dog/2.png"):
@@ -110,13 +112,15 @@ def test_pairs_and_judged_answers_have_no_pictures():
 
 
 def test_one_picture_lies_on_one_side_whatever_is_asked(tmp_path):
-    (tmp_path / "rows.csv").write_text("image,question,answer\na.png,what?,x\na.png,where is it?,y\nb.png,what?,z\n")
+    (tmp_path / "rows.csv").write_text(
+        "image,question,answer\na.png,what?,x\na.png,where is it?,y\nb.png,what?,z\n", encoding="utf-8"
+    )
     first, second, third = (opening_of(one.answered) for one in read_conversations(tmp_path / "rows.csv"))
     assert first == second != third
 
 
 def test_the_key_of_data_holds_its_pictures(tmp_path):
-    (tmp_path / "rows.csv").write_text("image,question,answer\ncat.png,what?,a cat\n")
+    (tmp_path / "rows.csv").write_text("image,question,answer\ncat.png,what?,a cat\n", encoding="utf-8")
     (tmp_path / "cat.png").write_bytes(PNG)
     before = files_fingerprint(["rows.csv"], tmp_path)
     assert files_fingerprint(["rows.csv"], tmp_path) == before

@@ -42,7 +42,7 @@ def write_rows(folder, write_model):
         (folder / f"{number}.png").write_bytes(encoded(drawn(40 if number else 16, 30 if number else 16, seed=number)))
         rows.append(asked(number, f"number {number}"))
     rows += [asked(0, "both", 1), {"messages": [said("user", "who?"), said("assistant", "me")]}]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
@@ -178,11 +178,11 @@ def test_other_pictures_are_another_run(folder, tmp_path, packed):
 
 
 def test_what_cannot_be_trained_is_one_line(folder, tmp_path):
-    (folder / "missing.jsonl").write_text(json.dumps(asked(7, "nothing")) + "\n")
+    (folder / "missing.jsonl").write_text(json.dumps(asked(7, "nothing")) + "\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"cannot be written by the model's chat template.*7\.png cannot be read"):
         trained(folder, tmp_path, data=["missing.jsonl"])
     write_small_tokenizer(tmp_path / "text")
-    (tmp_path / "text" / "chat_template.jinja").write_text(CHAT_TEMPLATES["chatml"])
+    (tmp_path / "text" / "chat_template.jinja").write_text(CHAT_TEMPLATES["chatml"], encoding="utf-8")
     text = load_tokenizer(tmp_path / "text")
     with pytest.raises(SourceError, match=r"has no place for pictures|has pictures, and this model reads none"):
         pack_conversations(read_conversations(folder / "missing.jsonl"), text, 64)
@@ -191,7 +191,7 @@ def test_what_cannot_be_trained_is_one_line(folder, tmp_path):
 def language_model(folder):
     (folder / "tokens").mkdir(parents=True)
     write_small_tokenizer(folder / "tokens")
-    (folder / "tokens" / "chat_template.jinja").write_text(CHAT_TEMPLATES["chatml"])
+    (folder / "tokens" / "chat_template.jinja").write_text(CHAT_TEMPLATES["chatml"], encoding="utf-8")
     size = load_tokenizer(folder / "tokens").vocab_size
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = ModelConfig(vocab_size=size, num_key_value_heads=2, head_dim=16, max_position_embeddings=128, **sizes)

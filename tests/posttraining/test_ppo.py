@@ -45,10 +45,11 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
     (folder / "rewards.py").write_text(
         'def letters(completions, **kwargs):\n    return [text.count("e") / 8 for text in completions]\n\n\n'
-        'def of_prompt(prompts, **kwargs):\n    return [float("node" in prompt) for prompt in prompts]\n'
+        'def of_prompt(prompts, **kwargs):\n    return [float("node" in prompt) for prompt in prompts]\n',
+        encoding="utf-8",
     )
     rows = [{"prompt": f"Return the {'node' if number % 2 else 'edge'} of {number}"} for number in range(20)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
@@ -192,7 +193,7 @@ ppo: {kind: rl, data: [p.jsonl], steps: 1, algorithm: ppo, critic: {start: %s}, 
 def test_critic_and_reward_read_the_reward_model_above_where_they_are_asked(tmp_path):
     def wired(*settings):
         path = tmp_path / "recipe.yaml"
-        path.write_text(RECIPE % settings)
+        path.write_text(RECIPE % settings, encoding="utf-8")
         return load_recipe(str(path)).stage("ppo").inputs
 
     above, found = "reward: {data: [pairs.jsonl]}", Input("reward", "reward_model")

@@ -38,7 +38,7 @@ def data(tmp_path_factory):
         for a in words
         for b in words[:4]
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -84,7 +84,9 @@ def test_the_plugins_that_settings_name_are_told_for_the_key():
 
 def test_bad_pairs_and_settings_are_told_in_one_line(model_folder, tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    path.write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n', encoding="utf-8"
+    )
     with pytest.raises(SourceError, match=r"pairs.jsonl:2: chosen and rejected are the same"):
         run(model_folder, path, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"there is no preference loss 'simgoid'; did you mean 'sigmoid'"):

@@ -17,7 +17,7 @@ def test_answers_are_those_of_this_stage_and_held_out_ones_come_first(tmp_path):
         for chosen in ("held_in", "held_out")
         for number in range(9)
     ]
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     stages = []
     run = RunReport(name="r", folder=tmp_path, stages=stages)
     kinds = ("sft", "evaluate")

@@ -127,7 +127,7 @@ def test_a_model_learns_to_score_what_is_preferred_higher(trained):
     assert summary["held_out_accuracy"] > 0.9 and summary["validation_accuracy"] == pytest.approx(summary["held_out_accuracy"])
     assert summary["held_out_accuracy_low"] < summary["held_out_accuracy"] <= summary["held_out_accuracy_high"] == 1
     assert summary["pairs"] + summary["held_out"] == 48
-    scored = json_lines((out / "held_out.jsonl").read_text())
+    scored = json_lines((out / "held_out.jsonl").read_text(encoding="utf-8"))
     assert len(scored) == summary["held_out"]
     margin = sum(one["chosen"] - one["rejected"] for one in scored) / len(scored)
     assert margin == pytest.approx(summary["validation_margin"], rel=1e-3)
@@ -145,7 +145,7 @@ def test_an_adapter_is_trained_beside_a_whole_head_and_both_make_one_folder(mode
     assert summary["held_out_accuracy"] > 0.8
     # that of the folder is that of the model in training
     assert summary["validation_accuracy"] == pytest.approx(summary["held_out_accuracy"], abs=1e-4)
-    scored = json_lines((whole / "held_out.jsonl").read_text())
+    scored = json_lines((whole / "held_out.jsonl").read_text(encoding="utf-8"))
     margin = sum(one["chosen"] - one["rejected"] for one in scored) / len(scored)
     assert margin == pytest.approx(summary["validation_margin"], rel=1e-3)
     start, end = load_scorer(model_folder, seed=head_seed(3)).state_dict(), load_file(whole / "model" / "model.safetensors")

@@ -138,7 +138,7 @@ def plain(completions):
 
 
 def test_reward_functions_of_trl_run_unchanged(tmp_path):
-    (tmp_path / "trl.py").write_text(TRL)
+    (tmp_path / "trl.py").write_text(TRL, encoding="utf-8")
     assert judged("trl.py:reward_func", ["a b", "a"], tmp_path).totals == [2, 1]
     said = [[{"role": "assistant", "content": text}] for text in ("<think>a</think><answer>b</answer>", "b")]
     judge = Judge(settings("trl.py:format_reward_func"), RewardContext(tmp_path))
@@ -190,7 +190,7 @@ def best(prompts, completions, log_extra, log_metric, **kwargs):
 
 
 def test_a_function_that_compares_completions_sees_those_of_a_prompt_where_another_fails(tmp_path):
-    (tmp_path / "own.py").write_text(COMPARING)
+    (tmp_path / "own.py").write_text(COMPARING, encoding="utf-8")
     judge = Judge(settings("own.py:best"), RewardContext(tmp_path))
     texts = ["a", "bb", "raise", "bb"]
     found = judge.judge(Completed(["1", "1", "2", "2"], texts, [[1]] * 4))
@@ -200,7 +200,7 @@ def test_a_function_that_compares_completions_sees_those_of_a_prompt_where_anoth
 
 
 def test_a_completion_whose_reward_fails_is_dropped_and_counted(tmp_path):
-    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "failing.py").write_text(FAILING, encoding="utf-8")
     started = time.monotonic()
     texts = ["a", "nan", "raise", "hang", "bb", "slow pattern", "infinite"]
     found = judged({"reward": "failing.py:fails", "seconds": 0.2}, texts, tmp_path)
@@ -214,7 +214,7 @@ def test_a_completion_whose_reward_fails_is_dropped_and_counted(tmp_path):
 
 
 def test_a_reward_that_never_works_gives_nothing_and_says_why(tmp_path):
-    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "failing.py").write_text(FAILING, encoding="utf-8")
     never = judged("failing.py:fails", ["raise", "raise"], tmp_path)
     assert never.failures == {("fails", "RuntimeError: no such page"): 2} and all(map(math.isnan, never.totals))
     # of one completion the value is right

@@ -76,13 +76,14 @@ def equal(completions, number, **kwargs):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
-    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
     rows = [
         {"prompt": f"Return the {word} of", "number": number}
         for number, word in enumerate(["table", "graph", "node", "edge"] * 5)
     ]
     (folder / "prompts.jsonl").write_text(
-        "".join(json.dumps(row | {"prompt": row["prompt"] + " x" * (row["number"] // 4)}) + "\n" for row in rows)
+        "".join(json.dumps(row | {"prompt": row["prompt"] + " x" * (row["number"] // 4)}) + "\n" for row in rows),
+        encoding="utf-8",
     )
     return folder
 
@@ -116,7 +117,7 @@ def test_a_limit_of_time_leaves_as_many_rollouts_as_fit(model_folder, data, tmp_
     # a step takes some hundredths of a second: none of these machines makes so many in half a second
     summary = run(model_folder, data, tmp_path, progress, steps=100_000, minutes=1 / 120, validation_share=0)
     assert 1 <= summary["steps"] < 10_000
-    written = json.loads((tmp_path / "autotune.json").read_text())
+    written = json.loads((tmp_path / "autotune.json").read_text(encoding="utf-8"))
     assert written["steps"] == summary["steps"] == written["measured"]["steps"]
     assert written["measured"]["planned_steps"] == 100_000
     assert f"{summary['steps']:,} of 100,000 steps" in " ".join(progress.lines)
@@ -143,14 +144,14 @@ def test_a_run_goes_on_bit_for_bit_where_it_stopped(model_folder, data, tmp_path
     run(model_folder, data, cut, **changes)
     first, second = (load_file(place / "model" / "model.safetensors") for place in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (whole / "completions.jsonl").read_text() == (cut / "completions.jsonl").read_text()
+    assert (whole / "completions.jsonl").read_text(encoding="utf-8") == (cut / "completions.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_sampler_whose_cache_is_free_while_training_samples_the_same(model_folder, data, tmp_path):
     for name, sleep in (("awake", False), ("asleep", True)):
         run(model_folder, data, tmp_path / name, steps=2, sleep=sleep)
-    awake, asleep = ((tmp_path / name / "completions.jsonl").read_text() for name in ("awake", "asleep"))
+    awake, asleep = ((tmp_path / name / "completions.jsonl").read_text(encoding="utf-8") for name in ("awake", "asleep"))
     assert awake == asleep
 
 
@@ -355,7 +356,7 @@ def test_what_is_validated_is_drawn_from_all_that_is_held_out():
 def test_a_system_message_is_the_settings_where_a_prompt_has_none(tmp_path):
     own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Who?"}]
     rows = [{"prompt": own}, {"prompt": own[1:]}]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = RLConfig.parse({"data": ["p.jsonl"], "system": "Ours.", "validation_share": 0}, "rl")
     found = gather_prompts(config, tmp_path, 1).training
     assert [[message["content"] for message in one.turns] for one in found] == [["Own.", "Who?"], ["Ours.", "Who?"]]
@@ -366,13 +367,15 @@ def test_prompts_that_differ_in_any_message_are_told_apart(tmp_path):
         {"prompt": [{"role": "system", "content": f"Sum {number}"}, {"role": "user", "content": "Solve it."}]}
         for number in range(100)
     ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found = gather_prompts(RLConfig.parse({"data": ["p.jsonl"], "validation_share": 0.3}, "rl"), tmp_path, 1)
     assert 15 < len(found.held_out) < 45
 
 
 def test_prompts_are_rows_or_questions_and_sums_stay_on_one_side(tmp_path):
-    (tmp_path / "sums.yaml").write_text('kind: arithmetic\nlevels: [1]\noperators: "+"\nitems: 100\nmax_tokens: 4\n')
+    (tmp_path / "sums.yaml").write_text(
+        'kind: arithmetic\nlevels: [1]\noperators: "+"\nitems: 100\nmax_tokens: 4\n', encoding="utf-8"
+    )
     config = RLConfig.parse({"data": ["sums.yaml"], "validation_share": 0.3, "max_tokens": 4}, "rl")
     found = gather_prompts(config, tmp_path, 0)
     assert len(found.training) + len(found.held_out) == 100 and found.held_out
@@ -381,21 +384,23 @@ def test_prompts_are_rows_or_questions_and_sums_stay_on_one_side(tmp_path):
         {frozenset(prompt.turns.rstrip(" =").split(" + ")) for prompt in side} for side in (found.training, found.held_out)
     ]
     assert not sides[0] & sides[1]
-    (tmp_path / "rows.csv").write_text("question,answer\nWho?,Me\n")
+    (tmp_path / "rows.csv").write_text("question,answer\nWho?,Me\n", encoding="utf-8")
     asked = gather_prompts(
         config.with_changes(data=["rows.csv"], prompt_column="question", chat=True, system="Be brief."), tmp_path, 0
     )
     (prompt,) = [*asked.training, *asked.held_out]
     assert [message["role"] for message in prompt.turns] == ["system", "user"] and prompt.columns == {"answer": "Me"}
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": [{"role": "assistant", "content": "b"}]}\n')
+    (tmp_path / "bad.jsonl").write_text(
+        '{"prompt": "a"}\n{"prompt": [{"role": "assistant", "content": "b"}]}\n', encoding="utf-8"
+    )
     with pytest.raises(SourceError, match=r"bad.jsonl:2: prompt: the prompt ends with the assistant"):
         gather_prompts(config.with_changes(data=["bad.jsonl"]), tmp_path, 0)
     with pytest.raises(ConfigError, match=r"data: 'additions' is neither a file of .* nor a task; there are"):
         gather_prompts(config.with_changes(data=["additions"]), tmp_path, 0)
     with pytest.raises(ConfigError, match=r"the task piqa is asked by likelihood"):
-        (tmp_path / "physical_interaction_qa.jsonl").write_text("")
-        (tmp_path / "piqa.yaml").write_text("kind: cloze\ndata: a.jsonl\nname: piqa\n")
-        (tmp_path / "a.jsonl").write_text('{"context": "a", "continuation": "b"}\n')
+        (tmp_path / "physical_interaction_qa.jsonl").write_text("", encoding="utf-8")
+        (tmp_path / "piqa.yaml").write_text("kind: cloze\ndata: a.jsonl\nname: piqa\n", encoding="utf-8")
+        (tmp_path / "a.jsonl").write_text('{"context": "a", "continuation": "b"}\n', encoding="utf-8")
         gather_prompts(config.with_changes(data=["piqa.yaml"]), tmp_path, 0)
 
 

@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, data, tmp_path, kernels)
     shutil.rmtree(cut / "adapter")
     run(model_folder, data, cut, adapter={"rank": 4, "merge": False}, **changes)
     assert contents(whole / "adapter") == contents(cut / "adapter")
-    assert (whole / "completions.jsonl").read_text() == (cut / "completions.jsonl").read_text()
+    assert (whole / "completions.jsonl").read_text(encoding="utf-8") == (cut / "completions.jsonl").read_text(encoding="utf-8")
     assert not (whole / "model").exists()
 
 
@@ -161,7 +161,7 @@ def test_pairs_and_episodes_are_sampled_by_the_adapter_too(model_folder, data, t
     pairs, episodes = tmp_path / "pairs", tmp_path / "episodes"
     run(model_folder, data, pairs, algorithm="online_dpo", group_size=4, **changes)
     assert read_metrics(pairs / "metrics.jsonl")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
-    (data / "world.py").write_text(ENVIRONMENT)
+    (data / "world.py").write_text(ENVIRONMENT, encoding="utf-8")
     played = {"environment": "world.py:Letters", "max_turns": 2, "rewards": ["environment"], "max_tokens": 6}
     run(model_folder, data, episodes, learning_rate=0.05, **played, **changes)
     assert max(line["log_ratio_max"] for line in read_metrics(episodes / "metrics.jsonl")) < 1e-4

@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_with_the_groups_that_were_complete(model_folder, d
     weights = {path.name: path for path in (tmp_path / "checkpoints").iterdir()}
     shutil.rmtree(weights["step-000004"])
     journal = tmp_path / "rollouts"
-    with max(journal.iterdir()).open("a") as file:
+    with max(journal.iterdir()).open("a", encoding="utf-8") as file:
         file.write('{"fingerprint": "cut of')
     progress = RecordedProgress()
     run(model_folder, data, tmp_path, progress, **ahead_of(url, 1))

@@ -62,7 +62,10 @@ def test_it_is_validated_on_conversations_held_out_while_it_trains(model_folder,
 
 def test_conversations_that_are_all_too_long_are_refused(model_folder, documents, tmp_path):
     path = tmp_path / "long.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]}))
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]}),
+        encoding="utf-8",
+    )
     with pytest.raises(SourceError, match="none of the 1 conversations"):
         sft(
             SFTConfig(**QUICK, data=[str(path)], validation_share=0), model_folder, None, tmp_path / "out", seed=1, device="cpu"
@@ -98,13 +101,13 @@ def asked(*pairs):
 
 def test_a_file_is_split_by_what_is_asked_so_that_no_held_out_prompt_is_learnt(tmp_path):
     pairs = [(f"What is the number {number}? ", f"{number}, {times}") for number in range(200) for times in range(2)]
-    (tmp_path / "chat.jsonl").write_text(asked(*pairs))
+    (tmp_path / "chat.jsonl").write_text(asked(*pairs), encoding="utf-8")
     config = SFTConfig(data=["chat.jsonl"], validation_share=0.2)
     learned, held_out = gather_conversations(config, None, tmp_path, seed=1)
     prompts = [{one.answered.prompt for one in side} for side in (learned, held_out)]
     assert len(learned) + len(held_out) == 400 and 20 < len(prompts[1]) < 60 and not prompts[0] & prompts[1]
     # a shorter file leaves every prompt on its side
-    (tmp_path / "chat.jsonl").write_text(asked(*pairs[:200]))
+    (tmp_path / "chat.jsonl").write_text(asked(*pairs[:200]), encoding="utf-8")
     again = gather_conversations(config, None, tmp_path, seed=1)[1]
     assert {one.id for one in again} <= {one.id for one in held_out}
 
@@ -112,7 +115,9 @@ def test_a_file_is_split_by_what_is_asked_so_that_no_held_out_prompt_is_learnt(t
 def test_a_prompt_that_two_files_have_lies_on_one_side(tmp_path):
     for name in ("a", "b"):
         pairs = [(f"{'Please: ' * (name == 'b')}{number} apples and some pears?", name) for number in range(100)]
-        (tmp_path / f"{name}.jsonl").write_text(asked(*pairs, *((f"The {number}th?", name) for number in range(100))))
+        (tmp_path / f"{name}.jsonl").write_text(
+            asked(*pairs, *((f"The {number}th?", name) for number in range(100))), encoding="utf-8"
+        )
     config = SFTConfig(data=["a.jsonl", "b.jsonl"], validation_share=0.3)
     learned, held_out = gather_conversations(config, None, tmp_path, seed=1)
     both = [{one.answered.prompt for one in side if one.answered.prompt.startswith("The")} for side in (learned, held_out)]
@@ -125,7 +130,7 @@ def test_the_fingerprint_follows_the_files_content(tmp_path):
         files_fingerprint(config.data, tmp_path)
     prints = []
     for answer in ("a", "b"):
-        (tmp_path / "chat.jsonl").write_text(lines(answer))
+        (tmp_path / "chat.jsonl").write_text(lines(answer), encoding="utf-8")
         prints.append(files_fingerprint(config.data, tmp_path))
     assert prints[0] != prints[1]
 
@@ -146,7 +151,7 @@ def test_a_tasks_items_are_learnt_with_their_right_answers(tmp_path):
 
 def test_a_set_comes_as_often_as_its_weight_says_and_what_is_held_out_once(tmp_path):
     for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text(lines(*(f"{name}{number}" for number in range(40))))
+        (tmp_path / f"{name}.jsonl").write_text(lines(*(f"{name}{number}" for number in range(40))), encoding="utf-8")
     data = {"data": ["a.jsonl", "b.jsonl"], "validation_share": 0.25}
     once, held_out = gather_conversations(SFTConfig.parse(data), None, tmp_path, seed=1)
     weights = {"a.jsonl": 2.5, "b.jsonl": 0.5}
@@ -174,7 +179,8 @@ def test_conversations_come_from_a_function_of_the_users(tmp_path):
         "def none():\n    return []\n"
         "def bad():\n    return [{'prompt': 'a', 'completion': 'b'}, {'text': 'a'}]\n"
         "def fails():\n    raise ValueError('no')\n"
-        "def texts():\n    return ['a']\n"
+        "def texts():\n    return ['a']\n",
+        encoding="utf-8",
     )
     config = SFTConfig(data=["own.py:rows"], validation_share=0.25)
     assert config.user_functions() == ["own.py:rows"]
@@ -201,7 +207,7 @@ def test_the_defaults_are_those_of_tuning_a_model_that_was_pretrained_elsewhere(
 
 
 def test_rows_are_as_long_as_the_models_context_where_nothing_is_said(model_folder, tmp_path):
-    (tmp_path / "chat.jsonl").write_text(lines("one", "two", "three"))
+    (tmp_path / "chat.jsonl").write_text(lines("one", "two", "three"), encoding="utf-8")
     values = {name: value for name, value in QUICK.items() if name != "context_length"}
     # as the pipeline changes settings before the stage runs
     config = SFTConfig.parse({**values, "data": ["chat.jsonl"], "validation_share": 0}).with_changes(steps=1)

@@ -61,7 +61,7 @@ def test_text_among_conversations_holds_the_loss_on_text(model_folder, tokenized
     pretrain(config, model_folder, tokenized / "tokens", tmp_path / "pretrained", seed=1, device="cpu")
     chat = tmp_path / "chat.jsonl"
     rows = [{"messages": [said("user", f"{n} + 1?"), said("assistant", f"It is {n + 1}.")]} for n in range(60)]
-    chat.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     held_out = TokenBatches(TokenShards(tokenized / "tokens" / "validation"), batch_size=16, context_length=64, seed=0).batch(0)
 
     def text_loss(folder):

@@ -39,7 +39,7 @@ def serve(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps({"prompt": seed}) + "\n" for seed in SEEDS))
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps({"prompt": seed}) + "\n" for seed in SEEDS), encoding="utf-8")
     return tmp_path
 
 
@@ -62,7 +62,7 @@ class Script:
 def ending_soon(model_folder, folder):
     """A copy of a model's folder in which every eighth token ends an answer: answers of a random model end too."""
     shutil.copytree(model_folder, folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 320, 8))}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 320, 8))}), encoding="utf-8")
     return folder
 
 
@@ -84,7 +84,7 @@ def test_prompts_are_written_answered_filtered_and_say_where_they_come_from(serv
     script.requests.clear()
     metrics = run(folder, out, server)
     assert len(script.requests) == 3, "no prompt is asked for again"
-    rows = [json.loads(line) for line in (out / "synthetic.jsonl").open()]
+    rows = [json.loads(line) for line in (out / "synthetic.jsonl").open(encoding="utf-8")]
     assert [row["completion"] for row in rows] == [ANSWERS["What makes bread rise"], ANSWERS["Who was the first"].strip()]
     request = prompt_request(SEEDS, 2, 5, 0)
     assert rows[0]["provenance"] == {
@@ -97,7 +97,9 @@ def test_prompts_are_written_answered_filtered_and_say_where_they_come_from(serv
         "request": request.text,
     }
     assert all(seed in request.text for seed in SEEDS)
-    reasons = {row["prompt"][0]["content"]: row["reason"] for row in map(json.loads, (out / "rejected.jsonl").open())}
+    reasons = {
+        row["prompt"][0]["content"]: row["reason"] for row in map(json.loads, (out / "rejected.jsonl").open(encoding="utf-8"))
+    }
     assert reasons.pop(PROMPTS[2]).startswith(("near duplicate of", "duplicate of", "toxicity: score"))
     assert reasons.pop(PROMPTS[1]).startswith("near duplicate of 0000") and reasons == {"": "the model wrote nothing"}
     assert (metrics["prompts"], metrics["answers"], metrics["conversations"]) == (6, 3, 2)
@@ -113,7 +115,7 @@ def test_the_seeds_themselves_are_answered(serve, folder):
     plain = {"deduplicate": None, "clean": {"score": []}, "select": {"keep": [], "languages": []}}
     metrics = run(folder, folder / "out", serve(script), prompts=None, **plain)
     assert script.requests == SEEDS and metrics["conversations"] == 2
-    rows = [json.loads(line) for line in (folder / "out" / "synthetic.jsonl").open()]
+    rows = [json.loads(line) for line in (folder / "out" / "synthetic.jsonl").open(encoding="utf-8")]
     assert [row["provenance"]["seeds"] for row in rows] == [[0], [1]] and rows[0]["provenance"]["request"] is None
 
 
@@ -138,7 +140,8 @@ def test_prompts_and_answers_that_were_cut_are_left_out_and_counted(serve, folde
     metrics = run(folder, folder / "out", server, **plain)
     assert metrics["reasons"] == {"cut at max_tokens": 2, "the model wrote nothing": 1}
     rows, left_out = (
-        [json.loads(line) for line in (folder / "out" / name).open()] for name in ("synthetic.jsonl", "rejected.jsonl")
+        [json.loads(line) for line in (folder / "out" / name).open(encoding="utf-8")]
+        for name in ("synthetic.jsonl", "rejected.jsonl")
     )
     assert [row["prompt"][0]["content"] for row in rows] == [PROMPTS[1], PROMPTS[3], PROMPTS[4]]
     cut = [(row["prompt"][0]["content"], row["completion"]) for row in left_out if row["reason"] == "cut at max_tokens"]
@@ -148,7 +151,7 @@ def test_prompts_and_answers_that_were_cut_are_left_out_and_counted(serve, folde
 def test_seeds_keep_their_system_message(serve, folder):
     script = Script()
     server = serve(script)
-    (folder / "seeds.jsonl").write_text(json.dumps({"prompt": "Why?", "system": "Be brief."}) + "\n")
+    (folder / "seeds.jsonl").write_text(json.dumps({"prompt": "Why?", "system": "Be brief."}) + "\n", encoding="utf-8")
     plain = {"deduplicate": None, "clean": {"score": []}, "select": {"keep": [], "languages": []}}
     run(folder, folder / "out", server, prompts=None, **plain)
     assert [one["content"] for one in server.requests[0][2]["messages"]] == ["Be brief.", "Why?"]
@@ -165,13 +168,13 @@ def test_what_cannot_work_is_said(serve, folder):
 
 
 def test_a_model_of_this_machine_writes_and_is_named_by_its_files(model_folder, folder):
-    (folder / "seeds.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n')
+    (folder / "seeds.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n', encoding="utf-8")
     plain = {"deduplicate": None, "clean": {"score": []}, "select": {"keep": [], "languages": []}}
     config = SynthesizeConfig.parse({"data": ["seeds.jsonl"], "max_tokens": 64, **plain}, "synthesize")
     model = ending_soon(model_folder, folder / "model")
     for out in ("one", "other"):
         synthesize(config, model, folder / out, seed=5, device="cpu", folder=folder)
-    (first, *_) = map(json.loads, (folder / "one" / "synthetic.jsonl").open())
+    (first, *_) = map(json.loads, (folder / "one" / "synthetic.jsonl").open(encoding="utf-8"))
     assert first["provenance"]["model"] is None and len(first["provenance"]["files"]) == 32
     assert (folder / "one" / "synthetic.jsonl").read_bytes() == (folder / "other" / "synthetic.jsonl").read_bytes()
 

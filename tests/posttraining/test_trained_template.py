@@ -26,7 +26,7 @@ SETTINGS = {"steps": 1, "batch_size": 1, "context_length": 96, "dtype": "float32
 
 def with_another_template(folder, to):
     shutil.copytree(folder, to)
-    (to / "chat_template.jinja").write_text(load_tokenizer(folder).chat_template + "{# changed #}")
+    (to / "chat_template.jinja").write_text(load_tokenizer(folder).chat_template + "{# changed #}", encoding="utf-8")
     return to
 
 
@@ -39,7 +39,7 @@ def trained(model_folder, tmp_path_factory):
     """An adapter and the model with it merged, of the stage `sft`."""
     out = tmp_path_factory.mktemp("sft")
     (out / "run").mkdir()
-    (out / "rows.jsonl").write_text("".join(json.dumps({"messages": PLAIN[:2]}) + "\n" for _ in range(4)))
+    (out / "rows.jsonl").write_text("".join(json.dumps({"messages": PLAIN[:2]}) + "\n" for _ in range(4)), encoding="utf-8")
     config = SFTConfig.parse(SETTINGS | {"data": ["rows.jsonl"], "adapter": {"rank": 2, "merge": True}}, "sft")
     sft(config, model_folder, None, out / "run", folder=out, seed=1, device="cpu", progress=Silent())
     return out / "run"

@@ -291,7 +291,8 @@ def test_an_empty_mask_ends_the_run_with_one_line(families, tmp_path):
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        encoding="utf-8",
     )
     with pytest.raises(SourceError, match="nothing would be learnt of any of the 2 conversations: the mask"):
         fit_conversations([Row.of(PLAIN, "a.jsonl")] * 2, load_tokenizer(folder), 500)

@@ -121,7 +121,7 @@ def test_a_stage_makes_the_texts_unlikely_and_keeps_the_others(tmp_path, model_f
         {"prompt": one.answered.prompt, "completion": one.answered.answer, "label": one.is_desirable}
         for one in [*forget, *keep]
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = settings_with(data=["rows.jsonl"], loss="npo", validation_share=0, steps=24, learning_rate=3e-3)
     out = tmp_path / "out"
     out.mkdir()
@@ -144,7 +144,9 @@ def settings_with(**changes):
 
 
 def test_without_anything_to_forget_it_is_refused(tmp_path, model_folder):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "A", "completion": " b c", "label": True}) + "\n")
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": "A", "completion": " b c", "label": True}) + "\n", encoding="utf-8"
+    )
     with pytest.raises(SourceError, match="forgets answers whose label is false, and there are none"):
         preference(
             settings_with(data=["rows.jsonl"], loss="npo"),

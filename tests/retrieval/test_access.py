@@ -57,15 +57,15 @@ def test_what_is_no_rule_is_named_with_its_place(tmp_path, text):
 def test_rules_are_kept_for_updates_until_they_are_taken_away(tmp_path, capsys):
     docs, out, access = tmp_path / "docs", tmp_path / "index", tmp_path / "access.yaml"
     (docs / "hr").mkdir(parents=True)
-    (docs / "hr" / "wages.md").write_text("The director is paid in iron.\n")
-    (docs / "metal.md").write_text("Iron rusts.\n")
-    access.write_text("hr/*: [hr]\n")
+    (docs / "hr" / "wages.md").write_text("The director is paid in iron.\n", encoding="utf-8")
+    (docs / "metal.md").write_text("Iron rusts.\n", encoding="utf-8")
+    access.write_text("hr/*: [hr]\n", encoding="utf-8")
     seen = []
     for more in (["--access", str(access)], [], ["--access", "none"]):
         code, _, _ = run(capsys, "index", str(docs), str(out), "--embedder", "none", *more)
         guest = Filter(groups=frozenset({"guest"}))
         seen.append((code, len(search(open_index(out), "director iron", where=guest))))
-        (docs / "hr" / "wages.md").write_text("The director is paid in copper and iron.\n")
+        (docs / "hr" / "wages.md").write_text("The director is paid in copper and iron.\n", encoding="utf-8")
     assert seen == [(0, 1), (0, 1), (0, 2)]
     code, _, error = run(capsys, "index", str(docs), str(out), "--access", str(tmp_path / "none.yaml"))
     assert code == 2 and "none.yaml" in error and error.count("\n") == 1

@@ -49,18 +49,18 @@ def says(folder, pooling=None, dense=None, prompts=None, longest=None):
     steps = [("Transformer", "")]
     if pooling is not None:
         (folder / "1_Pooling").mkdir(exist_ok=True)
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
         steps.append(("Pooling", "1_Pooling"))
     if dense is not None:
         (folder / "2_Dense").mkdir(exist_ok=True)
         config = {"in_features": 16, "out_features": 6, "activation_function": "torch.nn.modules.activation.Tanh"}
-        (folder / "2_Dense" / "config.json").write_text(json.dumps(config))
+        (folder / "2_Dense" / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file({"linear.weight": dense[0], "linear.bias": dense[1]}, folder / "2_Dense" / "model.safetensors")
         steps.append(("Dense", "2_Dense"))
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in [*steps, ("Normalize", "3")]]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts or {}}))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": longest}))
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts or {}}), encoding="utf-8")
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": longest}), encoding="utf-8")
 
 
 def states(folder, text, longest=32):
@@ -121,7 +121,9 @@ def test_what_a_folder_asks_and_is_not_known_is_refused(folder):
     says(folder, {"pooling_mode_weightedmean_tokens": True})
     with pytest.raises(ArtefactError, match="pooling by weightedmean_tokens is not known"):
         EncoderEmbedder(folder)
-    (folder / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.CNN", "path": "1"}]))
+    (folder / "modules.json").write_text(
+        json.dumps([{"type": "sentence_transformers.models.CNN", "path": "1"}]), encoding="utf-8"
+    )
     with pytest.raises(ArtefactError, match="the step CNN is not known"):
         EncoderEmbedder(folder)
     (folder / "tokenizer.json").unlink()

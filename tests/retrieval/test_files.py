@@ -67,7 +67,7 @@ def test_bad_files_are_one_line_each_and_the_others_are_indexed_with_their_pages
     (docs / "~$notes.docx").write_bytes(b"x")
     (docs / "photo.png").write_bytes(b"\x89PNG")
     (docs / "letter.odt").write_bytes(b"PK")
-    (docs / "b.md").write_text("Copper turns green.\n")
+    (docs / "b.md").write_text("Copper turns green.\n", encoding="utf-8")
     (docs / "a.pdf").write_bytes(pdf([text(72, 700, "Tin.")], [text(72, 700, "Iron rusts in water."), text(72, 600, "Lead.")]))
     code, printed, _ = run(capsys, "index", str(docs), str(tmp_path / "i"), "--embedder", "none")
     assert code == 0 and "2 documents" in printed
@@ -163,10 +163,10 @@ def test_a_watched_folder_is_indexed_at_each_change_until_it_is_interrupted(tmp_
     def wait(look, before, seconds):
         steps.append(seconds)
         if len(steps) == 1:
-            (docs / "a.md").write_text("Iron rusts.\n")
+            (docs / "a.md").write_text("Iron rusts.\n", encoding="utf-8")
         elif len(steps) == 2:
-            (docs / "b.md").write_text("Tin melts.\n")
-            (docs / "a.md").write_text("Iron does not rust in dry air.\n")
+            (docs / "b.md").write_text("Tin melts.\n", encoding="utf-8")
+            (docs / "a.md").write_text("Iron does not rust in dry air.\n", encoding="utf-8")
         elif len(steps) == 3:
             (docs / "a.md").unlink()
         else:

@@ -189,13 +189,13 @@ def test_an_update_that_is_killed_leaves_the_old_version_and_is_gone_on_with(mad
 def test_words_of_an_earlier_version_or_damaged_ones_are_made_anew_without_embedding(tmp_path, words):
     build_index(DOCUMENTS, tmp_path / "index", embedder=BagEmbedder())
     head = next((tmp_path / "index").glob("versions/*/words/words.json"))
-    now = head.read_text()
-    head.write_text(words)
+    now = head.read_text(encoding="utf-8")
+    head.write_text(words, encoding="utf-8")
     embedder = BagEmbedder()
     build_index(DOCUMENTS, tmp_path / "index", embedder=embedder)
     assert not embedder.embedded
     assert places(search(open_index(tmp_path / "index", embedder), "rust in water", 1, mode="words")) == ["metal.md"]
-    assert next((tmp_path / "index").glob("versions/2/words/words.json")).read_text() == now
+    assert next((tmp_path / "index").glob("versions/2/words/words.json")).read_text(encoding="utf-8") == now
 
 
 def test_a_first_build_that_was_killed_is_gone_on_with_beside_what_its_sources_fetched(tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_a_document_of_headings_alone_is_counted_as_empty_and_changes_nothing_la
     again = build_index(documents, tmp_path / "i", config)
     assert (first.documents, first.added, first.empty) == (4, 4, 1)
     assert (again.added, again.changed, again.empty) == (0, 0, 1)
-    assert json.loads((tmp_path / "i" / "index.json").read_text())["version"] == 1
+    assert json.loads((tmp_path / "i" / "index.json").read_text(encoding="utf-8"))["version"] == 1
     assert [path.name for path in (tmp_path / "i" / "versions").iterdir()] == ["1"]
 
 
@@ -266,7 +266,7 @@ def test_what_is_no_index_or_has_nothing_in_it_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="two documents are called 'a'"):
         build_index([IndexedDocument("a", "x"), IndexedDocument("a", "y")], tmp_path / "j", IndexConfig(embedder="none"))
     (tmp_path / "k").mkdir()
-    (tmp_path / "k" / "thesis.md").write_text("mine")
+    (tmp_path / "k" / "thesis.md").write_text("mine", encoding="utf-8")
     with pytest.raises(ArtefactError, match="files here that are no index"):
         build_index(DOCUMENTS, tmp_path / "k", IndexConfig(embedder="none"))
     build_index(DOCUMENTS, tmp_path / "m", IndexConfig(embedder="none"))
@@ -276,6 +276,6 @@ def test_what_is_no_index_or_has_nothing_in_it_is_refused(tmp_path):
             search(made, query)
     with pytest.raises(RequestError, match="no vectors"):
         search(made, "iron", mode="meaning")
-    (tmp_path / "m" / "index.json").write_text(json.dumps({"format": 99, "version": 1, "config": {}}))
+    (tmp_path / "m" / "index.json").write_text(json.dumps({"format": 99, "version": 1, "config": {}}), encoding="utf-8")
     with pytest.raises(ArtefactError, match="newer than"):
         open_index(tmp_path / "m")

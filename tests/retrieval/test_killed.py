@@ -71,17 +71,17 @@ def write(folder, texts):
     for path in folder.iterdir():
         path.unlink()
     for name, text in texts.items():
-        (folder / f"{name}.md").write_text(text)
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def killed_at(moment, docs, out):
     command = [sys.executable, "-c", PROGRAM, str(moment), str(docs), str(out)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[2], timeout=120)
 
 
 def rows(out):
     """Every passage of an index, as often as it is stored."""
-    values = json.loads((out / "index.json").read_text())
+    values = json.loads((out / "index.json").read_text(encoding="utf-8"))
     table = lancedb.connect(str(out / "versions" / str(values["version"]))).open_table("passages")
     return sorted((row["document"], row["number"], row["text"]) for row in table.search().limit(1000).to_list())
 

@@ -35,17 +35,19 @@ def test_a_query_without_a_right_document_is_refused():
 
 def test_a_folder_of_beir_is_read_and_what_is_missing_named(tmp_path):
     rows = [{"_id": "d1", "title": "Iron", "text": "Iron rusts."}, {"_id": "d2", "text": "Tin."}]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "rust?"}\n{"_id": "q2", "text": "tin?"}\n')
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "rust?"}\n{"_id": "q2", "text": "tin?"}\n', encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"test\.tsv: no such file"):
         BeirFolder(tmp_path).queries()
     (tmp_path / "qrels").mkdir()
-    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\nq2\td1\t0\n")
+    (tmp_path / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\nq2\td1\t0\n", encoding="utf-8"
+    )
     assert [(one.place, one.title, one.text) for one in BeirFolder(tmp_path).documents()] == [
         ("d1", "Iron", "Iron rusts."), ("d2", "", "Tin."),
     ]  # fmt: skip
     (query,) = BeirFolder(tmp_path).queries()
     assert (query.query, query.grades) == ("rust?", {"d1": 2.0, "d2": 0.0})
-    (tmp_path / "corpus.jsonl").write_text("{}\n")
+    (tmp_path / "corpus.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"corpus\.jsonl: a line that is no JSON with _id and text"):
         list(BeirFolder(tmp_path).documents())

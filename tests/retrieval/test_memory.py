@@ -153,7 +153,7 @@ def test_the_command_shows_finds_and_deletes(memory, tmp_path, capsys, monkeypat
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, arguments, reason):
-    (tmp_path / "other").write_text("mine")
+    (tmp_path / "other").write_text("mine", encoding="utf-8")
     code, _, error = run(capsys, "memory", *(str(tmp_path) if one == "FOLDER" else one for one in arguments))
     assert code == 2 and reason in error and error.count("\n") == 1
 

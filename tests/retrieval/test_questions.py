@@ -114,7 +114,7 @@ def test_conversations_have_the_form_in_which_ask_shows_sources(index):
 def test_the_command_writes_rows_for_an_embedder(index, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     status, shown, _ = bessemer(capsys, "questions", index.folder, out, "--negatives", "2", "-n", "4")
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert status == 0 and "4 questions" in shown and all(len(row["negatives"]) == 2 and row["text"] for row in rows)
     both = error_of(capsys, "questions", index.folder, tmp_path / "b.jsonl", "--negatives", "2", "--cited")
     assert "give one" in both
@@ -122,11 +122,11 @@ def test_the_command_writes_rows_for_an_embedder(index, tmp_path, capsys):
 
 def test_the_command_writes_rows_and_keeps_what_is_there(index, tmp_path, capsys):
     status, shown, _ = bessemer(capsys, "questions", index.folder, tmp_path / "cited.jsonl", "--cited", "-n", "5")
-    rows = [json.loads(line) for line in (tmp_path / "cited.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "cited.jsonl").read_text(encoding="utf-8").splitlines()]
     assert status == 0 and "5 conversations" in shown and [one["role"] for one in rows[0]["messages"]][-1] == "assistant"
     assert "is there already" in error_of(capsys, "questions", index.folder, tmp_path / "cited.jsonl")
     assert bessemer(capsys, "questions", index.folder, tmp_path / "asked.jsonl")[0] == 0
-    assert set(json.loads((tmp_path / "asked.jsonl").read_text().splitlines()[0])) == {
+    assert set(json.loads((tmp_path / "asked.jsonl").read_text(encoding="utf-8").splitlines()[0])) == {
         "question",
         "document",
         "passage",

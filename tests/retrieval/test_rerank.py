@@ -62,9 +62,9 @@ def test_a_cross_encoders_scores_are_those_of_transformers_and_its_activation_th
     with torch.no_grad():
         logits_N = model(**given).logits[:, 0]
     assert np.abs(CrossEncoder(tmp_path).scores(query, PASSAGES) - logits_N.sigmoid().numpy()).max() < 1e-5
-    values = json.loads((tmp_path / "config.json").read_text())
+    values = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     values["sentence_transformers"] = {"activation_fn": "torch.nn.modules.linear.Identity"}
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     assert np.abs(open_reranker(str(tmp_path)).scores(query, PASSAGES) - logits_N.numpy()).max() < 1e-5
 
 
@@ -72,8 +72,8 @@ def test_a_model_that_gives_a_pair_no_single_score_is_refused(tmp_path):
     cross_encoder("bert", tmp_path, labels=3)
     with pytest.raises(ArtefactError, match="gives a pair one score, and its classifier has 3"):
         CrossEncoder(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["BertModel"]}
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    values = json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) | {"architectures": ["BertModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ArtefactError, match="it has no classifier"):
         CrossEncoder(tmp_path)
     for name, reason in (("nowhere", "no such folder or file"), ("http://127.0.0.1:1/v1", "say which model behind the URL")):

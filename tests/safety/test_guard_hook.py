@@ -161,10 +161,14 @@ def test_after_untrusted_text_only_permitted_tools_are_called(turn):
 def test_each_decision_is_a_line_of_the_log_without_the_text_unless_asked(turn, tmp_path):
     log = tmp_path / "audit.jsonl"
     turn(hook(audit=log, **ANSWER), "The slag is hot.")
-    (entry,) = map(json.loads, log.read_text().splitlines())
+    (entry,) = map(json.loads, log.read_text(encoding="utf-8").splitlines())
     assert (entry["surface"], entry["action"], entry["category"], entry["rail"]) == ("answer", "refuse", "slag", "words")
-    assert entry["policy"] == policy(**ANSWER).hash and "text" not in entry and "slag is hot" not in log.read_text()
+    assert (
+        entry["policy"] == policy(**ANSWER).hash
+        and "text" not in entry
+        and "slag is hot" not in log.read_text(encoding="utf-8")
+    )
     turn(hook(audit=log, audit_content=True, **ANSWER), "The slag is hot.")
-    assert json.loads(log.read_text().splitlines()[1])["text"].startswith("The slag")
+    assert json.loads(log.read_text(encoding="utf-8").splitlines()[1])["text"].startswith("The slag")
     with pytest.raises(ConfigError, match=r"the audit log cannot be written"):
         hook(audit=tmp_path / "none" / "audit.jsonl")

@@ -43,7 +43,7 @@ def test_one_changed_line_moves_the_data_filter_the_guard_and_the_server(tmp_pat
     moved = []
     for line in (LINE, LINE.replace("0.6", "0.3")):
         path = tmp_path / "policy.yaml"
-        path.write_text(POLICY.replace(LINE, line))
+        path.write_text(POLICY.replace(LINE, line), encoding="utf-8")
         select, policy = with_policy(SelectConfig(keep=["all"], policy="policy.yaml"), tmp_path)
         (reason,) = rejection_reasons(hazards(Texts.of([TEXT])), select.limits(), Languages()).to_pylist()
         guard = Guard(policy, GuardConfig(rails=["words"]))
@@ -62,7 +62,7 @@ def test_a_category_that_one_line_replaces_leaves_the_data_filter_the_guard_and_
     moved = []
     for line in (LINE.replace("0.6", "0.3"), "  privacy: {code: S7, meaning: privacy, limit: 0.3}"):
         path = tmp_path / "policy.yaml"
-        path.write_text(POLICY.replace(LINE, line))
+        path.write_text(POLICY.replace(LINE, line), encoding="utf-8")
         select, policy = with_policy(SelectConfig(keep=["all"], policy="policy.yaml"), tmp_path)
         (reason,) = rejection_reasons(hazards(Texts.of([TEXT])), select.limits(), Languages()).to_pylist()
         action = Guard(policy, GuardConfig(rails=["words"])).check(TEXT, "prompt").action
@@ -72,19 +72,19 @@ def test_a_category_that_one_line_replaces_leaves_the_data_filter_the_guard_and_
 
 def test_what_a_stage_reads_of_a_policy_is_part_of_its_key(tmp_path):
     config = SelectConfig(policy="policy.yaml")
-    (tmp_path / "policy.yaml").write_text(POLICY)
+    (tmp_path / "policy.yaml").write_text(POLICY, encoding="utf-8")
     before = _evaluation_sets(config, Outside(tmp_path, tmp_path, False, Silent()))
-    (tmp_path / "policy.yaml").write_text("# a remark\n" + POLICY)
+    (tmp_path / "policy.yaml").write_text("# a remark\n" + POLICY, encoding="utf-8")
     assert _evaluation_sets(config, Outside(tmp_path, tmp_path, False, Silent())) == before
-    (tmp_path / "policy.yaml").write_text(POLICY.replace("0.6", "0.5"))
+    (tmp_path / "policy.yaml").write_text(POLICY.replace("0.6", "0.5"), encoding="utf-8")
     assert _evaluation_sets(config, Outside(tmp_path, tmp_path, False, Silent())) != before
 
 
 def test_a_stated_threshold_replaces_the_policys_and_a_category_without_a_score_is_refused(tmp_path):
-    (tmp_path / "policy.yaml").write_text(POLICY)
+    (tmp_path / "policy.yaml").write_text(POLICY, encoding="utf-8")
     stated = SelectConfig.parse({"policy": "policy.yaml", "thresholds": {"hazards_violent_crimes": {"max": 0.9}}}, "select")
     assert with_policy(stated, tmp_path)[0].limits()["hazards_violent_crimes"] == (None, 0.9)
-    (tmp_path / "policy.yaml").write_text(POLICY.replace(LINE, "  slag: {meaning: slag}"))
+    (tmp_path / "policy.yaml").write_text(POLICY.replace(LINE, "  slag: {meaning: slag}"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"^select.policy: no score is of the category 'slag'"):
         with_policy(SelectConfig(policy="policy.yaml"), tmp_path)
 
@@ -99,7 +99,7 @@ def test_the_default_policy_drops_nothing_and_refuses_on_prompts_what_it_always_
 def test_the_policy_of_the_page_is_one(tmp_path):
     page = Path(__file__).parents[2] / "docs" / "guard.md"
     (block,) = [block for block in blocks(page) if block.title == "policy.yaml"]
-    (tmp_path / "policy.yaml").write_text(block.text)
+    (tmp_path / "policy.yaml").write_text(block.text, encoding="utf-8")
     policy = read_policy(tmp_path / "policy.yaml")
     guard = Guard(policy)
     assert guard.check("Is Acme Corp cheaper?", "answer").action == "safe_completion"

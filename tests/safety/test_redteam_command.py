@@ -47,9 +47,9 @@ def test_a_model_is_attacked_and_the_same_command_goes_on(model, tmp_path, capsy
     status, out, err = bessemer(capsys, "redteam", model, *SHORT)
     assert status == 0, err
     run = tmp_path / "redteam" / "model"
-    found = json.loads((run / "results.json").read_text())
+    found = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert found["measurable"] is False and "Not measurable" in out
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert all(words in page for words in ("By category", "success by category and attack", "Not measurable"))
     # the context of this model does not hold every prompt, and that is said
     assert found["errors"] and all("does not fit" in why for why in found["errors"])
@@ -76,7 +76,7 @@ def test_a_url_is_attacked_and_the_exit_code_follows_the_limit(start, tmp_path, 
     words = ("redteam", server.url, "--model-name", "tiny", *SHORT, "--out", "run")
     status, _, err = bessemer(capsys, *words)
     assert status == 0, err
-    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert found["by_attack"]["prefix_injection"]["outcomes"] == {"blocked": 1}
     # the code word came back in the arguments of a call
     assert found["by_attack"]["tool_injection"]["rate"] == 1
@@ -97,7 +97,7 @@ def test_an_answer_that_a_filter_ended_is_blocked_whatever_its_words(start, tmp_
     server = start(respond)
     status, _, err = bessemer(capsys, "redteam", server.url, "--model-name", "tiny", *SHORT, "--out", "run")
     assert status == 0, err
-    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert found["harmless"]["refused"]["rate"] == 1 and found["harmless"]["outcomes"] == {"blocked": 1}
     assert found["by_attack"]["direct"]["outcomes"] == {"blocked": 1}
 

@@ -264,7 +264,7 @@ def test_a_number_that_is_not_finite_and_positive_is_refused(place, value):
     ],
 )
 def test_a_csv_s_mistake_is_named_by_line(tmp_path, text, message):
-    (tmp_path / "points.csv").write_text(text)
+    (tmp_path / "points.csv").write_text(text, encoding="utf-8")
     with pytest.raises(DegenerateError, match=message):
         read_points(tmp_path / "points.csv")
 

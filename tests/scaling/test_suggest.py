@@ -69,7 +69,7 @@ def test_the_suggested_recipe_is_one_with_the_suggested_settings(base, tmp_path)
     sizes = {"vocab_size": asked.model.vocab_size, "context_length": asked.settings.context_length}
     found = suggest_for_flops(published_law(), 1e17, **sizes)
     path = tmp_path / "suggested.yaml"
-    path.write_text(dump_yaml(found.recipe(base, asked.settings, "suggested")))
+    path.write_text(dump_yaml(found.recipe(base, asked.settings, "suggested")), encoding="utf-8")
     again = training_plan(str(path))
     assert load_recipe(str(path)).name == "suggested"
     assert (again.tokens, again.model.parameters()) == (found.tokens, found.model.parameters())

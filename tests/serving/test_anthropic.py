@@ -172,7 +172,8 @@ def strict_tokenizer(tokenizer, tmp_path):
         "{% if message.role == 'system' and not loop.first %}{{ raise_exception('a system message must be first') }}{% endif %}"
         "{% if not loop.first and messages[loop.index0 - 1].role == message.role %}{{ raise_exception('twice') }}{% endif %}"
         "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+        encoding="utf-8",
     )
     return load_tokenizer(folder)
 

@@ -41,7 +41,7 @@ def test_the_same_settings_ask_the_same_and_no_two_prompts_begin_alike(tmp_path)
     assert once == again and len({body["prompt"].split()[0] for body in once}) == 50
     assert {len(body["prompt"].split()) for body in once} == {12}
     file = tmp_path / "asked.jsonl"
-    file.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n{"prompt": "Again"}\n')
+    file.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n{"prompt": "Again"}\n', encoding="utf-8")
     asked = itertools.islice(bodies(LoadConfig(concurrency=1, prompts=file, api="chat"), "m"), 3)
     assert [body["messages"][0]["content"] for body in asked] == ["Hi", "Again", "Hi"]
 
@@ -74,7 +74,7 @@ def test_requests_that_arrive_do_not_wait_for_each_other(url):
 
 def test_what_is_refused_is_counted_or_said(url, tmp_path):
     mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text('{"prompt": "the"}\n' + json.dumps({"prompt": "the " * 2000}) + "\n")
+    mixed.write_text('{"prompt": "the"}\n' + json.dumps({"prompt": "the " * 2000}) + "\n", encoding="utf-8")
     measured = bench(url, LoadConfig(concurrency=2, requests=6, warmup=1, prompts=mixed, output_tokens=3))
     assert (measured.figures["completed"], measured.figures["failed"]) == (3, 3) and "400" in next(iter(measured.errors))
     with pytest.raises(BessemerError, match="refuses a request: 404"):
@@ -103,7 +103,7 @@ def test_the_command_shows_and_saves(url, tmp_path, capsys):
         main(["bench", "serve", url, *asked, "--save", str(saved)])
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and "time to first token" in shown and "good requests/s" in shown
-    assert json.loads(saved.read_text())["max_concurrency"] == 2
+    assert json.loads(saved.read_text(encoding="utf-8"))["max_concurrency"] == 2
     with pytest.raises(SystemExit) as ended:
         main(["bench", "serve", url])
     assert ended.value.code == 2 and "bench serve" in capsys.readouterr().err
@@ -113,6 +113,6 @@ def test_a_file_without_prompts_is_one_line_whenever_it_is_read(url, tmp_path):
     with pytest.raises(SourceError, match="cannot be read"):
         bench(url, LoadConfig(concurrency=1, warmup=0, prompts=tmp_path / "none.jsonl"))
     mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text('{"prompt": "the"}\n{"messages": []}\n')
+    mixed.write_text('{"prompt": "the"}\n{"messages": []}\n', encoding="utf-8")
     with pytest.raises(SourceError, match="API chat"):
         bench(url, LoadConfig(concurrency=1, requests=4, prompts=mixed))

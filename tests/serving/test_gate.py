@@ -295,7 +295,7 @@ def test_an_adapter_that_cannot_be_read_is_the_askers_error(start, tmp_path, cha
     model, root = random_decoder(SHAPES["grouped"]), tmp_path / "adapters"
     write_adapter(random_adapter(model), model, root / "mine")
     config = root / "mine" / ADAPTER_CONFIG
-    config.write_text(change(json.loads(config.read_text())))
+    config.write_text(change(json.loads(config.read_text(encoding="utf-8"))), encoding="utf-8")
 
     class Adapting(FakeEngine):
         def load_adapter(self, name, folder):

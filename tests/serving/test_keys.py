@@ -32,7 +32,7 @@ def test_an_allowance_refills_evenly_and_may_be_overdrawn_once():
 def test_the_file_holds_hashes_and_is_its_owners_alone(tmp_path, capsys):
     path = tmp_path / "keys.json"
     _, key, _ = bessemer(capsys, "keys", "add", path, "ann", "--requests-per-minute", 60, "--admin")
-    assert key.startswith("bsk-") and key.strip() not in path.read_text()
+    assert key.startswith("bsk-") and key.strip() not in path.read_text(encoding="utf-8")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert Keys(path).client([key.strip()]).principal.key == "ann"
     assert bessemer(capsys, "keys", "list", path)[1] == "ann · user ann · admin · 60 requests a minute\n"
@@ -56,7 +56,7 @@ def test_a_changed_file_changes_who_is_let_in(tmp_path):
         assert keys.client(["wrong", "bob"]).principal.user == "bob"
         # a client whose limits change stays who it is
         assert keys.client(["ann"]) is first and first.is_admin and first.tokens.per_minute == 5
-        path.write_text("{")
+        path.write_text("{", encoding="utf-8")
         keys.refresh()
         assert keys.client(["ann"]) is first, "a damaged file changes nothing"
         write_keys(path, [bob])
@@ -79,7 +79,7 @@ def test_a_changed_file_changes_who_is_let_in(tmp_path):
 )
 def test_a_file_of_something_else_is_one_line(tmp_path, text, said):
     path = tmp_path / "keys.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=said):
         Keys(path)
     path.unlink()

@@ -37,7 +37,7 @@ class Opened:
 
     def __call__(self, place):
         self.may_open.wait(10)
-        if place.read_text() == "damaged":
+        if place.read_text(encoding="utf-8") == "damaged":
             raise ArtefactError(f"{place}: damaged")
         self.opened.append(place.stem)
         engine = FakeEngine()
@@ -54,8 +54,8 @@ def opened():
 def places(tmp_path):
     sizes = {"small": 1, "middle": 1, "large": 3}
     for name, size in sizes.items():
-        (tmp_path / f"{name}.gguf").write_text("x" * size)
-    (tmp_path / "broken.gguf").write_text("damaged")
+        (tmp_path / f"{name}.gguf").write_text("x" * size, encoding="utf-8")
+    (tmp_path / "broken.gguf").write_text("damaged", encoding="utf-8")
     return {name: tmp_path / f"{name}.gguf" for name in (*sizes, "broken")}
 
 

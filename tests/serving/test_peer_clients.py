@@ -31,11 +31,13 @@ def url(tmp_path_factory):
 
 
 def test_llm(url, tmp_path):
-    (tmp_path / "extra-openai-models.yaml").write_text(f"- model_id: mine\n  model_name: tiny\n  api_base: {url}/v1\n")
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: mine\n  model_name: tiny\n  api_base: {url}/v1\n", encoding="utf-8"
+    )
     for options in ([], ["--no-stream"]):
         command = [sys.executable, "-m", "llm", "-m", "mine", "-o", "max_tokens", "8", *options, "the end"]
         environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "any"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
@@ -110,7 +112,7 @@ def called(name, **arguments):
 def agent(tmp_path):
     """Runs the command line of a coding agent in a folder with a file, and with a home of its own: what it prints."""
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "colour.txt").write_text("the colour is blue\n")
+    (tmp_path / "work" / "colour.txt").write_text("the colour is blue\n", encoding="utf-8")
 
     def run(name, *arguments, before=(), **environment):
         # `make test-peer-clients` installs them there
@@ -121,7 +123,7 @@ def agent(tmp_path):
         done = subprocess.run(
             [*before, shutil.which(name, path=where) if not before else name, *arguments],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             env=shown,
             cwd=tmp_path / "work",
             stdin=subprocess.DEVNULL,

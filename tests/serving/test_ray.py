@@ -256,7 +256,7 @@ def ray_server(folder, *options):
         [*command, "--device", "cpu", "--threads", "1", "--runs", str(folder.parent / "runs"), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
     )
     lines = []
 
@@ -349,13 +349,13 @@ def test_two_replicas_on_a_local_ray(tmp_path):
             [sys.executable, "-m", "bessemer", "serve", str(tmp_path / "model"), "--engine", "ray", "--port", "0"],
             env={**os.environ, "RAY_ADDRESS": "auto"},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=120,
         )
         assert second.returncode == 2 and "Ray Serve runs on this cluster already" in second.stderr
 
         # a replica that dies is replaced, and the other answers meanwhile
-        replicas = subprocess.run(["pgrep", "-f", "ray::ServeReplica:bessemer:Engine"], capture_output=True, text=True)
+        replicas = subprocess.run(["pgrep", "-f", "ray::ServeReplica:bessemer:Engine"], capture_output=True, encoding="utf-8")
         subprocess.run(["kill", "-9", replicas.stdout.split()[0]], check=True)
         answered = 0
         until = time.monotonic() + 90
@@ -384,6 +384,6 @@ def test_more_replicas_than_the_machine_has_room_for_are_refused_in_one_line(tmp
     with babbling_engine(tmp_path):
         pass
     command = [sys.executable, "-m", "bessemer", "serve", str(tmp_path / "model"), "--engine", "ray", "--replicas", "999"]
-    ended = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=180)
+    ended = subprocess.run([*command, "--port", "0"], capture_output=True, encoding="utf-8", timeout=180)
     assert ended.returncode == 2
     assert re.search(r"error: --replicas 999: each needs 1 of the cluster's \d+ CPUs", ended.stderr + ended.stdout)

@@ -108,7 +108,7 @@ def test_what_is_no_address_is_refused(text):
 def test_weights_of_a_newer_version_or_damaged_ones_say_so(store, record):
     saved = save(store, record)
     path = store.path(saved.address) / "checkpoint.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"format": 99}), encoding="utf-8")
     with pytest.raises(ArtefactError, match="update bessemer"):
         store.find(saved.address)
     (store.path(saved.address) / "state.safetensors").write_bytes(b"no")

@@ -48,10 +48,14 @@ def base(tmp_path_factory):
     write_picture_model(folder)
     path = folder / "preprocessor_config.json"
     # one tile a picture
-    path.write_text(path.read_text().replace('"do_image_splitting": true', '"do_image_splitting": false'))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"do_image_splitting": true', '"do_image_splitting": false'), encoding="utf-8"
+    )
     # as SmolVLM's, whose turns end so
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<end_of_utterance>"}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"eos_token": "<end_of_utterance>"}), encoding="utf-8"
+    )
     assert TILES["max_image_size"]["longest_edge"] == 16
     return folder
 
@@ -59,7 +63,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tuned(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
-    with (folder / "shades.csv").open("w", newline="") as stream:
+    with (folder / "shades.csv").open("w", newline="", encoding="utf-8") as stream:
         rows = csv.writer(stream)
         rows.writerow(["image", "question", "answer"])
         for number in range(60):

@@ -139,7 +139,7 @@ def test_helpers_of_the_prompt_stay_where_an_answer_defines_the_function_anew():
 
 def test_every_shipped_problem_is_solved_by_its_own_solution(tmp_path):
     path = Path(registry.__file__).parent / "files" / "code.jsonl"
-    rows = json_lines(path.read_text())
+    rows = json_lines(path.read_text(encoding="utf-8"))
     task = task_of(tmp_path, rows, kind="code", sandbox="rlimits", seconds=60, id="task_id")
     questions = task.questions()
     outcomes = task.judge_all([(question, [row["canonical_solution"]]) for question, row in zip(questions, rows, strict=True)])

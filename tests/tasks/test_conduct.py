@@ -21,8 +21,8 @@ PAIRED = 'kind: paired\ndata: items.jsonl\njoiner: " "\n'
 @pytest.fixture
 def task(tmp_path):
     def made(text, items, **options):
-        (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-        (tmp_path / "mine.yaml").write_text(text)
+        (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
         return read_task(tmp_path / "mine.yaml", TaskOptions(**options))
 
     return made

@@ -11,7 +11,7 @@ from bessemer.tasks.registry import read_task
 
 def task_of(folder, options=None, **settings):
     path = folder / "task.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()), encoding="utf-8")
     return read_task(path, options)
 
 

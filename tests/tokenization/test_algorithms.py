@@ -44,7 +44,7 @@ def test_the_same_texts_give_the_same_tokenizer_on_another_machine():
         "print(*map(parts_hash, ALGORITHMS))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.split() == [parts_hash(algorithm) for algorithm in ALGORITHMS]
 
 

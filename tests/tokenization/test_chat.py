@@ -528,9 +528,9 @@ def test_a_tokenizer_without_a_template_says_so(trained, tmp_path):
     ours, _ = trained("bpe", "chatml")
     for path in ours.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / TOKENIZER_CONFIG_FILE).read_text())
+    config = json.loads((tmp_path / TOKENIZER_CONFIG_FILE).read_text(encoding="utf-8"))
     del config["chat_template"]
-    (tmp_path / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config))
+    (tmp_path / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(RequestError, match="it has no chat template"):
         load_tokenizer(tmp_path).apply_chat_template(MESSAGES)
 
@@ -539,10 +539,10 @@ def test_white_space_that_a_control_token_swallows_is_swallowed(trained, tmp_pat
     """As in Phi's tokenizers, whose control tokens take the white space beside them."""
     ours, _ = trained("bpe", "chatml")
     for path in ours.folder.iterdir():
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         for token in [*content.get("added_tokens", []), *content.get("added_tokens_decoder", {}).values()]:
             token["rstrip"] = True
-        (tmp_path / path.name).write_text(json.dumps(content))
+        (tmp_path / path.name).write_text(json.dumps(content), encoding="utf-8")
     swallowing, peer = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     ids, mask = swallowing.encode_chat(MESSAGES)
     assert ids == peer.apply_chat_template(MESSAGES, return_dict=False) != ours.apply_chat_template(MESSAGES)

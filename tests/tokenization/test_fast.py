@@ -118,7 +118,7 @@ def test_texts_stay_whole_where_something_may_reach_over_a_cut(qwen2, change):
 
 def edited(path, folder, **sections):
     target = folder / TOKENIZER_FILE
-    target.write_text(json.dumps({**read_json(path), **sections}))
+    target.write_text(json.dumps({**read_json(path), **sections}), encoding="utf-8")
     return target
 
 

@@ -38,7 +38,7 @@ def test_a_folder_of_another_class_keeps_its_ids_template_and_roles(tokenizer, h
     shutil.copytree(tokenizer.folder, source)
     config = read_json(source / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}
     config |= {"bos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}, "pad_token": "[PAD]", "model_max_length": 77}
-    (source / "chat_template.jinja").write_text(config.pop("chat_template"))
+    (source / "chat_template.jinja").write_text(config.pop("chat_template"), encoding="utf-8")
     write_json(source / "tokenizer_config.json", config)
     _, notes = import_tokenizer(source, tmp_path / "out")
     assert notes == ["pad_token '[PAD]' is not in the vocabulary and is left out"]
@@ -52,10 +52,12 @@ def test_vocab_and_merges_give_gpt2s_tokenizer(any_tokenizer, hostile_texts, tmp
     source = tmp_path / "source"
     source.mkdir()
     controls = {token["content"]: token["id"] for token in content["added_tokens"]}
-    (source / "vocab.json").write_text(json.dumps(content["model"]["vocab"] | {"<|endoftext|>": any_tokenizer.bos_id}))
-    (source / "added_tokens.json").write_text(json.dumps(controls))
+    (source / "vocab.json").write_text(
+        json.dumps(content["model"]["vocab"] | {"<|endoftext|>": any_tokenizer.bos_id}), encoding="utf-8"
+    )
+    (source / "added_tokens.json").write_text(json.dumps(controls), encoding="utf-8")
     merges = "".join(f"{left} {right}\n" for left, right in content["model"]["merges"])
-    (source / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    (source / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
     import_tokenizer(source, tmp_path / "out", split=split_name(content["pre_tokenizer"]))
     back = load_tokenizer(tmp_path / "out")
     assert (back.vocab_size, back.bos_id, back.eos_ids) == (
@@ -84,10 +86,10 @@ def test_a_file_that_is_no_tokenizer_is_refused_and_leaves_nothing(name, content
 
 
 def test_a_folder_that_holds_something_is_not_written_over(tokenizer, tmp_path):
-    (tmp_path / "thesis.txt").write_text("keep me")
+    (tmp_path / "thesis.txt").write_text("keep me", encoding="utf-8")
     with pytest.raises(ArtefactError, match="exists already and is not empty"):
         import_tokenizer(tokenizer.folder, tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "keep me"
+    assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "keep me"
 
 
 def test_settings_for_other_formats_are_refused(tokenizer, tmp_path):
@@ -98,7 +100,7 @@ def test_settings_for_other_formats_are_refused(tokenizer, tmp_path):
 
 def test_the_format_is_found_by_content(tokenizer, tmp_path):
     assert find_source(tokenizer.folder) == ("tokenizer.json", tokenizer.folder / "tokenizer.json")
-    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n", encoding="utf-8")
     assert find_source(tmp_path) == ("tiktoken", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     assert find_source(tmp_path)[0] == "sentencepiece"

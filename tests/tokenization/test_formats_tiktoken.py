@@ -13,7 +13,9 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 
 
 def write_ranks(path, tokens, start=0):
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens, start)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens, start)), encoding="utf-8"
+    )
     return path
 
 
@@ -82,7 +84,7 @@ def test_what_the_file_does_not_hold_must_be_given(given, message, tmp_path):
 )
 def test_a_damaged_file_is_refused(spoil, message, tmp_path):
     path = write_ranks(tmp_path / "x.tiktoken", BYTES)
-    path.write_text("\n".join(spoil(path.read_text().splitlines())))
+    path.write_text("\n".join(spoil(path.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
     with pytest.raises(ArtefactError, match=message):
         import_tokenizer(path, tmp_path / "out", split="gpt-2", special_tokens=["<|endoftext|>"])
 

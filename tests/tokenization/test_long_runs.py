@@ -123,7 +123,7 @@ def test_a_tokenizer_encodes_a_long_text_as_the_library_does_in_one(path):
 
 
 def test_only_a_byte_level_bpe_is_encoded_in_windows(path, tmp_path):
-    description = json.loads(path.read_text())
+    description = json.loads(path.read_text(encoding="utf-8"))
     assert TokenizersEncoder(path).windows is not None
-    (tmp_path / TOKENIZER_FILE).write_text(json.dumps({**description, "normalizer": {"type": "NFC"}}))
+    (tmp_path / TOKENIZER_FILE).write_text(json.dumps({**description, "normalizer": {"type": "NFC"}}), encoding="utf-8")
     assert TokenizersEncoder(tmp_path / TOKENIZER_FILE).windows is None

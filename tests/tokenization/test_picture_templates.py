@@ -30,7 +30,9 @@ def test_a_template_of_parts_writes_pictures_and_texts(tokenizer):
 
 def test_the_template_of_an_older_processor_is_read(tmp_path):
     folder = write_picture_tokenizer(tmp_path)
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'][0]['text'] }}!"}))
+    (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": "{{ messages[0]['content'][0]['text'] }}!"}), encoding="utf-8"
+    )
     asked = [{"role": "user", "content": [{"type": "text", "text": "what"}]}]
     assert rendered(load_tokenizer(folder), asked) == "what!"
 
@@ -61,7 +63,7 @@ def test_marks_that_somebody_typed_are_text(tokenizer, typed):
 
 def test_a_template_of_texts_has_no_place_for_pictures(tmp_path):
     folder = write_small_tokenizer(tmp_path)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES["chatml"])
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES["chatml"], encoding="utf-8")
     with pytest.raises(RequestError, match="the chat template has no place for pictures"):
         load_tokenizer(folder).apply_chat_template(ASKED, add_generation_prompt=True)
 

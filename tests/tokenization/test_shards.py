@@ -43,7 +43,9 @@ def test_the_stream_is_begin_document_begin_document_begin(tmp_path_factory, len
     assert shards.read(0, shards.tokens).tolist() == [*expected, BOS]
     assert (shards.tokens, shards.document_count, shards.bytes) == (len(expected) + 1, len(lengths), 4 * sum(lengths))
 
-    files = [np.load(folder / shard["name"]) for shard in json.loads((folder / "shards.json").read_text())["shards"]]
+    files = [
+        np.load(folder / shard["name"]) for shard in json.loads((folder / "shards.json").read_text(encoding="utf-8"))["shards"]
+    ]
     position = 0
     for row, length in zip(shards.documents().to_pylist(), lengths, strict=True):  # the index finds each document
         found = files[row["shard"]][row["offset"] : row["offset"] + row["length"]]

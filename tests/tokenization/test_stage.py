@@ -72,7 +72,7 @@ def test_the_number_of_threads_does_not_show_in_the_output(done, documents, tmp_
         [sys.executable, "-c", code, str(documents), str(tmp_path)],
         env=os.environ | {"RAYON_NUM_THREADS": threads},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert finished.stdout.strip() == content_hash(done[0])
@@ -178,7 +178,7 @@ def test_what_other_settings_left_is_made_again(done, documents, tmp_path):
 
 def test_a_tokenizer_that_was_damaged_meanwhile_is_trained_again(done, documents, tmp_path):
     run(documents, tmp_path)
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     run(documents, tmp_path)
     assert bytes_of(tmp_path) == bytes_of(done[0])
 
@@ -202,7 +202,7 @@ run(Path(sys.argv[1]), Path(sys.argv[2]))
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 def test_a_killed_stage_goes_on_to_the_same_bytes(done, documents, tmp_path):
     arguments = [sys.executable, "-c", _KILLED, str(documents), str(tmp_path)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as killed:
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, encoding="utf-8") as killed:
         assert killed.stdout.readline() == "closed\n"
         killed.kill()
     assert not (tmp_path / "tokens" / "train" / "shards.json").exists()
@@ -284,8 +284,8 @@ def test_a_changed_existing_tokenizer_is_another_stage_wherever_it_lies(done, tm
         copy_tokenizer(done[0] / "tokenizer", copy)
     prints = [existing_fingerprint(str(copy), tmp_path) for copy in copies]
     assert prints[0] == prints[1]
-    config = json.loads((copies[1] / "tokenizer_config.json").read_text())
-    (copies[1] / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "x"}))
+    config = json.loads((copies[1] / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (copies[1] / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "x"}), encoding="utf-8")
     assert existing_fingerprint("b", tmp_path) != prints[0]
     settings = [CONFIG.with_changes(tokenizer=name).output_settings() for name in ("a", "b")]
     assert settings[0] == settings[1]

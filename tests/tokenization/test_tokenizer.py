@@ -180,7 +180,7 @@ def test_a_missing_folder_is_refused(tmp_path):
 def test_a_damaged_tokenizer_is_refused(tokenizer, tmp_path):
     shutil.copytree(tokenizer.folder, tmp_path / "damaged")
     path = tmp_path / "damaged" / "tokenizer.json"
-    path.write_text(path.read_text()[:1000])
+    path.write_text(path.read_text(encoding="utf-8")[:1000], encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"tokenizer\.json: this tokenizer is damaged"):
         load_tokenizer(tmp_path / "damaged")
 
@@ -208,9 +208,9 @@ def test_an_id_that_names_no_token_stands_for_nothing(tokenizers_by_algorithm, t
     folder = folder_like(
         tokenizers_by_algorithm["wordpiece"], tmp_path / "gap", tokenizer_config={"eos_token": "<|endoftext|>"}
     )
-    content = json.loads((folder / "tokenizer.json").read_text())
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     removed = content["model"]["vocab"].pop("z")
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     tokenizer, a = load_tokenizer(folder), content["model"]["vocab"]["a"]
     ids = [removed, a, removed, a]
     assert tokenizer.decode(ids) == "a a" == tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).decode(ids)
@@ -235,9 +235,9 @@ def test_a_decoder_of_another_kind_is_refused_by_name(decoder, named):
 def test_a_kind_of_vocabulary_that_is_not_read_is_refused_by_name(tokenizer, tmp_path):
     shutil.copytree(tokenizer.folder, tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     content["decoder"] = {"type": "BPEDecoder", "suffix": "</w>"}
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(
         ArtefactError, match=r"tokenizer\.json: a BPE tokenizer with the decoder BPEDecoder is of a kind that is not"
     ):
@@ -250,7 +250,7 @@ def folder_like(tokenizer, folder, **files):
     shutil.copyfile(tokenizer.folder / "tokenizer.json", folder / "tokenizer.json")
     for name, content in files.items():
         suffix = ".jinja" if isinstance(content, str) else ".json"
-        (folder / f"{name}{suffix}").write_text(content if isinstance(content, str) else json.dumps(content))
+        (folder / f"{name}{suffix}").write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return folder
 
 
@@ -267,9 +267,9 @@ def test_tokenizer_json_alone_is_enough_where_its_special_tokens_have_known_name
 
 def test_a_tokenizer_without_a_begin_or_end_token_is_refused_with_what_to_add(published_tokenizers, tmp_path):
     folder = folder_like(published_tokenizers["qwen"], tmp_path / "unnamed")
-    content = json.loads((folder / "tokenizer.json").read_text())
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     content["added_tokens"] = []
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(
         ArtefactError, match=r'tokenizer_config\.json: names no begin or end token .* add "bos_token" and "eos_token"'
     ):
@@ -316,9 +316,9 @@ def test_the_generation_settings_end_tokens_are_end_tokens(tokenizer, tmp_path, 
 @pytest.mark.parametrize("shape", ["bert", "gpt2"])
 def test_truncation_in_the_file_is_ignored(published_tokenizers, tmp_path, shape):
     folder = folder_like(published_tokenizers[shape], tmp_path / "cut")
-    content = json.loads((folder / "tokenizer.json").read_text())
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     cut, text = load_tokenizer(folder), "a b c d e f g h"
     assert cut.encode(text) == cut.encode_batch([text])[0].tolist() == published_tokenizers[shape].encode(text)
 

@@ -221,7 +221,7 @@ def loss(model, batch):
 
 def test_a_users_loss_is_the_one_that_is_measured(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(step_timing, "_GROUP_SECONDS", 0.01)
-    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
     config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64, loss="mine.py:loss")
     resolve(config, model_folder, folder=tmp_path)
     calls = load_user_function("mine.py:loss", tmp_path).__globals__["calls"]
@@ -267,7 +267,7 @@ def test_a_run_that_began_where_bfloat16_is_fast_is_not_resumed_where_it_is_not(
 def test_a_resume_elsewhere_says_that_it_is_not_bit_exact(model_folder, settings, tmp_path, name, value):
     prepare_run(settings, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
     place = tmp_path / "autotune.json"
-    place.write_text(json.dumps(json.loads(place.read_text()) | {name: value}))
+    place.write_text(json.dumps(json.loads(place.read_text(encoding="utf-8")) | {name: value}), encoding="utf-8")
     progress = RecordedProgress()
     prepare_run(settings, model_folder, tmp_path, device="cpu", progress=progress)
     assert f"{name} {value}" in progress.lines[0] and "not bit-exact" in progress.lines[0]

@@ -99,7 +99,9 @@ def _interrupt_at(last):
 
 @pytest.mark.parametrize("kind", slow_but(["muon"], [*OPTIMIZERS, "own.py:plain"]))
 def test_a_resumed_run_ends_with_the_same_bits_under_every_optimizer(run, settings, tmp_path, kind):
-    (tmp_path / "own.py").write_text("import torch\ndef plain(groups):\n    return torch.optim.RMSprop(groups)\n")
+    (tmp_path / "own.py").write_text(
+        "import torch\ndef plain(groups):\n    return torch.optim.RMSprop(groups)\n", encoding="utf-8"
+    )
     config = settings.with_changes(optimizer=kind)
     saving = config.with_changes(checkpoint_minutes=1e-9)
     with pytest.raises(InterruptedError):

@@ -184,7 +184,7 @@ def nothing(groups):
 
 
 def test_an_optimizer_of_the_users_own_moves_the_weights(decoder, settings, tmp_path):
-    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
     before = {name: parameter.detach().clone() for name, parameter in decoder.named_parameters()}
     config = settings.with_changes(optimizer="own.py:plain", learning_rate=0.25, weight_decay=0)
     optimizers = build_optimizers(decoder, config, tmp_path)
@@ -205,7 +205,7 @@ def test_an_optimizer_of_the_users_own_moves_the_weights(decoder, settings, tmp_
     ],
 )
 def test_an_own_optimizer_that_is_none_is_refused(decoder, settings, tmp_path, function, complaint):
-    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
     with pytest.raises(ConfigError, match=complaint):
         build_optimizers(decoder, settings.with_changes(optimizer=f"own.py:{function}"), tmp_path)
 

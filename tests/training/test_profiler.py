@@ -48,7 +48,7 @@ def test_the_asked_steps_are_recorded_and_the_weights_stay_the_same_bits(run, tm
 
 def test_the_operators_are_told_by_time_and_memory(run, tmp_path):
     run("one", profile={"steps": "4"})
-    text = (tmp_path / "one" / "profile" / "rank-0.operators.md").read_text()
+    text = (tmp_path / "one" / "profile" / "rank-0.operators.md").read_text(encoding="utf-8")
     assert text.startswith("# Step 4, rank 0: ")
     time, memory = text.split("## Time on the processor")[1].split("## Memory, allocated less freed")
     assert "| `aten::mm` | " in time and "| `aten::" in memory

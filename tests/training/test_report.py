@@ -93,7 +93,7 @@ def test_a_run_without_diagnostics_has_no_such_part():
 
 
 def test_the_section_names_an_instance_of_the_stage_and_reads_its_samples(tmp_path):
-    (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "The", "text": " end"}\n')
+    (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "The", "text": " end"}\n', encoding="utf-8")
     stage = StageReport(name="pretrain_2", kind="pretrain", metrics={"steps": 3}, folder=tmp_path)
     section = report(stage)
     assert section.title == "Pretraining: pretrain_2"
@@ -106,7 +106,7 @@ def stage_with_sample(tmp_path, metrics, **of_others):
         '{"step": 1, "prompt": "The", "text": " dog"}',
         '{"step": 3, "prompt": "The\\nkey", "text": " is", "held_out": true}',
     ]
-    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     run = RunReport(name="r", folder=tmp_path, stages=(stages := []))
     stages += [
         StageReport(name=name, kind=name, metrics=found, folder=tmp_path, run=run)

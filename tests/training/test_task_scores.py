@@ -49,7 +49,7 @@ def test_accuracies_are_those_of_an_evaluation_and_no_weight_changes(config, mod
     tasks = [read_task(tmp_path / f"{name}.yaml") for name in ("animals", "sums")]
     with Engine(tmp_path / "asked" / "model", device="cpu") as engine:
         results = evaluate_tasks(engine, tasks[:1], tmp_path / "evaluated", model={}, progress=Silent())["tasks"]
-        right = [item["score"] for item in json_lines((tmp_path / "evaluated" / "items.jsonl").read_text())]
+        right = [item["score"] for item in json_lines((tmp_path / "evaluated" / "items.jsonl").read_text(encoding="utf-8"))]
     assert results["animals"]["n"] == 3
     assert found[5] == {"task/animals": sum(right[:2]) / 2, "task/sums": found[5]["task/sums"]}
 

@@ -55,7 +55,7 @@ def test_choices_are_kept_by_step_and_repeated_on_resume(tmp_path):
     assert again.resume(3) == 2
     # a validation that there was not before changes nothing among steps that are repeated
     assert [again.after_step(step, 0.1, validated=True) for step in range(4, 11)] == [None, 1, None, None, None, None, 2]
-    assert json.loads((tmp_path / threads.THREADS).read_text()) == {"first": 2, "by_step": {"5": 1, "10": 2}}
+    assert json.loads((tmp_path / threads.THREADS).read_text(encoding="utf-8")) == {"first": 2, "by_step": {"5": 1, "10": 2}}
 
 
 @pytest.fixture

@@ -42,10 +42,10 @@ def runtime(settings):
 
 
 def test_a_processors_peak_is_measured_once(tmp_path, runtime, monkeypatch):
-    (tmp_path / "autotune.json").write_text(json.dumps({"steps": 3}))
+    (tmp_path / "autotune.json").write_text(json.dumps({"steps": 3}), encoding="utf-8")
     peak = device_peak(tmp_path, runtime)
     assert peak > 1e9
-    assert json.loads((tmp_path / "autotune.json").read_text()) == {"steps": 3, "peak_flops": peak}
+    assert json.loads((tmp_path / "autotune.json").read_text(encoding="utf-8")) == {"steps": 3, "peak_flops": peak}
     monkeypatch.setattr("bessemer.training.monitoring.profiler.measured_peak", lambda runtime: pytest.fail("measured"))
     assert device_peak(tmp_path, runtime) == peak
 

@@ -162,8 +162,8 @@ def test_the_recipe_is_refused_before_anything_runs(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else find(name))
     recipe = "format: 1\nname: r\ncollect: [{source: files, paths: a.jsonl}]\ntokenize: {}\nmodel: {preset: qwen3-1m}\n"
-    (tmp_path / "recipe.yaml").write_text(recipe + "pretrain: {steps: 3, track: [trackio]}\n")
-    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n')
+    (tmp_path / "recipe.yaml").write_text(recipe + "pretrain: {steps: 3, track: [trackio]}\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="track: trackio is not installed"):
         prepare("recipe.yaml")

@@ -159,7 +159,9 @@ def test_the_command_writes_the_mean_of_checkpoints(capsys, monkeypatch, run, se
 def test_checkpoints_of_different_models_have_no_mean(run, settings, tmp_path):
     folder = run("run", settings.with_changes(sample_points=0, evaluate_tokens=200))
     shutil.copytree(folder, tmp_path / "other")
-    config = json.loads((folder / "model" / "config.json").read_text())
-    (tmp_path / "other" / "model" / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0, "rope_parameters": None}))
+    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "other" / "model" / "config.json").write_text(
+        json.dumps(config | {"rope_theta": 5.0, "rope_parameters": None}), encoding="utf-8"
+    )
     with pytest.raises(ConfigError, match="is of another model than"):
         averaged_model([find_checkpoint(f"{name}@last", tmp_path) for name in ("run", "other")])

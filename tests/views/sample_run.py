@@ -319,7 +319,7 @@ def write_run(runs: Path, metrics: dict[str, dict], records: dict[str, list[dict
             "host": {"system": "Linux x86_64", "processor": "Some processor", "cores": 2, "memory_bytes": 25_000_000_000},
             "commit": "5fc5e98c1d2e",
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         lines = {"metrics.jsonl": (records or {}).get(stage, []), "samples.jsonl": SAMPLES if stage == "pretrain" else []}
         if stage == "evaluate":
             lines["answers.jsonl"] = [
@@ -332,10 +332,10 @@ def write_run(runs: Path, metrics: dict[str, dict], records: dict[str, list[dict
                 for question, expected, answer, exact, chosen in QUESTIONS
             ]
         for name, found_lines in lines.items():
-            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in found_lines))
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in found_lines), encoding="utf-8")
         if stage == "quantize":
-            (folder / "model" / "quality.json").write_text(json.dumps(found))
-    (run.folder / "recipe.lock.yaml").write_text("pretrain:\n  steps: 1700\n")
+            (folder / "model" / "quality.json").write_text(json.dumps(found), encoding="utf-8")
+    (run.folder / "recipe.lock.yaml").write_text("pretrain:\n  steps: 1700\n", encoding="utf-8")
     return run
 
 

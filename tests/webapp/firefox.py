@@ -28,7 +28,7 @@ def firefox() -> str | None:
 def write_launcher(path: Path) -> Path:
     """A program that Playwright can start as Firefox."""
     command = shlex.join([sys.executable, str(Path(__file__).resolve()), firefox() or "firefox"])
-    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
     path.chmod(0o755)
     return path
 

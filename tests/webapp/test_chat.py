@@ -72,11 +72,11 @@ def test_a_conversation_is_asked_edited_branched_kept_and_taken_elsewhere(page, 
     page.fill("#search", "THE END")
     page.wait_for_selector("#conversations button.open")
 
-    rows = json_lines((tmp_path / "said" / "pairs.jsonl").read_text())
+    rows = json_lines((tmp_path / "said" / "pairs.jsonl").read_text(encoding="utf-8"))
     assert (
         rows[0]["prompt"] == [{"role": "user", "content": "the end"}] and rows[0]["chosen"][0]["content"] == "As it should be"
     )
-    assert json.loads((tmp_path / "said" / "labels.jsonl").read_text())["label"] is True
+    assert json.loads((tmp_path / "said" / "labels.jsonl").read_text(encoding="utf-8"))["label"] is True
 
 
 def test_stop_stops_the_server_and_keys_work(page, start, engine):
@@ -134,7 +134,7 @@ def test_two_answers_stand_side_by_side_and_one_is_kept(page, start, tmp_path):
     page.wait_for_selector("text=2 / 2")
     assert page.inner_text("article.assistant .text") == kept
     page.wait_for_selector(".pair", state="detached")
-    pair = json.loads((tmp_path / "said" / "pairs.jsonl").read_text())
+    pair = json.loads((tmp_path / "said" / "pairs.jsonl").read_text(encoding="utf-8"))
     assert pair["chosen"][0]["content"] == kept and {kept, pair["rejected"][0]["content"]} == {"one answer", "another answer"}
 
 
@@ -154,7 +154,7 @@ def test_typing_on_beside_two_answers_is_no_preference(page, start, tmp_path):
     # the second pair is chosen of, which comes behind whatever was told of the first
     with page.expect_response("**/feedback"):
         page.get_by_role("button", name="Keep this one").first.click()
-    (pair,) = json_lines((tmp_path / "said" / "pairs.jsonl").read_text())
+    (pair,) = json_lines((tmp_path / "said" / "pairs.jsonl").read_text(encoding="utf-8"))
     assert pair["prompt"][-1]["content"] == "second" and not (tmp_path / "said" / "labels.jsonl").exists()
 
 

@@ -25,7 +25,7 @@ def test_an_answer_has_one_label_whatever_is_pressed(page, start, tmp_path):
     for name, method in (("Good", "POST"), ("Good", "DELETE"), ("Bad", "POST"), ("Good", "POST")):
         with page.expect_response(lambda answer, method=method: "feedback" in answer.url and answer.request.method == method):
             page.get_by_role("button", name=name, exact=True).click()
-    assert [row["label"] for row in json_lines((tmp_path / "labels.jsonl").read_text())] == [True]
+    assert [row["label"] for row in json_lines((tmp_path / "labels.jsonl").read_text(encoding="utf-8"))] == [True]
 
 
 def test_an_answer_that_failed_is_not_sent_on_as_an_empty_message(page, start):
@@ -85,7 +85,7 @@ def test_a_model_that_is_being_opened_says_so_until_it_answers(page, tmp_path):
         assert may_open.wait(30)
         return FakeEngine()
 
-    (tmp_path / "other.gguf").write_text("weights")
+    (tmp_path / "other.gguf").write_text("weights", encoding="utf-8")
     pool = ModelPool({"other": tmp_path / "other.gguf"}, open_engine, max_waiting=4)
     with servers() as begin:
         opened(page, begin(FakeEngine(), web_pages(WebSettings()), pool=pool))

@@ -57,7 +57,19 @@ def test_pages_and_their_files_need_no_key_and_all_that_they_ask_does(engine, st
         assert httpx.post(url + path, json={}).status_code == 401
 
 
-MODULES = ("page", "store", "markdown", "token", "chat", "settings", "answers", "sampled", "comparisons", "documents")
+MODULES = (
+    "page",
+    "store",
+    "markdown",
+    "colouring",
+    "token",
+    "chat",
+    "settings",
+    "answers",
+    "sampled",
+    "comparisons",
+    "documents",
+)
 
 
 def test_nothing_in_the_pages_is_from_elsewhere_or_parses_what_others_say(start):
@@ -231,7 +243,7 @@ def test_feedback_becomes_rows_that_post_training_reads(start, tmp_path):
         assert httpx.post(url + "/feedback", json=row).status_code == 200
     (read,) = read_examples(tmp_path / "said" / "pairs.jsonl", as_pair)
     assert (read.chosen[-1]["content"], read.rejected[-1]["content"]) == ("Here.", "There.")
-    assert json.loads((tmp_path / "said" / "labels.jsonl").read_text())["label"] is False
+    assert json.loads((tmp_path / "said" / "labels.jsonl").read_text(encoding="utf-8"))["label"] is False
     for wrong in (
         pair | {"label": True, "completion": "a"},
         {"prompt": prompt},
@@ -260,11 +272,14 @@ def test_an_answer_has_one_label_the_last_and_none_once_it_is_taken_back(start, 
     for identity, label in (("a-1", True), ("b", True), ("a-1", False)):
         row = {"prompt": prompt, "completion": "Here.", "label": label, "id": identity}
         assert httpx.post(url + "/feedback", json=row).status_code == 200
-    assert [(row["id"], row["label"]) for row in json_lines(labels.read_text())] == [("b", True), ("a-1", False)]
+    assert [(row["id"], row["label"]) for row in json_lines(labels.read_text(encoding="utf-8"))] == [
+        ("b", True),
+        ("a-1", False),
+    ]
     assert [example.is_desirable for example in read_examples(labels, as_labelled)] == [True, False]
     assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": True}
     assert httpx.delete(url + "/feedback/a-1").json() == {"deleted": False}
-    assert [row["id"] for row in json_lines(labels.read_text())] == ["b"]
+    assert [row["id"] for row in json_lines(labels.read_text(encoding="utf-8"))] == ["b"]
 
 
 def test_of_two_who_start_training_at_the_same_moment_one_is_refused(monkeypatch, tmp_path):

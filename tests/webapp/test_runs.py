@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
     texts += [texts[3], "Too short."]
     with (folder / "texts.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"id": str(number), "text": text}) + "\n" for number, text in enumerate(texts))
-    (folder / "small.yaml").write_text(RECIPE)
+    (folder / "small.yaml").write_text(RECIPE, encoding="utf-8")
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -99,7 +99,7 @@ def test_of_a_file_that_grows_only_what_is_new_is_sent(url, runs):
     assert get(url, "runs/small/stages/pretrain/metrics", after=first["after"])["records"] == []
     path = (runs / "small" / "stages" / "pretrain").resolve() / "metrics.jsonl"
     before = path.read_bytes()
-    with path.open("a") as stream:
+    with path.open("a", encoding="utf-8") as stream:
         stream.write('{"step": 31, "loss": NaN}\n{"step": 32, "lo')
     found = get(url, "runs/small/stages/pretrain/metrics", after=first["after"])
     assert found["records"] == [{"step": 31, "loss": None}] and not found["restarted"]
@@ -259,13 +259,15 @@ def test_a_server_without_pictures_or_filters_says_what_it_lacks_and_shows_the_r
 
 def test_a_runs_model_has_a_card_from_its_manifests(runs, tmp_path):
     card = model_card(RunFolder(runs, "small"))
-    record = json.loads((runs / "small" / "run.json").read_text())
+    record = json.loads((runs / "small" / "run.json").read_text(encoding="utf-8"))
     for name, entry in record["stages"].items():
         assert f"| `{name}` | `{entry['key']}` |" in card
     assert card.startswith("---\npipeline_tag: text-generation") and "layers 2" in card
     assert "No red team has attacked it" in card
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "run.json").write_text(json.dumps(record | {"name": "bare", "recipe": {}, "stages": {}}))
+    (tmp_path / "bare" / "run.json").write_text(
+        json.dumps(record | {"name": "bare", "recipe": {}, "stages": {}}), encoding="utf-8"
+    )
     with pytest.raises(ArtefactError, match=r"^bare: no stage of this run has made a model"):
         model_card(RunFolder(tmp_path, "bare"))
 
@@ -287,12 +289,14 @@ def test_the_curve_of_a_live_run_grows_and_only_what_is_new_is_fetched(page, url
     store, key = Store(runs / ".store"), "pretrain-live"
     partial = store.partial(key)
     partial.mkdir(exist_ok=True)
-    (live / "working.json").write_text(json.dumps({"stage": "pretrain", "key": key, "started": "", "steps": 400}))
+    (live / "working.json").write_text(
+        json.dumps({"stage": "pretrain", "key": key, "started": "", "steps": 400}), encoding="utf-8"
+    )
     sent = []
     page.on("response", lambda answer: sent.append(answer) if "/pretrain/metrics" in answer.url else None)
 
     def grow(first, last):
-        with (partial / "metrics.jsonl").open("a") as stream:
+        with (partial / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps({"step": step, "loss": 400 / step}) + "\n" for step in range(first, last))
 
     with store.lock(key):
@@ -361,12 +365,34 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     assert page.evaluate(colours) != last and " → " in page.inner_text(".reading")
     page.click("text=Where the words come from")
     page.wait_for_selector(".origins[data-done]")
+    assert faults(page) == []
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert faults(page) == []
+    page.set_viewport_size({"width": 1280, "height": 800})
     page.click("text=Ask the earlier models")
     page.wait_for_selector("#token-lineage td >> text=pretrain, step 12")
     page.click(".tokens.pressable button >> nth=3")
     page.wait_for_selector("#side[data-place='3']")
     page.click("text=Look for the words before it")
     page.wait_for_selector("#token-lineage p >> text=documents of select")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("two words", "The answer has fewer than four words: too few to look for."),
+        ("four words of it", "No four words of the answer in a row stand in 86 training documents."),
+    ],
+)
+def test_of_an_answer_without_spans_it_is_said_why(page, url, text, said):
+    looked_at = 0 if text == "two words" else 86
+    found = {"run": "small", "stage": "select", "text": text, "spans": [], "looked_at": looked_at, "documents": 86, "rows": 0}
+    page.route("**/inspect/origins", lambda route: route.fulfill(json=found))
+    page.goto(url)
+    page.evaluate(f"import('{url}/static/origins.js').then((own) => document.body.append(own.origins({{}})))")
+    page.click("text=Where the words come from")
+    page.wait_for_selector(".origins[data-done]")
+    assert page.inner_text(".origins .soft") == said
 
 
 @pytest.mark.parametrize("path", [slow("runs"), "runs?run=small", "data?run=small"])

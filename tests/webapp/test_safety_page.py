@@ -46,11 +46,11 @@ class Polite:
 @pytest.fixture(scope="module")
 def start_guarded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("safety")
-    (folder / "policy.yaml").write_text(POLICY)
+    (folder / "policy.yaml").write_text(POLICY, encoding="utf-8")
     config = RedTeamConfig(attacks=["direct"], categories=["privacy"], limit=1)
     attack_model(config, Polite(), folder / "redteam" / "polite", model={"name": "polite"})
     (folder / "redteam" / "torn").mkdir()
-    (folder / "redteam" / "torn" / "results.json").write_text("{")
+    (folder / "redteam" / "torn" / "results.json").write_text("{", encoding="utf-8")
     with servers() as start:
 
         def start_guarded(*, texts: bool = False) -> str:

@@ -248,7 +248,7 @@ class World:
             server.setblocking(False)
         home = folder / "home"
         home.mkdir(mode=0o700)
-        (home / "secret").write_text(SECRET)
+        (home / "secret").write_text(SECRET, encoding="utf-8")
         (home / "secret").chmod(0o600)
 
     def _count(self, number: int, frame: object) -> None:

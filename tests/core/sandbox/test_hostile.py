@@ -31,7 +31,7 @@ def world() -> Iterator[Path]:
     """A folder that every user can enter, with what the programs read and the package that runs them."""
     folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="bessemer-hostile-"))
     folder.chmod(0o755)
-    (folder / "public").write_text("public")
+    (folder / "public").write_text("public", encoding="utf-8")
     (folder / "tools").mkdir()
     package = Path(bessemer.__file__).parent
     shutil.copytree(package / "core", folder / "bessemer" / "core", ignore=shutil.ignore_patterns("__pycache__"))
@@ -81,7 +81,7 @@ def test_hostile_programs_do_what_the_gaps_of_the_tier_name_and_nothing_else(cal
         group=NOBODY if caller == "nobody" else None,
         extra_groups=[] if caller == "nobody" else None,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
         check=False,
     )

@@ -176,7 +176,7 @@ def test_where_namespaces_are_refused_as_in_a_container_the_tier_is_landlock():
         pytest.skip(str(error))
     source = str(Path(sandbox.__file__).parents[3])
     command = [sys.executable, "-c", WITHOUT_NAMESPACES]
-    done = subprocess.run(command, env={"PYTHONPATH": source}, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env={"PYTHONPATH": source}, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout == "landlock 1\n"
 
 

@@ -118,7 +118,7 @@ def test_items_of_a_file(tmp_path):
         {"query": "Question: Who?", "choices": ["He", "She"], "gold": 0},
         {"id": "b-7", "deep": {"text": "Why? Answer:"}},
     ]
-    path.write_text("\n\n".join(json.dumps(record) for record in records))
+    path.write_text("\n\n".join(json.dumps(record) for record in records), encoding="utf-8")
     assert list(read_items(path)) == [
         Item("quiz", "1", "Who?"),
         Item("quiz", "1", "He"),
@@ -130,7 +130,7 @@ def test_items_of_a_file(tmp_path):
 
 def test_a_broken_file_is_named_with_its_line(tmp_path):
     path = tmp_path / "quiz.jsonl"
-    path.write_text('{"query": "x"}\n{"query":\n')
+    path.write_text('{"query": "x"}\n{"query":\n', encoding="utf-8")
     with pytest.raises(SourceError, match=r"quiz\.jsonl, line 2: this is not a set of evaluation items"):
         list(read_items(path))
     with pytest.raises(SourceError, match=r"missing\.jsonl"):

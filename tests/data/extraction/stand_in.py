@@ -22,6 +22,6 @@ def stand_in_text(html, url):
         raise RecursionError("too deep")
     elif action in ("r", "w"):
         # opening a named pipe waits for somebody who opens its other end
-        with Path(rest).open(action):
+        with Path(rest).open(action, encoding="utf-8"):
             pass
     return f"{os.getpid()}" if action in ("r", "w", "pid") else f"text of {html}"

@@ -75,7 +75,7 @@ def test_entities_that_multiply_are_not_expanded(tmp_path):
 
 
 def test_an_entity_does_not_read_a_file(tmp_path):
-    (tmp_path / "secret").write_text("the secret")
+    (tmp_path / "secret").write_text("the secret", encoding="utf-8")
     package = (
         f'<!DOCTYPE p [<!ENTITY x SYSTEM "file://{tmp_path}/secret">]>'
         "<package><metadata><title>&x;</title></metadata>"
@@ -158,10 +158,12 @@ def test_arxivs_tars_hold_papers_as_gz_members(tmp_path):
 def test_a_lone_file_inputs_from_its_folder_and_from_nowhere_else(tmp_path):
     folder = tmp_path / "paper"
     (folder / "parts").mkdir(parents=True)
-    (tmp_path / "secret.tex").write_text("secret")
+    (tmp_path / "secret.tex").write_text("secret", encoding="utf-8")
     (folder / "parts" / "link.tex").symlink_to(tmp_path / "secret.tex")
-    (folder / "parts" / "two.tex").write_text("Two $a^2$.\\input{../secret}\\input{parts/link}\\input{/etc/passwd}")
-    (folder / "main.tex").write_text(PAPER)
+    (folder / "parts" / "two.tex").write_text(
+        "Two $a^2$.\\input{../secret}\\input{parts/link}\\input{/etc/passwd}", encoding="utf-8"
+    )
+    (folder / "main.tex").write_text(PAPER, encoding="utf-8")
     tally = Tally()
     (document,) = documents("latex", folder, tally)
     assert document.text == EXPECTED
@@ -177,11 +179,13 @@ def test_inputs_that_multiply_end_at_the_limit(tmp_path):
 
 
 def test_a_file_that_inputs_itself_ends(tmp_path):
-    (tmp_path / "main.tex").write_text("\\documentclass{a}\\begin{document}Steel. \\input{main}\\end{document}")
+    (tmp_path / "main.tex").write_text(
+        "\\documentclass{a}\\begin{document}Steel. \\input{main}\\end{document}", encoding="utf-8"
+    )
     assert documents("latex", tmp_path)[0].text.startswith("Steel.")
 
 
 def test_comments_in_listings_and_escaped_signs_stay(tmp_path):
     body = "50\\% of it.\n\\begin{verbatim}\nprint('%d' % 3)\n\\end{verbatim}\n\\begin{comment}no\\end{comment}done"
-    (tmp_path / "a.tex").write_text(f"\\documentclass{{a}}\n\\begin{{document}}\n{body}\n\\end{{document}}\n")
+    (tmp_path / "a.tex").write_text(f"\\documentclass{{a}}\n\\begin{{document}}\n{body}\n\\end{{document}}\n", encoding="utf-8")
     assert documents("latex", tmp_path)[0].text == "50\\% of it.\n\\begin{verbatim}\nprint('%d' % 3)\n\\end{verbatim}\ndone"

@@ -112,7 +112,7 @@ def test_a_file_of_them_is_read_back(tmp_path):
     settings = CanariesSource(draws=2, repetitions=[1, 4])
     canaries = [*planted_canaries(settings), *unseen_canaries(settings, 3)]
     path = tmp_path / "canaries.jsonl"
-    path.write_text("".join(json.dumps(one.record) + "\n" for one in canaries))
+    path.write_text("".join(json.dumps(one.record) + "\n" for one in canaries), encoding="utf-8")
     assert [one.record for one in read_canaries(path)] == [one.record for one in canaries]
 
 

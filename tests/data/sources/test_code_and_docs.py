@@ -44,13 +44,13 @@ def unpack(folder):
     for name, content in FILES.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
 
 
 def test_a_checkout_gives_what_people_wrote_with_language_and_licence(tmp_path):
     unpack(tmp_path)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "x.py").write_text("x = 1\n")
+    (tmp_path / "other" / "x.py").write_text("x = 1\n", encoding="utf-8")
     tally = Tally()
     read = {document.locator: document for document in documents("code", tmp_path, tally)}
     assert {name: (d.metadata["programming_language"], d.license) for name, d in read.items() if name != "other/x.py"} == KEPT
@@ -104,7 +104,7 @@ def test_a_files_name_tells_its_language(name, language):
     ],
 )
 def test_what_says_that_a_program_made_it_is_left_out_and_what_speaks_of_making_is_not(tmp_path, head, is_kept):
-    (tmp_path / "a.py").write_text(head + "\nx = 1\n")
+    (tmp_path / "a.py").write_text(head + "\nx = 1\n", encoding="utf-8")
     assert len(documents("code", tmp_path)) == is_kept
 
 
@@ -114,20 +114,20 @@ def test_a_notebook_is_its_cells_with_prose_as_comments(tmp_path):
         {"cell_type": "code", "source": "x = 1\nx", "outputs": [{"text": "not this"}]},
         {"cell_type": "code", "source": []},
     ]
-    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
     assert documents("code", tmp_path)[0].text == "# # Title\n# Prose.\n\nx = 1\nx"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"cells": 1}', "[" * 100_000])
 def test_what_is_no_notebook_is_counted(tmp_path, content):
-    (tmp_path / "a.ipynb").write_text(content)
+    (tmp_path / "a.ipynb").write_text(content, encoding="utf-8")
     tally = Tally()
     assert documents("code", tmp_path, tally) == []
     assert tally.counts["bad_records"] == 1
 
 
 def test_a_long_file_is_set_aside(tmp_path):
-    (tmp_path / "a.py").write_text("x = 1\n" * 1000)
+    (tmp_path / "a.py").write_text("x = 1\n" * 1000, encoding="utf-8")
     tally = Tally()
     assert documents("code", tmp_path, tally, max_document_bytes=1000) == []
     assert tally.counts == {"too_large": 1}
@@ -163,7 +163,7 @@ def test_a_tree_of_documentation_is_read_without_its_machinery(tmp_path):
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     rst, markdown = documents("docs", tmp_path)
     assert rst.text == "Melting\n=======\n\nHeat it. See :ref:`start`.\n\n.. code-block:: python\n\n   melt()"
     assert (markdown.text, markdown.metadata["title"]) == ("# Melt\n\nHeat it.", "How to melt")
@@ -186,11 +186,11 @@ def test_pages_inside_a_package_are_read_with_its_licence(tmp_path):
 
 @pytest.mark.parametrize(("kind", "suffix"), [("code", ".py"), ("docs", ".md")])
 def test_a_checkouts_links_are_not_followed(tmp_path, kind, suffix):
-    (tmp_path / "secret").write_text("the secret")
+    (tmp_path / "secret").write_text("the secret", encoding="utf-8")
     folder = tmp_path / "checkout"
     folder.mkdir()
     (folder / f"a{suffix}").symlink_to(tmp_path / "secret")
-    (folder / f"b{suffix}").write_text("open")
+    (folder / f"b{suffix}").write_text("open", encoding="utf-8")
     tally = Tally()
     assert [document.text for document in documents(kind, folder, tally)] == ["open"]
     assert tally.counts["links"] == 1
@@ -200,7 +200,7 @@ def test_the_split_of_a_checkout_is_one(tmp_path):
     for name in ("work/one", "work/two"):
         (tmp_path / name / ".git").mkdir(parents=True)
         (tmp_path / name / "src").mkdir()
-        (tmp_path / name / "src" / "a.py").write_text("x = 1\n")
+        (tmp_path / name / "src" / "a.py").write_text("x = 1\n", encoding="utf-8")
     groups = [document.group for document in documents("code", tmp_path)]
     assert groups == ["work/one", "work/two"]
 
@@ -209,7 +209,7 @@ def test_a_tree_read_from_its_own_root_groups_by_its_checkout(tmp_path):
     root = tmp_path / "steel"
     (root / ".git").mkdir(parents=True)
     (root / "src").mkdir()
-    (root / "src" / "a.py").write_text("x = 1\n")
-    (root / "b.py").write_text("x = 2\n")
+    (root / "src" / "a.py").write_text("x = 1\n", encoding="utf-8")
+    (root / "b.py").write_text("x = 2\n", encoding="utf-8")
     assert {document.group for document in documents("code", root)} == {"steel"}
     assert opened("code", root).units()

@@ -111,7 +111,7 @@ def test_settings_load_no_heavy_library():
         "import sys; import bessemer.data.sources.registry; "
         "print([name for name in ('pyarrow', 'lxml', 'fastwarc', 'numpy', 'zstandard', 'protego') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -40,20 +40,20 @@ def read(folder, *paths, max_bytes=100_000, tally=None):
 
 def test_a_text_file_is_one_document_named_by_its_path_and_offset(tmp_path):
     (tmp_path / "books" / "old").mkdir(parents=True)
-    (tmp_path / "books" / "old" / "a.txt").write_text("One.\n\nTwo.\n")
+    (tmp_path / "books" / "old" / "a.txt").write_text("One.\n\nTwo.\n", encoding="utf-8")
     (document,) = read(tmp_path, "books")
     assert (document.locator, document.text) == ("old/a.txt#0", "One.\n\nTwo.")
 
 
 def test_a_long_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"paragraph {n}\n\n" for n in range(10)))
+    (tmp_path / "a.txt").write_text("".join(f"paragraph {n}\n\n" for n in range(10)), encoding="utf-8")
     documents = read(tmp_path, "a.txt", max_bytes=30)
     assert [document.locator for document in documents] == ["a.txt#0", "a.txt#26", "a.txt#52", "a.txt#78", "a.txt#104"]
-    assert "\n\n".join(document.text for document in documents) + "\n\n" == (tmp_path / "a.txt").read_text()
+    assert "\n\n".join(document.text for document in documents) + "\n\n" == (tmp_path / "a.txt").read_text(encoding="utf-8")
 
 
 def test_a_paragraph_longer_than_the_limit_stays_whole(tmp_path):
-    (tmp_path / "a.txt").write_text("short\n\n" + "long " * 20 + "\n\nshort\n")
+    (tmp_path / "a.txt").write_text("short\n\n" + "long " * 20 + "\n\nshort\n", encoding="utf-8")
     assert [len(document.text) for document in read(tmp_path, "a.txt", max_bytes=20)] == [5, 100, 5]
 
 
@@ -71,7 +71,7 @@ def test_cutting_loses_only_white_space_between_documents(tmp_path_factory, line
 
 
 def test_documents_of_one_file_share_a_group(tmp_path):
-    (tmp_path / "a.txt").write_text("x\n\n" * 10)
+    (tmp_path / "a.txt").write_text("x\n\n" * 10, encoding="utf-8")
     assert {document.group for document in read(tmp_path, "a.txt", max_bytes=4)} == {"a.txt"}
 
 
@@ -125,7 +125,7 @@ def test_records_in_another_encoding_are_read(tmp_path):
 
 
 def test_a_record_with_its_text_under_another_name_is_told_how_to_be_read(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"title": "Steel", "body": "Steel is iron.", "stars": 3}\n')
+    (tmp_path / "a.jsonl").write_text('{"title": "Steel", "body": "Steel is iron.", "stars": 3}\n', encoding="utf-8")
     tally = Tally()
     assert read(tmp_path, ".", tally=tally) == []
     assert tally.losses == tally.notes
@@ -183,7 +183,7 @@ NUMBERED_LINES = b"".join(b"line %d\n\n" % n for n in range(20000))
 )
 def test_a_damaged_file_is_named_and_what_stood_before_the_damage_is_kept(tmp_path, name, content, lines):
     (tmp_path / name).write_bytes(content)
-    (tmp_path / "z.txt").write_text("whole")
+    (tmp_path / "z.txt").write_text("whole", encoding="utf-8")
     tally = Tally()
     *found, last = read(tmp_path, ".", tally=tally)
     assert last.text == "whole"
@@ -204,24 +204,24 @@ def test_a_damaged_file_is_named_and_what_stood_before_the_damage_is_kept(tmp_pa
 )
 def test_a_path_that_gives_nothing_is_named(tmp_path, paths, message):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "table.csv").write_text("a,b\n")
+    (tmp_path / "table.csv").write_text("a,b\n", encoding="utf-8")
     with pytest.raises(SourceError, match=message):
         find_files(paths, tmp_path)
 
 
 def test_the_root_does_not_depend_on_what_a_pattern_matches(tmp_path):
     (tmp_path / "texts" / "deep").mkdir(parents=True)
-    (tmp_path / "texts" / "deep" / "a.txt").write_text("x")
+    (tmp_path / "texts" / "deep" / "a.txt").write_text("x", encoding="utf-8")
     assert find_files(["texts/**/*.txt"], tmp_path) == ["deep/a.txt"]
     assert find_files(["texts", "texts/deep"], tmp_path) == ["deep/a.txt"]
-    (tmp_path / "texts" / "b.txt").write_text("x")
+    (tmp_path / "texts" / "b.txt").write_text("x", encoding="utf-8")
     assert find_files(["texts/**/*.txt"], tmp_path) == ["b.txt", "deep/a.txt"]
 
 
 def test_two_folders_with_files_of_one_name_keep_them_apart(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "a.txt").write_text(name)
+        (tmp_path / name / "a.txt").write_text(name, encoding="utf-8")
     assert [document.locator for document in read(tmp_path, "one", "two")] == ["one/a.txt#0", "two/a.txt#0"]
 
 
@@ -255,7 +255,9 @@ def test_a_record_keeps_its_plain_fields_as_metadata():
     ],
 )
 def test_a_line_that_is_not_a_record_is_named_and_set_aside(tmp_path, line, why):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine"}) + "\n\n" + line + "\n" + json.dumps({"text": "too"}) + "\n")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "fine"}) + "\n\n" + line + "\n" + json.dumps({"text": "too"}) + "\n", encoding="utf-8"
+    )
     tally = Tally()
     assert [document.text for document in read(tmp_path, "a.jsonl", tally=tally)] == ["fine", "too"]
     assert tally.counts["bad_records"] == 1
@@ -279,7 +281,7 @@ def test_an_empty_file_is_counted(tmp_path):
 
 
 def test_a_paragraph_beyond_all_measure_is_cut_between_characters(tmp_path):
-    (tmp_path / "a.txt").write_text("é" * 100 + "\n\nend\n")
+    (tmp_path / "a.txt").write_text("é" * 100 + "\n\nend\n", encoding="utf-8")
     reader = files_source(["a.txt"], tmp_path, 10)
     reader = dataclasses.replace(reader, format=TextFiles(reader.format.settings, longest_paragraph=31))
     tally = Tally()
@@ -291,7 +293,7 @@ def test_a_paragraph_beyond_all_measure_is_cut_between_characters(tmp_path):
 
 
 def test_a_record_too_long_to_hold_is_read_over(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "' + "x" * 500 + '"}\n{"text": "two"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "' + "x" * 500 + '"}\n{"text": "two"}\n', encoding="utf-8")
     with open_stream(tmp_path / "a.jsonl") as stream:
         assert [line and line[10:13] for _, _, line in bounded_lines(stream, 100)] == [b"one", None, b"two"]
 
@@ -310,11 +312,11 @@ def test_reading_goes_on_from_any_position(tmp_path, name, suffix):
 
 
 def test_the_fingerprint_follows_content_and_the_names_that_ids_are_made_from(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     before = files_source(["."], tmp_path, 1).fingerprint()
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
     renamed = files_source(["."], tmp_path, 1).fingerprint()
-    (tmp_path / "b.txt").write_text("y")
+    (tmp_path / "b.txt").write_text("y", encoding="utf-8")
     assert len({json.dumps(value) for value in (before, renamed, files_source(["."], tmp_path, 1).fingerprint())}) == 3
 
 
@@ -386,7 +388,7 @@ def test_a_damaged_memory_of_fingerprints_is_passed_over(tmp_path, remembered, c
     (tmp_path / "in" / "a.txt").write_bytes(b"0123456789")
     before = remembered()
     for entry in (tmp_path / "cache" / "fingerprints").iterdir():
-        entry.write_text(content)
+        entry.write_text(content, encoding="utf-8")
     assert remembered() == before
 
 

@@ -76,7 +76,7 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, name)
 
 
 def test_a_row_of_another_width_and_a_quotation_without_end_cost_themselves(tmp_path):
-    (tmp_path / "a.csv").write_text("text,n\na,1\nb\nc,3\n")
+    (tmp_path / "a.csv").write_text("text,n\na,1\nb\nc,3\n", encoding="utf-8")
     tally = Tally()
     assert [document.text for document in documents("tables", tmp_path, tally)] == ["a", "c"]
     assert tally.notes == ["a.csv: byte 11: 1 fields instead of 2"]

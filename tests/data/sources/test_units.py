@@ -47,7 +47,7 @@ def test_the_standard_library_is_one_unit(monkeypatch):
 
 def test_a_users_function_is_one_unit_that_resumes(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def f(count):\n    for n in range(count):\n        yield {'id': n, 'text': f'text {n}'}\n"
+        "def f(count):\n    for n in range(count):\n        yield {'id': n, 'text': f'text {n}'}\n", encoding="utf-8"
     )
     source = UserFunction("mine.py:f", tmp_path, {"count": 5})
     assert [document.text for _, _, document in assert_resumes(source)] == [f"text {n}" for n in range(5)]
@@ -57,7 +57,7 @@ def test_a_users_function_is_one_unit_that_resumes(tmp_path):
     ("body", "message"), [("raise RuntimeError('no')", "RuntimeError: no"), ("return [{}]", "needs a 'text'")]
 )
 def test_a_users_function_that_fails_is_named(tmp_path, body, message):
-    (tmp_path / "mine.py").write_text(f"def f():\n    {body}\n")
+    (tmp_path / "mine.py").write_text(f"def f():\n    {body}\n", encoding="utf-8")
     with pytest.raises(SourceError, match=message):
         found(UserFunction("mine.py:f", tmp_path))
 
@@ -76,7 +76,7 @@ def f(errors):
 
 @pytest.mark.parametrize(("errors", "texts"), [(0, 4), (3, 4), (9, 2)])
 def test_a_users_function_that_a_network_fails_is_called_again_after_growing_waits(tmp_path, errors, texts):
-    (tmp_path / "mine.py").write_text(FAILS_NOW_AND_THEN)
+    (tmp_path / "mine.py").write_text(FAILS_NOW_AND_THEN, encoding="utf-8")
     waits, tally = [], Tally()
     source = UserFunction("mine.py:f", tmp_path, {"errors": errors}, clock=Clock(sleep=waits.append))
     (unit,) = source.units()
@@ -87,7 +87,7 @@ def test_a_users_function_that_a_network_fails_is_called_again_after_growing_wai
 
 def test_an_iterator_that_fails_without_end_is_given_up(tmp_path):
     body = "import itertools\n\ndef f():\n    return map(lambda n: {'text': 'x'[n]}, itertools.count())\n"
-    (tmp_path / "mine.py").write_text(body)
+    (tmp_path / "mine.py").write_text(body, encoding="utf-8")
     tally, source = Tally(), UserFunction("mine.py:f", tmp_path)
     assert [document.text for _, document in source.read(source.units()[0], 0, tally)] == ["x"]
     assert tally.counts == {"bad_records": 99, "failed_functions": 1}

@@ -26,7 +26,9 @@ def urls_source(folder, clock=None, **settings):
 def test_pages_are_fetched_once_and_read_from_the_cache_ever_after(site, tmp_path):
     for number in range(3):
         site.html(f"/{number}", f"Page {number}")
-    (tmp_path / "list.txt").write_text(f"# pages\n{site.url}/1\n{site.url}/2\nnot an address\n{site.url}/gone\n")
+    (tmp_path / "list.txt").write_text(
+        f"# pages\n{site.url}/1\n{site.url}/2\nnot an address\n{site.url}/gone\n", encoding="utf-8"
+    )
     settings = {"urls": f"{site.url}/0", "lists": "list.txt", "license": "CC0-1.0"}
     tally = Tally()
     read = [document for _, _, document in found(urls_source(tmp_path, **settings), tally)]

@@ -106,13 +106,13 @@ def test_an_unknown_lock_is_met_with_the_nearest_name(tmp_path):
 
 @pytest.mark.parametrize("line", ["sympy", "sympy>=1", "sympy==1.14", "sympy==1.14 --hash=md5:00"])
 def test_a_line_without_version_and_hash_is_refused(tmp_path, line):
-    (tmp_path / "a.lock").write_text(line + "\n")
+    (tmp_path / "a.lock").write_text(line + "\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"'sympy.*' is not pinned"):
         read_lock(tmp_path / "a.lock")
 
 
 def test_an_empty_lock_is_refused(tmp_path):
-    (tmp_path / "a.lock").write_text("# nothing\n")
+    (tmp_path / "a.lock").write_text("# nothing\n", encoding="utf-8")
     with pytest.raises(SourceError, match="names no packages"):
         read_lock(tmp_path / "a.lock")
 

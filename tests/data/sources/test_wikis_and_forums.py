@@ -185,7 +185,7 @@ def test_a_topic_is_a_document_in_whichever_form_it_is_exported(tmp_path, name, 
 
 
 def test_loose_posts_are_gathered_by_their_topic(tmp_path):
-    (tmp_path / "posts.json").write_text(json.dumps(LOOSE))
+    (tmp_path / "posts.json").write_text(json.dumps(LOOSE), encoding="utf-8")
     (document,) = documents("discourse", tmp_path)
     assert document.text == "First *post*.\n\n---\n\nSecond *post*."
 
