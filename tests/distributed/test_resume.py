@@ -189,7 +189,6 @@ def scored(out, parallel=None):
     return scores
 
 
-@pytest.mark.slow
 def test_an_average_put_in_place_of_pieces_scores_as_that_of_the_whole(two, tmp_path):
     alone = scored(tmp_path / "alone")
     assert alone[0] == alone[2] != alone[1]

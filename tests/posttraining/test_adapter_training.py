@@ -122,7 +122,6 @@ def test_an_adapter_is_trained_written_and_merged_and_its_base_stays(request, mo
     assert held and all(".adapter." in name for name in held)
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(model_folder, data, tmp_path):
     adapter = {"rank": 4, "dropout": 0.1, "quantize": "int8", "merge": False}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -89,7 +89,6 @@ def test_the_critic_knows_after_a_while_which_prompts_are_rewarded(model_folder,
     assert median(known) > 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_goes_on_bit_for_bit_and_the_critic_with_it(model_folder, data, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

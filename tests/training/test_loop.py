@@ -242,7 +242,6 @@ def test_frozen_parameters_do_not_move_and_are_not_in_checkpoints(run, settings,
     assert not any("layers.0." in name for name in states)
 
 
-@pytest.mark.slow
 def test_a_run_with_frozen_parameters_resumes_to_the_bit(run, settings, tmp_path):
     config = settings.with_changes(freeze=["layers.0.*"], checkpoint_minutes=1e-9)
     with pytest.raises(InterruptedError):
