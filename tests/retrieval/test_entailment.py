@@ -168,12 +168,12 @@ def test_a_real_model_is_asked_its_head_written_and_read_and_that_of_another_mod
     assert all(one["is_supported"] == (one["entailment"] >= 0.5) for one in statements)
     code, _, error = run(capsys, "entailment", index, model, str(out))
     assert code == 2 and "is there already" in error
-    values = json.loads(out.read_text())
-    out.write_text(json.dumps(values | {"probes": [9.0, -9.0, 9.0]}))
+    values = json.loads(out.read_text(encoding="utf-8"))
+    out.write_text(json.dumps(values | {"probes": [9.0, -9.0, 9.0]}), encoding="utf-8")
     with pytest.raises(ArtefactError, match="for the opinions of"):
         Entailment(engine, load_head(out))
     for damaged in ({"features": ["opinion"]}, {"mean_F": [1]}, {"scale": None}):
-        out.write_text(json.dumps(values | damaged))
+        out.write_text(json.dumps(values | damaged), encoding="utf-8")
         with pytest.raises(ArtefactError, match="this is no entailment head"):
             load_head(out)
     with pytest.raises(ArtefactError, match="too few sentences"):

@@ -73,7 +73,7 @@ def test_a_reader_finds_a_whole_version_whenever_the_writer_is_killed(address, t
         with pytest.raises(Killed):
             build(address, tmp_path / "b", IRON, COPPER)
         assert found(address, tmp_path / "reader") == {"a.md"}, limit
-    monkeypatch.setattr(remote.ObjectPath, "write_text", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(remote.ObjectPath, "write_text", lambda *_, **__: (_ for _ in ()).throw(Killed))
     monkeypatch.setattr(ObjectPath, "upload", real)
     with pytest.raises(Killed):
         build(address, tmp_path / "b", IRON, COPPER)
@@ -84,7 +84,7 @@ def test_a_reader_finds_a_whole_version_whenever_the_writer_is_killed(address, t
 def test_the_next_build_goes_on_with_what_was_built_and_removes_what_was_left(address, tmp_path, monkeypatch):
     build(address, tmp_path / "a", IRON)
     with monkeypatch.context() as patch:
-        patch.setattr(ObjectPath, "write_text", lambda *_: (_ for _ in ()).throw(StorageError("gone")))
+        patch.setattr(ObjectPath, "write_text", lambda *_, **__: (_ for _ in ()).throw(StorageError("gone")))
         with pytest.raises(StorageError, match="gone"):
             build(address, tmp_path / "a", IRON, COPPER)
     assert len(versions(address)) == 2
@@ -111,7 +111,7 @@ def test_what_is_missing_damaged_or_no_index_is_one_line(address, bucket, tmp_pa
     with pytest.raises(ArtefactError, match=r"s3://.*handbook\.index: no index of documents is here"):
         fetched(address, tmp_path)
     build(address, tmp_path / "a", IRON)
-    place = json.loads((address / "index.json").read_text())["place"]
+    place = json.loads((address / "index.json").read_text(encoding="utf-8"))["place"]
     (address / place).remove_all()
     with pytest.raises(ArtefactError, match="the version that the index names is not there"):
         fetched(address, tmp_path / "b")
@@ -124,7 +124,7 @@ def test_what_is_missing_damaged_or_no_index_is_one_line(address, bucket, tmp_pa
 def test_commands_take_an_address_in_place_of_a_folder(address, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(remote, "cache_folder", lambda: tmp_path / "cache")
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "metal.md").write_text("# Iron\n\nIron rusts in water.\n")
+    (tmp_path / "docs" / "metal.md").write_text("# Iron\n\nIron rusts in water.\n", encoding="utf-8")
     code, printed, _ = run(capsys, "index", str(tmp_path / "docs"), str(address), "--embedder", "none")
     assert code == 0 and "1 documents" in printed and f"{address}: uploaded" in printed
     assert local_index(str(address)).is_relative_to(tmp_path / "cache")

@@ -182,10 +182,10 @@ def load_head(path: Path) -> EntailmentHead:
     values = read_json(path, "entailment head")
     try:
         check_format(values["format"], _FORMAT, path, "entailment head")
-        arrays = [np.array(values[name], np.float64) for name in ("mean_F", "deviation_F", "weights_F")]
-        if tuple(values["features"]) != FEATURES or any(array.shape != (len(FEATURES),) for array in arrays):
+        mean_F, deviation_F, weights_F = (np.array(values[name], np.float64) for name in ("mean_F", "deviation_F", "weights_F"))
+        if tuple(values["features"]) != FEATURES or {mean_F.shape, deviation_F.shape, weights_F.shape} != {(len(FEATURES),)}:
             raise ValueError
-        fitted = Fitted(*arrays, float(values["constant"]))
+        fitted = Fitted(mean_F, deviation_F, weights_F, float(values["constant"]))
         scale, shift, probes = float(values["scale"]), float(values["shift"]), tuple(map(float, values["probes"]))
         return EntailmentHead(fitted, scale, shift, str(values["model"]), probes, dict(values["made"]))
     except (KeyError, TypeError, ValueError):

@@ -96,7 +96,7 @@ def published(folder: Path, address: ObjectPath, before: Mapping[str, Any] | Non
         (address / place).remove_all()
         raise ArtefactError(f"{address}: another process has written this index meanwhile; run again, on its version")
     values[_PLACE] = place
-    (address / INDEX).write_text(json.dumps(values))
+    (address / INDEX).write_text(json.dumps(values), encoding="utf-8")
     write_json(_base_of(folder), {_PLACE: place})
     _remove_old(address, {place, str((before or {}).get(_PLACE, ""))})
 
@@ -104,7 +104,7 @@ def published(folder: Path, address: ObjectPath, before: Mapping[str, Any] | Non
 def _pointer(address: ObjectPath) -> dict[str, Any] | None:
     """What the pointer says; None where there is none. Raises ArtefactError for what is none."""
     try:
-        values = json.loads((address / INDEX).read_text())
+        values = json.loads((address / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:

@@ -19,7 +19,7 @@ from bessemer.assistant.messages import Message, MessagePart
 from bessemer.retrieval.chunks import cut_document, sentences
 from bessemer.retrieval.long_documents import LONG_TEXT, Place, TextPassage, asking_passages, passages_of_text, with_texts
 
-#: Most tokens of a summary, the share of the room that it takes at most, and the fewest with which one says something.
+#: Most tokens of a summary, its largest share of the room, and the fewest with which one says something.
 _MOST, _SHARE, _FEWEST = 512, 6, 24
 #: Tokens that an instruction's pieces are counted too few by: blanks between them.
 _SLACK = 16
