@@ -90,6 +90,26 @@ def test_the_page_of_labels_has_no_fault(page, tmp_path):
         assert faults(page, [scheme]) == []
 
 
+@pytest.mark.chromium("it has no button for its theme, and Firefox is given none from outside")
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_report_file_has_no_fault(page, tmp_path, width):
+    pytest.importorskip("matplotlib")
+    from bessemer.views.report import render_report
+    from tests.views.sample_run import sample_run
+
+    path = tmp_path / "report.html"
+    path.write_text(render_report(sample_run()), encoding="utf-8")
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(path.as_uri())
+    page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
+    assert page.locator("section").count() > 5
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        found = faults(page, [scheme])
+        assert not found, "\n".join(map(str, found))
+
+
 def test_a_token_that_shows_nothing_has_a_name(page, start):
     url = start()
     page.goto(url)

@@ -67,6 +67,54 @@ def test_markdown_formulas_and_code_are_drawn_and_nothing_of_them_runs(page, sta
     page.wait_for_selector("pre code .hljs-keyword")
     page.wait_for_selector(".formula.display .katex-html")
     assert page.locator("article.assistant > .text").inner_html() == whole
+    # what was drawn to warm up is gone
+    page.wait_for_function("!document.querySelector('#scroll > .text')")
+
+
+def test_code_is_coloured_as_it_is_written_and_unknown_languages_are_left(page, start):
+    code = "def f(x):\n    return '<b>&amp;' # " + "é" * 40
+    answer = f"```python\n{code}\n```\n\n```nolanguage\nfor x\n```\n\n~~~PYTHON\nreturn 1\n~~~\n\nend"
+    opened(page, start(served=FakeEngine(lambda _: iter(answer), context_length=10**6)))
+    page.evaluate("document.querySelector('[name=max_tokens]').value = ''")
+    ask(page, "show")
+    page.wait_for_selector("article.assistant:not(.working)")
+    page.wait_for_function("document.querySelectorAll('pre code .hljs-keyword').length === 3")
+    assert page.locator("pre code").all_text_contents() == [code, "for x", "return 1"]
+    assert page.locator("pre code .hljs-string").all_text_contents() == ["'<b>&amp;'"]
+    assert page.locator("figure.code >> nth=1 >> css=span.hljs-keyword").count() == 0
+    if page.context.browser.browser_type.name == "chromium":  # Playwright is told of no workers in Firefox
+        assert [worker.url.split("/")[-1] for worker in page.workers] == ["colouring.js"]
+
+
+def test_who_reads_above_is_not_moved_and_who_reads_the_end_goes_with_it(page, start):
+    may_go_on = [threading.Event(), threading.Event(), threading.Event()]
+
+    def reply(prompt):
+        for event in may_go_on:
+            yield from ["word\n\n"] * 60
+            while not event.wait(0.01):
+                yield "."
+            yield "more\n\n"
+
+    opened(page, start(served=FakeEngine(reply, context_length=10**6)))
+    page.evaluate("document.querySelector('[name=max_tokens]').value = ''")
+    place = "[scroll.scrollTop, scroll.scrollHeight - scroll.clientHeight - scroll.scrollTop]"
+    look = f"() => {{ const scroll = document.querySelector('#scroll'); return {place}; }}"
+    grown = "(count) => document.querySelectorAll('article.assistant p').length >= count"
+    ask(page, "go on")
+    page.wait_for_function(grown, arg=60)
+    page.wait_for_function(f"() => {{ const [top, left] = ({look})(); return top > 500 && left < 80; }}")
+    page.evaluate("document.querySelector('#scroll').scrollTop = 300")
+    page.wait_for_selector("#to-end", state="visible")
+    may_go_on[0].set()
+    page.wait_for_function(grown, arg=120)
+    assert page.evaluate(look)[0] == 300
+    page.click("#to-end")
+    may_go_on[1].set()
+    page.wait_for_function(grown, arg=180)
+    page.wait_for_function(f"() => {{ const [top, left] = ({look})(); return top > 2000 && left < 80; }}")
+    may_go_on[2].set()
+    page.wait_for_selector(ANSWER)
 
 
 def test_what_is_nested_a_thousand_times_is_shown_and_stops_nothing(page, start):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 
 import httpx
 import pytest
 import torch
 
+from bessemer.inference.engine import Capture, Engine, EngineConfig, SamplingParams
 from bessemer.inspection.forward_pass import LayerParts
 from bessemer.inspection.interventions import Changes, continuation
+from bessemer.inspection.recording import lens_logits
+from bessemer.model.cpu_kernels import library, unavailable
+from bessemer.model.formats.gguf_export import export_gguf
+from bessemer.model.quantisation.quantised_layers import QuantisedWeight
 from bessemer.model.storage.folder import load_model
-from bessemer.webapp.forward_api import percent, sentence_of_parts, sentence_of_step
+from bessemer.webapp.app import WebSettings, web_pages
+from bessemer.webapp.forward_api import percent, sentence_of_parts, sentence_of_softmax, sentence_of_step
+from tests.serving.running import servers
 from tests.webapp.test_accessibility import faults
 from tests.webapp.test_chat import ANSWER, ask, opened
 
@@ -55,6 +63,68 @@ def test_a_forward_pass_tells_the_steps_first_and_then_splits_every_layer(start,
 def test_where_there_is_no_copy_the_steps_are_told_and_that_they_are_not_split(start):
     first, last = told(start(web={"makes_xrays": False}), "forward", model="tiny", before=BEFORE, token=TOKEN)
     assert first["steps"] and "asks for no key" in last["note"]
+
+
+@pytest.fixture(scope="module")
+def packed(model_folder, tmp_path_factory):
+    """A GGUF file whose head the kernels have packed."""
+    if library() is None:
+        pytest.skip(str(unavailable()))
+    path = tmp_path_factory.mktemp("packed") / "tiny.gguf"
+    export_gguf(model_folder, path, "q8_0")
+    with Engine(path, device="cpu", config=EngineConfig(cpu_kernels="on")) as engine, servers() as begin:
+        yield engine, begin(engine, web_pages(WebSettings(path)))
+
+
+def captured_states(engine):
+    """States of the residual stream before the answer, (L, D), and what was sampled from: the likeliest tokens with theirs."""
+    capture = Capture(states=tuple(range(engine.model.config.num_hidden_layers + 1)), positions="last")
+    params = SamplingParams(max_tokens=1, temperature=0, logprobs=20)
+    (completion,) = engine.generate([BEFORE], params, capture=capture)
+    (sampled,) = completion.log_probs
+    return torch.cat([completion.captured.states[layer] for layer in capture.states]), dict(sampled.log_probs.top)
+
+
+def test_the_packed_head_gives_the_numbers_that_were_sampled_and_reads_no_codes(packed, monkeypatch):
+    engine, url = packed
+    _, sampled = captured_states(engine)
+
+    def dequantises(part):
+        raise AssertionError(f"{part} reads its codes out")
+
+    monkeypatch.setattr(QuantisedWeight, "stored", property(dequantises))
+    found = httpx.post(url + "/inspect/token", json={"model": "tiny", "before": BEFORE, "token": TOKEN}).json()
+    told = {one["id"]: math.log(one["probability"]) for one in found["alternatives"]}
+    assert len(told) == 20 and told == pytest.approx(sampled, abs=1e-5)
+    assert [row["likeliest"][0]["probability"] for row in found["lens"]][-1] == found["alternatives"][0]["probability"]
+
+
+def test_the_packed_head_is_the_dequantised_one_but_for_rounded_activations(packed):
+    engine, url = packed
+    states_LD, _ = captured_states(engine)
+    plain_LV = lens_logits(engine.model, states_LD.numpy())
+    packed_LV = engine.lens_logits(states_LD)
+    assert packed_LV.shape == plain_LV.shape and not torch.equal(packed_LV, plain_LV)
+    assert (packed_LV - plain_LV).norm() < 0.01 * plain_LV.norm()
+    first, *_ = told(url, "forward", model="tiny", before=BEFORE, token=TOKEN)
+    assert first["rounding"] == pytest.approx(float(packed_LV[-1, TOKEN] - plain_LV[-1, TOKEN]), abs=1e-4)
+    assert sum(step["part"] for step in first["steps"]) + first["rounding"] == pytest.approx(first["logit"], abs=1e-4)
+
+
+def test_a_head_that_is_not_packed_is_multiplied_as_the_model_does(engine):
+    states_LD, _ = captured_states(engine)
+    assert torch.equal(engine.lens_logits(states_LD), lens_logits(engine.model, states_LD.numpy()))
+
+
+def test_a_sentence_says_what_rounding_makes_of_the_logit():
+    others = [{"id": 8, "piece": "t8", "probability": 1e-4}]
+    said = sentence_of_softmax(" a", 5, 3.5, 0.5, 1000, others, -0.042)
+    assert said == (
+        "The logit of “ a” is 3.50 (rounding took 0.04 from it), which among 1,000 tokens is 50 %: "
+        "5,000 times as likely as “t8”."
+    )
+    assert "rounding" not in sentence_of_softmax(" a", 5, 3.5, 0.5, 1000, others, 0.004)
+    assert "3.0 times less likely than" in sentence_of_softmax(" a", 5, 3.5, 0.2, 1000, [{**others[0], "probability": 0.6}])
 
 
 def test_a_sentence_says_what_a_step_did():

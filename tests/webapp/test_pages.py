@@ -57,7 +57,19 @@ def test_pages_and_their_files_need_no_key_and_all_that_they_ask_does(engine, st
         assert httpx.post(url + path, json={}).status_code == 401
 
 
-MODULES = ("page", "store", "markdown", "token", "chat", "settings", "answers", "sampled", "comparisons", "documents")
+MODULES = (
+    "page",
+    "store",
+    "markdown",
+    "colouring",
+    "token",
+    "chat",
+    "settings",
+    "answers",
+    "sampled",
+    "comparisons",
+    "documents",
+)
 
 
 def test_nothing_in_the_pages_is_from_elsewhere_or_parses_what_others_say(start):

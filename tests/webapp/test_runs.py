@@ -365,6 +365,10 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     assert page.evaluate(colours) != last and " → " in page.inner_text(".reading")
     page.click("text=Where the words come from")
     page.wait_for_selector(".origins[data-done]")
+    assert faults(page) == []
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert faults(page) == []
+    page.set_viewport_size({"width": 1280, "height": 800})
     page.click("text=Ask the earlier models")
     page.wait_for_selector("#token-lineage td >> text=pretrain, step 12")
     page.click(".tokens.pressable button >> nth=3")

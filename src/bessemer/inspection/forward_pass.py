@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.decoder import Decoder
+from bessemer.model.layers.attention_backends import capped
 from bessemer.model.layers.cache import DecoderCache
 from bessemer.model.layers.norms import LayerNorm, RMSNorm
 from bessemer.model.quantisation.quantised_layers import QuantisedLinear
@@ -52,10 +53,23 @@ def shares_of_norm(norm: nn.Module, parts_ND: Tensor, at_D: Tensor) -> Tensor:
 def logit_shares(model: Decoder, parts_ND: Tensor, final_D: Tensor, token: int) -> list[float]:
     """The share of each part of the residual stream, (N, D), in a token's logit before any softcap. final_D: their sum."""
     normed_ND = shares_of_norm(model.norm, parts_ND.float(), final_D.float())
+    return [float(share) for share in normed_ND.to(model.device) @ _head_row(model, token)]
+
+
+def _head_row(model: Decoder, token: int) -> Tensor:
+    """The head's weights of one token, (D,) float32."""
     head = model.head
     if isinstance(head, QuantisedLinear):
-        return [float(share) for share in head.product(normed_ND.to(model.dtype))[:, token]]
-    return [float(share) for share in normed_ND @ model.head_weight[token].float()]
+        return head.weight_rows(torch.tensor([token], device=head.device))[0].float()
+    return model.head_weight[token].float()
+
+
+@torch.no_grad()
+def logit_without_rounding(model: Decoder, final_D: Tensor, token: int) -> float:
+    """A token's logit from the residual stream after all layers, in float32, where a quantised head's product may round its
+    inputs."""
+    normed_D = model.normed(final_D.to(model.device, model.dtype)).float()
+    return float(capped(normed_D @ _head_row(model, token), model.logit_softcap))
 
 
 def layer_shares(model: Decoder, states_LD: Tensor, token: int) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bessemer.core.errors import BessemerError
 from bessemer.inference.capture import Captured
 from bessemer.inference.engine import Engine
-from bessemer.inspection.forward_pass import LayerParts, layer_parts, layer_shares
+from bessemer.inspection.forward_pass import LayerParts, layer_parts, layer_shares, logit_without_rounding
 from bessemer.inspection.inspect import piece_of
 from bessemer.model.attention.base import variant_of
 from bessemer.model.config import ModelConfig
@@ -147,12 +147,15 @@ def _steps(engine: Engine, captured: Captured, token: int) -> dict[str, Any]:
     share_V = shares_LV[-1]
     alternatives = _likeliest(engine, share_V, _ALTERNATIVES)
     logit = float(logits_LV[-1, token])
+    # the kernels round the inputs of a quantised head; the layers' shares are exact
+    rounding = logit - logit_without_rounding(engine.model, states_LD[-1], token)
     return {
         "steps": steps,
         "logit": logit,
+        "rounding": rounding,
         "vocabulary": len(share_V),
         "alternatives": alternatives,
-        "sentence": sentence_of_softmax(piece, token, logit, float(share_V[token]), len(share_V), alternatives),
+        "sentence": sentence_of_softmax(piece, token, logit, float(share_V[token]), len(share_V), alternatives, rounding),
     }
 
 
@@ -220,13 +223,23 @@ def sentence_of_parts(parts: LayerParts, looks: Sequence[dict[str, Any]]) -> str
 
 
 def sentence_of_softmax(
-    piece: str, token: int, logit: float, share: float, vocabulary: int, alternatives: Sequence[dict[str, Any]]
+    piece: str,
+    token: int,
+    logit: float,
+    share: float,
+    vocabulary: int,
+    alternatives: Sequence[dict[str, Any]],
+    rounding: float = 0.0,
 ) -> str:
-    """One sentence about the softmax."""
-    said = f"The logit of {quoted(piece)} is {logit:.2f}, which among {vocabulary:,} tokens is {percent(share)}"
+    """One sentence about the softmax. rounding: part of the logit that comes of rounding in the head's product."""
+    said = f"The logit of {quoted(piece)} is {logit:.2f}"
+    if abs(rounding) >= 0.005:
+        said += f" (rounding {_added(rounding)} it)"
+    said += f", which among {vocabulary:,} tokens is {percent(share)}"
     rival = next((one for one in alternatives if one["id"] != token), None)
     if rival is None or not share or not rival["probability"]:
         return f"{said}."
     ratio = share / rival["probability"]
-    times = f"{ratio:.1f} times as likely as" if ratio >= 1 else f"{1 / ratio:.1f} times less likely than"
+    often = max(ratio, 1 / ratio)
+    times = f"{often:,.{1 if often < 100 else 0}f} times {'as likely as' if ratio >= 1 else 'less likely than'}"
     return f"{said}: {times} {quoted(rival['piece'])}."

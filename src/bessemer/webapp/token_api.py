@@ -20,7 +20,6 @@ from bessemer.inference.images import PicturePrompt
 from bessemer.inference.sampling.distribution import truncated_logits
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inspection.inspect import piece_of
-from bessemer.inspection.recording import lens_logits
 from bessemer.model.config import ModelConfig
 from bessemer.model.vision.prompts import ImageSpan
 from bessemer.serving.config import IMAGES
@@ -245,7 +244,7 @@ def _described(engine: Engine, body: TokenRequest, captured: Captured) -> dict[s
 def states_and_logits(engine: Engine, captured: Captured) -> tuple[Tensor, Tensor]:
     """The states at the captured token, (L, D), and what the last norm and the head make of each, (L, V)."""
     states_LD = torch.cat([captured.states[layer] for layer in sorted(captured.states)])
-    logits_LV = lens_logits(engine.model, states_LD.numpy()).float()
+    logits_LV = engine.lens_logits(states_LD)
     # the embedding may have more rows than the vocabulary has tokens
     return states_LD, logits_LV[:, : engine.tokenizer.vocab_size].cpu()
 

@@ -29,8 +29,9 @@ from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.adapters.fingerprints import WeightSample
 from bessemer.model.batch_invariance import keeping_packed_weights
 from bessemer.model.decoder import Decoder
+from bessemer.model.layers.attention_backends import capped
 from bessemer.model.layers.block import MtpModule
-from bessemer.model.quantisation.quantised_layers import using_packed_matmuls
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear, using_packed_matmuls
 
 # Shapes: N new tokens, R wanted rows, V vocabulary, D hidden, H heads, T and S positions.
 
@@ -292,6 +293,20 @@ class Runner:
         ):
             self.model.attend(layer, states_TD.to(self.model.device, self.model.dtype)[None], cache=pages)
         return pages.weights_HTS
+
+    @torch.no_grad()
+    def lens_logits(self, states_TD: Tensor) -> Tensor:
+        """Logits that the last norm and the head make of states of the residual stream, (T, V) float32.
+
+        By the packed product of the head where steps have one, with the rounding of activations that a step has: those of the
+        last state are the ones that a token is sampled from. Any thread may ask, beside a step: no module is changed.
+        """
+        model = self.model
+        normed_TD = model.normed(states_TD.to(model.device, model.dtype))
+        product = self.backend.linear.matmuls.products.get(cast(QuantisedLinear, model.head))
+        if product is None:
+            return model.logits(normed_TD).float()
+        return capped(product(normed_TD), model.logit_softcap).float()
 
     # -- by the model's modules
 

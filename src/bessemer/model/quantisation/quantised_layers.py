@@ -171,6 +171,11 @@ class QuantisedLinear(QuantisedWeight):
             return _FrozenProduct.apply(hidden, self.bias, stored.scheme, tuple(stored.tensors), *stored.tensors.values())
         return self.scheme.product(hidden, self.stored, self.bias)
 
+    def weight_rows(self, outputs: Tensor) -> Tensor:
+        """The weights of some outputs (…,), dequantised, (…, K), in the model's type."""
+        rows = self.stored[outputs] if self._keeper is None else self._keeper(outputs)
+        return rows.dequantised().to(self.dtype)
+
 
 class _FrozenProduct(torch.autograd.Function):
     """A product with codes that no gradient is taken of. What they stand for is computed in both passes, and kept in neither:
@@ -236,8 +241,7 @@ class QuantisedEmbedding(QuantisedLinear):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The rows of the tokens, (…, K), in the model's type. `product` is the head's."""
-        rows = self.stored[tokens] if self._keeper is None else self._keeper(tokens)
-        return rows.dequantised().to(self.dtype)
+        return self.weight_rows(tokens)
 
 
 def quantised_parts(module: nn.Module) -> dict[str, QuantisedWeight]:

@@ -419,7 +419,7 @@ async function makeAnswer(node, source) {
     frame = 0;
     const entry = shown.get(node.id);
     if (entry) {
-      const follows = atBottom(), thinking = node.thinking ?? "";
+      const follows = isFollowing, thinking = node.thinking ?? "";
       entry.article.querySelector(".opening")?.remove();
       if (thinking.length > entry.thought) growThinking(entry, thinking.slice(entry.thought));
       // the first event says whether it is an answer from sources
@@ -482,11 +482,18 @@ function drawOpening(node, { seconds, bytes, usual }) {
   line.replaceChildren(`Opening ${node.settings.model}${size}: ${Math.round(seconds)} s${usual ? ` of about ${Math.round(usual)} s` : ""} `, make("progress", { max: "1", value: share, "aria-label": "Opening the model" }));
 }
 
-/** Code that runs for the first time is slow: it runs once on what nobody sees, while nothing else is to be done. */
-(globalThis.requestIdleCallback ?? setTimeout)(() => {
-  const unseen = new MarkdownView(make("div"), "");
-  for (const part of ["A **b** `c`\n\n- d\n", "- *e*\n\n```x\ny\n", "```\n\n# f\n> g\n"]) unseen.append(part);
-});
+/** Code that runs for the first time, and a font that is used for the first time, are slow: both run once on what nobody sees, part by
+ *  part while nothing else is to be done. */
+function warm(parts, view = new MarkdownView(make("div", { class: "text unseen-text", inert: true }))) {
+  (globalThis.requestIdleCallback ?? setTimeout)(() => {
+    view.append(parts[0]);
+    scroll.append(view.node);
+    view.node.getBoundingClientRect();
+    view.node.remove();
+    if (parts.length > 1) warm(parts.slice(1), view);
+  });
+}
+warm(["A ", "**b** ", "*c* ", "`d`\n\n", "- e\n\n", "```python\ndef f(): return 1\n", "```\n\n", "# g\n> h\n"]);
 
 // --- the page ---------------------------------------------------------------------------------------------------------
 
@@ -509,7 +516,9 @@ function attachFiles(files) {
 
 function atBottom() { return scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80; }
 function toBottom() { scroll.scrollTop = scroll.scrollHeight; drawEnd(); }
-function drawEnd() { byId("to-end").hidden = atBottom(); }
+/** Whether the end was seen when it was looked at last, after each scroll: to ask at each frame would lay the page out twice. */
+let isFollowing = true;
+function drawEnd() { byId("to-end").hidden = isFollowing = atBottom(); }
 /** Scroll so that a question can be read: its end at the bottom, or its beginning where it is longer than the window. What is above has
  *  no exact height until it was drawn, so once more when it is. */
 function showQuestion(id) {

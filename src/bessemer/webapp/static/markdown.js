@@ -1,6 +1,6 @@
 // Markdown to nodes: markdown-it reads it (CommonMark, tables, struck text), and its tokens become elements here. Text only ever
 // enters the page as text nodes; HTML in it is shown as it is written. Formulas are set by KaTeX, code is coloured by highlight.js:
-// both are loaded when the first of them comes.
+// both are loaded when the first of them comes, and code is coloured on a thread of its own.
 import { make } from "./page.js";
 import MarkdownIt from "./vendor/markdown-it.js";
 
@@ -152,20 +152,32 @@ function drawCode(text, language) {
 }
 
 let colouring = null;
+/** Blocks of code whose colours are still to come, by the number by which they were asked for. */
+const uncoloured = new Map();
+let asked = 0;
+
 /** Colour the code in a block whose end has come, where its language is known. */
 function colourAll(node) { for (const figure of node.matches("figure.code") ? [node] : node.querySelectorAll("figure.code")) colour(figure); }
 
-async function colour(figure) {
+function colour(figure) {
   const code = figure.querySelector("code"), language = figure.querySelector("figcaption span").textContent.toLowerCase();
-  if (language === "text" || code.childElementCount || code.textContent.length > LONGEST_COLOURED) return;
-  colouring ??= import("./vendor/highlight.js");
-  const { default: highlight } = await colouring;
-  if (!highlight.getLanguage(language)) return;
-  const spans = ({ children }) => children.map((part) => typeof part === "string" ? part : make("span", { class: classOf(part.scope) }, ...spans(part)));
-  code.replaceChildren(...spans(highlight.highlight(code.textContent, { language, ignoreIllegals: true })._emitter.root));
+  if (language === "text" || figure.dataset.coloured || code.textContent.length > LONGEST_COLOURED) return;
+  figure.dataset.coloured = "asked";
+  colouring ??= startColouring();
+  asked += 1;
+  uncoloured.set(asked, code);
+  colouring.postMessage({ id: asked, text: code.textContent, language });
 }
-/** The class of what a grammar calls `title.function`: that of the first part. */
-const classOf = (scope) => (scope ? `hljs-${scope.split(".")[0]}` : undefined);
+
+function startColouring() {
+  const worker = new Worker(new URL("./colouring.js", import.meta.url), { type: "module" });
+  const spans = (parts) => parts.map((part) => (typeof part === "string" ? part : make("span", { class: part[0] || undefined }, ...spans(part[1]))));
+  worker.addEventListener("message", ({ data: { id, parts } }) => {
+    if (parts) uncoloured.get(id).replaceChildren(...spans(parts));
+    uncoloured.delete(id);
+  });
+  return worker;
+}
 
 let setting = null;
 /** A formula: as it is written until KaTeX has come, and where it cannot be set. */
