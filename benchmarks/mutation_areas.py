@@ -88,7 +88,7 @@ AREAS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "limits": {
         "serving/runtime/admission.py": ("serving/test_worker.py", "serving/test_model_pool.py"),
         "serving/runtime/bodies.py": ("serving/test_protocol.py", "serving/test_limits.py"),
-        "core/sandbox/resources.py": ("core/sandbox",),
+        "core/sandbox/resources.py": ("core/sandbox/test_cgroup.py", "core/sandbox/test_sandbox.py"),
     },
 }
 
