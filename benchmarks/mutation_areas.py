@@ -1,6 +1,6 @@
 """What the nearest tests notice: operators are changed in nine areas whose faults would be silent, one at a time.
 
-    python benchmarks/mutation_areas.py --seed 50     # 100 changes, half an hour of one core
+    python benchmarks/mutation_areas.py --seed 50     # 100 changes, some minutes; with --journal FILE a stopped run goes on
     python benchmarks/mutation_areas.py --again       # the recorded changes once more, in the code as it is now
     python benchmarks/mutation_areas.py --control     # the nearest tests with nothing changed, and their seconds
 
@@ -13,6 +13,7 @@ pass with nothing changed before its first change. Result: `mutation_areas.json`
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import subprocess
@@ -130,22 +131,35 @@ def _clone() -> Iterator[Path]:
         yield tree
 
 
-def judged(places: Mapping[Mutant, tuple[str, Place]]) -> dict[Mutant, str]:
-    """Of every mutant: `noticed`, `survived`, or `no control`: its tests fail with nothing changed."""
-    with _clone() as tree:
+def judged(places: Mapping[Mutant, tuple[str, Place]], journal: Path) -> dict[Mutant, str]:
+    """Of every mutant: `noticed`, `survived`, or `no control`: its tests fail with nothing changed.
+
+    journal: a line a mutant, from which a run that was stopped goes on at the same commit.
+    """
+    commit = recording.when()["commit"]
+    outcomes: dict[Mutant, str] = {}
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+        kept = json.loads(line)
+        if kept["commit"] == commit:
+            outcomes[mutant_of(kept)] = kept["outcome"]
+    with _clone() as tree, journal.open("a", encoding="utf-8") as written:
         load_libraries()
-        controls: dict[str, float | None] = {}
-        outcomes: dict[Mutant, str] = {}
+        controls: dict[tuple[str, ...], float | None] = {}
         for number, (mutant, (area, place)) in enumerate(places.items(), 1):
-            tests = [f"tests/{test}" for test in AREAS[area][place.file]]
-            if place.file not in controls:
-                controls[place.file] = _control(tree, tests)
-            seconds = controls[place.file]
+            if mutant in outcomes:
+                continue
+            named = AREAS[area][place.file]
+            tests = [f"tests/{test}" for test in named]
+            if named not in controls:
+                controls[named] = _control(tree, tests)
+            seconds = controls[named]
             if seconds is None:
                 outcome = "no control"
             else:
                 outcome = "noticed" if _changed(tree, place, number, tests, 60 + 5 * seconds) else "survived"
             outcomes[mutant] = outcome
+            written.write(json.dumps(asdict(mutant) | {"outcome": outcome, "commit": commit}) + "\n")
+            written.flush()
             what = f"{mutant.function}: {mutant.statement} [{mutant.change}]"
             print(f"{number}/{len(places)} {outcome:10} {place.file}:{place.line} {what}", flush=True)
     return outcomes
@@ -170,12 +184,17 @@ def _changed(tree: Path, place: Place, number: int, tests: list[str], limit: flo
         os.utime(path, (1e9, 1e9))
 
 
+def mutant_of(recorded: Mapping[str, Any]) -> Mutant:
+    """The mutant that a line of a journal or of a result names."""
+    return Mutant(**{key: recorded[key] for key in Mutant.__annotations__})
+
+
 def found_again(recorded: list[dict[str, Any]]) -> dict[Mutant, tuple[str, Place]]:
     """Where recorded mutants stand now, in the same files."""
     now = {file: dict(mutants(file)) for file in dict.fromkeys(each["file"] for each in recorded)}
     places = {}
     for each in recorded:
-        mutant = Mutant(**{key: each[key] for key in Mutant.__annotations__})
+        mutant = mutant_of(each)
         if mutant in now[each["file"]]:
             places[mutant] = (each["area"], now[each["file"]][mutant])
     return places
@@ -197,6 +216,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="mutants")
     parser.add_argument("--seed", type=int, default=50)
     parser.add_argument("--again", action="store_true", help="those that are recorded, in the code as it is now")
+    parser.add_argument("--journal", type=Path, help="a file from which a run that was stopped goes on")
     parser.add_argument("--control", action="store_true", help="run every file's tests with nothing changed")
     arguments = parser.parse_args()
     if subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "src", "tests"], capture_output=True).stdout:
@@ -216,10 +236,11 @@ def main() -> None:
     else:
         figures, places, seed = {}, drawn(arguments.count, arguments.seed), arguments.seed
         every = [asdict(mutant) | {"area": area, "file": place.file} for mutant, (area, place) in places.items()]
-    outcomes = judged(places)
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = judged(places, arguments.journal or Path(folder) / "journal.jsonl")
     listed = []
     for each in every:
-        mutant = Mutant(**{key: each[key] for key in Mutant.__annotations__})
+        mutant = mutant_of(each)
         line = {"line": places[mutant][1].line} if mutant in places else {}
         listed.append(each | {"outcome": outcomes.get(mutant, "gone")} | line)
     figures["again" if arguments.again else "first"] = {"mutants": listed, "seed": seed} | recording.when()
