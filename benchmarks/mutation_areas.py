@@ -2,6 +2,7 @@
 
     python benchmarks/mutation_areas.py --seed 50     # 100 changes, some minutes; with --journal FILE a stopped run goes on
     python benchmarks/mutation_areas.py --again       # the recorded changes once more, in the code as it is now
+    python benchmarks/mutation_areas.py --survivors   # of those the ones alone that no test noticed when they were drawn
     python benchmarks/mutation_areas.py --control     # the nearest tests with nothing changed, and their seconds
 
 Changes are those of `mutation.py`. That one runs the fastest tests of the whole suite that reach a line, as coverage tells;
@@ -201,13 +202,18 @@ def found_again(recorded: list[dict[str, Any]]) -> dict[Mutant, tuple[str, Place
 
 
 def tables(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Of every area how many mutants were drawn, and how many noticed when they were drawn and the last time."""
-    runs = [figures[name]["mutants"] for name in ("first", "again") if name in figures]
-    counts = [Counter(each["area"] for each in run if each["outcome"] == "noticed") for run in runs]
-    drawn_of = Counter(each["area"] for each in runs[0])
-    rows = [(area, drawn_of[area], counts[0][area], counts[-1][area]) for area in AREAS]
-    rows.append(("all", *(sum(row[column] for row in rows) for column in (1, 2, 3))))
-    columns = [("area", ""), ("changed", ",.0f"), ("noticed when drawn", ",.0f"), ("noticed by the tests of now", ",.0f")]
+    """Of every area how many mutants were drawn, how many noticed at once, and how many of the survivors by tests of later."""
+    first = figures["first"]["mutants"]
+    later = next((figures[name]["mutants"] for name in ("survivors", "again") if name in figures), [])
+    survived = {mutant_of(each) for each in first if each["outcome"] != "noticed"}
+    counts = [
+        Counter(each["area"] for each in first),
+        Counter(each["area"] for each in first if each["outcome"] == "noticed"),
+        Counter(each["area"] for each in later if each["outcome"] == "noticed" and mutant_of(each) in survived),
+    ]
+    rows = [(area, *(count[area] for count in counts)) for area in AREAS]
+    rows.append(("all", *(count.total() for count in counts)))
+    columns = [("area", ""), ("changed", ",.0f"), ("noticed", ",.0f"), ("survivors that tests notice since", ",.0f")]
     return {"areas": recording.table(columns, rows)}
 
 
@@ -216,6 +222,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="mutants")
     parser.add_argument("--seed", type=int, default=50)
     parser.add_argument("--again", action="store_true", help="those that are recorded, in the code as it is now")
+    parser.add_argument("--survivors", action="store_true", help="of these alone those that no test noticed when drawn")
     parser.add_argument("--journal", type=Path, help="a file from which a run that was stopped goes on")
     parser.add_argument("--control", action="store_true", help="run every file's tests with nothing changed")
     arguments = parser.parse_args()
@@ -228,11 +235,13 @@ def main() -> None:
                 seconds = _control(tree, [f"tests/{test}" for test in tests])
                 print("fails" if seconds is None else f"{seconds:5.1f} s", *tests, flush=True)
         return
-    if arguments.again:
+    run = "survivors" if arguments.survivors else "again" if arguments.again else "first"
+    if run != "first":
         figures = dict(recording.load(NAME)["figures"])
-        places = found_again(figures["first"]["mutants"])
-        every = figures["first"]["mutants"]
-        seed = figures["first"]["seed"]
+        every, seed = figures["first"]["mutants"], figures["first"]["seed"]
+        if arguments.survivors:
+            every = [each for each in every if each["outcome"] != "noticed"]
+        places = found_again(every)
     else:
         figures, places, seed = {}, drawn(arguments.count, arguments.seed), arguments.seed
         every = [asdict(mutant) | {"area": area, "file": place.file} for mutant, (area, place) in places.items()]
@@ -243,7 +252,7 @@ def main() -> None:
         mutant = mutant_of(each)
         line = {"line": places[mutant][1].line} if mutant in places else {}
         listed.append(each | {"outcome": outcomes.get(mutant, "gone")} | line)
-    figures["again" if arguments.again else "first"] = {"mutants": listed, "seed": seed} | recording.when()
+    figures[run] = {"mutants": listed, "seed": seed} | recording.when()
     print(recording.save(NAME, figures, tables=tables(figures)))
     print(Counter(each["outcome"] for each in listed))
 

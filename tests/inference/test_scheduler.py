@@ -236,6 +236,16 @@ def test_none_waits_for_a_beginning_shorter_than_what_it_computes_itself():
     assert shape(step(scheduler)) == [(1, 0, 20, 0), (2, 0, 20, 0)]
 
 
+def test_one_whose_beginning_is_found_waits_for_half_of_what_it_still_lacks():
+    scheduler = scheduler_of(64)
+    run(scheduler, sequence_of(8, answer=1))
+    scheduler.enqueue(sequence_of([*range(28)], identity=1))
+    # 8 tokens are found, and of the 15 that it lacks the first computes 8
+    scheduler.enqueue(sequence_of([*range(16), *range(50, 57)], identity=2))
+    assert shape(step(scheduler)) == [(1, 8, 20, 0)]
+    assert shape(step(scheduler)) == [(1, 28, 1, 0), (2, 16, 7, 0)]
+
+
 def test_a_fork_that_finds_no_place_waits_and_finds_its_parents_blocks():
     scheduler = scheduler_of(64, max_num_seqs=1)
     parent, child, late = sequence_of(10, identity=1), sequence_of(10, identity=2), sequence_of(10, identity=3)
@@ -322,6 +332,13 @@ def test_a_hit_in_a_windowed_group_needs_only_the_blocks_that_the_window_sees():
     assert shape(scheduler.schedule()) == [(0, 28, 4, 0)]
     assert again.tables[1][:6] == [-1] * 6
     assert not set(taken) & set(again.tables[1])
+
+
+def test_what_follows_a_hit_is_read_as_far_as_the_blocks_of_a_window_reach():
+    scheduler = scheduler_of(64, 8, windows=(None, 5))
+    run(scheduler, sequence_of(32, answer=2))
+    scheduler.enqueue(sequence_of(92))
+    assert [shape(step(scheduler)) for _ in range(3)] == [[(0, 32, 28, 0)], [(0, 60, 28, 0)], [(0, 88, 4, 0)]]
 
 
 def test_a_more_urgent_request_takes_the_place_of_a_less_urgent_one():
