@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.data.deduplication import near
 from bessemer.data.deduplication.minhash import Orders, _mixed, band_keys, jaccard, shingle_sets
 from bessemer.data.deduplication.near import near_duplicates
 from bessemer.data.text.texts import Texts
@@ -154,6 +155,16 @@ def test_in_a_crowd_on_one_template_pairs_are_found_at_a_limited_number_of_compa
     assert set(dropped(found.duplicates, texts)) <= set(range(700, 800))
     assert len(found.duplicates) >= 97
     assert found.compared < 30 * len(texts)
+
+
+def test_of_a_crowd_those_are_compared_that_share_a_rare_shingle(tmp_path, monkeypatch):
+    monkeypatch.setattr(near, "_LEADERS", 0)  # all candidates are a crowd
+    rng = random.Random(8)
+    texts = [text for _ in range(40) for text in pair_at(0.95, 80, rng)]
+    found = near_duplicates(corpus_of(texts), tmp_path)
+    assert found.candidates == 80
+    assert sorted(dropped(found.duplicates, texts)) == list(range(1, 80, 2))
+    assert found.compared == 40
 
 
 def test_without_verification_candidates_are_enough(tmp_path):
