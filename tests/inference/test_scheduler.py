@@ -173,6 +173,18 @@ def test_a_fork_shares_the_prompt_and_copies_the_block_that_it_writes():
     assert parent.tables[0][0] == child.tables[0][0]
 
 
+def test_where_no_block_is_left_for_the_copy_the_fork_gives_way():
+    scheduler = scheduler_of(3)
+    parent, child = sequence_of(7, answer=2, identity=1), sequence_of(7, answer=2, identity=2)
+    child.tokens = list(parent.tokens)
+    scheduler.enqueue(parent)
+    step(scheduler)
+    scheduler.fork(parent, child)
+    scheduler.groups[0].pool.allocate()
+    output = scheduler.schedule()
+    assert (shape(output), output.preempted, output.copies) == ([(1, 7, 1, 0)], [child], [])
+
+
 def test_a_windowed_group_frees_blocks_that_no_query_sees():
     scheduler = scheduler_of(16, 16, windows=(None, 5), share_prefixes=False)
     sequence = sequence_of(4, answer=20)
