@@ -241,6 +241,15 @@ def test_none_waits_for_what_was_computed_and_is_found_no_more():
     assert shape(step(scheduler)) == [(1, 26, 12, 0), (2, 0, 14, 0)]
 
 
+def test_none_waits_for_one_whose_prompt_is_computed():
+    scheduler = scheduler_of(64)
+    scheduler.enqueue(sequence_of([*range(7)], identity=1))
+    step(scheduler)
+    # its next token fills the block that both share
+    scheduler.enqueue(sequence_of([*range(8), *range(50, 54)], identity=2))
+    assert shape(step(scheduler)) == [(1, 7, 1, 0), (2, 4, 8, 0)]
+
+
 def test_none_waits_for_a_beginning_shorter_than_what_it_computes_itself():
     scheduler = scheduler_of(64)
     scheduler.enqueue(sequence_of([*range(8), *range(50, 62)], identity=1))
@@ -366,6 +375,19 @@ def test_a_more_urgent_request_takes_the_place_of_a_less_urgent_one():
         step(scheduler)
     step(scheduler)
     assert patient.status == "running"
+
+
+def test_none_may_begin_where_none_waits_or_all_places_are_taken_by_equals():
+    scheduler = scheduler_of(16, max_num_seqs=1)
+    assert not scheduler.may_admit
+    scheduler.enqueue(sequence_of(4, identity=1))
+    assert scheduler.may_admit
+    step(scheduler)
+    assert not scheduler.may_admit
+    scheduler.enqueue(sequence_of(4, identity=2))
+    assert not scheduler.may_admit
+    scheduler.enqueue(sequence_of(4, identity=3, priority=-1))
+    assert scheduler.may_admit
 
 
 def test_among_equals_nobody_is_preempted_for_a_place():

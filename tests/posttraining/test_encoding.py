@@ -43,6 +43,13 @@ def test_of_texts_the_continuation_and_the_end_are_learnt(tokenizer):
     )
 
 
+def test_windows_hold_every_target_once():
+    encoded = Encoded(np.arange(10, 15), np.ones(5, dtype=bool))
+    assert [window.ids.tolist() for window in encoded.windows(2)] == [[10, 11, 12], [12, 13, 14]]
+    alone = Encoded(np.array([10]), np.array([True]))
+    assert [window.ids.tolist() for window in alone.windows(1)] == [[10]]
+
+
 def test_the_beginning_has_as_many_targets_as_inputs():
     encoded = Encoded(np.arange(10, 17), np.array([False, False, True, True, False, True, True]))
     ids, targets = encoded.beginning(4)

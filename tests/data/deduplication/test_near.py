@@ -157,8 +157,10 @@ def test_in_a_crowd_on_one_template_pairs_are_found_at_a_limited_number_of_compa
     assert found.compared < 30 * len(texts)
 
 
-def test_of_a_crowd_those_are_compared_that_share_a_rare_shingle(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sorted_at_a_time", [500, near._SHINGLES_SORTED])
+def test_of_a_crowd_those_are_compared_that_share_a_rare_shingle(tmp_path, monkeypatch, sorted_at_a_time):
     monkeypatch.setattr(near, "_LEADERS", 0)  # all candidates are a crowd
+    monkeypatch.setattr(near, "_SHINGLES_SORTED", sorted_at_a_time)
     rng = random.Random(8)
     texts = [text for _ in range(40) for text in pair_at(0.95, 80, rng)]
     found = near_duplicates(corpus_of(texts), tmp_path)

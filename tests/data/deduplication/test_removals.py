@@ -143,6 +143,7 @@ def test_each_batch_has_the_spans_of_its_own_documents(tmp_path):
     texts = {number: "\n".join(f"{LINES[line]}\nown {line}{number}" for line in range(number % 3, 4)) for number in range(7)}
     cuts = repeated_lines(corpus_of(texts), tmp_path, least_words_left=0)
     whole = applied(cuts, texts)
+    assert cuts.spans == 3 + 2 + 4 + 3 + 2 + 4
     assert whole[5] == ("own 25\nown 35", None)
     for batch in ([1, 2], [5, 3], [2, 4, 6]):
         assert applied(cuts, {number: texts[number] for number in batch}) == {number: whole[number] for number in batch}
