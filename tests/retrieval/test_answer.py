@@ -145,3 +145,27 @@ def test_a_quoted_answer_is_a_sentence_of_a_source_and_cites_it(tmp_path, readin
     # where the model babbles from one source, a sentence is cited that this source bears out, or none
     free = ask(engine, index, "Does iron rust?", params=params, reading=reading)
     assert set(free.cited) <= {1} and (reading == "together" or all(one.is_supported for one in free.statements if one.cited))
+
+
+@pytest.mark.parametrize("reading", ["together", "each"])
+def test_a_section_is_answered_from_and_quoted_at_its_bytes_as_far_as_the_context_holds_it(tmp_path, reading):
+    text = "# Iron\n\nIron rusts in water.\n\n## Heat\n\nIt melts at 1538 degrees. " + "It is hot then. " * 600
+    config = IndexConfig(embedder="none", passage_characters=120, overlap_characters=0)
+    build_index([IndexedDocument("a.md", text)], tmp_path / "i", config)
+    index, params = open_index(tmp_path / "i"), SamplingParams(max_tokens=64, temperature=1.5, seed=5)
+    engine = babbling_engine(tmp_path / "engine", context=2048)
+    said = set()
+    for seed in range(12):
+        seeded = params.with_changes(seed=seed)
+        answer = ask(engine, index, "Does iron rust?", params=seeded, reading=reading, quote=True, section=400, count=1)
+        (quote,) = answer.quotes
+        assert text.encode()[quote.start : quote.end].decode() == quote.text and answer.cited == [1]
+        assert len(answer.sources) == 1 and 100 < len(answer.sources[0].passage.text) <= 400
+        said.add(quote.text)
+    assert "It melts at 1538 degrees" in said
+    # of a section that the context does not hold what was found is read, which the heading matches too
+    answer = ask(engine, index, "Does iron rust?", params=params, reading=reading, quote=True, section=100_000, count=1)
+    (source,) = answer.sources
+    assert source.passage.text.startswith("Iron rusts in water.\n\n# Heat") and len(source.passage.text) < 400
+    (quote,) = answer.quotes
+    assert text.encode()[quote.start : quote.end].decode() == quote.text

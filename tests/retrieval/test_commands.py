@@ -10,6 +10,7 @@ import pytest
 from bessemer.cli.main import main
 from bessemer.core.progress import Silent
 from bessemer.core.store import locked_folder
+from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.index import IndexedDocument, build_index
 from tests.serving.running import babbling_engine
 
@@ -129,3 +130,20 @@ def test_a_mistake_is_one_line(tmp_path, capsys, arguments, reason):
     places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out")}
     code, _, error = run(capsys, *(places.get(argument, argument) for argument in arguments))
     assert code == 2 and reason in error and error.count("\n") == 1
+
+
+def test_a_section_is_found_and_answered_from_in_place_of_a_passage(tmp_path, capsys):
+    babbling_engine(tmp_path / "engine", context=2048)
+    text = "# Metals\n\nIron rusts in water.\n\n## Copper\n\nCopper turns green.\n"
+    build_index([IndexedDocument("metal.md", text)], tmp_path / "i", IndexConfig(embedder="none"))
+    index, model = str(tmp_path / "i"), str(tmp_path / "engine" / "model")
+    code, printed, _ = run(capsys, "search", index, "rusts", "--section", "500", "--json")
+    (hit,) = json.loads(printed)
+    assert code == 0 and hit["text"] == "Iron rusts in water.\n\n# Copper\n\nCopper turns green."
+    assert hit["found"] == [[10, 30]] and (hit["start"], hit["end"]) == (10, len(text) - 1)
+    asked = ("ask", model, index, "What rusts?", "--section", "500", "--quote", "--json", "--device", "cpu")
+    code, printed, _ = run(capsys, *asked)
+    (quote,) = json.loads(printed)["quotes"]
+    assert code == 0 and text[quote["start"] : quote["end"]] == quote["text"]
+    code, _, error = run(capsys, "search", index, "rusts", "--section", "500", "--neighbours", "1")
+    assert code == 2 and "--neighbours, --section: the one adds passages" in error

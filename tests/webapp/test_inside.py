@@ -216,7 +216,10 @@ def test_a_tokens_way_is_gone_step_by_step_to_the_draw(token_page):
     assert "embedding alone" in page.inner_text(".sentence")
     page.get_by_label("Next step").click()
     assert page.get_attribute("div.forward", "data-step") == "layer 0" and page.inner_text(".controls output") == f"2 / {steps}"
-    assert "feed-forward" in page.inner_text(".sentence") and page.locator(".split li").count() > 2
+    sentence = page.inner_text(".sentence")
+    assert (
+        "feed-forward" in sentence and "\u00a0%" in sentence and " %" not in sentence and page.locator(".split li").count() > 2
+    )
     page.get_by_label("Step", exact=True).press("End")
     assert page.get_attribute("div.forward", "data-step") == "draw"
     window = page.get_by_role("dialog")
@@ -268,6 +271,10 @@ def test_a_change_is_seen_beside_the_text_as_it_is(token_page):
     page.click("text=Go on with it")
     page.wait_for_selector(".results[data-done] >> text=Steered behind layer")
     assert page.evaluate("document.querySelector('dialog').scrollWidth") <= 400
+    table = (
+        "(() => { const table = document.querySelector('.results .scroll'); return table.scrollWidth <= table.clientWidth; })()"
+    )
+    assert page.evaluate(table), "the table of what follows is cut"
     assert faults(page) == []
 
 

@@ -377,6 +377,24 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     page.wait_for_selector("#token-lineage p >> text=documents of select")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("two words", "The answer has fewer than four words: too few to look for."),
+        ("four words of it", "No four words of the answer in a row stand in 86 training documents."),
+    ],
+)
+def test_of_an_answer_without_spans_it_is_said_why(page, url, text, said):
+    looked_at = 0 if text == "two words" else 86
+    found = {"run": "small", "stage": "select", "text": text, "spans": [], "looked_at": looked_at, "documents": 86, "rows": 0}
+    page.route("**/inspect/origins", lambda route: route.fulfill(json=found))
+    page.goto(url)
+    page.evaluate(f"import('{url}/static/origins.js').then((own) => document.body.append(own.origins({{}})))")
+    page.click("text=Where the words come from")
+    page.wait_for_selector(".origins[data-done]")
+    assert page.inner_text(".origins .soft") == said
+
+
 @pytest.mark.parametrize("path", [slow("runs"), "runs?run=small", "data?run=small"])
 def test_these_pages_have_no_serious_fault_for_those_who_do_not_see_them(page, url, path):
     page.goto(f"{url}/{path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,10 +22,25 @@ if TYPE_CHECKING:
 #: Files named by the end of `bessemer index` that could not be read.
 _MOST_LOSSES = 20
 
-Index = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder of the index, as `bessemer index` made it.")]
+Index = Annotated[
+    str,
+    typer.Argument(
+        metavar="INDEX", help="The folder of the index, as `bessemer index` made it, or its address: s3://bucket/name."
+    ),
+]
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", help="Only this document, or those that a pattern such as guide/* matches; may be repeated."),
+]
+Section = Annotated[
+    int,
+    typer.Option(
+        metavar="CHARACTERS",
+        help="Take the section in which a passage stands in place of it, where that has at most so many characters; of a "
+        "longer one the passages around it. 0: passages alone.",
+        min=0,
+        max=100_000,
+    ),
 ]
 Rerank = Annotated[
     str | None,
@@ -44,7 +60,12 @@ Expand = Annotated[
 
 def index(
     documents: Annotated[str, typer.Argument(metavar="DOCS", help="A file, a folder, or a source such as python_docs.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the index; an existing index is updated.")],
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT", help="Folder of the index, or an address such as s3://bucket/name; an existing index is updated."
+        ),
+    ],
     also: Annotated[list[str] | None, typer.Option(help="More documents; may be repeated.")] = None,
     watch: Annotated[
         float | None,
@@ -69,21 +90,35 @@ def index(
 ) -> None:
     """Index documents, or bring an index up to date: what is unchanged is kept, what is gone leaves it."""
     from bessemer.cli.named import option_of
+    from bessemer.core.errors import ConfigError
+    from bessemer.core.object_storage import ObjectPath, is_address
+    from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import read_json
     from bessemer.retrieval.access import access_of, read_access
     from bessemer.retrieval.config import IndexConfig
     from bessemer.retrieval.index import INDEX
+    from bessemer.retrieval.remote import cache_folder, remote_index
 
     given = {"embedder": embedder, "passage_characters": passage, "overlap_characters": overlap}
     changed = {name: value for name, value in given.items() if value is not None}
-    before = read_json(out / INDEX, "index").get("config", {}) if (out / INDEX).exists() else {}
-    config = IndexConfig.parse(before | changed, option_of("index"))
     places = [documents, *(also or [])]
-    rules = access_of(out) if access is None else () if access == "none" else read_access(Path(access))
-    if watch is None:
-        _update(places, out, config, rules)
+
+    def settings_of(folder: Path) -> tuple[IndexConfig, Sequence[AccessRule]]:
+        before = read_json(folder / INDEX, "index").get("config", {}) if (folder / INDEX).exists() else {}
+        rules = access_of(folder) if access is None else () if access == "none" else read_access(Path(access))
+        return IndexConfig.parse(before | changed, option_of("index")), rules
+
+    if is_address(out):
+        if watch is not None:
+            raise ConfigError("--watch: of an index in a folder; run bessemer index again to upload a new version")
+        address = ObjectPath.parse(out)
+        with remote_index(address, cache_folder(), progress_for_terminal()) as folder:
+            _update(places, folder, *settings_of(folder))
+        print(f"{address}: uploaded", flush=True)
+    elif watch is None:
+        _update(places, Path(out), *settings_of(Path(out)))
     else:
-        _watch(places, out, config, rules, watch)
+        _watch(places, Path(out), *settings_of(Path(out)), watch)
 
 
 def _update(given: list[str], out: Path, config: IndexConfig, rules: Sequence[AccessRule]) -> None:
@@ -134,6 +169,7 @@ def search(
     mode: Annotated[str, typer.Option(help="hybrid, words or meaning.")] = "hybrid",
     only: Only = None,
     neighbours: Annotated[int, typer.Option(help="Passages before and after each hit, shown with it.", min=0, max=20)] = 0,
+    section: Section = 0,
     rerank: Rerank = None,
     expand: Expand = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -147,8 +183,11 @@ def search(
 
     if mode not in (modes := ["hybrid", "words", "meaning"]):
         raise ConfigError(f"--mode {mode}: it is {', '.join(modes)}{nearest(mode, modes)}")
+    if neighbours and section:
+        raise ConfigError("--neighbours, --section: the one adds passages, the other takes whole sections; give one")
     opened = _opened(place, rerank, expand, runs)
-    hits = find(opened, query, count, mode=mode, where=Filter(only or ()), neighbours=neighbours)  # type: ignore[arg-type]
+    around = {"neighbours": neighbours, "section": section}
+    hits = find(opened, query, count, mode=mode, where=Filter(only or ()), **around)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps([_figures(hit) for hit in hits], ensure_ascii=False, indent=2))
         return
@@ -178,6 +217,14 @@ def ask(
     sources: Annotated[
         str, typer.Option(help="together, or each: a small model reads each source alone, and answers from the best.")
     ] = "together",
+    section: Section = 0,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="HEAD",
+            help="Mark sentences by this entailment head, as `bessemer entailment` made it, and its model; else by words.",
+        ),
+    ] = None,
     quote: Annotated[bool, typer.Option("--quote", help="Answer with a sentence of a source, word for word.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     device: Device = "auto",
@@ -197,7 +244,16 @@ def ask(
         raise ConfigError(f"--sources {sources}: it is {', '.join(readings)}{nearest(sources, readings)}")
     opened = _opened(place, rerank, expand, runs)
     judge = None if least is None else NearestJudge(least)
-    with Engine(find_served(model, runs), device=device) as engine:
+    with ExitStack() as stack:
+        engine = stack.enter_context(Engine(find_served(model, runs), device=device))
+        entails = None
+        if check is not None:
+            from bessemer.retrieval.entailment import Entailment, load_head
+
+            head = load_head(check)
+            # asked in turn with the one that answers, which is the same where the name is
+            asked = engine if head.model == model else stack.enter_context(Engine(find_served(head.model, runs), device=device))
+            entails = Entailment(asked, head).probabilities
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
         answer = answer_from(
             engine,
@@ -209,6 +265,8 @@ def ask(
             params=params,
             reading=sources,  # type: ignore[arg-type]
             quote=quote,
+            section=section,
+            entails=entails,
         )
     if as_json:
         print(json.dumps(_answer_figures(answer), ensure_ascii=False, indent=2))
@@ -251,13 +309,14 @@ def questions(
     from bessemer.core.errors import ArtefactError, ConfigError
     from bessemer.retrieval.index import open_index
     from bessemer.retrieval.questions import as_questions, cited_conversations, contrastive_rows, make_questions
+    from bessemer.retrieval.remote import local_index
     from bessemer.retrieval.specs import write_lines
 
     if out.exists():
         raise ArtefactError(f"{out}: is there already; name another file")
     if cited and negatives is not None:
         raise ConfigError("--cited, --negatives: the one makes conversations, the other rows for an embedder; give one")
-    opened = open_index(place)
+    opened = open_index(local_index(place))
     if cited:
         rows = list(
             cited_conversations(opened, count, unanswered=unanswered, longest=longest, most_sources=most_sources, seed=seed)
@@ -268,6 +327,31 @@ def questions(
         rows = list(as_questions(make_questions(opened, count, seed)))
     write_lines(out, rows)
     print(f"{out}: {len(rows):,} {'conversations' if cited else 'questions'}")
+
+
+def entailment(
+    place: Index,
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File of the head to write, in JSON.")],
+    passages: Annotated[int, typer.Option(help="Most passages of which pairs are made, about six of each.", min=10)] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Train a head that says of answers which sentences their sources bear out, over a model's opinions, for `ask --check`."""
+    from bessemer.cli.named import find_served
+    from bessemer.core.errors import ArtefactError
+    from bessemer.inference.engine import Engine
+    from bessemer.retrieval.entailment import train_head
+    from bessemer.retrieval.index import open_index
+    from bessemer.retrieval.remote import local_index
+
+    if out.exists():
+        raise ArtefactError(f"{out}: is there already; name another file")
+    with Engine(find_served(model, runs), device=device) as engine:
+        head = train_head(open_index(local_index(place)), engine, model, passages=passages, seed=seed)
+    head.save(out)
+    print(f"{out}: fitted on {head.made['pairs']:,} pairs, calibrated on {head.made['calibrated_on']:,} written by hand")
 
 
 def memory(
@@ -320,13 +404,14 @@ def memory(
     print(f"{remembered.forget(is_meant):,} turns deleted")
 
 
-def _opened(place: Path, rerank: str | None, expand: str | None, runs: Path) -> OpenIndex:
+def _opened(place: str, rerank: str | None, expand: str | None, runs: Path) -> OpenIndex:
     """An index with the models that its searches ask."""
     from bessemer.cli.named import find_expander, find_reranker
     from bessemer.retrieval.index import open_index
+    from bessemer.retrieval.remote import local_index
 
     reranker = None if rerank is None else find_reranker(rerank, runs)[1]
-    return open_index(place, reranker=reranker, expander=None if expand is None else find_expander(expand, runs))
+    return open_index(local_index(place), reranker=reranker, expander=None if expand is None else find_expander(expand, runs))
 
 
 def _place(hit: Hit) -> str:
@@ -354,6 +439,7 @@ def _answer_figures(answer: Answer) -> dict[str, object]:
         "is_held": answer.is_held,
         "statements": [
             {"text": one.text, "cited": list(one.cited), "support": one.support, "is_supported": one.is_supported}
+            | ({} if one.entailment is None else {"entailment": one.entailment})
             for one in answer.statements
         ],
         "quotes": [{"text": one.text, "source": one.source, "start": one.start, "end": one.end} for one in answer.quotes],

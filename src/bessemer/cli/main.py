@@ -17,7 +17,7 @@ from bessemer.cli.compare import compare
 from bessemer.cli.convert import export, import_
 from bessemer.cli.data import data
 from bessemer.cli.doctor import doctor
-from bessemer.cli.documents import ask, index, memory, questions, search
+from bessemer.cli.documents import ask, entailment, index, memory, questions, search
 from bessemer.cli.evaluate import evaluate
 from bessemer.cli.explain import explain, train_classifier, train_words
 from bessemer.cli.finetune import finetune, label
@@ -123,6 +123,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         search: ("bessemer search python.index 'parse a date'",),
         questions: ("bessemer questions python.index cited.jsonl --cited --count 800",),
         ask: ("bessemer ask smollm2 python.index 'How do I parse JSON?'",),
+        entailment: ("bessemer entailment python.index models/qwen head.json",),
         memory: ("bessemer memory remembered", "bessemer memory remembered --forget 'my address'"),
     },
     "Act": {

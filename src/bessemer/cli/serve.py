@@ -168,8 +168,9 @@ def serve(
     context_overflow: Annotated[
         str | None,
         _context(
-            help="A text longer than the context: refuse (default); shift, which leaves out its middle; or retrieve, which "
-            "keeps of a chat's longest texts the passages that fit the question."
+            help="A text longer than the context: refuse (default); shift, which leaves out its middle; summarise, by which "
+            "the model's summaries stand for a chat's earlier turns and long texts; or retrieve, which keeps of a chat's "
+            "longest texts the passages that fit the question."
         ),
     ] = None,
     context_keep: Annotated[int | None, _context(help="First tokens that a shift keeps (default 256).")] = None,

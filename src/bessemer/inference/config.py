@@ -68,11 +68,12 @@ class EngineConfig(Config):
         unit="tokens",
         ge=2,
     )
-    context_overflow: Literal["refuse", "shift", "retrieve"] = setting(
+    context_overflow: Literal["refuse", "shift", "summarise", "retrieve"] = setting(
         "refuse",
         "a prompt that is longer than the context, and an answer that reaches its end: refused and ended; or (shift) the text "
-        "loses half of what is behind its first tokens and goes on, and the model no longer sees what it lost; or (retrieve) "
-        "of the longest texts of a chat with a server those passages stay that fit the question, and all else is refused",
+        "loses half of what is behind its first tokens and goes on, and the model no longer sees what it lost; or, in a chat "
+        "with a server, (summarise) summaries by the model take the place of earlier turns and of texts that are too long, or "
+        "(retrieve) of the longest texts those passages stay that fit the question, and all else is refused",
     )
     context_keep: int = setting(
         256, "first tokens that a shift keeps, such as the instructions; at most half of the context", unit="tokens", ge=0

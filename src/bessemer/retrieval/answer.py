@@ -20,13 +20,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import expm1, log
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from bessemer.assistant.messages import Message, MessagePart
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.retrieval.citations import (
+    Entails,
     Quote,
     Statement,
     attributed,
@@ -53,6 +54,7 @@ Reading = Literal["together", "each"]
 RANK_WEIGHT = 6.0
 #: Least probability that counts, which bounds log-odds.
 _LEAST = 1e-6
+_Hit = TypeVar("_Hit", bound=Hit)
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,15 @@ def ask(
     params: SamplingParams | None = None,
     reading: Reading = "together",
     quote: bool = False,
+    section: int = 0,
+    entails: Entails | None = None,
 ) -> Answer:
-    """Answer a question from an index. count: sources at most; fewer where the context holds no more. The others are those of
-    `answer_from`. Raises RequestError as `search`.
+    """Answer a question from an index. count: sources at most; fewer where the context holds no more. section: as of `search`;
+    of sources that the context does not hold so, what was found alone is read. The others are those of `answer_from`. Raises
+    RequestError as `search`.
     """
-    hits = search(index, question, count, where=where)
-    return answer_from(engine, question, hits, judge=judge, params=params, reading=reading, quote=quote)
+    hits = search(index, question, count, where=where, section=section)
+    return answer_from(engine, question, hits, judge=judge, params=params, reading=reading, quote=quote, entails=entails)
 
 
 def answer_from(
@@ -147,23 +152,26 @@ def answer_from(
     params: SamplingParams | None = None,
     reading: Reading = "together",
     quote: bool = False,
+    entails: Entails | None = None,
 ) -> Answer:
     """Answer a question from what a search found.
 
     judge: refuses questions that the documents do not answer; None: the model alone decides, and with `quote` nothing is
     refused. reading: whether the model reads the sources together, or each alone and answers from the best. quote: the answer
-    is a sentence of a source, which the model chooses.
+    is a sentence of a source, which the model chooses. entails: judges whether sources bear out the sentences
+    (`entailment.Entailment.probabilities`); None: by the share of common words.
     """
     if not hits or (judge is not None and not judge.holds(question, hits)):
         return Answer(NOT_HELD, hits, is_held=False)
     params = params or SamplingParams(max_tokens=256, temperature=0)
     if reading == "each":
         number = best_source(engine, question, hits, params.max_tokens)
-        text = _from_one(engine, question, hits[number - 1], params, quote, is_judged=judge is not None)
-        return checked(attributed(text, hits, [number]), hits)
+        text, source = _from_one(engine, question, hits[number - 1], params, quote, is_judged=judge is not None)
+        sources = [*hits[: number - 1], source, *hits[number:]]
+        return checked(attributed(text, sources, [number]), sources, entails)
     messages, used = prompt_of(engine, question, hits, params.max_tokens)
     form = {"choice": quotable(used)} if quote else citation_form(used)
-    return checked(engine.chat(messages, params.with_changes(**form)).text.strip(), used)
+    return checked(engine.chat(messages, params.with_changes(**form)).text.strip(), used, entails)
 
 
 def best_source(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> int:
@@ -178,25 +186,27 @@ def best_source(engine: Engine, question: str, hits: Sequence[Hit], answer_token
 
 def holding(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> list[float]:
     """Of each source, read alone, a model's log-odds that it answers the question: that its answer is not that the documents do
-    not."""
+    not. Of a section what was found is read."""
     refusal = engine.tokenizer.encode(NOT_HELD, add_bos=False)
     items = []
     for hit in hits:
-        messages, _ = prompt_of(engine, question, [hit], answer_tokens)
+        messages, _ = prompt_of(engine, question, [hit.narrowed], answer_tokens)
         items.append((engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True), [refusal]))
     refused = [min(score.total, log(1 - _LEAST)) for (score,) in engine.score_items(items)]
     return [log(-expm1(total)) - max(total, log(_LEAST)) for total in refused]
 
 
-def _from_one(engine: Engine, question: str, hit: Hit, params: SamplingParams, quote: bool, *, is_judged: bool) -> str:
-    """An answer from one source. It is a quote where the model's own does not end, as a small model that repeats itself, and
-    where a judge has found that the documents hold one and the model has not."""
+def _from_one(
+    engine: Engine, question: str, hit: Hit, params: SamplingParams, quote: bool, *, is_judged: bool
+) -> tuple[str, Hit]:
+    """An answer from one source, and this as it was read. The answer is a quote where the model's own does not end, as a small
+    model that repeats itself, and where a judge has found that the documents hold one and the model has not."""
     messages, used = prompt_of(engine, question, [hit], params.max_tokens)
     if not quote:
         completion = engine.chat(messages, params.with_changes(**citation_form(used)))
         if completion.finish_reason != "length" and not (is_judged and NOT_HELD in completion.text):
-            return completion.text.strip()
-    return engine.chat(messages, params.with_changes(choice=quotable(used))).text
+            return completion.text.strip(), used[0]
+    return engine.chat(messages, params.with_changes(choice=quotable(used))).text, used[0]
 
 
 def citation_form(sources: Sequence[Hit]) -> dict[str, Any]:
@@ -205,17 +215,28 @@ def citation_form(sources: Sequence[Hit]) -> dict[str, Any]:
 
 
 def prompt_of(engine: Engine, question: str, hits: Sequence[Hit], answer_tokens: int) -> tuple[list[dict[str, Any]], list[Hit]]:
-    """The conversation, and the sources that it holds: the first ones that leave room for the answer, at least one."""
+    """The conversation, and the sources that it holds (`fitting_sources`)."""
 
-    def messages_of(count: int) -> list[dict[str, Any]]:
-        return [message.as_template_input() for message in grounded([Message.user(question)], hits[:count])]
+    def messages_of(sources: Sequence[Hit]) -> list[dict[str, Any]]:
+        return [message.as_template_input() for message in grounded([Message.user(question)], sources)]
 
-    def fits(count: int) -> bool:
-        tokens = len(engine.tokenizer.apply_chat_template(messages_of(count), add_generation_prompt=True))
+    def fits(sources: Sequence[Hit]) -> bool:
+        tokens = len(engine.tokenizer.apply_chat_template(messages_of(sources), add_generation_prompt=True))
         return tokens + answer_tokens <= engine.longest
 
-    count = most_sources(len(hits), fits)
-    return messages_of(count), list(hits[:count])
+    used = fitting_sources(hits, fits)
+    return messages_of(used), used
+
+
+def fitting_sources(hits: Sequence[_Hit], fits: Callable[[Sequence[_Hit]], bool]) -> list[_Hit]:
+    """The first hits that leave room for the answer, at least one, and of these the first with their sections, as far as they
+    fit. fits: whether sources do; if some do, so do fewer and shorter ones."""
+    found = [hit.narrowed for hit in hits]
+    count = most_sources(len(found), lambda number: fits(found[:number]))
+    if not any(hit.found for hit in hits[:count]):
+        return found[:count]
+    widened = bisect_left(range(1, count + 1), True, key=lambda number: not fits([*hits[:number], *found[number:count]]))
+    return [*hits[:widened], *found[widened:count]]
 
 
 def most_sources(count: int, fits: Callable[[int], bool]) -> int:
@@ -255,6 +276,6 @@ def _last_question(messages: Sequence[Message]) -> int:
     return places[-1]
 
 
-def checked(text: str, sources: Sequence[Hit]) -> Answer:
+def checked(text: str, sources: Sequence[Hit], entails: Entails | None = None) -> Answer:
     """An answer with the support of each sentence by the sources, and its quotes."""
-    return Answer(text, sources, checked_statements(text, sources), list(quotes_in(text, sources)))
+    return Answer(text, sources, checked_statements(text, sources, entails), list(quotes_in(text, sources)))

@@ -10,16 +10,20 @@ source that shares most words with what was said; `checked_statements` compares 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from bessemer.retrieval.chunks import Span, sentences
 from bessemer.retrieval.search import Hit
-from bessemer.retrieval.store import Passage
+from bessemer.retrieval.store import Passage, Segment
 from bessemer.retrieval.terms import compared_words
 
-#: Share of a sentence's content words that its sources must have.
-SUPPORT = 0.5
+#: Share of a sentence's content words that its sources must have, and the least probability that one bears it out.
+SUPPORT = ENTAILED = 0.5
+#: How likely each source bears out its sentence, (N,), for pairs of both: `entailment.Entailment.probabilities`.
+Entails = Callable[[Sequence[tuple[str, str]]], np.ndarray]
 _CITATION = re.compile(r"\[([0-9]{1,4})\]")
 #: Characters of the longest citation.
 _LONGEST_MARK = len("[1234]")
@@ -33,6 +37,7 @@ _SHORTEST_QUOTE = 8
 _FEWEST_BLANKS, _FEWEST_PAIRS = 3, 6
 #: Opening and closing marks: English and straight ones, German, French, Chinese and Japanese.
 _MARKS = [("“", "”"), ('"', '"'), ("„", "“"), ("„", "”"), ("«", "»"), ("»", "«"), ("「", "」"), ("『", "』")]
+_WITHOUT_MARKS = str.maketrans("", "", "".join(sorted({mark for pair in _MARKS for mark in pair})))
 _QUOTED = re.compile("|".join(rf"{a}(?P<q{n}>[^{a}{b}]{{{_SHORTEST_QUOTE},}}){b}" for n, (a, b) in enumerate(_MARKS)))
 #: Citations behind the end of a sentence.
 _BEHIND = re.compile(rf"\s*(?:{_CITATION.pattern}\s*)+[{_ENDS}]?")
@@ -41,14 +46,18 @@ _BEHIND = re.compile(rf"\s*(?:{_CITATION.pattern}\s*)+[{_ENDS}]?")
 @dataclass(frozen=True)
 class Statement:
     """A sentence of an answer. cited: numbers of its sources, from 1. support: share of its content words in them, or, where it
-    cites none, in any; None for a sentence without content words."""
+    cites none, in any; None for a sentence without content words. entailment: how likely the likeliest of these sources bears
+    it out (`entailment.py`), which then decides; None where nobody was asked."""
 
     text: str
     cited: tuple[int, ...]
     support: float | None
+    entailment: float | None = None
 
     @property
     def is_supported(self) -> bool:
+        if self.entailment is not None:
+            return self.entailment >= ENTAILED
         return self.support is None or self.support >= SUPPORT
 
 
@@ -116,15 +125,17 @@ class CitationReader:
         passage = self._sources[number - 1].passage
         before = _CITATION.sub("", self._text[max(0, index - _SENTENCE_CHARACTERS) : index])
         said = [before[span.start : span.end] for span in sentences(before)]
-        span = nearest_sentence(next((one for one in reversed(said) if one.strip()), ""), passage.text)
+        span = nearest_sentence(next((one for one in reversed(said) if one.strip()), ""), passage.text, passage.parts)
         return Citation(number, index, passage.text[span.start : span.end], *_bytes_of(passage, span))
 
 
-def nearest_sentence(statement: str, text: str) -> Span:
-    """The sentence of a text that has most content words of a statement; the whole text where none has any."""
+def nearest_sentence(statement: str, text: str, parts: Sequence[Segment] = ()) -> Span:
+    """The sentence of a text that has most content words of a statement; the whole text where none has any. parts: of the text,
+    outside which no sentence is looked for."""
     wanted = set(compared_words(statement))
     best, most = Span(0, len(text)), 0
-    for span in sentences(text):
+    within = [Span(part.text_start, part.text_end) for part in parts] or [Span(0, len(text))]
+    for span in (span for part in within for span in sentences(text, part)):
         shared = len(wanted.intersection(compared_words(text[span.start : span.end])))
         if shared > most:
             best, most = span, shared
@@ -133,8 +144,8 @@ def nearest_sentence(statement: str, text: str) -> Span:
     return Span(start, start + len(sentence.strip()))
 
 
-def checked_statements(text: str, sources: Sequence[Hit]) -> list[Statement]:
-    """The sentences of an answer, with their citations and how far the sources support each."""
+def checked_statements(text: str, sources: Sequence[Hit], entails: Entails | None = None) -> list[Statement]:
+    """The sentences of an answer, with their citations and how far the sources support each. entails: judges this besides."""
     words = [set(compared_words(hit.passage.shown)) for hit in sources]
     everything = set().union(*words)
     statements = []
@@ -144,7 +155,16 @@ def checked_statements(text: str, sources: Sequence[Hit]) -> list[Statement]:
         known = set().union(*(words[number - 1] for number in cited)) if cited else everything
         support = sum(word in known for word in own) / len(own) if own else None
         statements.append(Statement(sentence, cited, support))
-    return statements
+    return statements if entails is None or not sources else [_judged(one, sources, entails) for one in statements]
+
+
+def _judged(statement: Statement, sources: Sequence[Hit], entails: Entails) -> Statement:
+    """A statement with the probability that the likeliest of its sources bears it out; without content words as it is."""
+    if statement.support is None:
+        return statement
+    said = re.sub(rf"\s*{_CITATION.pattern}", "", statement.text).translate(_WITHOUT_MARKS)
+    among = [sources[number - 1] for number in statement.cited] or sources
+    return replace(statement, entailment=float(entails([(said, hit.passage.shown) for hit in among]).max()))
 
 
 def _cited_sentences(text: str) -> list[str]:
@@ -186,7 +206,8 @@ def quotable(sources: Sequence[Hit]) -> list[str]:
     stand between quotation marks gives its name, unquoted."""
     answers = []
     for number, hit in enumerate(sources, start=1):
-        found = [" ".join(one.split()).rstrip(_ENDS) for one in _unwrapped(hit.passage.text)]
+        parts = [hit.passage.text[part.text_start : part.text_end] for part in hit.passage.parts]
+        found = [" ".join(one.split()).rstrip(_ENDS) for part in parts for one in _unwrapped(part)]
         fitting = [one for one in found if len(one) >= _SHORTEST_QUOTE and not set("“”[]") & set(one)]
         # a name or a label alone says little
         quoted = [one for one in fitting if _says_something(one)] or fitting
@@ -218,12 +239,18 @@ def quotes_in(text: str, sources: Sequence[Hit]) -> Iterator[Quote]:
             continue
         form = re.compile(r"\s+".join(map(re.escape, words)))
         for number, hit in enumerate(sources, start=1):
-            if found := form.search(hit.passage.text):
+            # within one part: what is joined of two stands nowhere in the document
+            places = (form.search(hit.passage.text, part.text_start, part.text_end) for part in hit.passage.parts)
+            if found := next(filter(None, places), None):
                 yield Quote(found[0], number, *_bytes_of(hit.passage, Span(*found.span())))
                 break
 
 
 def _bytes_of(passage: Passage, span: Span) -> tuple[int, int]:
-    """The place of a part of a passage, in bytes of its document."""
-    start = passage.start + len(passage.text[: span.start].encode())
-    return start, start + len(passage.text[span.start : span.end].encode())
+    """The place of a part of a passage, in bytes of its document: from where its first character stands there to where its last
+    does."""
+    parts = [part for part in passage.parts if part.text_start < span.end and span.start < part.text_end] or passage.parts[:1]
+    first, last = parts[0], parts[-1]
+    before = passage.text[first.text_start : max(first.text_start, span.start)]
+    start = first.start + len(before.encode())
+    return start, last.start + len(passage.text[last.text_start : min(last.text_end, span.end)].encode())

@@ -30,12 +30,12 @@ from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.embed import Embedder, open_embedder
 from bessemer.retrieval.expansion import Expander, Headings
 from bessemer.retrieval.rerank import Reranker
-from bessemer.retrieval.store import LanceStore, Passage, StoreWriter
+from bessemer.retrieval.store import HEADINGS_BETWEEN, LanceStore, Passage, StoreWriter
 from bessemer.retrieval.terms import words_of_text
 
 INDEX = "index.json"
 _FORMAT = 1
-_VERSIONS = "versions"
+VERSIONS = "versions"
 #: Seconds to wait for another process that writes.
 PATIENCE = 3600.0
 #: Folder beside the index for what sources download, and the file of who may see which documents.
@@ -110,7 +110,7 @@ def open_index(
     """
     values = _read(folder)
     config = IndexConfig.parse(values["config"], str(folder / INDEX))
-    store = LanceStore(folder / _VERSIONS / str(values["version"]))
+    store = LanceStore(folder / VERSIONS / str(values["version"]))
     # a damaged one is said now, not at the first search
     _ = store.words
     if config.embedder != "none":
@@ -159,12 +159,12 @@ def _locked(out: Path, progress: Progress) -> Iterator[None]:
 class _Build:
     def __init__(self, out: Path, config: IndexConfig | None, embedder: Embedder | None, progress: Progress) -> None:
         self._out = out
-        for place in (out, out / _VERSIONS):
+        for place in (out, out / VERSIONS):
             # left by a process that was killed while it wrote a file
             for path in place.glob(".*.tmp"):
                 path.unlink()
         self._before = _read(out) if (out / INDEX).exists() else None
-        if self._before is None and any(path.name not in (_VERSIONS, CACHE, ACCESS) for path in out.iterdir()):
+        if self._before is None and any(path.name not in (VERSIONS, CACHE, ACCESS) for path in out.iterdir()):
             raise ArtefactError(f"{out}: there are files here that are no index; name another folder")
         own = IndexConfig() if self._before is None else IndexConfig.parse(self._before["config"], str(out / INDEX))
         self._config = config or own
@@ -240,12 +240,12 @@ class _Build:
         """The current version, if its passages were cut and embedded in the same way; else None."""
         if self._before is None or any(self._before[name] != value for name, value in self._made.items()):
             return None
-        return LanceStore(self._out / _VERSIONS / str(self._before["version"]))
+        return LanceStore(self._out / VERSIONS / str(self._before["version"]))
 
     def _begin(self, version: int) -> Path:
         """The folder of the next version. A version that an interrupted build began there is continued if it was made in the
         same way."""
-        place = self._out / _VERSIONS / str(version)
+        place = self._out / VERSIONS / str(version)
         marked = _marker(place)
         if place.exists() and (not marked.exists() or read_json(marked) != self._made):
             shutil.rmtree(place)
@@ -277,7 +277,7 @@ class _Build:
         return np.concatenate(vectors)
 
     def _swap(self, version: int, documents: int, passages: int) -> None:
-        versions = self._out / _VERSIONS
+        versions = self._out / VERSIONS
         values = {"format": _FORMAT, "version": version, "documents": documents, "passages": passages, **self._made}
         write_json(self._out / INDEX, values)
         for path in versions.iterdir():
@@ -309,7 +309,7 @@ def passages_of(document: IndexedDocument, config: IndexConfig) -> list[Passage]
             document=document.place,
             number=number,
             title=document.title,
-            headings=" › ".join(chunk.headings),
+            headings=HEADINGS_BETWEEN.join(chunk.headings),
             text=chunk.text,
             start=chunk.start,
             end=chunk.end,

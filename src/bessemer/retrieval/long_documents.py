@@ -24,11 +24,11 @@ from bessemer.retrieval.word_index import bm25_scores
 #: What stands for passages that are left out.
 OMITTED = "[…]"
 #: Characters of a passage, above which a text is long, and the most of a paragraph that may be the question.
-_PASSAGE, _QUESTION = 800, 1000
+LONG_TEXT, _QUESTION = 800, 1000
 _MARK = re.compile("[?？؟]")
 
 
-class _Passage(NamedTuple):
+class TextPassage(NamedTuple):
     """A passage and the headings above it. may_ask: whether it may be the question."""
 
     headings: tuple[str, ...]
@@ -36,7 +36,7 @@ class _Passage(NamedTuple):
     may_ask: bool = False
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A part of a message."""
 
     message: int
@@ -60,22 +60,22 @@ def retrieved_from_itself(messages: Sequence[Message], fits: Callable[[Sequence[
     if fits(messages):
         return Shortened(list(messages), 0)
     texts = {
-        _Place(number, place): _passages(part.text)
+        Place(number, place): passages_of_text(part.text)
         for number, message in enumerate(messages)
         if message.role in ("user", "tool")
         for place, part in enumerate(message.parts)
-        if part.origin != "system" and len(part.text) > _PASSAGE
+        if part.origin != "system" and len(part.text) > LONG_TEXT
     }
-    question, always = _question(messages, texts)
+    question, always = asking_passages(messages, texts)
     every = [(place, number) for place, passages in texts.items() for number in range(len(passages))]
     shown = ["\n".join([*texts[place][number].headings, texts[place][number].text]) for place, number in every]
     order = [every[row] for row in np.argsort(-bm25_scores(question, shown), kind="stable") if every[row] not in always]
 
     def with_passages(count: int) -> list[Message]:
-        kept: dict[_Place, list[int]] = {place: [] for place in texts}
+        kept: dict[Place, list[int]] = {place: [] for place in texts}
         for place, number in sorted([*always, *order[:count]]):
             kept[place].append(number)
-        return _replaced(messages, {place: _joined(texts[place], numbers) for place, numbers in kept.items()})
+        return with_texts(messages, {place: _joined(texts[place], numbers) for place, numbers in kept.items()})
 
     count = bisect_left(range(1, len(order) + 1), True, key=lambda count: not fits(with_passages(count)))
     shortened = with_passages(count)
@@ -83,36 +83,38 @@ def retrieved_from_itself(messages: Sequence[Message], fits: Callable[[Sequence[
     return Shortened(shortened, max(0, before - after))
 
 
-def _question(messages: Sequence[Message], texts: Mapping[_Place, Sequence[_Passage]]) -> tuple[str, list[tuple[_Place, int]]]:
+def asking_passages(
+    messages: Sequence[Message], texts: Mapping[Place, Sequence[TextPassage]]
+) -> tuple[str, list[tuple[Place, int]]]:
     """The words of the question, each once, and the passages of long texts that are it, or a part of it."""
     asked = max((number for number, message in enumerate(messages) if message.role == "user"), default=-1)
-    asking: list[tuple[_Place, int]] = []
+    asking: list[tuple[Place, int]] = []
     for place, passages in texts.items():
         if place.message == asked:
             ends = [number for number in sorted({0, len(passages) - 1}) if passages[number].may_ask]
             marked = [number for number in ends if _MARK.search(passages[number].text)]
             asking += [(place, number) for number in marked or ends]
     beside = [
-        part.text for place, part in enumerate(messages[asked].parts if asked >= 0 else ()) if _Place(asked, place) not in texts
+        part.text for place, part in enumerate(messages[asked].parts if asked >= 0 else ()) if Place(asked, place) not in texts
     ]
     question = "\n".join([*beside, *(texts[place][number].text for place, number in asking)])
     return " ".join(dict.fromkeys(words_of_text(question))), asking
 
 
-def _passages(text: str) -> list[_Passage]:
+def passages_of_text(text: str, longest: int = LONG_TEXT) -> list[TextPassage]:
     """The passages of a text; paragraphs at its beginning and its end that may be a question are passages of their own."""
     text = text.encode(errors="replace").decode().strip()
     end = text.find("\n\n")
     first = end if 0 < end <= _QUESTION else 0
     start = text.rfind("\n") + 1
     last = start if first < start and len(text) - start <= _QUESTION else len(text)
-    passages = [_Passage((), text[:first], may_ask=True)] if first else []
-    chunks = cut_document(text[first:last], longest=_PASSAGE, overlap=0)
-    passages += [_Passage(chunk.headings, "\n".join(filter(None, (chunk.table_header, chunk.text)))) for chunk in chunks]
-    return [*passages, _Passage((), text[last:], may_ask=True)] if last < len(text) else passages
+    passages = [TextPassage((), text[:first], may_ask=True)] if first else []
+    chunks = cut_document(text[first:last], longest=longest, overlap=0)
+    passages += [TextPassage(chunk.headings, "\n".join(filter(None, (chunk.table_header, chunk.text)))) for chunk in chunks]
+    return [*passages, TextPassage((), text[last:], may_ask=True)] if last < len(text) else passages
 
 
-def _joined(passages: Sequence[_Passage], kept: Sequence[int]) -> str:
+def _joined(passages: Sequence[TextPassage], kept: Sequence[int]) -> str:
     """Passages below their headings, and what stands for the others."""
     parts: list[str] = []
     before = -1
@@ -128,13 +130,13 @@ def _joined(passages: Sequence[_Passage], kept: Sequence[int]) -> str:
     return "\n\n".join([*parts, *([OMITTED] if before != len(passages) - 1 else [])])
 
 
-def _replaced(messages: Sequence[Message], texts: Mapping[_Place, str]) -> list[Message]:
+def with_texts(messages: Sequence[Message], texts: Mapping[Place, str]) -> list[Message]:
     """The conversation with other texts at some places."""
     return [
         replace(
             message,
             parts=tuple(
-                replace(part, text=texts.get(_Place(number, place), part.text)) for place, part in enumerate(message.parts)
+                replace(part, text=texts.get(Place(number, place), part.text)) for place, part in enumerate(message.parts)
             ),
         )
         for number, message in enumerate(messages)

@@ -1,5 +1,6 @@
 """Search of an index: by words, by meaning, and both fused, with headings that a language model writes for the query, if the
-index has one for it; a reranker, if it has one, orders what was found; copies of a passage collapse, neighbours can be added.
+index has one for it; a reranker, if it has one, orders what was found; copies of a passage collapse; neighbours, or the
+section, can be added.
 
 Fusion (Bruch et al. 2023): a passage's cosine, 0 for the farthest and 1 for the nearest that was found, plus its score by BM25
 as a share of the best one, times a weight. The weight is small, as the search by words is the weaker one for questions in words
@@ -10,14 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from bessemer.core.errors import RequestError
 from bessemer.retrieval.index import OpenIndex
 from bessemer.retrieval.rerank import Reranker
+from bessemer.retrieval.sections import joined, with_neighbours, with_section
 from bessemer.retrieval.store import EVERYTHING, Filter, Found, Passage
 
 Mode = Literal["hybrid", "words", "meaning"]
@@ -34,6 +36,8 @@ _CANDIDATES, _FEWEST = 4, 200
 #: Passages that a reranker orders, at least, and where written headings have brought the right ones to the front: more found no
 #: more among the first ten (`benchmarks/retrieval_development.json`, Qwen2.5-Coder-1.5B-Instruct).
 RERANKED, RERANKED_WITH_HEADINGS = 50, 20
+#: Passages that are looked at for each section that is wanted, since a section may hold several.
+_SAME_SECTION = 4
 #: Most characters of a query.
 MOST_CHARACTERS = 20_000
 #: From this Jaccard similarity of their runs of three words, two passages are copies.
@@ -43,12 +47,22 @@ _ALIKE = 0.85
 @dataclass(frozen=True)
 class Hit:
     """A passage of the result. score: of the fusion, or of the reranker; ranks, scores: of each search that found it, and of
-    the reranker (`reranked`)."""
+    the reranker (`reranked`). found: of a hit whose passage is a whole section, the passages of it that were found, the best
+    first."""
 
     passage: Passage
     score: float
     ranks: Mapping[str, int]
     scores: Mapping[str, float]
+    found: tuple[Passage, ...] = field(default=(), kw_only=True)
+
+    @property
+    def narrowed(self) -> Self:
+        """The hit without its section: what was found alone."""
+        if len(self.found) < 2:
+            return replace(self, passage=self.found[0], found=()) if self.found else self
+        in_order = sorted(self.found, key=lambda passage: passage.number)
+        return replace(self, passage=joined(in_order, self.found[0], self.passage.headings), found=())
 
     @property
     def explanation(self) -> str:
@@ -71,19 +85,28 @@ class Hit:
             "table_header": passage.table_header,
             "url": passage.url,
             "source": passage.source,
+            "found": [[one.start, one.end] for one in self.found],
             "ranks": dict(self.ranks),
             "scores": dict(self.scores),
         }
 
 
 def search(
-    index: OpenIndex, query: str, count: int = 5, *, mode: Mode = "hybrid", where: Filter = EVERYTHING, neighbours: int = 0
+    index: OpenIndex,
+    query: str,
+    count: int = 5,
+    *,
+    mode: Mode = "hybrid",
+    where: Filter = EVERYTHING,
+    neighbours: int = 0,
+    section: int = 0,
 ) -> list[Hit]:
     """The `count` passages that fit a query best, or fewer, the best first.
 
     mode: `hybrid` searches by words only where the index has no vectors. neighbours: this many passages before and after each
-    hit, from its document, are added to its text. Raises RequestError for a query that is empty or too long, and for `meaning`
-    where the index has no vectors; of a reranker, what it raises.
+    hit, from its document, are added to its text. section: each hit is its section, of at most this many characters
+    (`sections.with_section`), in place of neighbours; what is found in the same section is one hit. Raises RequestError for a
+    query that is empty or too long, and for `meaning` where the index has no vectors; of a reranker, what it raises.
     """
     if not query.strip():
         raise RequestError("the query is empty")
@@ -92,7 +115,8 @@ def search(
     if mode == "meaning" and index.embedder is None:
         raise RequestError("this index has no vectors, so it is searched by words")
     fewest = RERANKED_WITH_HEADINGS if mode == "hybrid" and index.expander is not None else RERANKED
-    pool = count if index.reranker is None else max(count, fewest)
+    several = _SAME_SECTION * count if section else count
+    pool = several if index.reranker is None else max(several, fewest)
     wanted = max(_FEWEST, _CANDIDATES * pool)
     words = index.store.by_words(query, wanted, where) if mode != "meaning" else []
     meaning: list[Found] = []
@@ -103,8 +127,12 @@ def search(
         headings = index.headings.find(index.expander.headings(query, index.headings.examples), where)
     hits = without_copies(fused(words, meaning, NAMES_WEIGHT if _NAME.search(query) else WORDS_WEIGHT, headings), pool)
     if index.reranker is not None:
-        hits = reranked(index.reranker, query, hits)[:count]
-    return [_widened(index, hit, neighbours) for hit in hits] if neighbours else hits
+        hits = reranked(index.reranker, query, hits)[:several]
+    if section:
+        return _sections(index, hits, count, section)
+    if neighbours:
+        return [replace(hit, passage=with_neighbours(index.store, hit.passage, neighbours)) for hit in hits]
+    return hits
 
 
 def fused(words: Sequence[Found], meaning: Sequence[Found], weight: float, headings: Sequence[Found] = ()) -> list[Hit]:
@@ -163,16 +191,18 @@ def _runs(text: str) -> frozenset[tuple[str, ...]]:
     return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset([tuple(words)])
 
 
-def _widened(index: OpenIndex, hit: Hit, neighbours: int) -> Hit:
-    """A hit with the text of the passages around it in its document; text that two passages share stands once."""
-    passage = hit.passage
-    numbers = range(max(0, passage.number - neighbours), passage.number + neighbours + 1)
-    around = index.store.of_document(passage.document, numbers)
-    text, end = "", around[0].start
-    for one in around:
-        raw = one.text.encode()
-        gap = "\n\n" if text and one.start > end else ""
-        text += gap + raw[max(0, end - one.start) :].decode(errors="ignore") if text else one.text
-        end = max(end, one.end)
-    wide = replace(passage, text=text, start=around[0].start, end=end, table_header=around[0].table_header)
-    return replace(hit, passage=wide)
+def _sections(index: OpenIndex, hits: Sequence[Hit], count: int, most: int) -> list[Hit]:
+    """The first `count` sections in which hits stand, each in the place of its first."""
+    kept: list[Hit] = []
+    for hit in hits:
+        passage = hit.passage
+        holding = (number for number, one in enumerate(kept) if _holds(one.passage, passage))
+        if (number := next(holding, None)) is not None:
+            kept[number] = replace(kept[number], found=(*kept[number].found, passage))
+        elif len(kept) < count:
+            kept.append(replace(hit, passage=with_section(index.store, passage, most), found=(passage,)))
+    return kept
+
+
+def _holds(section: Passage, passage: Passage) -> bool:
+    return section.document == passage.document and section.start <= passage.start and passage.end <= section.end

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,25 @@ ROWS_AT_ONCE = 4096
 _WORDS = "words"
 #: Filters whose rows are remembered.
 _FILTERS = 16
+#: What stands between the headings of a passage, the outermost first.
+HEADINGS_BETWEEN = " › "
+
+
+class Segment(NamedTuple):
+    """Characters `text_start` to `text_end` of a passage's text, which stand in its document from the byte `start` on."""
+
+    text_start: int
+    text_end: int
+    start: int
+
+
+class PassagePlace(NamedTuple):
+    """Where a passage stands in its document: its number, its headings, and its bytes."""
+
+    number: int
+    headings: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,8 @@ class Passage:
     id: unique in the index. document: its place, as its source names it. number: of the passage in the document. start, end:
     bytes in the document's UTF-8. groups: who may see it, by their names; empty: everybody. table_header: of the table inside
     which the text begins. page: of the document's file, from 1, and box: on this page (`chunks.Box`); None where they are not
-    known.
+    known. segments: of a text that is joined of several passages (`sections.py`), the parts that stand in the document;
+    none: all of it stands there from `start` on. They are not stored.
     """
 
     id: str
@@ -59,11 +79,17 @@ class Passage:
     table_header: str = ""
     page: int | None = None
     box: Box | None = None
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def parts(self) -> Sequence[Segment]:
+        """The parts of the text that stand in the document, in order."""
+        return self.segments or (Segment(0, len(self.text), self.start),)
 
     @property
     def shown(self) -> str:
         """Title, headings and text, as a model reads them and a vector is made of."""
-        above = " › ".join(part for part in (self.title, self.headings) if part)
+        above = HEADINGS_BETWEEN.join(part for part in (self.title, self.headings) if part)
         return "\n".join(part for part in (above, self.table_header, self.text) if part)
 
 
@@ -98,6 +124,8 @@ class PassageStore(Protocol):
     def by_meaning(self, vector_D: np.ndarray, count: int, where: Filter) -> list[Found]: ...
 
     def of_document(self, document: str, numbers: Sequence[int]) -> list[Passage]: ...
+
+    def places_of(self, document: str) -> list[PassagePlace]: ...
 
 
 def _lancedb() -> Any:
@@ -179,6 +207,12 @@ class LanceStore:
         condition = f"document = {_quoted(document)} AND number IN ({wanted})"
         rows = self._table.search().where(condition).limit(len(numbers)).select(self._columns).to_list()
         return sorted(map(_passage, rows), key=lambda passage: passage.number)
+
+    def places_of(self, document: str) -> list[PassagePlace]:
+        """Where all passages of a document stand, in order."""
+        search = self._table.search().where(f"document = {_quoted(document)}")
+        rows = search.select(list(PassagePlace._fields)).limit(len(self)).to_list()
+        return sorted(PassagePlace(*(row[name] for name in PassagePlace._fields)) for row in rows)
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows, some at a time; of an index of an earlier version without its later columns."""

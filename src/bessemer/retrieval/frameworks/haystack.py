@@ -23,11 +23,13 @@ class BessemerRetriever:
         mode: Mode = "hybrid",
         where: Filter = EVERYTHING,
         neighbours: int = 0,
+        section: int = 0,
     ) -> None:
         """index: an open index, or its folder. where: the documents that are searched, and on whose behalf. neighbours:
-        passages before and after each hit that are added to it. Raises ArtefactError as `open_index`."""
+        passages before and after each hit that are added to it. section: each hit is its section, of at most so many
+        characters. Raises ArtefactError as `open_index`."""
         self._index = opened(index)
-        self._settings: dict[str, Any] = {"top_k": top_k, "mode": mode, "neighbours": neighbours}
+        self._settings: dict[str, Any] = {"top_k": top_k, "mode": mode, "neighbours": neighbours, "section": section}
         self._where = where
 
     @component.output_types(documents=list[Document])
@@ -35,7 +37,8 @@ class BessemerRetriever:
         """The passages of a query, the best first. top_k: in place of the component's own."""
         own = self._settings
         count = own["top_k"] if top_k is None else top_k
-        hits = search(self._index, query, count, mode=own["mode"], where=self._where, neighbours=own["neighbours"])
+        around = {name: own[name] for name in ("neighbours", "section")}
+        hits = search(self._index, query, count, mode=own["mode"], where=self._where, **around)
         documents = [Document(id=hit.passage.id, content=hit.passage.text, meta=hit.details, score=hit.score) for hit in hits]
         return {"documents": documents}
 

@@ -19,7 +19,8 @@ class BessemerRetriever(BaseRetriever):
     """Finds passages of an index.
 
     index: an open index, or its folder. k: passages, which `invoke(query, k=3)` overrides. where: the documents that are
-    searched, and on whose behalf. neighbours: passages before and after each hit that are added to it.
+    searched, and on whose behalf. neighbours: passages before and after each hit that are added to it. section: each hit is its
+    section, of at most so many characters.
     """
 
     index: Any
@@ -27,6 +28,7 @@ class BessemerRetriever(BaseRetriever):
     mode: Mode = "hybrid"
     where: Filter = EVERYTHING
     neighbours: int = Field(0, ge=0)
+    section: int = Field(0, ge=0)
     _open: OpenIndex = PrivateAttr()
 
     def __init__(self, index: IndexSource, **settings: Any) -> None:
@@ -37,7 +39,8 @@ class BessemerRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **_: Any
     ) -> list[Document]:
-        hits = search(self._open, query, k or self.k, mode=self.mode, where=self.where, neighbours=self.neighbours)
+        around = {"neighbours": self.neighbours, "section": self.section}
+        hits = search(self._open, query, k or self.k, mode=self.mode, where=self.where, **around)
         return [
             Document(id=hit.passage.id, page_content=hit.passage.text, metadata={**hit.details, "score": hit.score})
             for hit in hits

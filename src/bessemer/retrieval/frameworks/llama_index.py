@@ -26,21 +26,22 @@ class BessemerRetriever(BaseRetriever):
         mode: Mode = "hybrid",
         where: Filter = EVERYTHING,
         neighbours: int = 0,
+        section: int = 0,
         **settings: Any,
     ) -> None:
         """index: an open index, or its folder. where: the documents that are searched, and on whose behalf. neighbours:
-        passages before and after each hit that are added to it. settings: of LlamaIndex's base class. Raises ArtefactError as
-        `open_index`."""
+        passages before and after each hit that are added to it. section: each hit is its section, of at most so many
+        characters. settings: of LlamaIndex's base class. Raises ArtefactError as `open_index`."""
         super().__init__(**settings)
         self._index = opened(index)
         self._count = similarity_top_k
         self._mode = mode
         self._where = where
-        self._neighbours = neighbours
+        self._around = {"neighbours": neighbours, "section": section}
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         query = query_bundle.query_str
-        hits = search(self._index, query, self._count, mode=self._mode, where=self._where, neighbours=self._neighbours)
+        hits = search(self._index, query, self._count, mode=self._mode, where=self._where, **self._around)
         return [NodeWithScore(node=_node(hit), score=hit.score) for hit in hits]
 
 

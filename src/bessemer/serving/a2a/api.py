@@ -6,7 +6,6 @@ that asked, like responses.
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import uuid
 from collections.abc import Iterable, Sequence
@@ -179,7 +178,7 @@ class A2AApi:
             chat = Chat(
                 caller, served.model_name, messages, lambda most: SamplingParams(max_tokens=most), lambda reason: "message"
             )
-            turns = await asyncio.to_thread(served.begin, chat)
+            turns = await served.start(lambda: chat)
             is_streamed = method.does == "stream"
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=is_streamed, after_step=keep)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import uuid
@@ -187,7 +186,7 @@ class AnthropicApi:
         served = await self._served.model_for(body.model, caller)
         with ExitStack() as admission:
             admission.enter_context(await served.worker.place(1, caller))
-            turns = await asyncio.to_thread(lambda: served.begin(_chat(body, caller)))
+            turns = await served.start(lambda: _chat(body, caller))
             reply = MessagesReply(body.model, turns)
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=body.stream)
 

@@ -149,7 +149,7 @@ class OllamaApi:
         )
         with ExitStack() as admission:
             admission.enter_context(await served.worker.place(1, caller))
-            turns = await asyncio.to_thread(lambda: served.begin(chat))
+            turns = await served.start(lambda: chat)
             reply = TurnReply(body, served.engine, turns, is_chat)
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=body.stream)
 

@@ -165,7 +165,7 @@ class OpenAIApi:
                 asked = ("messages", body.last_question) if retrieval.query is None else ("retrieval.query", retrieval.query)
                 parameter, question = asked
                 sources = await sources_for(question, retrieval.wanted(), self.stores, caller.client, parameter)
-            turns = await asyncio.to_thread(lambda: served.begin(_chat(body, caller, sources)))
+            turns = await served.start(lambda: _chat(body, caller, sources))
             reply = ChatReply(body, served.engine.tokenizer, turns)
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=body.stream)
 

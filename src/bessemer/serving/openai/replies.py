@@ -313,7 +313,8 @@ class ChatReply(_OpenAIReply):
     """The response to `/v1/chat/completions`: one choice for each answer.
 
     An answer from sources has `annotations`, in a stream those of each event; its choice has `statements` in the end; the
-    response, or the first event, has the sources under `retrieval`.
+    response, or the first event, has the sources under `retrieval`, and where summaries stand for a part of the conversation,
+    their tokens under `context_overflow`.
     """
 
     event_kind = "chat.completion.chunk"
@@ -327,6 +328,7 @@ class ChatReply(_OpenAIReply):
         self._sources = sources = None if body.retrieval is None else turns.sources
         self._choices = [_Choice(citations=None if sources is None else AnswerCitations(sources)) for _ in range(body.n)]
         self._lacks_sources = sources is not None
+        self._lacks_summaries = turns.summarised is not None
 
     def whole(self, step: Iterable[ChoiceEvents]) -> dict[str, Any]:
         """The body. step: all events of all choices."""
@@ -353,7 +355,9 @@ class ChatReply(_OpenAIReply):
             choices.append(shown | _statements(choice))
         prompt = {"prompt_token_ids": self._turns.prompt_ids} if self._body.return_token_ids else {}
         body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage(), **prompt}
-        return body if self._sources is None else {**body, "retrieval": self._retrieval()}
+        if self._sources is not None:
+            body["retrieval"] = self._retrieval()
+        return body if self._turns.summarised is None else {**body, "context_overflow": self._turns.summarised}
 
     def _log_probs(self, sampled: Sequence[Sampled]) -> dict[str, Any]:
         return chat_log_probs(self._tokenizer, sampled, self._body.return_tokens_as_token_ids)
@@ -429,6 +433,9 @@ class ChatReply(_OpenAIReply):
         if self._lacks_sources:
             self._lacks_sources = False
             event["retrieval"] = self._retrieval()
+        if self._lacks_summaries:
+            self._lacks_summaries = False
+            event["context_overflow"] = self._turns.summarised
         return event
 
 

@@ -5,7 +5,6 @@ What passes is OpenAI's, and that of the Open Responses specification (https://w
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import ExitStack
 from typing import Any
 
@@ -97,7 +96,7 @@ class ResponsesApi:
         )
         with ExitStack() as admission:
             admission.enter_context(await served.worker.place(1, caller))
-            turns = await asyncio.to_thread(served.begin, chat)
+            turns = await served.start(lambda: chat)
             step = await until_client_leaves(request.receive, turns.finish())
         if step is None:
             return client_left_response()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -47,7 +46,7 @@ class ResponseService:
         if (tool := body.file_search) is not None:
             sources = await sources_for(question, tool.wanted(), self._documents, caller.client, "input")
             chat = replace(chat, sources=sources)
-        turns = await asyncio.to_thread(served.begin, chat)
+        turns = await served.start(lambda: chat)
         return kind(body, served.engine.tokenizer, turns, question), turns
 
     async def previous(self, identity: str | None, caller: Caller) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ def find(index: OpenIndex, store: str, query: str, wanted: Wanted, where: Filter
             parameter="score_threshold",
             code="invalid_value",
         )
-    hits = search(index, query, wanted.count, mode=wanted.mode, where=where)
+    hits = search(index, query, wanted.count, mode=wanted.mode, where=where, section=wanted.section)
     served = [_served(hit, store, naming, has_vectors=has_vectors) for hit in hits]
     return [hit for hit in served if hit.relevance >= wanted.threshold]
 
@@ -148,7 +148,7 @@ def _served(hit: Hit, store: str, naming: Naming, *, has_vectors: bool) -> Serve
     else:
         relevance = (_RANK_CONSTANT + 1) / (_RANK_CONSTANT + hit.ranks["words"])
     file, filename = naming(hit.passage)
-    return ServedHit(hit.passage, hit.score, hit.ranks, hit.scores, store, file, filename, relevance)
+    return ServedHit(hit.passage, hit.score, hit.ranks, hit.scores, store, file, filename, relevance, found=hit.found)
 
 
 def passages_of(index: OpenIndex, files: Sequence[IndexedFile]) -> list[Passage]:

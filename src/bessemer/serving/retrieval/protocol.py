@@ -81,13 +81,14 @@ AttributeFilter = Comparison | Compound
 
 @dataclass(frozen=True)
 class Wanted:
-    """Passages that are asked for. stores: None: the server's own indexes. threshold: least cosine."""
+    """Passages that are asked for. stores: None: the server's own indexes. threshold: least cosine. section: as of `search`."""
 
     stores: Sequence[str] | None
     count: int
     filters: AttributeFilter | None = None
     threshold: float = 0.0
     mode: Literal["hybrid", "words", "meaning"] = "hybrid"
+    section: int = 0
 
 
 _Stores = Annotated[list[Name], Field(min_length=1, max_length=SEARCHED_STORES.most)]
@@ -96,7 +97,8 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RetrievalRequest(Body):
-    """The field `retrieval` of a chat: what the answer is drawn from. query: in place of the user's last message."""
+    """The field `retrieval` of a chat: what the answer is drawn from. query: in place of the user's last message.
+    section_characters: the sources are whole sections of at most so many; 0: passages."""
 
     vector_store_ids: _Stores | None = None
     query: str | None = None
@@ -104,9 +106,11 @@ class RetrievalRequest(Body):
     filters: AttributeFilter | None = None
     score_threshold: _Share = 0.0
     mode: Literal["hybrid", "words", "meaning"] = "hybrid"
+    section_characters: int = Field(0, ge=0, le=100_000)
 
     def wanted(self) -> Wanted:
-        return Wanted(self.vector_store_ids, self.max_num_results, self.filters, self.score_threshold, self.mode)
+        stores, count, section = self.vector_store_ids, self.max_num_results, self.section_characters
+        return Wanted(stores, count, self.filters, self.score_threshold, self.mode, section)
 
 
 class RankingOptions(Body):

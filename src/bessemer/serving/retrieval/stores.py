@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
 from bessemer.retrieval.embed import Embedder, open_embedder, packaged_minilm
 from bessemer.retrieval.index import INDEX, OpenIndex
+from bessemer.retrieval.remote import local_index
 from bessemer.retrieval.search import MOST_CHARACTERS, without_copies
 from bessemer.retrieval.store import Filter, Passage
 from bessemer.serving.config import STORES
@@ -268,15 +269,17 @@ class VectorStores:
 
 
 def index_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Folders of indexes by the names that clients use: FOLDER, or NAME=FOLDER. Raises ConfigError for two of one name and for
-    one that is no name, ArtefactError where no index is."""
+    """Folders of indexes by the names that clients use: FOLDER, or NAME=FOLDER; of an address on object storage a copy of what
+    is there now. Raises ConfigError for two of one name and for one that is no name, ArtefactError where no index is."""
     folders: dict[str, Path] = {}
     for each in given:
         name, is_named, folder = each.partition("=")
-        place = Path(folder if is_named else each)
+        given_place = folder if is_named else each
+        place = Path(given_place)
         name = name if is_named else place.resolve().name.removesuffix(".index")
         if not _NAME.fullmatch(name):
             raise ConfigError(f"--index {each}: {name!r} is no name: use letters, digits, points, dashes; NAME={place}")
+        place = local_index(given_place)
         if not (place / INDEX).is_file():
             raise ArtefactError(f"{place}: no index of documents is here; bessemer index DOCS {place} makes one")
         if name in folders:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from bessemer.assistant.assistant import TurnMaker
 from bessemer.assistant.conversation import Conversation, with_system_in_place
 from bessemer.assistant.hooks import Hook
-from bessemer.assistant.messages import Message, as_messages, with_call_ids
+from bessemer.assistant.messages import Message, TurnEnd, as_messages, with_call_ids
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import RequestError
+from bessemer.core.hashing import hash_value
 from bessemer.inference.async_generation import ChoiceChunk
 from bessemer.inference.engine import Engine
 from bessemer.inference.images import PicturePrompt
 from bessemer.inference.request import Completion, Prompt, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.vision.preprocessing import Prepared
-from bessemer.retrieval.answer import citation_form, grounded, most_sources
+from bessemer.retrieval.answer import citation_form, fitting_sources, grounded
 from bessemer.retrieval.long_documents import retrieved_from_itself
+from bessemer.retrieval.summaries import Measure, Summarising, SummaryRequest, summarised
 from bessemer.serving.config import ASIDE, ENCODED
 from bessemer.serving.retrieval.annotations import ServedHit
 from bessemer.serving.runtime.bodies import ApiError
@@ -30,16 +32,30 @@ from bessemer.serving.runtime.models import ModelPool, OpenModel
 from bessemer.serving.runtime.pictures import prepared_pictures, text_of
 from bessemer.serving.runtime.streams import unless_left
 from bessemer.serving.runtime.worker import Turns, Worker
+from bessemer.serving.runtime.worker import text_of as text_said
 
 Result = TypeVar("Result")
 #: Response header: the limit on an answer's tokens, where it is below the requested one; of several prompts, the lowest.
 CLAMPED = "x-max-tokens"
 #: Response header: tokens of the prompt that were left out (`context_overflow`); of several prompts, the most.
 DROPPED = "x-dropped-tokens"
+#: Response header: how many tokens less the model reads because of summaries (`context_overflow: summarise`).
+SUMMARISED = "x-summarised-tokens"
+#: Summaries that are remembered.
+_SUMMARIES = 1024
 #: Tokens that are left to an answer from sources whose client sets no limit.
 _ANSWER_TOKENS = 512
 #: Messages of a turn in which the server runs its own tools.
 _MOST_ROUNDS = 8
+
+
+class Summarised(NamedTuple):
+    """A conversation with summaries by the model in place of what the context does not hold. tokens, read: of the conversation,
+    and of what the model reads in its place."""
+
+    messages: Sequence[Message]
+    tokens: int
+    read: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class Chat:
     parameter_of: gives the request's parameter that an error's text is about. token_limit: the client's most tokens of an
     answer. priority: lower is more urgent. sources: passages that the answer is drawn from, the best first; None: of a chat
     without retrieval. takes_server_tools: whether the server's own tools may be called. continues: whether an assistant's
-    message at the end is the beginning of the answer.
+    message at the end is the beginning of the answer. summarised: what the model reads in place of the messages.
     """
 
     caller: Caller
@@ -68,6 +84,7 @@ class Chat:
     sources: Sequence[ServedHit] | None = None
     takes_server_tools: bool = True
     continues: bool = True
+    summarised: Summarised | None = None
 
     @property
     def last_question(self) -> str:
@@ -99,6 +116,8 @@ class Served:
         self.pool = pool
         self.hooks = tuple(hooks)
         self.server_tools = server_tools
+        #: Texts of earlier summaries, by the hash of what was summarised and for whom.
+        self._summaries: dict[str, str] = {}
         self._side_work = asyncio.Semaphore(ASIDE.most)
         self._additional: WeakKeyDictionary[OpenModel, Served] = WeakKeyDictionary()
         context = engine.context_length if engine.context_shift is None else None
@@ -231,6 +250,14 @@ class Served:
         if self.hooks:
             raise ApiError("this server checks what is said, and answers conversations alone", status=403, code="not_allowed")
 
+    async def start(self, make: Callable[[], Chat]) -> Turns:
+        """Begin the turns of a chat, off the event loop; first its summaries, where the context does not hold it and the engine
+        is to do so. make: gives the chat. Raises ApiError as `begin`, as `Turns.finish`, and where the client leaves."""
+        chat = await asyncio.to_thread(make)
+        if self.engine.config.context_overflow == "summarise":
+            chat = await unless_left(chat.caller.receive, self._with_summaries(chat))
+        return await asyncio.to_thread(self.begin, chat)
+
     def begin(self, chat: Chat) -> Turns:
         """Begin the turns of a chat: encode the conversation and check everything. Call it off the event loop.
 
@@ -256,6 +283,8 @@ class Served:
         turns, begun = [], []
         try:
             messages, answer_prefix = self._read(chat)
+            if chat.summarised is not None:
+                messages = list(chat.summarised.messages)
             pictures += prepared_pictures(chat.messages, self.engine)
             messages = self._retrieved_from_itself(chat, messages)
             self._check_conversation(chat, messages)
@@ -280,7 +309,10 @@ class Served:
                 )
                 begun.append(turn.begin(params_of))
                 turns.append(turn)
-            return Turns(turns, prepare, chat.caller, self.worker, sources, begun)
+            made = Turns(turns, prepare, chat.caller, self.worker, sources, begun)
+            if chat.summarised is not None:
+                made.summarised = {"tokens": chat.summarised.tokens, "read_tokens": chat.summarised.read}
+            return made
         except RequestError as error:
             reason, parameter = str(error), chat.parameter_of(str(error))
             if parameter is None and chat.tools and reason.startswith("ebnf"):
@@ -306,6 +338,91 @@ class Served:
             chat.caller.headers[DROPPED] = str(tokens_of(messages) - tokens_of(found.messages))
         return found.messages
 
+    async def _with_summaries(self, chat: Chat) -> Chat:
+        """The chat, with summaries in place of what the context does not hold. A header says how many tokens they save. Raises
+        as `_summary`."""
+        chat = await asyncio.to_thread(self._with_server_tools, chat)
+        tools = [tool.description_in_chat for tool in chat.tools] or None
+        if characters_of([chat.messages, tools]) <= self.engine.longest:
+            return chat
+        check_encoded([chat.messages, tools])
+        try:
+            messages, answer_prefix = await asyncio.to_thread(self._read, chat)
+        except RequestError:
+            # `begin` says what is wrong
+            return chat
+        measure = self._measure(chat, tools, answer_prefix)
+        work = summarised(messages, measure)
+        written: str | None = None
+        while True:
+            try:
+                request = await asyncio.to_thread(_next_request, work, written)
+            except RequestError:
+                return chat
+            if not isinstance(request, SummaryRequest):
+                break
+            written = await self._summary(chat, request)
+        if request == messages:
+            return chat
+        tokens, read = await asyncio.to_thread(lambda: (measure.of_messages(messages), measure.of_messages(request)))
+        summary = Summarised(request, tokens, read)
+        chat.caller.headers[SUMMARISED] = str(tokens - read)
+        return replace(chat, summarised=summary)
+
+    def _measure(self, chat: Chat, tools: list[dict[str, Any]] | None, answer_prefix: Message | None) -> Measure:
+        """How long a chat may be, beside its answer, its beginning and the first of its sources."""
+        tokenizer, longest = self.engine.tokenizer, self.engine.longest
+        answer_tokens = min(chat.token_limit or _ANSWER_TOKENS, longest // 2)
+
+        def of_text(text: str) -> int:
+            return len(tokenizer.encode(text, add_bos=False))
+
+        def tokens_of(messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> int:
+            inputs = [message.as_template_input() for message in messages]
+            return len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools))
+
+        def of_messages(messages: Sequence[Message]) -> int:
+            if chat.sources:
+                narrow = [chat.sources[0].narrowed]
+                messages = with_system_in_place(grounded(messages, narrow), tokenizer)
+            return tokens_of(messages, tools)
+
+        room = longest - answer_tokens - (0 if answer_prefix is None else of_text(answer_prefix.text))
+        return Measure(of_messages, lambda message: tokens_of([message], None), of_text, room, longest)
+
+    async def _summary(self, chat: Chat, request: SummaryRequest) -> str:
+        """A summary by the model that answers, which hooks check as any answer. What was summarised before for the same client
+        is not computed again. Raises ApiError as `begin` and `Turns.finish`, and where a hook refuses the text."""
+        salt = chat.caller.salt(chat.cache_salt)
+        key = hash_value([salt, chat.model, request.message.text, request.most_tokens])
+        if (known := self._summaries.pop(key, None)) is None:
+            part = Chat(
+                chat.caller,
+                chat.model,
+                [request.message.as_template_input()],
+                lambda most: SamplingParams(max_tokens=most, temperature=0),
+                lambda reason: "messages",
+                token_limit=request.most_tokens,
+                thinking_budget=0,
+                cache_salt=chat.cache_salt,
+                priority=chat.priority,
+                takes_server_tools=False,
+                summarised=Summarised([request.message], 0, 0),
+            )
+            turns = await asyncio.to_thread(self.begin, part)
+            step = await turns.finish()
+            ends = [event for _, events, *_ in step for event in events if isinstance(event, TurnEnd)]
+            if any(end.reason == "refused" for end in ends):
+                raise ApiError(
+                    f"messages: a part cannot be summarised: {text_said(step)}", parameter="messages", code="refused"
+                )
+            known = text_said(step).strip()
+        # the latest last
+        self._summaries[key] = known
+        if len(self._summaries) > _SUMMARIES:
+            del self._summaries[next(iter(self._summaries))]
+        return known
+
     def _grounded(
         self, chat: Chat, messages: Sequence[Message], found: Sequence[ServedHit]
     ) -> tuple[list[Message], Sequence[ServedHit]]:
@@ -314,16 +431,16 @@ class Served:
         tokenizer, tools = self.engine.tokenizer, [tool.description_in_chat for tool in chat.tools] or None
         answer_tokens = min(chat.token_limit or _ANSWER_TOKENS, self.engine.longest // 2)
 
-        def with_sources(count: int) -> list[Message]:
-            return with_system_in_place(grounded(messages, found[:count]), tokenizer)
+        def with_sources(sources: Sequence[ServedHit]) -> list[Message]:
+            return with_system_in_place(grounded(messages, sources), tokenizer)
 
-        def fits(count: int) -> bool:
-            inputs = [message.as_template_input() for message in with_sources(count)]
+        def fits(sources: Sequence[ServedHit]) -> bool:
+            inputs = [message.as_template_input() for message in with_sources(sources)]
             tokens = len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools))
             return tokens + answer_tokens <= self.engine.longest
 
-        count = most_sources(len(found), fits)
-        return with_sources(count), found[:count]
+        used = fitting_sources(found, fits)
+        return with_sources(used), used
 
     def count(self, chat: Chat) -> int:
         """The tokens of a conversation with its tools, up to where the assistant speaks. Raises as `begin`."""
@@ -358,6 +475,15 @@ class Served:
         prefix = messages.pop() if is_begun else None
         messages = with_call_ids(with_system_in_place(messages, self.engine.tokenizer))
         return messages, prefix if prefix is not None and prefix.text else None
+
+
+def _next_request(work: Summarising, written: str | None) -> SummaryRequest | list[Message]:
+    """What is to be summarised next, given the summary before; in the end the conversation."""
+    try:
+        return next(work) if written is None else work.send(written)
+    except StopIteration as ended:
+        messages: list[Message] = ended.value
+        return messages
 
 
 def characters_of(value: Any) -> int:

@@ -145,6 +145,8 @@ class Turns:
         without retrieval. begun: the events of each turn's beginning, of those that hooks refuse. Raises RequestError where the
         engine refuses the prompt."""
         self.sources = sources
+        #: Tokens of the conversation, and of what the model reads, where summaries stand in it; None where there are none.
+        self.summarised: dict[str, int] | None = None
         self._turns = turns
         self._prepare = prepare
         self._caller = caller

@@ -75,6 +75,9 @@ function drawRows(state) {
   }));
 }
 
+/** Write the sentence of a step; no line ends before a percent sign. */
+function tell(state, text) { state.sentence.textContent = text.replace(/(\d) %/g, "$1\u00a0%"); }
+
 function show(state, place) {
   state.place = place;
   state.slider.value = String(place);
@@ -91,14 +94,14 @@ function show(state, place) {
   const step = state.steps[place];
   state.box.dataset.step = step.name;
   if (step.name === "draw") drawDraw(state);
-  else if (step.name === "softmax") { state.sentence.textContent = step.sentence; drawBars(state, "What could come", state.found.alternatives.slice(0, SHOWN)); }
+  else if (step.name === "softmax") { tell(state, step.sentence); drawBars(state, "What could come", state.found.alternatives.slice(0, SHOWN)); }
   else drawLayer(state, step, place - 1);
 }
 
 /** A step's likeliest tokens, and where it is a layer that has been split, its parts. */
 function drawLayer(state, step, layer) {
   const parts = state.layers.get(layer);
-  state.sentence.textContent = step.sentence + (parts ? ` ${parts.sentence}` : "");
+  tell(state, step.sentence + (parts ? ` ${parts.sentence}` : ""));
   drawBars(state, layer < 0 ? "What the embedding alone would say" : "What would come if the model ended here", step.likeliest);
   if (!parts) return;
   const most = Math.max(Math.abs(parts.attention), Math.abs(parts.feed_forward), ...parts.heads.map(Math.abs), 1e-9);
@@ -139,7 +142,7 @@ function drawShares(state, place) {
   const { alternatives } = state.found, { token } = state.asked;
   const own = state.exact ?? drawnFrom({ alternatives }, state.settings), name = `“${visible(state.piece)}”`;
   const at = `At temperature ${state.settings.temperature}`;
-  if (!own) { state.sentence.textContent = `${at} …`; place.replaceChildren(); exactShares(state, place); return; }
+  if (!own) { tell(state, `${at} …`); place.replaceChildren(); exactShares(state, place); return; }
   const share = own.shares.get(token) ?? 0, kept = own.kept === null ? state.found.vocabulary : own.kept;
   // what the likeliest leave over is of all others together
   const all = alternatives.some((one) => one.id === token) ? alternatives : [...alternatives, { id: token, piece: state.piece }];
@@ -152,7 +155,7 @@ function drawShares(state, place) {
     drawn = segments.find((one) => (reached += one.share) >= state.draw) ?? segments.at(-1);
   }
   const said = state.draw === null ? "" : ` The number ${state.draw.toFixed(3)} draws ${drawn.id === null ? "one of the others" : `“${visible(drawn.piece)}”`}.`;
-  state.sentence.textContent = `${at} ${kept === 1 ? "one token" : `${kept.toLocaleString("en")} tokens`} may be drawn, and ${name} ${share ? `has ${percent(share)}` : "is not among them"}.${said}`;
+  tell(state, `${at} ${kept === 1 ? "one token" : `${kept.toLocaleString("en")} tokens`} may be drawn, and ${name} ${share ? `has ${percent(share)}` : "is not among them"}.${said}`);
   const strip = make("div", { class: "draw", role: "img", "aria-label": `Shares of the tokens that may be drawn; ${name} has ${percent(share)}` }, ...segments.map((one) => {
     const part = make("span", { class: one.id === token ? "same" : one.id === null ? "others" : undefined, title: `${one.id === null ? "all others" : visible(one.piece)} ${percent(one.share)}` }, one.share > 0.08 ? (one.id === null ? "others" : visible(one.piece)) : "");
     part.style.flexGrow = String(one.share);

@@ -33,8 +33,9 @@ export function origins(asked) {
     }
     const share = spans.reduce((sum, span) => sum + span.end - span.start, 0) / Math.max(1, text.length);
     const where = [documents ? `${looked_at < documents ? `${looked_at.toLocaleString("en")} of ` : ""}${documents.toLocaleString("en")} training documents` : null, rows ? `${rows.toLocaleString("en")} rows of examples` : null].filter(Boolean).join(" and ");
-    box.replaceChildren(make("p", { class: "answered" }, ...parts, text.slice(reached)),
-      make("p", { class: "soft" }, spans.length ? `${Math.round(100 * share)} % of the answer, in spans of four words or more, stands in ${where}. Choose a span.` : `No four words of the answer in a row stand in ${where}.`), places);
+    const said = spans.length ? `${Math.round(100 * share)} % of the answer, in spans of four words or more, stands in ${where}. Choose a span.`
+      : text.trim().split(/\s+/).length < 4 ? "The answer has fewer than four words: too few to look for." : `No four words of the answer in a row stand in ${where}.`;
+    box.replaceChildren(make("p", { class: "answered" }, ...parts, text.slice(reached)), make("p", { class: "soft" }, said), places);
   }
 }
 
