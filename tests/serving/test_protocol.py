@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.serving.config import METADATA
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
+from bessemer.serving.responses.protocol import ResponsesRequest
 from bessemer.serving.runtime.bodies import ApiError, few_pairs, read_request
 
 TOOL = {"type": "function", "function": {"name": "add"}}
@@ -277,6 +278,19 @@ def test_the_check_of_a_list_ends_at_its_first_wrong_item(request_of, given):
     with pytest.raises(ValidationError) as refused:
         request_of.model_validate({"model": "m"} | given)
     assert refused.value.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("request_of", "given", "parameter"),
+    [
+        (CompletionRequest, {"prompt": "a", "stop": ["a", 5]}, "stop[1]"),
+        (ResponsesRequest, {"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
+    ],
+)
+def test_of_what_may_be_a_text_or_a_list_the_deepest_problem_is_named(request_of, given, parameter):
+    with pytest.raises(ApiError) as refused:
+        read_request(request_of, json.dumps({"model": "m"} | given).encode())
+    assert refused.value.parameter == parameter
 
 
 def test_as_many_pairs_of_metadata_as_are_kept_are_taken():
