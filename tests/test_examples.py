@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -46,13 +47,26 @@ def tiny_model(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_page_without_its_menu():
-    printed = run(EXAMPLES, "extract_page.py")
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """What a file of `examples/` prints, run in this process, which has loaded the libraries."""
+
+    def run_here(name: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
+
+
+def test_a_page_without_its_menu(run_here):
+    printed = run_here("extract_page.py")
     assert "The converter stands" in printed and "Privacy" not in printed
 
 
-def test_a_table_is_refined():
-    assert "2 of 5 kept" in run(EXAMPLES, "refine_table.py")
+def test_a_table_is_refined(run_here):
+    assert "2 of 5 kept" in run_here("refine_table.py")
 
 
 @pytest.mark.slow
@@ -216,6 +230,7 @@ def test_a_base_reads_a_domain_and_what_it_forgets_is_measured(tmp_path, monkeyp
     assert by_source["continued"]["domain"] < by_source["pretrain"]["domain"]
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_a_filter(tmp_path):
     folder, site = tmp_path / "plugin", tmp_path / "site"
     shutil.copytree(EXAMPLES / "plugin", folder)

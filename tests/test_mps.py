@@ -24,6 +24,7 @@ from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.routing import balance_experts, router_losses, routing_metrics, visits_by_layer
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
+from tests.cases import slow
 
 from .pretended_mps import MPS, pretended_mps, to_mps
 
@@ -149,7 +150,7 @@ def test_two_models_are_compared():
         assert found.dtype == torch.float64 and found.cpu().item() == expected.item()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [slow("adamw"), "muon"])
 def test_a_step_with_diagnostics_is_that_of_the_cpu(optimizer):
     def stepped(device):
         config = PretrainConfig(

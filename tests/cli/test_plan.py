@@ -15,6 +15,7 @@ from bessemer.pipeline.recipe import load_recipe, shipped_recipes
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import PlannedJob
 from bessemer.scaling.planner import configured_plan
+from tests.cases import slow_but
 from tests.cli.test_main import bessemer, one_error
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -95,7 +96,7 @@ def quickstart_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("name", sorted(CARDS))
+@pytest.mark.parametrize("name", slow_but(["quickstart", "1b", "moe-1t", "long-context", "continue"], sorted(CARDS)))
 def test_a_shipped_recipe_runs_dry_on_its_cards(capsys, monkeypatch, quickstart_model, name):
     monkeypatch.setenv("WORLD_SIZE", str(CARDS[name][0]))
     monkeypatch.setenv("RANK", "0")

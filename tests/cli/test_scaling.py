@@ -111,16 +111,16 @@ def test_a_sweep_trains_tabulates_and_draws_and_its_runs_are_points(tmp_path, mo
     words = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "to", "hill", "and", "saw", "red", "sun"]
     lines = [json.dumps({"id": str(number), "text": " ".join(draw.choices(words, k=80))}) for number in range(150)]
     (tmp_path / "documents.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    command = ("sweep", "tiny.yaml", "pretrain.steps=4,8,16", "--seeds", 1)
+    command = ("sweep", "tiny.yaml", "pretrain.steps=4,16", "--seeds", 1)
     code, out, err = bessemer(capsys, *command)
     assert code == 0, err
     assert "Table: runs/sweeps/tiny.csv" in out and "Plot:  runs/sweeps/tiny.svg" in out
     with (tmp_path / "runs" / "sweeps" / "tiny.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    assert [int(row["tokens"]) for row in rows] == [256, 512, 1024]
+    assert [int(row["tokens"]) for row in rows] == [256, 1024]
     assert {int(row["parameters"]) - int(row["non_embedding_parameters"]) for row in rows} == {290 * 32}
     # more training, less loss
-    assert float(rows[0]["loss"]) > float(rows[1]["loss"]) > float(rows[2]["loss"])
+    assert float(rows[0]["loss"]) > float(rows[1]["loss"])
     assert bessemer(capsys, *command)[2].count("starts") == 0
     code, out, err = bessemer(capsys, "scaling", "fit", *(row["run"] for row in rows))
-    assert code == 2 and not out and "too few points (3)" in one_error(err)
+    assert code == 2 and not out and "too few points (2)" in one_error(err)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
-import subprocess
 import sys
+import threading
+from queue import Queue
 
 import pytest
 
+from bessemer.cli.main import main
 from bessemer.core.store import locked_folder
 from tests.cli.test_main import bessemer, one_error
+from tests.serving.running import quick_stops
 from tests.serving.tinker_server import DATA, RawClient, tiny_folder
 
 
@@ -38,13 +43,38 @@ def test_two_servers_do_not_share_a_folder_of_states(folder, tmp_path, capsys):
     assert code == 2 and "another process is at work" in one_error(err)
 
 
-def test_the_command_serves_until_it_is_interrupted(folder, tmp_path):
-    command = [sys.executable, "-m", "bessemer", "tinker", str(folder), "--port", "0", "--kv-memory", "0.01", "--device", "cpu"]
-    with subprocess.Popen([*command, "--states", str(tmp_path)], stdout=subprocess.PIPE, encoding="utf-8") as server:
-        assert server.stdout is not None
-        url = next(line.split(" at ")[1].split()[0] for line in server.stdout if "Tinker API at" in line)
-        client = RawClient(url)
-        client.create(base_model="model")
-        assert client.loss(DATA)[0] > 0 and "grad_norm" in client.step()["metrics"]
-        server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=60) == 0
+class Printed(io.StringIO):
+    """Standard output, of which another thread reads what is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts: Queue[str] = Queue()
+
+    def write(self, text: str) -> int:
+        self.texts.put(text)
+        return super().write(text)
+
+
+def test_the_command_serves_until_it_is_interrupted(folder, tmp_path, monkeypatch):
+    printed, ended, found = Printed(), threading.Event(), {}
+
+    def train():
+        url = next(text.split(" at ")[1].split()[0] for text in iter(printed.texts.get, None) if "Tinker API at" in text)
+        try:
+            client = RawClient(url)
+            client.create(base_model="model")
+            found["loss"], found["step"] = client.loss(DATA)[0], client.step()["metrics"]
+        finally:
+            if not ended.is_set():
+                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C
+
+    monkeypatch.setattr(sys, "stdout", printed)
+    client = threading.Thread(target=train, daemon=True)
+    client.start()
+    words = ["tinker", str(folder), "--port", "0", "--kv-memory", "0.01", "--device", "cpu", "--states", str(tmp_path)]
+    with quick_stops(), pytest.raises(SystemExit) as stop:
+        main(words)
+    ended.set()
+    assert not stop.value.code
+    client.join(timeout=60)
+    assert found["loss"] > 0 and "grad_norm" in found["step"]

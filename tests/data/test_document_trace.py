@@ -98,6 +98,7 @@ def traced(stage, *arguments, **options) -> DocumentTrace:
     return trace
 
 
+@pytest.mark.slow
 def test_a_document_comes_back_to_a_file_at_most_five_times(tmp_path, prose, in_this_thread):
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"id": 1, "text": prose(1), "url": "https://steel.example/a"}) + "\n", encoding="utf-8"

@@ -29,6 +29,7 @@ from bessemer.data.stages.explain import explain
 from bessemer.data.stages.refine import refine
 from bessemer.data.text.texts import Texts
 from bessemer.data.thresholds import beside_limits, rejection_reasons
+from tests.cases import slow_but
 
 LINES = (Path(__file__).with_name("declaration.jsonl")).read_text(encoding="utf-8").splitlines()
 PARAGRAPHS: dict[str, list[str]] = {}
@@ -66,7 +67,7 @@ def reasons_of(texts: list[str], language: str, keep: str = "gopher", **scores: 
     return found
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", slow_but(["gopher", "c4", "fineweb"], PRESETS))
 def test_every_preset_keeps_articles_of_the_declaration_whole_in_twelve_languages(preset):
     edit = {"c4": "c4_lines"}.get(preset, preset if preset in ("personal_data", "secrets") else None)
     filters = {"gopher": ["gopher_quality", "gopher_repetition"]}.get(preset, [] if preset == edit else [preset])

@@ -94,6 +94,7 @@ def test_where_one_process_cannot_compile_all_stay_eager(two, folder):
     assert "compiling does not work here" in measured["reason"]
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_read_by_all(two, folder):
     before = two.run(resolved, folder=folder, parallel={}, minutes=0.01)
     written = json.loads((folder / AUTOTUNE).read_text(encoding="utf-8"))

@@ -45,6 +45,7 @@ def test_three_axes_are_one_process(eight, alone, parallel):
     assert_equal(eight.run(trained, parallel=parallel)[0], alone(), EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", slow_but([{"data_shard": 2, "pipeline": 2}], AXES), ids=str)
 def test_in_single_precision_too(four, alone, parallel):
     model = shallowest(parallel) | {"tie_word_embeddings": True}

@@ -65,14 +65,8 @@ CASES = {
     "latent": {"model": LATENT},
     "experts": {"model": SPARSE, "settings": {"micro_batch_size": 3}},
 }
-#: Each method with masks of windows and documents; heads of two sizes travel in a way of their own in each.
-USUAL = [
-    ("windowed, packed", "all_gather"),
-    ("latent", "all_gather"),
-    ("packed", "ring"),
-    ("windowed", "ring"),
-    ("latent", "ring"),
-]
+#: Each method with masks of windows or documents; heads of two sizes travel in a way of their own.
+USUAL = [("windowed, packed", "all_gather"), ("packed", "ring"), ("latent", "ring")]
 
 
 @pytest.mark.parametrize("name, method", slow_but(USUAL, product(CASES, METHODS)))
@@ -99,6 +93,7 @@ def test_four_ranks_are_one(four, alone, method, sizes):
     assert_equal(four.run(trained, parallel=sizes | {"context_method": method}, **options)[0], alone(**options), EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other, method", slow_but([("pipeline", "ring")], product(("pipeline", "tensor"), METHODS)))
 def test_another_axis_beside_it(four, alone, method, other):
     parallel = {"context": 2, other: 2, "context_method": method}

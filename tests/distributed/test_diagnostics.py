@@ -73,7 +73,7 @@ def test_a_table_that_two_stages_hold_counts_once(two):
     assert_same(two.run(diagnosed, parallel={"pipeline": 2}, tied=True), diagnosed(tied=True))
 
 
-@pytest.mark.parametrize("axis", ["tensor", "context"])
+@pytest.mark.parametrize("axis", [slow("tensor"), "context"])
 def test_ranks_that_share_matrices_or_rows_see_whole_ones(two, alone, axis):
     assert_same(two.run(diagnosed, parallel={axis: 2}, micro_batch_size=3), alone)
 

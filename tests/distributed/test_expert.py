@@ -52,7 +52,7 @@ def test_two_ranks_are_one(two, alone, options):
 @pytest.mark.parametrize(
     "parallel",
     [
-        {"expert": 2, "tensor": 2},
+        slow({"expert": 2, "tensor": 2}),
         slow({"expert": 2}),
         slow({"expert": 4}),
         slow({"expert": 2, "data_replicate": 2}),

@@ -109,6 +109,7 @@ def logged(out, dtype, parallel):
     return [{name: value for name, value in line.items() if name not in timed} for line in read_metrics(out / METRICS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{}, slow({"pipeline": 2})], ids=str)
 def test_diagnostics_and_validation_are_the_same_too(two, parallel, tmp_path):
     found, expected = (

@@ -115,7 +115,8 @@ def test_shards_are_those_of_the_whole_model(two, folder_of, name):
     two.run(assert_loaded, folder=folder_of(model), parallel=parallel, settings=settings)
 
 
-@pytest.mark.parametrize("name", slow_but({"expert, shards of an expert"}, FOUR))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR)
 def test_shards_of_shards_too(four, folder_of, name):
     parallel, model, settings = FOUR[name]
     four.run(assert_loaded, folder=folder_of(model), parallel=parallel, settings=settings)

@@ -59,11 +59,10 @@ def assert_same(method, records, folder, expected):
             torch.testing.assert_close(found[name], tensor, rtol=EXACT, atol=1e-12, msg=f"{section} {name}")
 
 
-#: On every run each method on one layout, one of each kind; sums over the parts of a sequence in "pairs", whose killed run
+#: On every run one layout of each kind, and distillation; sums over the parts of a sequence in "pairs", whose killed run
 #: is of two shards.
 USUAL = [
     ("pairs", {"context": 2}),
-    ("packed", {"tensor": 2}),
     ("teacher", {"context": 2}),
     ("critic", {"pipeline": 2}),
     ("self-made", {"data_shard": 2}),
@@ -85,7 +84,7 @@ def test_two_ranks_are_one(two, whole, tmp_path, method, parallel):
 @pytest.mark.parametrize(
     ("method", "parallel"),
     slow_but(
-        [("reward", {"tensor": 2}), ("kto", {"data_shard": 2}), ("dpo", {"pipeline": 2})],
+        [("reward", {"tensor": 2}), ("dpo", {"pipeline": 2})],
         # prompts are not shared where an axis splits rows
         [(method, parallel) for method in PREFERENCES for parallel in TWO if method != "dpo" or "context" not in parallel],
     ),

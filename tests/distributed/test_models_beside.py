@@ -94,6 +94,7 @@ def data(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", slow_but({"rl"}, STAGES))
 def test_no_process_of_two_reads_a_whole_model(two, model_folder, data, stage):  # noqa: F811
     out = data / "out"

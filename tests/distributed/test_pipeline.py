@@ -29,14 +29,14 @@ MIXTURE = TIED | {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", slow_but(["1f1b", "zbv"], SCHEDULES))
 def test_two_stages_of_packed_documents_are_one_model(two, alone, schedule):
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
     options = {"model": shallowest(parallel), "packed": True, "settings": {"micro_batch_size": 2}}
     assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("schedule", [slow("1f1b"), "zbv"])
 def test_tied_embeddings_learn_at_both_ends(two, alone, schedule):
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
     options = {"model": shallowest(parallel) | TIED, "settings": {"micro_batch_size": 2}}
@@ -129,6 +129,7 @@ def test_validation_passes_through_the_stages(two, schedule):
         assert found == pytest.approx(expected, rel=EXACT)
 
 
+@pytest.mark.slow
 def test_validation_passes_through_stages_of_several_ranks(four):
     expected = scored(model=TWO_LAYERS | TIED)
     for found in four.run(scored, parallel={"pipeline": 2, "data_shard": 2}, model=TWO_LAYERS | TIED):

@@ -111,6 +111,7 @@ def test_a_pipeline_stopped_goes_on_whole_and_is_cut_again(two, four, tmp_path):
     assert_same_end(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_growing_batches_stopped_on_two_ranks_are_ended_by_one(two, tmp_path):
     options = {"batch_size": 8, "batch_size_warmup": {"start": 2, "steps": 3}, "ema": 0.9}
     expected = run(tmp_path / "whole", **options)
@@ -128,6 +129,7 @@ def test_on_the_same_number_of_ranks_every_bit_is_the_same(two, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_checkpoints_written_in_the_background_are_the_same(two, tmp_path):
     for name, background in (("now", False), ("later", True)):
         two.run(run, out=tmp_path / name, parallel={}, steps=2, checkpoint_background=background, checkpoint_every=1)

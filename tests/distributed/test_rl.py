@@ -117,6 +117,7 @@ def test_a_pipeline_is_refused_by_all(two, model, data, tmp_path):  # noqa: F811
         two.run(trained, model=model, data=data, out=tmp_path / "a", method="grpo", parallel={"pipeline": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{"data_shard": 2}, slow({"tensor": 2})], ids=str)
 def test_two_processes_with_a_server_make_the_run_of_one_without(two, model, data, tmp_path, parallel):  # noqa: F811
     threads = torch.get_num_threads()

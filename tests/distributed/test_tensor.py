@@ -252,6 +252,7 @@ def test_a_teacher_that_is_not_sharded_with_its_student_is_refused(two):
     two.run(divergence_from_a_whole_teacher)
 
 
+@pytest.mark.slow
 def test_in_half_precision_it_stays_near_one_process(two):
     options = {"dtype": torch.float32, "model": EXPERTS, "settings": {"dtype": "bfloat16", "steps": 1}}
     found, expected = two.run(trained, parallel={"tensor": 2}, **options)[0], trained(**options)

@@ -10,6 +10,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from bessemer.training.optim import muon
 from bessemer.training.optim.registry import newton_schulz_flops
+from tests.cases import slow_but
 
 from .parity import TWO_LAYERS, assert_equal, trained
 from .test_optimizers import PLACEMENTS, random
@@ -67,7 +68,7 @@ def whole():
     return stepped()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(["hybrid", "sharded and tensor by columns"], LAYOUTS))
 def test_the_work_of_a_rank_falls_by_the_number_of_ranks(shared, whole, layout):
     alone, whole_cost, _, _ = whole
     assert alone == MATRICES
@@ -79,7 +80,7 @@ def test_the_work_of_a_rank_falls_by_the_number_of_ranks(shared, whole, layout):
         assert elements <= 12 * 40
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(["hybrid", "sharded and tensor by columns"], LAYOUTS))
 def test_shared_products_give_the_weights_of_one_process(shared, whole, layout):
     expected = whole[-1]
     for *_, found in shared(layout):

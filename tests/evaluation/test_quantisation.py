@@ -221,7 +221,7 @@ def test_the_settings_that_do_not_go_together_are_refused():
         ({"scheme": "int8"}, "78e0fec3366a24e9", (66156, 5.430700, 9.22e-6)),
         ({"scheme": "int4", "symmetric": False}, "8e33e61944638d5f", (46028, 5.417425, 2.117e-3)),
         ({"scheme": "int4", "method": "gptq"}, None, (44908, 5.432407, 7.72e-5)),  # codes follow sums, in any order
-        ({"scheme": "int4", "method": "awq"}, None, (44908, 5.450569, 7.105e-4)),
+        slow({"scheme": "int4", "method": "awq"}, None, (44908, 5.450569, 7.105e-4)),
     ],
     ids=["int8", "int4", "gptq", "awq"],
 )

@@ -12,6 +12,7 @@ from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.tasks.config import TaskOptions
 from bessemer.tokenization.folder import CHAT_TEMPLATE_FILE
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cases import slow
 from tests.evaluation.test_tasks import MODEL, SUMS
 from tests.inference.models import small_decoder
 from tests.model.tokenizers import write_small_tokenizer
@@ -33,7 +34,7 @@ def engine(tmp_path_factory):
     return Engine(small_decoder("dense"), load_tokenizer(folder))
 
 
-@pytest.mark.parametrize("budget", [0, 1, 7, 20])
+@pytest.mark.parametrize("budget", [0, slow(1), 7, slow(20)])
 def test_an_answer_is_what_follows_thinking_of_at_most_the_budget_and_its_closing_tag(engine, budget):
     closing = ThinkingTokens(engine.tokenizer).closing
     answers = answers_after_thinking(engine, CONTEXTS, GREEDY, budget, range(4))

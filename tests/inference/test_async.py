@@ -83,6 +83,7 @@ def test_a_streamed_conversation_is_chats(engine):
     assert asyncio.run(streamed()) == engine.chat(messages, SEEDED).text
 
 
+@pytest.mark.slow
 def test_a_thousand_streams_of_which_a_third_is_cancelled_leave_nothing(engine):
     choose = random.Random(0)
     cases = [(prompt, SEEDED.with_changes(seed=seed)) for prompt in PROMPTS for seed in range(8)]

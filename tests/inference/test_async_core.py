@@ -126,7 +126,7 @@ WAYS = {
     "preempted for want of pages": for_want_of_pages,
     "preempted by the urgent": by_the_urgent,
 }
-USUAL = {("in pieces", "dense"), ("preempted by the urgent", "dense"), ("preempted for want of pages", "windows")}
+USUAL = {("preempted by the urgent", "dense"), ("preempted for want of pages", "windows")}
 
 
 @pytest.mark.parametrize(("way", "name"), slow_but(USUAL, product(WAYS, ["dense", "windows", "experts", "latent"])))

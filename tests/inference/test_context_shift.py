@@ -10,6 +10,7 @@ from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.scheduling.sequence import tokens_to_drop
 from bessemer.model.cpu_kernels import library
+from tests.cases import slow
 from tests.inference.models import small_decoder, small_tokenizer
 
 CONTEXT, KEEP, ANSWER = 24, 5, 40
@@ -55,8 +56,8 @@ def fresh(tmp_path_factory):
     ("name", "settings"),
     [
         ("dense", {}),
-        ("dense", {"batch_invariant": True}),
-        ("dense", {"speculation": {"method": "ngram"}}),
+        slow("dense", {"batch_invariant": True}),
+        slow("dense", {"speculation": {"method": "ngram"}}),
         ("dense", {"cpu_kernels": "on"}),
         ("dense", {"async_scheduling": "on"}),
         ("windows", {"prefix_cache": False}),

@@ -18,7 +18,7 @@ from bessemer.inference.sampling.sampler import Sampled, SamplingParams
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.storage.folder import save_model
-from tests.cases import slow_but
+from tests.cases import slow, slow_but
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -26,7 +26,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=30)
 PROMPTS = ["the", "in the end a thin thing", "", "Größe 日本語", "a" * 40]
 
 
-@pytest.fixture(scope="module", params=slow_but(["grouped", "multi-head, untied"], SHAPES))
+@pytest.fixture(scope="module", params=slow_but(["grouped"], SHAPES))
 def folder(request, tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"), request.param)
 
@@ -88,7 +88,7 @@ def test_greedy_text_is_that_of_transformers(folder):
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=4, top_k=20, top_p=0.9, max_tokens=30)])
-@pytest.mark.parametrize("max_num_seqs", [2, 32])
+@pytest.mark.parametrize("max_num_seqs", [2, slow(32)])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(engine, params, max_num_seqs):
     together = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_num_seqs=max_num_seqs)).generate(PROMPTS, params)
     assert together == [engine.generate([prompt], params)[0] for prompt in PROMPTS]
@@ -523,7 +523,7 @@ def test_weights_larger_than_the_memory_are_refused_before_they_are_read(tmp_pat
         Engine(tmp_path / "model.gguf", device="cpu")
 
 
-@pytest.mark.parametrize(("scaling", "kernels"), [("yarn", "on"), ("llama3", "off"), ("dynamic", "off")])
+@pytest.mark.parametrize(("scaling", "kernels"), [("yarn", "on"), slow("llama3", "off"), slow("dynamic", "off")])
 def test_tables_of_positions_reach_as_far_as_texts_and_have_the_same_numbers(engine, scaling, kernels):
     if kernels == "on" and library() is None:
         pytest.skip(unavailable())

@@ -60,7 +60,7 @@ def files(store):
         ("dense", {}),
         slow("dense", {"kv_cache_dtype": "int8"}),
         ("dense", {"kv_cache_dtype": "int4"}),
-        ("dense", {"batch_invariant": True}),
+        slow("dense", {"batch_invariant": True}),
         slow("windows", {}),
         ("windows only", {"cpu_kernels": "off"}),
         ("latent", {}),

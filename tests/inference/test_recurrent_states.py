@@ -6,6 +6,7 @@ import pytest
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.scheduling.recurrent_states import SnapshotPool
+from tests.cases import slow
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.inference.test_scheduler import SIZE, run, scheduler_of, sequence_of, step
 from tests.model.randomised import random_decoder
@@ -148,7 +149,7 @@ def test_a_hybrid_engine_reads_at_most_a_block_of_a_thousand_tokens_again_with_t
     assert second == Engine(long_hybrid, tokenizer, config=config).generate([[*prefix, 5, 6, 7]], GREEDY)[0]
 
 
-@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("invariant", [False, slow(True)])
 def test_speculation_and_samples_from_kept_states_change_no_token(tokenizer, invariant):
     model = small_decoder("linear")
     settings = {"block_size": 8, "batch_invariant": invariant}

@@ -12,6 +12,7 @@ from bessemer.inference.speculation.verification import verify
 from bessemer.model.adapters import Adapter
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.training.head import token_log_probs
+from tests.cases import slow
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.inference.test_rows import adjusted, random_logits, state
 from tests.model.random_adapters import merge, random_adapter
@@ -247,7 +248,7 @@ def test_versions_count_updates_and_changes_in_place(tokenizer):
     assert engine.weight_version == 41
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [False, slow(True)])
 def test_after_an_update_magnitudes_are_of_the_new_weights(tokenizer, in_place):
     model, other = small_decoder("dense"), small_decoder("dense", seed=1)
     with torch.no_grad():

@@ -97,7 +97,7 @@ DRAWING = [settings for settings in MIXED if settings.get("temperature") != 0 an
 ALONE = [{"temperature": 0.7}, {"top_k": 5}, {"top_k": 5, "logit_bias": {9: 0.5}}, {"top_k": 1}]
 
 
-@pytest.mark.parametrize("settings_", slow_but([settings for settings in DRAWING if settings not in ALONE], DRAWING))
+@pytest.mark.parametrize("settings_", slow_but([settings for settings in DRAWING if settings not in ALONE][::3], DRAWING))
 def test_draws_of_a_large_vocabulary_follow_the_distribution(settings_):
     logits_V = random_logits(1)[0]
     drawn = sample_rows(logits_V.expand(3_000, -1), [state(answer=[8, 8, 9], seed=seed, **settings_) for seed in range(3_000)])

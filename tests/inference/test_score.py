@@ -19,7 +19,7 @@ from bessemer.model.adapters.folder import write_adapter
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from tests.cases import slow_but
+from tests.cases import slow, slow_but
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.model.random_adapters import merge, random_adapter
 from tests.model.randomised import random_decoder
@@ -146,7 +146,9 @@ def test_what_is_preempted_is_scored_once(dense, tokenizer):
 
 @pytest.mark.parametrize("name", slow_but(["windows", "linear"], ARCHITECTURES))
 @pytest.mark.parametrize(
-    "settings", [{"max_num_seqs": 2, "max_num_batched_tokens": 11}, {"batch_invariant": True}], ids=["chunks", "invariant"]
+    "settings",
+    [{"max_num_seqs": 2, "max_num_batched_tokens": 11}, slow({"batch_invariant": True})],
+    ids=["chunks", "invariant"],
 )
 def test_scores_in_small_chunks_and_in_fixed_ones(name, settings, tokenizer):
     model = small_decoder(name)

@@ -60,7 +60,7 @@ def of_like_mind(config, name):
 @pytest.mark.parametrize(
     ("name", "parallel", "heads"),
     [
-        ("dense", {"tensor": 2}, 1),
+        slow("dense", {"tensor": 2}, 1),
         slow("latent", {"tensor": 2}, 1),
         slow("experts", {"tensor": 2}, 1),
         # which a draft model without experts does not share

@@ -133,8 +133,8 @@ def settings_of(settings):
 #: Tested on every run: each drafter, and each setting, once.
 DISTRIBUTIONS = [
     (None, SETTINGS[1]),
+    # drafts of a model: `test_draft_model.py`
     *((wrong_then_right_draft, settings) for settings in (SETTINGS[0], SETTINGS[2], SETTINGS[4])),
-    (model_draft, SETTINGS[3]),
 ]
 
 

@@ -14,6 +14,7 @@ from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.sampling.params import WatermarkConfig
 from bessemer.inference.sampling.watermark import Watermark, detect, token_numbers
 from bessemer.model.storage.folder import save_model
+from tests.cases import slow
 from tests.cli.test_main import bessemer, one_error
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.inference.test_sampling import LOGITS_V
@@ -109,7 +110,7 @@ def test_the_key_finds_an_answer_and_no_other_key_does(model, tokenizer, mark):
     assert (plain.token_ids == unmarked[1].token_ids) == (mark.method == "gumbel")
 
 
-@pytest.mark.parametrize("mark", MARKS, ids=by_method)
+@pytest.mark.parametrize("mark", [MARKS[0], slow(MARKS[1])], ids=by_method)
 def test_drafts_neighbours_and_log_probabilities_change_nothing(model, tokenizer, tmp_path, mark):
     params = LONG.with_changes(watermark=mark, max_tokens=40, top_k=50, logprobs=0, logprobs_mode="sampled")
     expected = Engine(model, tokenizer).generate([[5, 6, 7]], params)[0]

@@ -8,6 +8,7 @@ from torch.nn import functional
 from bessemer.core.errors import RequestError
 from bessemer.inspection.heads import ROLES, head_losses, head_roles, repeated_tokens, role_scores, strongest, without_heads
 from bessemer.model.storage.folder import load_model
+from tests.cases import slow
 from tests.model.family_models import make
 
 TOKENS = np.array([9, 1, 2, 3, 4, 1, 2, 3, 4])  # a begin token, then four tokens twice
@@ -49,7 +50,7 @@ def test_repeated_tokens_come_twice_after_the_begin_token():
     assert (texts == repeated_tokens(range(40), begin=[50], texts=3, length=10, seed=2)).all()
 
 
-@pytest.fixture(scope="module", params=["llama", "deepseek_v3", "qwen3_next"])
+@pytest.fixture(scope="module", params=["llama", slow("deepseek_v3"), "qwen3_next"])
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     make(request.param).save_pretrained(folder)

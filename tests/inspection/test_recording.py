@@ -11,6 +11,7 @@ from bessemer.inspection.recording import lens_logits, logit_lens, record, recor
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.cache import DecoderCache
 from bessemer.model.storage.folder import load_model
+from tests.cases import slow_but
 from tests.model.family_models import make
 from tests.model.randomised import random_decoder
 
@@ -20,7 +21,7 @@ TOLERANCE = 1e-5
 FAMILIES = ("llama", "gemma3", "gpt_oss", "deepseek_v3", "qwen3_next", "gpt2")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_but(("llama", "deepseek_v3", "qwen3_next"), FAMILIES))
 def case(request, tmp_path_factory):
     """A `transformers` model, ours from its folder, a text, what was recorded of ours."""
     theirs = make(request.param)

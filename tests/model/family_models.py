@@ -240,6 +240,8 @@ CASES = {
 ONE_OF_EACH = [case for case in CASES if "-" not in case]
 #: Of each kind of block one family, where the others differ in nothing that is tested.
 OF_EACH_KIND = ["gpt2", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+#: Every family once, without the variants of its settings.
+EVERY_FAMILY = [case for case in CASES if "-" not in case]
 
 
 def make(case: str, seed: int = 0, **changes):

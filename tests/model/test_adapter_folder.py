@@ -17,6 +17,7 @@ from bessemer.model.families import layout as file_patterns
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.storage.folder import load_model
+from tests.cases import slow_but
 from tests.model.family_models import make
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
@@ -93,7 +94,7 @@ def changed(folders, tmp_path):
     return change
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(["llama-biases-llama3-rope", "gpt2", "deepseek_v3", "qwen3_next"], CASES))
 def test_logits_with_an_adapter_are_those_of_peft(case, tmp_path):
     base = make(case.removesuffix("-norms"))
     base.save_pretrained(tmp_path / "model")

@@ -15,6 +15,7 @@ from bessemer.model import decoder_inputs
 from bessemer.model.layers import attention_backends
 from bessemer.model.layers.attention_backends import BACKENDS, Scores, block_mask, explicit, flex, tiled
 from bessemer.model.layers.attention_mask import AttentionMask, alibi_slopes, attention_mask, bias
+from tests.cases import slow
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder, random_tokens
 
@@ -131,7 +132,7 @@ def test_a_block_mask_lists_the_blocks_in_which_a_score_counts(length, window, d
 @pytest.mark.parametrize(
     "scores", [Scores(0.3), Scores(0.3, 1.5, torch.linspace(-1, 2, HEADS))], ids=["plain", "capped, with sinks"]
 )
-@pytest.mark.parametrize("slopes_H", [None, alibi_slopes(HEADS)], ids=["", "alibi"])
+@pytest.mark.parametrize("slopes_H", [slow(None), alibi_slopes(HEADS)], ids=["", "alibi"])
 def test_blocks_made_beforehand_give_what_the_definition_gives(scores, slopes_H):
     mask = masks(200, True, 90)._replace(slopes_H=slopes_H)
     query, key, value = heads(HEADS, 200, 1), heads(KEY_VALUE_HEADS, 200, 2), heads(KEY_VALUE_HEADS, 200, 3, channels=5)
@@ -189,6 +190,7 @@ def test_kernels_are_compiled_where_blocks_are_not_as_in_validation(graphs):
     assert graphs.frame_count == 1 and (found - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_masks_are_compiled_where_kernels_are(graphs, monkeypatch):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")

@@ -99,7 +99,9 @@ def assert_bitwise(model: Decoder, rollouts: Rollouts, seed: int) -> None:
         assert torch.equal(trained(model, rollouts, width, order)[rollouts.mask], rollouts.log_probs[rollouts.mask])
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in REFUSED])
+@pytest.mark.parametrize(
+    "name", slow_but(["windows", "sinks and caps"], [name for name in ARCHITECTURES if name not in REFUSED])
+)
 def test_sampler_and_trainer_agree_to_the_bit_for_each_architecture(name, tokenizer):
     model = small_decoder(name)
     model.use_batch_invariant_kernels()
@@ -111,9 +113,7 @@ def test_sampler_and_trainer_agree_to_the_bit_for_each_architecture(name, tokeni
     assert_bitwise(model, sampled(by_modules(Engine(model, tokenizer, config=config)), 200, 3), 3)
 
 
-@pytest.mark.parametrize(
-    "family", slow_but(["gpt2", "gemma3", "olmo3", "glm4"], [family for family in ONE_OF_EACH if family not in SPARSE])
-)
+@pytest.mark.parametrize("family", slow_but(["gpt2", "gemma3"], [family for family in ONE_OF_EACH if family not in SPARSE]))
 def test_sampler_and_trainer_agree_to_the_bit_for_each_dense_family(family, tokenizer, tmp_path):
     make(family).save_pretrained(tmp_path)
     model = load_model(tmp_path)

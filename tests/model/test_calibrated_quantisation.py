@@ -98,7 +98,7 @@ FAMILIES = ["qwen3", "gemma3", "olmo2", "gpt2", "deepseek_v3", "qwen3_next", "qw
 # AWQ, which searches, takes longest; what it folds is tested with every family above
 @pytest.mark.parametrize(
     ("case", "method"),
-    slow_but({("qwen3", "awq"), *product(["gpt2", "qwen3_moe"], ["gptq"])}, product(FAMILIES, METHODS)),
+    slow_but({("qwen3", "awq"), ("gpt2", "gptq")}, product(FAMILIES, METHODS)),
 )
 def test_calibrated_codes_change_the_logits_less_than_rounding(case, method, tmp_path):
     make(case).save_pretrained(tmp_path)

@@ -14,7 +14,7 @@ from bessemer.model.storage.folder import load_model, save_model
 from bessemer.model.storage.model_config import read_model_config
 from bessemer.model.storage.weights import find_tensors, read_boxes
 from tests.cases import slow_but
-from tests.model.family_models import CASES, LONGROPE, OF_EACH_KIND, make
+from tests.model.family_models import CASES, EVERY_FAMILY, LONGROPE, OF_EACH_KIND, make
 
 TOLERANCE = 1e-4
 
@@ -41,6 +41,7 @@ def test_logits_equal_those_of_transformers(pair):
     assert (ours(tokens_BT) - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("pair", slow_but(EVERY_FAMILY, sorted(CASES)), indirect=True)
 @torch.no_grad()
 def test_cached_decoding_equals_that_of_transformers(pair):
     theirs, ours, _ = pair
@@ -52,6 +53,7 @@ def test_cached_decoding_equals_that_of_transformers(pair):
         assert (ours(piece, cache=cache) - expected.logits).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("pair", slow_but([*OF_EACH_KIND, "qwen3_next"], sorted(CASES)), indirect=True)
 @torch.no_grad()
 def test_left_padding_changes_nothing(pair):
     """As a batch for `transformers` is padded; ours sees the padding as another document."""
@@ -65,6 +67,7 @@ def test_left_padding_changes_nothing(pair):
     assert (logits - expected)[real_BT].abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("pair", slow_but([*OF_EACH_KIND, "qwen3_next"], sorted(CASES)), indirect=True)
 @torch.no_grad()
 def test_packed_documents_equal_each_alone(pair):
     _, ours, _ = pair
@@ -76,6 +79,7 @@ def test_packed_documents_equal_each_alone(pair):
     assert (packed - alone).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("pair", slow_but([*OF_EACH_KIND, "qwen3_next"], sorted(CASES)), indirect=True)
 @torch.no_grad()
 def test_rows_of_different_lengths_decode_as_each_alone(pair):
     _, ours, _ = pair
@@ -139,6 +143,7 @@ def test_corrupting_any_tensor_changes_the_logits(pair):
         tensor.copy_(kept)
 
 
+@pytest.mark.parametrize("pair", slow_but(EVERY_FAMILY, sorted(CASES)), indirect=True)
 def test_a_round_trip_through_transformers_changes_nothing(pair, tmp_path):
     _, ours, _ = pair
     save_model(ours, tmp_path / "ours", tokenizer=None)
@@ -149,6 +154,7 @@ def test_a_round_trip_through_transformers_changes_nothing(pair, tmp_path):
     assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
+@pytest.mark.parametrize("pair", slow_but(EVERY_FAMILY, sorted(CASES)), indirect=True)
 def test_our_folder_opens_in_transformers_with_the_same_logits(pair, tmp_path):
     _, ours, _ = pair
     save_model(ours, tmp_path, tokenizer=None)

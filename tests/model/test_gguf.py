@@ -25,6 +25,7 @@ from bessemer.model.storage.folder import load_model, save_model
 from bessemer.model.storage.model_config import read_end_tokens
 from bessemer.tokenization.formats.gguf_metadata import read_head
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cases import slow_but
 from tests.model.gguf_fuzz import changed_files
 from tests.model.gguf_models import CASES, write_case
 from tests.model.randomised import SHAPES, random_decoder
@@ -84,6 +85,7 @@ def written(request, tmp_path_factory):
     return folder, path
 
 
+@pytest.mark.parametrize("written", slow_but([case for case in CASES if "-" not in case], sorted(CASES)), indirect=True)
 def test_a_family_comes_back_as_it_went_out(written, tmp_path):
     folder, path = written
     import_gguf(path, tmp_path / "back")

@@ -158,8 +158,11 @@ def encoded(raw, kind):
     return codes, scales
 
 
-@each_type
-@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "numpy"])
+@pytest.mark.parametrize(
+    ("number", "compiled"),
+    slow_but({*product(QUANTISED, [True]), *product(QUANTISED[::4], [False])}, product(QUANTISED, [True, False])),
+    ids=[f"{BLOCK_TYPES[number].name}-{how}" for number, how in product(QUANTISED, ["kernels", "numpy"])],
+)
 def test_blocks_are_encoded_in_the_nearest_codes_of_8_bits(number, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(gguf_codes, "library", lambda: None)

@@ -232,6 +232,7 @@ def test_a_damaged_importance_matrix_is_one_line(content, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_an_export_by_importance_loses_less_of_what_the_model_computes(tmp_path):
     """Some channels are a hundred times as strong as others, as in trained models."""
     decoder = random_decoder(WIDE)

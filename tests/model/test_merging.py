@@ -20,6 +20,7 @@ from bessemer.model.merging.config import MergeConfig, from_mergekit, value_at
 from bessemer.model.merging.methods import DeltaOptions, drop, merge_deltas, slerp, trim
 from bessemer.model.merging.models import ModelPlace, merge_stage, merged_folder, tokenizer_difference
 from bessemer.model.storage.folder import load_model, save_model
+from tests.cases import slow
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -234,8 +235,8 @@ def adapters(place):
 @pytest.mark.parametrize(
     ("theirs", "ours", "rank", "density"),
     [
-        ("cat", "task_arithmetic", None, None),
-        ("svd", "task_arithmetic", 4, None),
+        slow("cat", "task_arithmetic", None, None),
+        slow("svd", "task_arithmetic", 4, None),
         ("linear", "factors", None, None),
         ("ties_svd", "ties", 3, 0.4),
         ("dare_linear_svd", "dare_linear", 3, 0.4),

@@ -14,6 +14,7 @@ from bessemer.model.vision.folder import is_vision_folder, load_vision_language,
 from bessemer.model.vision.pictures import Picture
 from bessemer.model.vision.preprocessing import read_preprocessor
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cases import slow_but
 from tests.model.picture_files import drawn, write_gemma3_model, write_llava_model, write_picture_model
 
 gguf = pytest.importorskip("gguf")
@@ -165,6 +166,7 @@ def test_a_decoder_with_a_file_beside_it_that_is_not_read_is_opened_alone(writte
         Engine(tmp_path / "model.gguf", config=named)
 
 
+@pytest.mark.parametrize("written", slow_but(["llava"], sorted(FORMS)), indirect=True)
 def test_damaged_files_are_named(written, tmp_path, monkeypatch):
     folder, _ = written
     ours, tokenizer = load_vision_language(folder), load_tokenizer(folder)

@@ -186,8 +186,8 @@ def test_averages_and_the_best_weights_are_of_the_adapter(model_folder, data, tm
 @pytest.mark.parametrize(
     ("changes", "folders"),
     [
-        ({"save": "best"}, ["adapter"]),
-        ({"ema": 0.5}, ["adapter", "adapter-ema"]),
+        slow({"save": "best"}, ["adapter"]),
+        slow({"ema": 0.5}, ["adapter", "adapter-ema"]),
         ({"ema": 0.5, "save": "ema"}, ["adapter", "adapter-weights"]),
     ],
 )

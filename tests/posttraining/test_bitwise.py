@@ -10,7 +10,7 @@ from bessemer.posttraining.rl import objective
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import MismatchError
 from bessemer.posttraining.sampling.sampler import rounded_copy
-from tests.cases import slow_but
+from tests.cases import slow, slow_but
 from tests.inference.models import small_decoder
 
 from .test_rl import SETTINGS, data, run  # noqa: F401
@@ -26,7 +26,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", slow_but({"grpo", "an adapter", "recomputed blocks, micro-batches"}, METHODS))
+@pytest.mark.parametrize("method", slow_but({"grpo", "recomputed blocks, micro-batches"}, METHODS))
 def test_no_log_probability_differs_in_a_bit(method, model_folder, data, tmp_path):  # noqa: F811
     changes = {**METHODS[method], "validation_share": 0, "bitwise_consistent": True, "threads": 2}
     run(model_folder, data, tmp_path, **changes)
@@ -70,7 +70,7 @@ def test_what_cannot_agree_is_refused_before_the_run(changes, message):
         RLConfig.parse({"data": ["prompts.jsonl"], **SETTINGS, "bitwise_consistent": True, **changes}, "rl")
 
 
-@pytest.mark.parametrize("adapter", [None, 4], ids=["weights", "adapter"])
+@pytest.mark.parametrize("adapter", [None, slow(4)], ids=["weights", "adapter"])
 def test_a_rounded_sampler_is_measured_and_the_coarser_the_further(adapter, model_folder, data, tmp_path):  # noqa: F811
     gaps = {}
     for weights in ("policy", "int8", "fp8", "int4"):

@@ -8,6 +8,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.posttraining.sampling.samples import SAMPLER, Prompt, Sample, pack_samples
 from bessemer.training.data.batch import IGNORE_INDEX
+from tests.cases import slow
 from tests.posttraining.test_rl import data, run  # noqa: F401
 from tests.posttraining.test_served_rollouts import serving
 from tests.serving.running import servers
@@ -121,7 +122,7 @@ class Waits:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("by_servers", [False, True], ids=["on the engine", "on a server"])
+@pytest.mark.parametrize("by_servers", [False, slow(True)], ids=["on the engine", "on a server"])
 def test_environments_that_wait_hold_up_no_other_episode(model_folder, data, tmp_path, by_servers):  # noqa: F811
     (data / "waiting.py").write_text(WAITING, encoding="utf-8")
     changes = {"environment": "waiting.py:Waits", "validation_share": 0, "steps": 2, **SETTINGS}

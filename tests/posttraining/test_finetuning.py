@@ -59,7 +59,7 @@ from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import FROZEN, StartingModel, read_quantised
 from bessemer.training.trainer import Trainer
-from tests.cases import slow_but
+from tests.cases import in_turn, slow_but
 from tests.cli.test_main import bessemer, one_error
 from tests.literate import blocks
 from tests.posttraining.test_formats import said
@@ -183,8 +183,7 @@ def test_samples_are_of_questions_that_the_model_can_read(model_folder):
     assert len(progress.lines) == 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scheme", [None, "int8"])
+@pytest.mark.parametrize(("scheme", "dtype"), in_turn([None, "int8"], ["float32", "bfloat16"]))
 def test_samples_of_a_model_with_an_adapter_are_those_of_the_merged_one(model_folder, scheme, dtype):
     tokenizer, model = load_tokenizer(model_folder), load_model(model_folder, dtype=torch.float32)
     if scheme is not None:
@@ -322,7 +321,7 @@ def test_a_smaller_micro_batch_comes_before_recomputed_blocks_and_these_before_a
 @pytest.mark.parametrize(
     ("method", "dtype", "recompute"),
     slow_but(
-        [("full", "float32", "none"), ("lora", "bfloat16", "none"), ("qlora", "float32", "full")],
+        [("lora", "bfloat16", "none")],
         product(("full", "lora", "qlora"), ("float32", "bfloat16"), ("none", "selective", "full")),
     ),
 )

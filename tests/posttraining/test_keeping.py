@@ -22,6 +22,7 @@ from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.posttraining.sft.stage import sft
 from bessemer.posttraining.specs import STAGES
 from bessemer.training.keeping import MeasuredItems, compare_models
+from tests.cases import slow
 from tests.posttraining.test_formats import said
 from tests.training.conftest import RecordedProgress
 
@@ -156,7 +157,7 @@ def test_a_task_that_gets_worse_counts_however_well_the_stage_learns(model_folde
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("merge", [slow(True), False])
 def test_an_adapter_that_makes_a_model_worse_becomes_one_that_changes_nothing(merge, model_folder, data, tmp_path):
     settings = {"data": ["letters.jsonl"], "keep_better": True, **SETTINGS, "learning_rate": 30 * BAD}
     config = SFTConfig.parse({**settings, "adapter": {"rank": 4, "merge": merge}}, "sft")

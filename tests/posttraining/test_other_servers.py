@@ -10,6 +10,7 @@ from bessemer.posttraining.sampling.server_client import CompletionServer, Weigh
 from bessemer.posttraining.sampling.server_config import RolloutServers
 from bessemer.posttraining.sampling.server_pool import ServerPool
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cases import slow
 from tests.posttraining.stand_ins import StandIn, serving_as
 from tests.posttraining.test_rl import data, run  # noqa: F401
 from tests.posttraining.test_served_rollouts import serving
@@ -23,7 +24,7 @@ ROUTES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", [slow("vllm"), "sglang"])
 def test_every_step_is_sampled_with_the_weights_that_it_trains(kind, model_folder, data, tmp_path):  # noqa: F811
     stand_in = StandIn(serving(model_folder), kind)
     with serving_as(stand_in) as url:
@@ -35,7 +36,7 @@ def test_every_step_is_sampled_with_the_weights_that_it_trains(kind, model_folde
     assert not (tmp_path / "served").exists(), "what was written for the servers is removed"
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", ["vllm", slow("sglang")])
 def test_an_adapter_is_loaded_under_a_name_of_each_version(kind, model_folder, data, tmp_path):  # noqa: F811
     stand_in = StandIn(serving(model_folder), kind)
     with serving_as(stand_in) as url:

@@ -79,7 +79,7 @@ def test_an_adapter_learns_what_is_rewarded_and_its_base_stays(sure_folder, data
 @pytest.mark.parametrize(
     ("architecture", "kernels"),
     slow_but(
-        {*product(KINDS, ["auto"]), ("dense", "off")},
+        {("experts", "auto"), ("linear", "auto"), ("dense", "off")},
         product(KINDS, ["auto", "off"]),
     ),
 )

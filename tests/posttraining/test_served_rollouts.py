@@ -25,6 +25,7 @@ from bessemer.serving.config import ServingConfig
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, write_keys
 from bessemer.serving.server import create_server, listen
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cases import slow
 from tests.inference.models import small_decoder
 from tests.posttraining.test_rl import data, run  # noqa: F401
 from tests.serving.running import servers
@@ -47,7 +48,7 @@ def weights_of(out):
     return load_file(out / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapter": {"rank": 4}}], ids=["weights", "adapter"])
+@pytest.mark.parametrize("changes", [{}, slow({"adapter": {"rank": 4}})], ids=["weights", "adapter"])
 def test_a_run_that_waits_for_its_server_is_the_run_without_one(model_folder, data, tmp_path, start, changes):  # noqa: F811
     changes |= {"steps": 3, "max_tokens": 6}
     run(model_folder, data, tmp_path / "own", **changes)

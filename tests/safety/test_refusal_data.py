@@ -1,12 +1,13 @@
 """Conversations that teach a policy: what is said follows from the policy, and look-alikes come in the same forms."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.policy import Policy, read_policy
+from bessemer.safety import refusal_data
 from bessemer.safety.classifier_training import packaged_seeds
 from bessemer.safety.redteam.detectors import refusal_in
 from bessemer.safety.refusal_data import OFFER, harmful_requests, held_back, look_alikes, policy_rows, taught
@@ -91,15 +92,10 @@ def test_look_alikes_are_asked_in_the_forms_of_the_harmful():
     assert not any(mark in one.text for one in alike for mark in MARKS)
 
 
-def test_a_policy_that_is_none_is_one_line(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "bessemer.safety.refusal_data",
-        str(tmp_path / "rows.jsonl"),
-        "--policy",
-        str(tmp_path / "none.yaml"),
-    ]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")
-    assert done.returncode == 2 and not (tmp_path / "rows.jsonl").exists()
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "none.yaml" in done.stderr
+def test_a_policy_that_is_none_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["-m", str(tmp_path / "rows.jsonl"), "--policy", str(tmp_path / "none.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(refusal_data.__file__, run_name="__main__")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and not (tmp_path / "rows.jsonl").exists()
+    assert said.startswith("error: ") and said.count("\n") == 1 and "none.yaml" in said

@@ -125,7 +125,7 @@ def test_an_average_of_the_weights_is_planned_as_large_as_it_is():
     assert averaged.peak - plain.peak == averaged.kinds["average of the weights"] == storage_bytes(kept)
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("softcap", [slow(None), 30.0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("card", ["cpu", "h100"])
 def test_the_head_takes_the_memory_that_is_planned_for_its_device(card, dtype, softcap):

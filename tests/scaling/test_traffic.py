@@ -75,9 +75,9 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
     "ranks, parallel, options",
     [
         (8, {}, {}),
-        (8, {}, {"rows": 4, "micro_batch_size": 2}),
-        (8, {"data_replicate": 4}, {}),
-        (8, {"data_replicate": 8}, {}),
+        slow(8, {}, {"rows": 4, "micro_batch_size": 2}),
+        slow(8, {"data_replicate": 4}, {}),
+        slow(8, {"data_replicate": 8}, {}),
         # wide enough for the shard of the last norm to be more than the numbers that are not counted
         (1024, {"data_replicate": 128}, {"model": DENSE | {"hidden_size": 128}}),
         slow(1024, {}, {"model": WIDE}),
@@ -94,7 +94,7 @@ def test_data_parallel_collectives_are_those_planned(ranks, parallel, options):
     [
         (8, {}, {}),
         (8, {"data_replicate": 2}, {"rows": 4, "micro_batch_size": 2}),
-        (4, {"expert": 2}, {"model": EXPERTS | {"expert_bias": True}}),
+        slow(4, {"expert": 2}, {"model": EXPERTS | {"expert_bias": True}}),
     ],
     ids=["sharded", "hybrid, in micro-batches", "experts"],
 )
@@ -109,9 +109,9 @@ def test_matrices_gathered_in_bfloat16_are_planned(ranks, parallel, options):
     "ranks, parallel, options",
     [
         (2, {"tensor": 2}, {"model": HEADS}),
-        (8, {"tensor": 2}, {"model": HEADS}),
+        slow(8, {"tensor": 2}, {"model": HEADS}),
         (2, {"tensor": 2}, {"model": HEADS, "changes": {"activation_checkpointing": "full"}}),
-        (1024, {"tensor": 8}, {"model": WIDE}),
+        slow(1024, {"tensor": 8}, {"model": WIDE}),
     ],
     ids=["tensor", "sharded too", "computed again", "of 1,024"],
 )

@@ -134,6 +134,13 @@ def test_only_pages_of_this_server_and_of_origins_that_are_let_in_may_use_it(sta
     preflight = httpx.options(url + "/v1/chat/completions", headers=asks)
     assert preflight.status_code == 204 and "POST" in preflight.headers["access-control-allow-methods"]
     assert "authorization" in preflight.headers["access-control-allow-headers"]
+    assert "x-request-id" in foreign.headers["access-control-expose-headers"]
+    # as the official clients ask, with headers that describe them
+    mine = "Authorization,x-stainless-os, anthropic-dangerous-direct-browser-access,not a name,é"
+    preflight = httpx.options(url + "/v1/messages", headers={**asks, "Access-Control-Request-Headers": mine.encode("latin-1")})
+    allowed = preflight.headers["access-control-allow-headers"].split(", ")
+    assert {"authorization", "x-stainless-os", "anthropic-dangerous-direct-browser-access"} <= set(allowed)
+    assert not {"not a name", "é", "Authorization"} & set(allowed)
 
 
 def test_every_route_needs_a_key_but_those_that_are_public(start):

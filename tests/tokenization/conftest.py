@@ -13,6 +13,7 @@ from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cases import slow_but
 from tests.tokenization.hostile import hostile_strings
 from tests.tokenization.published import SHAPES, write_published
 
@@ -68,7 +69,7 @@ def documents(corpus, tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "documents", corpus)
 
 
-@pytest.fixture(scope="session", params=sorted(SPLIT_REGEXES))
+@pytest.fixture(scope="session", params=slow_but(["gpt-2", "qwen35"], sorted(SPLIT_REGEXES)))
 def any_tokenizer(request, corpus, tmp_path_factory):
     """A tokenizer trained with each of the named regexes in turn."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -104,7 +105,11 @@ def published_tokenizers(corpus, tmp_path_factory):
     return {shape: load_tokenizer(write_published(folder / shape, shape, corpus)) for shape in SHAPES}
 
 
-@pytest.fixture(scope="session", params=[*ALGORITHMS, *SHAPES])
+#: On every run the algorithms that cut words into pieces, and two published shapes.
+USUAL = ("bpe", "unigram", "sentencepiece_bpe", "wordpiece", "byte", "llama2", "t5")
+
+
+@pytest.fixture(scope="session", params=slow_but(USUAL, [*ALGORITHMS, *SHAPES]))
 def every_tokenizer(request, tokenizers_by_algorithm, published_tokenizers):
     """A tokenizer of each algorithm and of each published shape in turn."""
     return (tokenizers_by_algorithm | published_tokenizers)[request.param]

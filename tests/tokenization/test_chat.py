@@ -23,7 +23,7 @@ from bessemer.tokenization.control_tokens import SPECIAL_TOKENS, TEMPLATE_TOKENS
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, write_folder
 from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import load_tokenizer
-from tests.cases import slow_but
+from tests.cases import slow, slow_but
 
 ALL_TOKENS = sorted({token for tokens in TEMPLATE_TOKENS.values() for token in tokens})
 
@@ -117,7 +117,7 @@ def harmless(value):
     return value
 
 
-@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+@pytest.mark.parametrize("template", slow_but(["chatml"], CHAT_TEMPLATES))
 def test_control_tokens_that_somebody_typed_are_text(trained, template):
     ours, peer = trained("bpe", template)
     controls = range(ours.vocab_size - len(TEMPLATE_TOKENS[template]), ours.vocab_size)
@@ -353,7 +353,7 @@ def rendered_by_transformers(text, messages, tools=None, prompt=False):
     return render_jinja_template([messages], tools, chat_template=text, add_generation_prompt=prompt, **variables)[0][0]
 
 
-@pytest.mark.parametrize("text", [OLD_CHATML, THINKING, TOUCHING], ids=["chatml", "thinking", "touching"])
+@pytest.mark.parametrize("text", [OLD_CHATML, slow(THINKING), TOUCHING], ids=["chatml", "thinking", "touching"])
 def test_a_foreign_template_renders_as_in_transformers_with_typed_control_tokens_as_text(text):
     template = foreign(text, [*SPECIAL_TOKENS, "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"])
     texts = st.lists(

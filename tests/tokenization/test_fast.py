@@ -15,7 +15,7 @@ from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.fast import FastokensEncoder, TokenizersEncoder, agree, bulk_encoder, certain_split, in_parts
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES
-from tests.cases import in_turn
+from tests.cases import in_turn, slow_but
 
 KNOWN = {**SPLIT_REGEXES, **APPROXIMATED_REGEXES}
 LONG_S = "'\u017f"
@@ -35,7 +35,7 @@ def joining_everything(folder, split):
     return folder / TOKENIZER_FILE
 
 
-@pytest.fixture(scope="module", params=sorted(KNOWN))
+@pytest.fixture(scope="module", params=slow_but(["gpt-2", "qwen35", "tekken"], sorted(KNOWN)))
 def path(request, tmp_path_factory):
     return joining_everything(tmp_path_factory.mktemp(request.param), request.param)
 

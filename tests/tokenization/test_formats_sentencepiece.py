@@ -67,7 +67,7 @@ def models(corpus, tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=slow_but(["llama2", "gemma", "unigram"], SHAPES))
 def pair(request, models):
     """A tokenizer that was imported, and the sentencepiece library on the file."""
     return models[request.param]

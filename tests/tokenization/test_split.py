@@ -12,6 +12,7 @@ from bessemer.tokenization.bpe import byte_level_bpe, train_bpe, without_lookahe
 from bessemer.tokenization.fast import FastokensEncoder, TokenizersEncoder, agree
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer, split_name
+from tests.cases import slow_but
 
 KNOWN = {**SPLIT_REGEXES, **APPROXIMATED_REGEXES}
 GPT2 = SPLIT_REGEXES["gpt-2"]
@@ -75,7 +76,7 @@ def test_python_and_tokenizers_cut_alike_and_leave_nothing_between_the_pieces(te
         assert "".join(pieces) == text
 
 
-@pytest.fixture(scope="module", params=sorted(SPLIT_REGEXES))
+@pytest.fixture(scope="module", params=slow_but(["gpt-2", "qwen35"], sorted(SPLIT_REGEXES)))
 def three_engines(request, tmp_path_factory):
     """rustbpe, tokenizers and fastokens on one vocabulary, in which every pair of parts that may merge has merged."""
     corpus = [a + b for a in PARTS for b in PARTS]

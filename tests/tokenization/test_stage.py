@@ -141,7 +141,7 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("closed", [1, 3, 6])
+@pytest.mark.parametrize("closed", [slow(1), 3, slow(6)])
 def test_an_interrupted_stage_goes_on_behind_its_last_closed_file(done, documents, tmp_path, monkeypatch, closed):
     close_shard = ShardWriter._close_shard
     files = []

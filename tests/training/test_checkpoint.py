@@ -23,6 +23,7 @@ from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, Traini
 from bessemer.training.checkpoint.storage import _MetadataUnpickler
 from bessemer.training.optim.muon import orthogonalised
 from bessemer.training.optim.optimizers import build_optimizers, role_of, scale_learning_rates
+from tests.cases import slow
 
 from .conftest import RecordedProgress
 
@@ -160,7 +161,7 @@ def test_the_newest_two_are_kept(state, tmp_path):
     assert checkpoints.newest() == tmp_path / "step-1000000"
 
 
-@pytest.mark.parametrize("damage", ["spoiled data", "cut data", "no data", "spoiled index", "no index"])
+@pytest.mark.parametrize("damage", ["spoiled data", slow("cut data"), slow("no data"), slow("spoiled index"), "no index"])
 def test_a_damaged_one_is_named_and_passed_over(state, tmp_path, damage):
     progress = RecordedProgress()
     checkpoints = CheckpointManager(tmp_path, IDENTITY, progress)

@@ -16,6 +16,7 @@ from bessemer.training.data.batches import StatelessBatches
 from bessemer.training.loop import train
 from bessemer.training.monitoring.diagnostics import place_of
 from bessemer.training.runtime import Runtime
+from tests.cases import slow
 
 from .conftest import TINY
 
@@ -126,7 +127,7 @@ def test_outliers_are_those_of_the_residual_stream(run, settings):
         assert line[f"activation_kurtosis/layers.{layer}"] == pytest.approx((hidden**4).mean() / square**2, rel=1e-4)
 
 
-@pytest.mark.parametrize("model", [{}, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("model", [slow({}), SPARSE], ids=["dense", "sparse"])
 def test_diagnostics_change_no_weight(run, model):
     watched, unwatched = (run(str(every), model=model, diagnostics_every=every) for every in (1, 0))
     assert all(torch.equal(watched.path[-1][name], unwatched.path[-1][name]) for name in unwatched.path[-1])

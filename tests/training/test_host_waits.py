@@ -82,7 +82,7 @@ def test_what_waits_is_counted(monkeypatch):
     assert len(found) == 6
 
 
-@pytest.mark.parametrize("optimizer", slow_but(["muon", "lion"], OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", slow_but(["muon"], OPTIMIZERS))
 def test_a_step_waits_once(optimizer, monkeypatch):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     with pretended_mps():

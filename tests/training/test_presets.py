@@ -13,7 +13,7 @@ from bessemer.training.pretrain import pretrain
 from tests.cases import slow
 
 
-@pytest.mark.parametrize("preset", ["hybrid-3m", "mla-3m", slow("gpt2-3m"), slow("moe-3m")])
+@pytest.mark.parametrize("preset", ["hybrid-3m", *map(slow, ("mla-3m", "gpt2-3m", "moe-3m"))])
 def test_a_small_preset_trains_every_weight(settings, tokenized, tmp_path, preset):
     (tmp_path / "run").mkdir()
     build_model(ModelStageConfig.parse({"preset": preset}), tokenized / "tokenizer", tmp_path, seed=1)

@@ -56,6 +56,7 @@ def test_the_operators_are_told_by_time_and_memory(run, tmp_path):
     assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_inside_the_range_records_the_rest(run, tmp_path):
     class StoppedError(Exception):
         pass

@@ -8,6 +8,7 @@ from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
+from tests.cases import slow
 
 from .conftest import TINY
 
@@ -37,7 +38,7 @@ def stepped(settings, batch, micro_batch_size, model=(), **changes):
     return trainer, trainer.gradients(batch).loss
 
 
-@pytest.mark.parametrize("size", [4, 3, 2, 1])
+@pytest.mark.parametrize("size", [slow(4), 3, slow(2), 1])
 @pytest.mark.parametrize("model", [{}, {"num_nextn_predict_layers": 2}], ids=["", "multi-token prediction"])
 def test_accumulated_gradients_are_those_of_the_whole_batch_with_masked_targets_too(settings, batch, size, model):
     whole, loss = stepped(settings, batch, None, model)

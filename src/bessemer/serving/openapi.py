@@ -67,7 +67,7 @@ class Operation:
 
     answer: JSON schema of the response with status 200; None: a text. body: of the request. streams: whether `stream: true`
     gives a stream. path: parameters in the path. tag: the API that it belongs to. error: schema of an error; None:
-    OpenAI's.
+    OpenAI's. unsupported: why some models answer with status 501; None: all models can.
     """
 
     summary: str
@@ -78,6 +78,7 @@ class Operation:
     tag: str = "OpenAI"
     error: Mapping[str, Any] | None = None
     stream_type: str = Reply.media_type
+    unsupported: str | None = None
 
     def described(self, operation_id: str, schemas: dict[str, Any]) -> dict[str, Any]:
         """The operation's entry. Adds the schemas of its body to `schemas`."""
@@ -101,6 +102,8 @@ class Operation:
                 "default": {"description": "Refused, with the reason", "content": error},
             },
         }
+        if self.unsupported:
+            described["responses"]["501"] = {"description": self.unsupported, "content": error}
         if self.path:
             text = {"type": "string", "minLength": 1}
             described["parameters"] = [{"name": name, "in": "path", "required": True, "schema": text} for name in self.path]
@@ -238,6 +241,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         InfillRequest,
         streams=True,
         tag="llama.cpp",
+        unsupported="The model's tokenizer has no tokens for filling in the middle",
     ),
     ("/api/generate", "post"): Operation(
         "Answer a prompt, or go on with a text.",

@@ -9,6 +9,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError, SourceError, StorageError
 from bessemer.data.sources.source import Tally
+from tests.cases import slow
 from tests.data.sources.makers import examples, found, json_lines, opened, page, warc, zipped
 
 EXAMPLES = examples()
@@ -57,10 +58,10 @@ def tree(tmp_path, bucket):
     ("kind", "paths"),
     [
         ("code", [""]),  # the licence stands in a file above
-        ("code", ["src/**/*.py"]),
+        slow("code", ["src/**/*.py"]),
         ("code", ["src/deep", "src/st*.py"]),
         ("latex", ["paper/main.tex"]),  # which reads its neighbour
-        ("html", ["pages/*"]),
+        slow("html", ["pages/*"]),
         ("html", ["pages/[b]*", "pages/a.html"]),
     ],
 )

@@ -33,6 +33,12 @@ _MIB = 2**20
 #: The scheme of a key's header, in any case (RFC 9110, section 11.1).
 _BEARER = re.compile(r"^bearer +", re.IGNORECASE)
 
+#: Headers of requests that pages of another origin may send, besides those that they ask for.
+_USUAL_HEADERS = ("authorization", "content-type", "x-api-key", "anthropic-version", "anthropic-beta")
+_HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,100}")
+#: Headers of answers that these pages may read.
+_EXPOSED = "x-request-id, retry-after, x-max-tokens, x-dropped-tokens"
+
 #: Name of the logger of requests.
 REQUEST_LOG = "bessemer.requests"
 _log = logging.getLogger(REQUEST_LOG)
@@ -75,7 +81,7 @@ class Gate:
             self._check_host(headers)
             reply.headers |= self._check_origin(headers)
             if _is_preflight(scope, headers):
-                await reply.preflight(scope)
+                await reply.preflight(headers.get("access-control-request-headers", ""))
                 return
             caller.client = self._client(scope["path"], headers)
             caller.client.take_request()
@@ -130,7 +136,7 @@ class Gate:
         if (origin := headers.get("origin")) is None:
             return {}
         if origin.lower() in self._config.origins:
-            return {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": _EXPOSED, "Vary": "Origin"}
         if origin.lower().partition("://")[2] == (_host_of(headers) or "").lower():
             return {}
         raise ApiError(
@@ -216,11 +222,15 @@ class _Reply:
             message = {**message, "headers": [*message.get("headers", ()), *added]}
         await self.to_client(message)
 
-    async def preflight(self, scope: Scope) -> None:
-        """Answer a CORS preflight of an allowed origin."""
+    async def preflight(self, asked: str) -> None:
+        """Answer a CORS preflight of an allowed origin. asked: the headers that its request will have.
+
+        They are let in whatever they are called, since clients send some that describe themselves (`x-stainless-os`).
+        """
+        names = {*_USUAL_HEADERS, *(name for each in asked.split(",") if _HEADER_NAME.fullmatch(name := each.strip().lower()))}
         self.headers |= {
             "Access-Control-Allow-Methods": "GET, POST, DELETE",
-            "Access-Control-Allow-Headers": "authorization, content-type, x-api-key, anthropic-version, anthropic-beta",
+            "Access-Control-Allow-Headers": ", ".join(sorted(names)),
             "Access-Control-Max-Age": "600",
         }
         await self.send({"type": "http.response.start", "status": 204, "headers": []})
