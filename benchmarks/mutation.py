@@ -309,7 +309,7 @@ def judged(places: Mapping[Mutant, Place], processes: int) -> dict[Mutant, str]:
                 (tree.parent / "shared").symlink_to(ROOT.parent / "shared")
         by_line = reached({place.file for place in places.values()}, trees[0])
         seconds = json.loads((trees[0] / "seconds.json").read_text(encoding="utf-8"))
-        _load_libraries()
+        load_libraries()
         free: SimpleQueue[Path] = SimpleQueue()
         for tree in trees:
             free.put(tree)
@@ -345,7 +345,7 @@ def judged(places: Mapping[Mutant, Place], processes: int) -> dict[Mutant, str]:
             return dict(pool.map(judge, enumerate(places.items())))
 
 
-def _load_libraries() -> None:
+def load_libraries() -> None:
     """Load what every test would, but nothing of Bessemer: a child begins with it."""
     from bessemer.core.environment import set_environment
 

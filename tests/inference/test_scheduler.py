@@ -173,6 +173,18 @@ def test_a_fork_shares_the_prompt_and_copies_the_block_that_it_writes():
     assert parent.tables[0][0] == child.tables[0][0]
 
 
+def test_where_no_block_is_left_for_the_copy_the_fork_gives_way():
+    scheduler = scheduler_of(3)
+    parent, child = sequence_of(7, answer=2, identity=1), sequence_of(7, answer=2, identity=2)
+    child.tokens = list(parent.tokens)
+    scheduler.enqueue(parent)
+    step(scheduler)
+    scheduler.fork(parent, child)
+    scheduler.groups[0].pool.allocate()
+    output = scheduler.schedule()
+    assert (shape(output), output.preempted, output.copies) == ([(1, 7, 1, 0)], [child], [])
+
+
 def test_a_windowed_group_frees_blocks_that_no_query_sees():
     scheduler = scheduler_of(16, 16, windows=(None, 5), share_prefixes=False)
     sequence = sequence_of(4, answer=20)
@@ -229,11 +241,30 @@ def test_none_waits_for_what_was_computed_and_is_found_no_more():
     assert shape(step(scheduler)) == [(1, 26, 12, 0), (2, 0, 14, 0)]
 
 
+def test_none_waits_for_one_whose_prompt_is_computed():
+    scheduler = scheduler_of(64)
+    scheduler.enqueue(sequence_of([*range(7)], identity=1))
+    step(scheduler)
+    # its next token fills the block that both share
+    scheduler.enqueue(sequence_of([*range(8), *range(50, 54)], identity=2))
+    assert shape(step(scheduler)) == [(1, 7, 1, 0), (2, 4, 8, 0)]
+
+
 def test_none_waits_for_a_beginning_shorter_than_what_it_computes_itself():
     scheduler = scheduler_of(64)
     scheduler.enqueue(sequence_of([*range(8), *range(50, 62)], identity=1))
     scheduler.enqueue(sequence_of([*range(8), *range(80, 92)], identity=2))
     assert shape(step(scheduler)) == [(1, 0, 20, 0), (2, 0, 20, 0)]
+
+
+def test_one_whose_beginning_is_found_waits_for_half_of_what_it_still_lacks():
+    scheduler = scheduler_of(64)
+    run(scheduler, sequence_of(8, answer=1))
+    scheduler.enqueue(sequence_of([*range(28)], identity=1))
+    # 8 tokens are found, and of the 15 that it lacks the first computes 8
+    scheduler.enqueue(sequence_of([*range(16), *range(50, 57)], identity=2))
+    assert shape(step(scheduler)) == [(1, 8, 20, 0)]
+    assert shape(step(scheduler)) == [(1, 28, 1, 0), (2, 16, 7, 0)]
 
 
 def test_a_fork_that_finds_no_place_waits_and_finds_its_parents_blocks():
@@ -324,6 +355,13 @@ def test_a_hit_in_a_windowed_group_needs_only_the_blocks_that_the_window_sees():
     assert not set(taken) & set(again.tables[1])
 
 
+def test_what_follows_a_hit_is_read_as_far_as_the_blocks_of_a_window_reach():
+    scheduler = scheduler_of(64, 8, windows=(None, 5))
+    run(scheduler, sequence_of(32, answer=2))
+    scheduler.enqueue(sequence_of(92))
+    assert [shape(step(scheduler)) for _ in range(3)] == [[(0, 32, 28, 0)], [(0, 60, 28, 0)], [(0, 88, 4, 0)]]
+
+
 def test_a_more_urgent_request_takes_the_place_of_a_less_urgent_one():
     scheduler = scheduler_of(64, max_num_seqs=1)
     patient, urgent = sequence_of(6, identity=1, priority=1), sequence_of(6, identity=2)
@@ -337,6 +375,19 @@ def test_a_more_urgent_request_takes_the_place_of_a_less_urgent_one():
         step(scheduler)
     step(scheduler)
     assert patient.status == "running"
+
+
+def test_none_may_begin_where_none_waits_or_all_places_are_taken_by_equals():
+    scheduler = scheduler_of(16, max_num_seqs=1)
+    assert not scheduler.may_admit
+    scheduler.enqueue(sequence_of(4, identity=1))
+    assert scheduler.may_admit
+    step(scheduler)
+    assert not scheduler.may_admit
+    scheduler.enqueue(sequence_of(4, identity=2))
+    assert not scheduler.may_admit
+    scheduler.enqueue(sequence_of(4, identity=3, priority=-1))
+    assert scheduler.may_admit
 
 
 def test_among_equals_nobody_is_preempted_for_a_place():

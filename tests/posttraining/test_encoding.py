@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from bessemer.core.errors import RequestError
-from bessemer.posttraining.data.encoding import encode_answer, encode_prompt
+from bessemer.posttraining.data.encoding import Encoded, encode_answer, encode_prompt
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.posttraining.test_formats import said
 
@@ -41,6 +41,19 @@ def test_of_texts_the_continuation_and_the_end_are_learnt(tokenizer):
         == tokenizer.encode("The sky is")
         == encode_prompt("The sky is", tokenizer)
     )
+
+
+def test_windows_hold_every_target_once():
+    encoded = Encoded(np.arange(10, 15), np.ones(5, dtype=bool))
+    assert [window.ids.tolist() for window in encoded.windows(2)] == [[10, 11, 12], [12, 13, 14]]
+    alone = Encoded(np.array([10]), np.array([True]))
+    assert [window.ids.tolist() for window in alone.windows(1)] == [[10]]
+
+
+def test_the_beginning_has_as_many_targets_as_inputs():
+    encoded = Encoded(np.arange(10, 17), np.array([False, False, True, True, False, True, True]))
+    ids, targets = encoded.beginning(4)
+    assert (ids.tolist(), targets.tolist()) == ([10, 11, 12, 13], [-100, 12, 13, -100])
 
 
 MARKED = (

@@ -8,10 +8,18 @@ from torch.nn.functional import cross_entropy
 from bessemer.core.errors import SourceError
 from bessemer.model.storage.folder import load_model
 from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.packing import HeldOutBatches, PackedBatches, encode_conversation, pack_conversations
+from bessemer.posttraining.data.formats import Answered, Labelled
+from bessemer.posttraining.data.packing import (
+    HeldOutBatches,
+    PackedBatches,
+    encode_conversation,
+    pack_answers,
+    pack_conversations,
+)
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.objectives import next_token_loss
+from tests.posttraining.test_formats import said
 
 
 def conversation(question, *answers):
@@ -88,6 +96,17 @@ def test_one_longer_than_a_row_is_left_out_and_counted(tokenizer):
         "  1 of 2 conversations are left out: longer than 128 tokens (truncate: drop)"
     ]
     assert pack_conversations([long], tokenizer, 96).rows == 0
+
+
+def test_a_judged_answer_longer_than_a_row_is_left_out_and_the_others_are_packed(tokenizer):
+    words = ("Me.", "word " * 200, "You.")
+    examples = [
+        Labelled(Answered((said("user", "Who? " * (number + 1)),), (said("assistant", answer),)), number == 0)
+        for number, answer in enumerate(words)
+    ]
+    packed = pack_answers(examples, tokenizer, 128)
+    assert (packed.answers, packed.counts.too_long, packed.counts.left_out) == (2, 1, 1)
+    assert packed.batch.per_sequence["is_desirable"].sum() == 1
 
 
 def test_longer_ones_are_refused_with_their_number_and_the_longest_where_the_rule_says_so(tokenizer):

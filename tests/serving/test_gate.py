@@ -16,12 +16,13 @@ from queue import SimpleQueue
 import httpx
 import pytest
 
+from bessemer.assistant.conversation import LOCAL
 from bessemer.model.adapters.folder import ADAPTER_CONFIG, read_adapter, write_adapter
 from bessemer.serving import server as connections
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.runtime import gate
-from bessemer.serving.runtime.clients import KeyRecord, hash_key, write_keys
+from bessemer.serving.runtime.clients import Client, KeyRecord, hash_key, write_keys
 from bessemer.serving.runtime.gate import PUBLIC, Gate
 from bessemer.serving.server import open_many_files
 from tests.model.random_adapters import random_adapter
@@ -98,6 +99,25 @@ def test_the_gate_itself_takes_several_hosts_for_none():
 
     assert asyncio.run(answered([b"localhost"])) == 200
     assert [asyncio.run(answered(hosts)) for hosts in ([b"localhost", b"evil"], [b""], [])] == [400] * 3
+
+
+def test_a_message_that_promises_no_more_ends_the_body_and_its_time():
+    async def read():
+        waiting = [{"type": "http.request", "body": b"all"}]
+
+        async def receive():
+            if waiting:
+                return waiting.pop()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        # no time is left for a second part
+        reader = gate._BodyReader(receive, Client(LOCAL), most_bytes=10, seconds=0, bodies=gate._Bodies(10))
+        return [await reader.receive() for _ in range(2)]
+
+    body, end = asyncio.run(read())
+    assert (body["body"], end["type"]) == (b"all", "http.disconnect")
 
 
 def test_only_pages_of_this_server_and_of_origins_that_are_let_in_may_use_it(start):

@@ -8,6 +8,7 @@ import stat
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Allowance, KeyRecord, Keys, hash_key, read_keys, write_keys
 from tests.cli.test_main import bessemer
 
@@ -27,6 +28,23 @@ def test_an_allowance_refills_evenly_and_may_be_overdrawn_once():
     assert allowance.wait == 0, "a minute's worth is the most that is saved up"
     allowance.spend(1)
     assert allowance.wait > 0
+
+
+def test_a_request_takes_one_of_its_minute():
+    client = KeyRecord(name="ann", hash=hash_key("ann"), requests_per_minute=2).client()
+    client.take_request()
+    client.take_request()
+    with pytest.raises(ApiError, match="may use 2 requests a minute; try again in 30 s") as refused:
+        client.take_request()
+    assert refused.value.status == 429 and refused.value.headers["Retry-After"] == "30"
+
+
+@pytest.mark.parametrize("name", ["requests_per_minute", "tokens_per_minute"])
+def test_one_a_minute_is_the_least(name):
+    values = {"name": "ann", "hash": hash_key("ann")}
+    assert getattr(KeyRecord.parse(values | {name: 1}, "key"), name) == 1
+    with pytest.raises(ConfigError, match=name):
+        KeyRecord.parse(values | {name: 0}, "key")
 
 
 def test_the_file_holds_hashes_and_is_its_owners_alone(tmp_path, capsys):

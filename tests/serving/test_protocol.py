@@ -7,10 +7,13 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from bessemer.inference.sampling.sampler import SamplingParams
+from bessemer.serving.config import METADATA
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
-from bessemer.serving.runtime.bodies import ApiError, read_request
+from bessemer.serving.responses.protocol import ResponsesRequest
+from bessemer.serving.runtime.bodies import ApiError, few_pairs, read_request
 
 TOOL = {"type": "function", "function": {"name": "add"}}
 USER = {"role": "user", "content": "hi"}
@@ -266,6 +269,35 @@ def test_other_prompts_are_refused(given):
     with pytest.raises(ApiError) as caught:
         complete(prompt=given)
     assert (caught.value.status, caught.value.parameter) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("request_of", "given"), [(ChatRequest, {"messages": [1] * 5}), (CompletionRequest, {"prompt": "a", "stop": [1] * 5})]
+)
+def test_the_check_of_a_list_ends_at_its_first_wrong_item(request_of, given):
+    with pytest.raises(ValidationError) as refused:
+        request_of.model_validate({"model": "m"} | given)
+    assert refused.value.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("request_of", "given", "parameter"),
+    [
+        (CompletionRequest, {"prompt": "a", "stop": ["a", 5]}, "stop[1]"),
+        (ResponsesRequest, {"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
+    ],
+)
+def test_of_what_may_be_a_text_or_a_list_the_deepest_problem_is_named(request_of, given, parameter):
+    with pytest.raises(ApiError) as refused:
+        read_request(request_of, json.dumps({"model": "m"} | given).encode())
+    assert refused.value.parameter == parameter
+
+
+def test_as_many_pairs_of_metadata_as_are_kept_are_taken():
+    pairs = {f"x{place}": "x" for place in range(METADATA.most)}
+    assert few_pairs(pairs) == pairs
+    with pytest.raises(ValueError, match=f"it has {METADATA.most + 1} pairs"):
+        few_pairs(pairs | {"more": "x"})
 
 
 def test_a_completion_of_no_token_is_asked_for_with_its_echo():

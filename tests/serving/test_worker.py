@@ -278,6 +278,22 @@ def test_a_wait_ends_with_its_time_with_its_client_and_with_the_server():
     assert (worker.requests, worker.completions) == (0, 0)
 
 
+def test_places_handed_on_to_one_that_the_stopping_server_refuses_are_given_back():
+    worker = Worker(FakeEngine(max_num_seqs=2), max_waiting=0, queue=QueueLimits(3, 10))
+
+    async def asked():
+        with worker.admit(2):
+            waiting = asyncio.create_task(worker.place(2, Caller(Client(LOCAL))))
+            await asyncio.sleep(0)
+        assert (worker.requests, worker.completions) == (1, 2)
+        worker.is_draining = True
+        with pytest.raises(ApiError, match="the server is stopping"):
+            await waiting
+
+    asyncio.run(asked())
+    assert (worker.requests, worker.completions) == (0, 0)
+
+
 def test_what_waits_for_a_slow_reader_comes_in_parts_between_which_others_have_their_turn():
     engine = FakeEngine(lambda _: iter("x" * 500), context_length=1000)
     worker = Worker(engine, max_waiting=0)

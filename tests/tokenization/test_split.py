@@ -145,6 +145,8 @@ def cut(pattern, behavior="Isolated", invert=False):
         (None, None),
         (BYTES_ONLY, None),  # no cut at all
         ({**BYTE_LEVEL, "add_prefix_space": True}, None),
+        ({"type": "ByteLevel"}, None),  # a space is put before the text where nothing else is said
+        ({"type": "ByteLevel", "add_prefix_space": False}, "gpt-2"),  # and its regex is used
         (sequence(cut(SPLIT_REGEXES["qwen2"]), BYTE_LEVEL), None),  # cuts twice
         (sequence({**DIGITS, "individual_digits": False}, BYTE_LEVEL), None),
         (sequence(cut(r"\p{N}", "Removed", invert=True), BYTE_LEVEL), None),

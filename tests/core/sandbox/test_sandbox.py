@@ -14,6 +14,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.sandbox import Limits, Program, Sandbox, SandboxError, Tier, sandbox, strongest_tier
+from bessemer.core.sandbox.resources import folder_bytes
 from bessemer.core.sandbox.tiers import GAPS, gaps
 
 ROOT = Path(__file__).parents[3]
@@ -219,3 +220,13 @@ def test_doctor_names_the_tier(monkeypatch):
     assert name == "sandbox"
     assert finding.startswith(tier or "none")
     assert (mark == "ok") == (tier in (Tier.NAMESPACES, Tier.LANDLOCK))
+
+
+def test_a_folders_bytes_are_counted_until_they_are_more_than_asked_for(tmp_path):
+    (tmp_path / "below").mkdir()
+    for path in (tmp_path / "first", tmp_path / "below" / "second"):
+        path.write_bytes(bytes(10_000))
+    first, second = (path.stat().st_blocks * 512 for path in (tmp_path / "first", tmp_path / "below" / "second"))
+    assert folder_bytes(tmp_path, most=first) == first + second
+    assert folder_bytes(tmp_path, most=first - 1) == first
+    assert folder_bytes(tmp_path / "gone", most=first) == 0

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.deduplication.minhash import Orders, band_keys, jaccard, shingle_sets
+from bessemer.data.deduplication import near
+from bessemer.data.deduplication.minhash import Orders, _mixed, band_keys, jaccard, shingle_sets
 from bessemer.data.deduplication.near import near_duplicates
 from bessemer.data.text.texts import Texts
 from tests.cases import slow_but
@@ -156,6 +157,18 @@ def test_in_a_crowd_on_one_template_pairs_are_found_at_a_limited_number_of_compa
     assert found.compared < 30 * len(texts)
 
 
+@pytest.mark.parametrize("sorted_at_a_time", [500, near._SHINGLES_SORTED])
+def test_of_a_crowd_those_are_compared_that_share_a_rare_shingle(tmp_path, monkeypatch, sorted_at_a_time):
+    monkeypatch.setattr(near, "_LEADERS", 0)  # all candidates are a crowd
+    monkeypatch.setattr(near, "_SHINGLES_SORTED", sorted_at_a_time)
+    rng = random.Random(8)
+    texts = [text for _ in range(40) for text in pair_at(0.95, 80, rng)]
+    found = near_duplicates(corpus_of(texts), tmp_path)
+    assert found.candidates == 80
+    assert sorted(dropped(found.duplicates, texts)) == list(range(1, 80, 2))
+    assert found.compared == 40
+
+
 def test_without_verification_candidates_are_enough(tmp_path):
     rng = random.Random(4)
     texts = [text for _ in range(300) for text in pair_at(0.7, 80, rng)]
@@ -205,3 +218,11 @@ def test_a_text_longer_than_a_block_has_the_shingles_of_the_whole():
     text = " ".join(spelled(range(10_000)))
     sets, _ = shingle_sets(Texts.of([text, "", text]), np.array([2, 1]), 5)
     assert len(sets) == len(reference.shingles(text, 5))
+
+
+def test_the_random_orders_are_those_of_splitmix64_and_never_change():
+    # the first numbers for the seed 0, as Steele, Lea and Flood's generator gives them elsewhere
+    assert [_mixed(count) for count in (1, 2, 3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    orders = Orders.of(2, 2)
+    assert orders.masks.tolist() == [4155453432, 2476228679, 2368888215, 122960618]
+    assert orders.multipliers.tolist() == [2280653483, 402568115, 90711, 1079954797]

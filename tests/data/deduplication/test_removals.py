@@ -139,6 +139,16 @@ def test_a_line_stays_in_the_smallest_id_alone(tmp_path_factory, documents, batc
             assert text == texts[number]
 
 
+def test_each_batch_has_the_spans_of_its_own_documents(tmp_path):
+    texts = {number: "\n".join(f"{LINES[line]}\nown {line}{number}" for line in range(number % 3, 4)) for number in range(7)}
+    cuts = repeated_lines(corpus_of(texts), tmp_path, least_words_left=0)
+    whole = applied(cuts, texts)
+    assert cuts.spans == 3 + 2 + 4 + 3 + 2 + 4
+    assert whole[5] == ("own 25\nown 35", None)
+    for batch in ([1, 2], [5, 3], [2, 4, 6]):
+        assert applied(cuts, {number: texts[number] for number in batch}) == {number: whole[number] for number in batch}
+
+
 def test_a_document_with_too_little_left_is_dropped_and_shown_as_it_was(tmp_path):
     texts = [LINES[0] + "\nand this one has more to say", LINES[0] + "\nshort"]
     cuts = repeated_lines(corpus_of(texts), tmp_path, least_words_left=2)
