@@ -108,13 +108,14 @@ def test_a_cell_shows_its_value_in_the_form_of_its_column(value, form, shown):
 
 
 def test_what_is_saved_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(Path(recording.__file__).with_name("casting.py")), "--rounds", "3"])
+    program, model = Path(recording.__file__).with_name("casting.py"), tmp_path / "small.gguf"
+    monkeypatch.setattr(sys, "argv", [str(program), "--rounds", "3", str(model), f"small={model}"])
     table = recording.table([("ratio", ".1f")], [[1.5]])
     path = recording.save("casting", {"ratio": 1.5}, tables={"ratios": table}, peers=["pytest"], folder=tmp_path)
     found = recording.load("casting", tmp_path)
     assert path == tmp_path / "casting.json"
     assert (found["figures"], found["tables"]) == ({"ratio": 1.5}, {"ratios": table})
-    assert found["command"] == "python benchmarks/casting.py --rounds 3"
+    assert found["command"] == "python benchmarks/casting.py --rounds 3 small.gguf small=small.gguf"
     assert found["peers"] == {"pytest": pytest.__version__}
 
 
