@@ -69,7 +69,7 @@ def save(
             [
                 "python",
                 Path(sys.argv[0]).resolve().relative_to(_ROOT).as_posix(),
-                *(Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]),
+                *map(without_folder, sys.argv[1:]),
             ]
         ),
         "measured": datetime.date.today().isoformat(),
@@ -161,6 +161,14 @@ def _git(*arguments: str, repository: Path = _ROOT) -> str | None:
     except OSError:
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+def without_folder(argument: str) -> str:
+    """An argument of a command without the folders of an absolute path, also as NAME=PATH: they are of one machine."""
+    name, mark, value = argument.partition("=")
+    if mark and Path(value).is_absolute():
+        return f"{name}={Path(value).name}"
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:

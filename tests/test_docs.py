@@ -43,12 +43,16 @@ def few_python_docs(monkeypatch):
 LONG = {
     ROOT / "docs" / name
     for name in (
+        "comparing.md",
+        "constitution.md",
+        "corpus.md",
         "distillation.md",
         "quantisation.md",
         "reasoning.md",
         "retrieval.md",
         "rl.md",
         "rollout-servers.md",
+        "scores.md",
         "trainer.md",
     )
 }

@@ -151,8 +151,10 @@ def test_a_real_model_is_asked_its_head_written_and_read_and_that_of_another_mod
     ]
     build_index(documents, tmp_path / "i", IndexConfig(embedder="none"))
     model, out, index = str(tmp_path / "engine" / "model"), tmp_path / "head.json", str(tmp_path / "i")
-    code, printed, _ = run(capsys, "entailment", index, model, str(out), "--passages", "16", "--device", "cpu")
+    code, printed, noted = run(capsys, "entailment", index, model, str(out), "--passages", "16", "--device", "cpu")
     assert code == 0 and "calibrated on" in printed
+    # random weights have no opinion, which is said
+    assert "half is chance" in printed and "this head is of no use" in noted
     head = load_head(out)
     again = train_head(open_index(tmp_path / "i"), engine, model, passages=16)
     assert head.model == model and head.probes == pytest.approx(again.probes) and head.made == again.made

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import anthropic
 import httpx
@@ -80,7 +81,7 @@ def test_stream_is_events_that_end_in_done(start):
 
 
 def test_who_speaks_in_a_chat_is_told_with_a_choices_first_token():
-    reply = ChatReply(ChatRequest.model_validate(body(n=2)), ByteTokenizer(), None)
+    reply = ChatReply(ChatRequest.model_validate(body(n=2)), ByteTokenizer(), SimpleNamespace(summarised=None))
     # half a character shows no text yet, and is a token all the same
     steps = [reply.events([ChoiceEvents(*one, ())]) for one in ((1, []), (1, [TextDelta("é")]), (0, [TextDelta("a")]))]
     choices = [[json.loads(event.removeprefix("data: "))["choices"][0] for event in step.split("\n\n")[:-1]] for step in steps]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 #: Files named by the end of `bessemer index` that could not be read.
 _MOST_LOSSES = 20
+
+#: How often a model is to put a true statement above a false one, below which its head is of no use.
+_LEAST_TOLD_APART = 0.7
 
 Index = Annotated[
     str,
@@ -352,6 +356,10 @@ def entailment(
         head = train_head(open_index(local_index(place)), engine, model, passages=passages, seed=seed)
     head.save(out)
     print(f"{out}: fitted on {head.made['pairs']:,} pairs, calibrated on {head.made['calibrated_on']:,} written by hand")
+    told_apart = head.made["told_apart"]
+    print(f"{model} puts a true statement above a false one in {told_apart:.0%} of the written ones; half is chance")
+    if told_apart < _LEAST_TOLD_APART:
+        print(f"note: {model} does not tell them apart, so this head is of no use; take a larger model", file=sys.stderr)
 
 
 def memory(

@@ -344,10 +344,6 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
         """The completion of a request that is done, as `completion_of`."""
         return completion_of(request, params)
 
-    def lens_logits(self, states_TD: torch.Tensor) -> torch.Tensor:
-        """Logits that the last norm and the head make of captured hidden states, (T, V) float32. Any thread may ask."""
-        return self.core.runner.lens_logits(states_TD)
-
     # -- inside
 
     def _beam_search(

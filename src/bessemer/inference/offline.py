@@ -234,6 +234,10 @@ class Reading(ABC):
         states = [captured.states[last] for captured in self.capture(prompts, capture, adapter=adapter)]
         return embeddings(states, self._last_norm if layer is None else None, normalise=normalise)
 
+    def lens_logits(self, states_TD: Tensor) -> Tensor:
+        """Logits that the last norm and the head make of captured hidden states, (T, V) float32. Any thread may ask."""
+        return self.core.runner.lens_logits(states_TD)
+
     def _last_norm(self, states_PD: Tensor) -> Tensor:
         normed_PD: Tensor = self.model.norm(states_PD.to(self.model.device, self.model.dtype))
         return normed_PD.float()
