@@ -241,13 +241,13 @@ def test_none_waits_for_what_was_computed_and_is_found_no_more():
     assert shape(step(scheduler)) == [(1, 26, 12, 0), (2, 0, 14, 0)]
 
 
-def test_none_waits_for_one_whose_prompt_is_computed():
-    scheduler = scheduler_of(64)
-    scheduler.enqueue(sequence_of([*range(7)], identity=1))
-    step(scheduler)
-    # its next token fills the block that both share
+def test_none_waits_for_one_whose_prompt_lacks_a_single_token():
+    scheduler = scheduler_of(64, max_num_batched_tokens=7, max_num_seqs=2)
+    scheduler.enqueue(sequence_of([*range(8)], identity=1))
+    assert shape(step(scheduler)) == [(1, 0, 7, 0)]
+    # its last token fills the block that both share
     scheduler.enqueue(sequence_of([*range(8), *range(50, 54)], identity=2))
-    assert shape(step(scheduler)) == [(1, 7, 1, 0), (2, 4, 8, 0)]
+    assert shape(step(scheduler)) == [(1, 7, 1, 0), (2, 4, 6, 0)]
 
 
 def test_none_waits_for_a_beginning_shorter_than_what_it_computes_itself():
