@@ -61,14 +61,14 @@ def test_markdown_formulas_and_code_are_drawn_and_nothing_of_them_runs(page, sta
         "https://example.org/x.png",
     ]
     assert shown.locator("img, script, b").count() == 0 and "<script>alert(1)</script>" in shown.inner_text()
-    page.wait_for_function("document.fonts.check('12px KaTeX_Main')")
+    page.wait_for_function("() => document.fonts.check('12px KaTeX_Main')")
     whole = shown.inner_html()
     page.reload()
     page.wait_for_selector("pre code .hljs-keyword")
     page.wait_for_selector(".formula.display .katex-html")
     assert page.locator("article.assistant > .text").inner_html() == whole
     # what was drawn to warm up is gone
-    page.wait_for_function("!document.querySelector('#scroll > .text')")
+    page.wait_for_function("() => !document.querySelector('#scroll > .text')")
 
 
 def test_code_is_coloured_as_it_is_written_and_unknown_languages_are_left(page, start):
@@ -78,7 +78,7 @@ def test_code_is_coloured_as_it_is_written_and_unknown_languages_are_left(page, 
     page.evaluate("document.querySelector('[name=max_tokens]').value = ''")
     ask(page, "show")
     page.wait_for_selector("article.assistant:not(.working)")
-    page.wait_for_function("document.querySelectorAll('pre code .hljs-keyword').length === 3")
+    page.wait_for_function("() => document.querySelectorAll('pre code .hljs-keyword').length === 3")
     assert page.locator("pre code").all_text_contents() == [code, "for x", "return 1"]
     assert page.locator("pre code .hljs-string").all_text_contents() == ["'<b>&amp;'"]
     assert page.locator("figure.code >> nth=1 >> css=span.hljs-keyword").count() == 0
