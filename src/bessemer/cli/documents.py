@@ -40,7 +40,7 @@ Section = Annotated[
     int,
     typer.Option(
         metavar="CHARACTERS",
-        help="Take the section in which a passage stands in place of it, where that has at most so many characters; of a "
+        help="Take the section in which a passage stands in place of it, where that has at most that many characters; of a "
         "longer one the passages around it. 0: passages alone.",
         min=0,
         max=100_000,

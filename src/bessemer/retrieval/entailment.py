@@ -75,7 +75,7 @@ class Opinions:
 
 
 def _around(sentence: str, source: str, most: int) -> str:
-    """At most so many characters of a source, around the sentence of it that is nearest to another one."""
+    """Up to `most` characters of a source, around the sentence of it that is nearest to another one."""
     if len(source) <= most:
         return source
     middle = sum(nearest_sentence(sentence, source)) // 2
@@ -193,7 +193,7 @@ def load_head(path: Path) -> EntailmentHead:
 
 
 def train_head(index: OpenIndex, engine: Engine, name: str, *, passages: int = 100, seed: int = 0) -> EntailmentHead:
-    """A head for a model, fitted on pairs of at most so many passages of an index. name: by which the model is opened again.
+    """A head for a model, fitted on pairs of up to `passages` passages of an index. name: by which the model is opened again.
     Its `made` says how often the opinion of a written statement that is borne out is above that of one that is not
     (`told_apart`): 0.5 is chance. Raises ArtefactError for an index with too few sentences."""
     pairs, opinions = [pair for _, pair in make_pairs(index, passages, seed)], Opinions(engine)

@@ -136,7 +136,7 @@ def _with_short_texts(start: Sequence[Message], kept: Sequence[Message], measure
 def _summary(
     passages: Sequence[TextPassage], instruction: str, part: MessagePart, most: int, measure: Measure
 ) -> Generator[SummaryRequest, str, MessagePart]:
-    """A summary of at most so many tokens, as a part of the origin and source of `part`; without text where the context does
+    """A summary of up to that many tokens, as a part of the origin and source of `part`; without text where the context does
     not hold an instruction with enough of it."""
 
     def request(text: str, most: int) -> SummaryRequest:
@@ -161,7 +161,7 @@ def _summary(
 
 
 def _pieces(passages: Sequence[TextPassage], room: int, measure: Measure) -> list[str]:
-    """Texts of passages, each of at most so many tokens, as few as fit in their order."""
+    """Texts of passages, each of up to that many tokens, as few as fit in their order."""
     pieces: list[str] = []
     current: list[TextPassage] = []
     used = 0

@@ -26,7 +26,7 @@ class BessemerRetriever:
         section: int = 0,
     ) -> None:
         """index: an open index, or its folder. where: the documents that are searched, and on whose behalf. neighbours:
-        passages before and after each hit that are added to it. section: each hit is its section, of at most so many
+        passages before and after each hit that are added to it. section: each hit is its section, of up to this many
         characters. Raises ArtefactError as `open_index`."""
         self._index = opened(index)
         self._settings: dict[str, Any] = {"top_k": top_k, "mode": mode, "neighbours": neighbours, "section": section}

@@ -20,7 +20,7 @@ class BessemerRetriever(BaseRetriever):
 
     index: an open index, or its folder. k: passages, which `invoke(query, k=3)` overrides. where: the documents that are
     searched, and on whose behalf. neighbours: passages before and after each hit that are added to it. section: each hit is its
-    section, of at most so many characters.
+    section, of up to this many characters.
     """
 
     index: Any

@@ -30,7 +30,7 @@ class BessemerRetriever(BaseRetriever):
         **settings: Any,
     ) -> None:
         """index: an open index, or its folder. where: the documents that are searched, and on whose behalf. neighbours:
-        passages before and after each hit that are added to it. section: each hit is its section, of at most so many
+        passages before and after each hit that are added to it. section: each hit is its section, of up to this many
         characters. settings: of LlamaIndex's base class. Raises ArtefactError as `open_index`."""
         super().__init__(**settings)
         self._index = opened(index)

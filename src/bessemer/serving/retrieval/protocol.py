@@ -98,7 +98,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 class RetrievalRequest(Body):
     """The field `retrieval` of a chat: what the answer is drawn from. query: in place of the user's last message.
-    section_characters: the sources are whole sections of at most so many; 0: passages."""
+    section_characters: the sources are whole sections of up to this many characters; 0: passages."""
 
     vector_store_ids: _Stores | None = None
     query: str | None = None
