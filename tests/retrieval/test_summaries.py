@@ -13,13 +13,13 @@ QUESTION = "And what is the third rule?"
 FRAME = 20
 
 
-def measure(room, context=None):
+def measure(budget, context=None):
     """A measure whose tokens are characters."""
 
     def of_messages(messages):
         return sum(len(message.text) + FRAME for message in messages)
 
-    return Measure(of_messages, lambda message: of_messages([message]), len, room, context or 2 * room)
+    return Measure(of_messages, lambda message: of_messages([message]), len, budget, context or 2 * budget)
 
 
 def run(work, write):
@@ -101,8 +101,8 @@ def test_what_fits_has_pictures_or_leaves_no_room_stays_as_it_is_and_nothing_is_
     picture = Message("user", (MessagePart("", "user", is_image=True), MessagePart("What? " * 400, "user")))
     instructions = [Message.system("Rule. " * 400), Message.user(QUESTION)]
     long_question = [Message.user("word " * 3000)]
-    for messages, room in ((short, 100), ([picture], 500), (instructions, 500), ([*TURNS, *short], 60)):
-        assert run(summarised(messages, measure(room)), numbered) == (messages, [])
+    for messages, budget in ((short, 100), ([picture], 500), (instructions, 500), ([*TURNS, *short], 60)):
+        assert run(summarised(messages, measure(budget)), numbered) == (messages, [])
     # one paragraph without an end is cut all the same
     made, asked = run(summarised(long_question, measure(2000)), numbered)
     assert measure(2000).of_messages(made) <= 2000 and asked
@@ -123,16 +123,16 @@ def test_a_summary_that_is_empty_or_too_long_or_breaks_off_is_made_to_fit():
 
 @given(
     texts=st.lists(st.text(alphabet="ab c.\n#?|é雪", max_size=900), min_size=1, max_size=8),
-    room=st.integers(80, 1500),
+    budget=st.integers(80, 1500),
     written=st.text(alphabet="ab .\n", max_size=700),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_conversation_ends_and_keeps_its_last_question_or_is_left_as_it_was(texts, room, written):
+def test_any_conversation_ends_and_keeps_its_last_question_or_is_left_as_it_was(texts, budget, written):
     roles = [Message.user, Message.assistant]
     messages = [roles[number % 2](text) for number, text in enumerate(texts)]
-    own = measure(room)
+    own = measure(budget)
     made, asked = run(summarised(messages, own), lambda request: written)
     assert len(asked) < 200 and all(own.of_request(one.message) + one.most_tokens <= own.context for one in asked)
     assert made == messages or len(made) <= len(messages)
-    if own.of_messages(messages) <= room:
+    if own.of_messages(messages) <= budget:
         assert made == messages and not asked

@@ -19,7 +19,7 @@ from bessemer.assistant.messages import Message, MessagePart
 from bessemer.retrieval.chunks import cut_document, sentences
 from bessemer.retrieval.long_documents import LONG_TEXT, Place, TextPassage, asking_passages, passages_of_text, with_texts
 
-#: Most tokens of a summary, its largest share of the room, and the fewest with which one says something.
+#: Most tokens of a summary, its largest share of the budget, and the fewest with which one says something.
 _MOST, _SHARE, _FEWEST = 512, 6, 24
 #: Tokens that an instruction's pieces are counted too few by: blanks between them.
 _SLACK = 16
@@ -46,13 +46,13 @@ class SummaryRequest(NamedTuple):
 @dataclass(frozen=True)
 class Measure:
     """How long things are. of_messages: tokens of the conversation as the model reads it, with its tools and a source, up to
-    where it answers; of_request: of a message alone; of_text: of a text. room: most tokens of the conversation; context: most
+    where it answers; of_request: of a message alone; of_text: of a text. budget: most tokens of the conversation; context: most
     of a request and its answer."""
 
     of_messages: Callable[[Sequence[Message]], int]
     of_request: Callable[[Message], int]
     of_text: Callable[[str], int]
-    room: int
+    budget: int
     context: int
 
 
@@ -65,17 +65,17 @@ def summarised(messages: Sequence[Message], measure: Measure) -> Summarising:
     places a summary would lose, and where no summary would do."""
     asked = max((number for number, message in enumerate(messages) if message.role == "user"), default=-1)
     has_pictures = any(part.is_image for message in messages for part in message.parts)
-    if asked < 0 or has_pictures or measure.of_messages(messages) <= measure.room:
+    if asked < 0 or has_pictures or measure.of_messages(messages) <= measure.budget:
         return list(messages)
     begin = next(number for number, message in enumerate(messages) if message.role != "system")
-    most = min(_MOST, measure.room // _SHARE)
+    most = min(_MOST, measure.budget // _SHARE)
     start, later = messages[:begin], messages[begin:]
     # a turn begins with a user's message, and its calls and their results stay together
     places = [number for number, message in enumerate(later) if message.role == "user" and number > 0]
     first = asked - begin
     for number in reversed(places):
         frame = _below_summary(later[number], "", ABOVE_TURNS)
-        if measure.of_messages([*start, frame, *later[number + 1 :]]) + most + _SLACK > measure.room:
+        if measure.of_messages([*start, frame, *later[number + 1 :]]) + most + _SLACK > measure.budget:
             break
         first = number
     kept = list(later[first:])
@@ -84,7 +84,7 @@ def summarised(messages: Sequence[Message], measure: Measure) -> Summarising:
         if not summary.text:
             return list(messages)
         kept[0] = _below_summary(kept[0], summary.text, ABOVE_TURNS, summary)
-    if measure.of_messages([*start, *kept]) > measure.room:
+    if measure.of_messages([*start, *kept]) > measure.budget:
         kept = yield from _with_short_texts(start, kept, measure)
     return [*start, *kept]
 
@@ -113,7 +113,7 @@ def _with_short_texts(start: Sequence[Message], kept: Sequence[Message], measure
             texts[place] = "\n\n".join([*before, body, *behind])
         return with_texts(kept, texts)
 
-    left = measure.room - measure.of_messages([*start, *with_bodies(dict.fromkeys(bodies, ABOVE_TEXT))]) - _SLACK
+    left = measure.budget - measure.of_messages([*start, *with_bodies(dict.fromkeys(bodies, ABOVE_TEXT))]) - _SLACK
     lengths = sorted((measure.of_text(body), place) for place, body in bodies.items())
     short: dict[Place, str] = {}
     for number, (length, place) in enumerate(lengths):
@@ -121,7 +121,7 @@ def _with_short_texts(start: Sequence[Message], kept: Sequence[Message], measure
         if length <= share:
             short[place] = bodies[place]
         else:
-            most = min(_MOST, share, measure.room // _SHARE)
+            most = min(_MOST, share, measure.budget // _SHARE)
             if most < _FEWEST:
                 return list(kept)
             part = kept[place.message].parts[place.part]
@@ -143,10 +143,10 @@ def _summary(
         asked = MessagePart(instruction.format(words=max(10, most // 2)), "system")
         return SummaryRequest(Message("user", (asked, replace(part, text=text))), most)
 
-    room = measure.context - measure.of_request(request("", most).message) - most - _SLACK
-    if most < _FEWEST or room < 3 * most:
+    budget = measure.context - measure.of_request(request("", most).message) - most - _SLACK
+    if most < _FEWEST or budget < 3 * most:
         return replace(part, text="")
-    pieces = _pieces(passages, room, measure)
+    pieces = _pieces(passages, budget, measure)
     while True:
         texts = []
         for piece in pieces:
@@ -156,18 +156,18 @@ def _summary(
         if len(pieces) == 1 or measure.of_text(whole) <= most:
             break
         # at most half as many, since each holds two of these texts
-        pieces = _pieces([TextPassage((), text) for text in texts], room, measure)
+        pieces = _pieces([TextPassage((), text) for text in texts], budget, measure)
     return replace(part, text=_cut(whole, most, measure))
 
 
-def _pieces(passages: Sequence[TextPassage], room: int, measure: Measure) -> list[str]:
+def _pieces(passages: Sequence[TextPassage], budget: int, measure: Measure) -> list[str]:
     """Texts of passages, each of up to that many tokens, as few as fit in their order."""
     pieces: list[str] = []
     current: list[TextPassage] = []
     used = 0
-    for passage in _small(passages, room):
+    for passage in _small(passages, budget):
         tokens = measure.of_text(_joined([passage])) + 2
-        if current and used + tokens > room:
+        if current and used + tokens > budget:
             pieces.append(_joined(current))
             current, used = [], 0
         current.append(passage)
@@ -175,9 +175,9 @@ def _pieces(passages: Sequence[TextPassage], room: int, measure: Measure) -> lis
     return [*pieces, _joined(current)] if current else pieces
 
 
-def _small(passages: Sequence[TextPassage], room: int) -> list[TextPassage]:
+def _small(passages: Sequence[TextPassage], budget: int) -> list[TextPassage]:
     """The passages, long ones cut, so that each fits however many tokens its characters are."""
-    longest = max(1, room // (2 * _WIDEST))
+    longest = max(1, budget // (2 * _WIDEST))
     small: list[TextPassage] = []
     for passage in passages:
         if len(passage.text) <= longest and sum(map(len, passage.headings)) <= longest:

@@ -387,8 +387,8 @@ class Served:
                 messages = with_system_in_place(grounded(messages, narrow), tokenizer)
             return tokens_of(messages, tools)
 
-        room = longest - answer_tokens - (0 if answer_prefix is None else of_text(answer_prefix.text))
-        return Measure(of_messages, lambda message: tokens_of([message], None), of_text, room, longest)
+        budget = longest - answer_tokens - (0 if answer_prefix is None else of_text(answer_prefix.text))
+        return Measure(of_messages, lambda message: tokens_of([message], None), of_text, budget, longest)
 
     async def _summary(self, chat: Chat, request: SummaryRequest) -> str:
         """A summary by the model that answers, which hooks check as any answer. What was summarised before for the same client
