@@ -24,6 +24,7 @@ from bessemer.serving.config import ServingConfig
 from bessemer.serving.runtime import gate
 from bessemer.serving.runtime.clients import Client, KeyRecord, hash_key, write_keys
 from bessemer.serving.runtime.gate import PUBLIC, Gate
+from bessemer.serving.runtime.served import CLAMPED, DROPPED, SUMMARISED
 from bessemer.serving.server import open_many_files
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder
@@ -134,7 +135,8 @@ def test_only_pages_of_this_server_and_of_origins_that_are_let_in_may_use_it(sta
     preflight = httpx.options(url + "/v1/chat/completions", headers=asks)
     assert preflight.status_code == 204 and "POST" in preflight.headers["access-control-allow-methods"]
     assert "authorization" in preflight.headers["access-control-allow-headers"]
-    assert "x-request-id" in foreign.headers["access-control-expose-headers"]
+    exposed = foreign.headers["access-control-expose-headers"].split(", ")
+    assert {"x-request-id", CLAMPED, DROPPED, SUMMARISED} <= set(exposed)
     # as the official clients ask, with headers that describe them
     mine = "Authorization,x-stainless-os, anthropic-dangerous-direct-browser-access,not a name,é"
     preflight = httpx.options(url + "/v1/messages", headers={**asks, "Access-Control-Request-Headers": mine.encode("latin-1")})

@@ -37,7 +37,7 @@ _BEARER = re.compile(r"^bearer +", re.IGNORECASE)
 _USUAL_HEADERS = ("authorization", "content-type", "x-api-key", "anthropic-version", "anthropic-beta")
 _HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,100}")
 #: Headers of answers that these pages may read.
-_EXPOSED = "x-request-id, retry-after, x-max-tokens, x-dropped-tokens"
+_EXPOSED = "x-request-id, retry-after, x-max-tokens, x-dropped-tokens, x-summarised-tokens"
 
 #: Name of the logger of requests.
 REQUEST_LOG = "bessemer.requests"

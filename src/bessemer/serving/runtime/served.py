@@ -356,16 +356,16 @@ class Served:
         written: str | None = None
         while True:
             try:
-                request = await asyncio.to_thread(_next_request, work, written)
+                step = await asyncio.to_thread(_next_request, work, written)
             except RequestError:
                 return chat
-            if not isinstance(request, SummaryRequest):
+            if not isinstance(step, SummaryRequest):
                 break
-            written = await self._summary(chat, request)
-        if request == messages:
+            written = await self._summary(chat, step)
+        if step == messages:
             return chat
-        tokens, read = await asyncio.to_thread(lambda: (measure.of_messages(messages), measure.of_messages(request)))
-        summary = Summarised(request, tokens, read)
+        tokens, read = await asyncio.to_thread(lambda: (measure.of_messages(messages), measure.of_messages(step)))
+        summary = Summarised(step, tokens, read)
         chat.caller.headers[SUMMARISED] = str(tokens - read)
         return replace(chat, summarised=summary)
 
