@@ -30,7 +30,7 @@ from bessemer.retrieval.summaries import ABOVE_TURNS, Measure, summarised  # noq
 MEASURES = ("src/bessemer/retrieval/summaries.py", "src/bessemer/retrieval/long_documents.py")
 
 #: Tokens of the context in which conversations are summarised, of the whole ones, and of an answer.
-CONTEXT, WHOLE, ANSWER = 768, 4096, 48
+CONTEXT, WHOLE, ANSWER = 768, 4096, 32
 #: The message of the user in which it is said, from 0; what is said; what is asked at the end; what an answer holds.
 CONVERSATIONS = (
     (0, "My train to Leipzig leaves at 14:52 on Friday.", "When does my train to Leipzig leave?", "14:52"),
@@ -162,7 +162,7 @@ def answered(engine: Engine, messages: Sequence[Message]) -> str:
 def measured(model: Path) -> dict[str, Any]:
     """Of the conversations, how many kept what was said."""
     rows = []
-    with Engine(model, EngineConfig(max_model_len=WHOLE), device="cpu") as engine:
+    with Engine(model, config=EngineConfig(max_model_len=WHOLE), device="cpu") as engine:
         for number, (place, said, question, key) in enumerate(CONVERSATIONS):
             whole = conversation(place, said, question, number)
             short, summary = with_summaries(engine, whole)
