@@ -65,6 +65,18 @@ def test_earlier_turns_become_one_summary_above_the_last_ones_which_stay():
     assert all(own.of_request(request.message) + request.most_tokens <= own.context for request in asked)
 
 
+def test_a_message_that_half_of_a_request_holds_is_read_in_one_piece_and_a_longer_one_in_large_ones():
+    short, long = "It rained all day in Bergen. " * 12, "The ferry left the quay at noon. " * 30
+    conversation = [Message.user(short), Message.assistant(long), Message.user("Yes. " * 100), Message.user(QUESTION)]
+    own = measure(500, 1000)
+    _, asked = run(summarised(conversation, own), lambda request: "It is so.")
+    read = [request.message.parts[1].text for request in asked if "It is so." not in request.message.parts[1].text]
+    assert any(f"User: {short.strip()}" in text for text in read)
+    pieces = [part for text in read for part in text.split("\n\n") if "ferry" in part]
+    assert " ".join(pieces) == f"Assistant: {long.strip()}" and all(part.endswith("noon.") for part in pieces)
+    assert len(pieces) == 3 and all(own.of_request(request.message) + request.most_tokens <= 1000 for request in asked)
+
+
 def test_a_document_becomes_its_summary_of_summaries_and_the_question_stays():
     document = "\n\n".join(f"# Part {number}\n\n{f'Fact {number} is here. ' * 20}" for number in range(30))
     own = measure(1200, 1500)

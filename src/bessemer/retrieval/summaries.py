@@ -165,7 +165,7 @@ def _pieces(passages: Sequence[TextPassage], budget: int, measure: Measure) -> l
     pieces: list[str] = []
     current: list[TextPassage] = []
     used = 0
-    for passage in _small(passages, budget):
+    for passage in _small(passages, budget, measure):
         tokens = measure.of_text(_joined([passage])) + 2
         if current and used + tokens > budget:
             pieces.append(_joined(current))
@@ -175,18 +175,28 @@ def _pieces(passages: Sequence[TextPassage], budget: int, measure: Measure) -> l
     return [*pieces, _joined(current)] if current else pieces
 
 
-def _small(passages: Sequence[TextPassage], budget: int) -> list[TextPassage]:
-    """The passages, long ones cut, so that each fits however many tokens its characters are."""
-    longest = max(1, budget // (2 * _WIDEST))
+def _small(passages: Sequence[TextPassage], budget: int, measure: Measure) -> list[TextPassage]:
+    """The passages, those of more than half of the budget's tokens cut, so that each has at most so many: the larger a passage,
+    the fewer sentences are torn apart. Headings that leave no room go."""
+
+    def fits(passage: TextPassage) -> bool:
+        return 2 * measure.of_text(_joined([passage])) <= budget
+
     small: list[TextPassage] = []
     for passage in passages:
-        if len(passage.text) <= longest and sum(map(len, passage.headings)) <= longest:
+        if fits(passage):
             small.append(passage)
             continue
         text = passage.text.encode(errors="replace").decode()
-        for chunk in cut_document(text, longest=min(LONG_TEXT, longest), overlap=0):
-            headings = chunk.headings or passage.headings
-            small.append(TextPassage(headings if sum(map(len, headings)) <= longest else (), chunk.text))
+        longest = max(1, min(LONG_TEXT, budget))
+        while True:
+            chunks = cut_document(text, longest=longest, overlap=0)
+            cut = [TextPassage(chunk.headings or passage.headings, chunk.text) for chunk in chunks]
+            cut = [one if fits(one) else one._replace(headings=()) for one in cut]
+            if longest == 1 or all(map(fits, cut)):
+                break
+            longest //= 2
+        small += cut
     return small
 
 
