@@ -1,12 +1,13 @@
 """Does a summary keep what was said early in a conversation that no longer fits?
 
-    python benchmarks/summaries.py --model NAME=MODEL [--model NAME=MODEL …]   # minutes of a core
+    python benchmarks/summaries.py --model NAME=MODEL [--model NAME=MODEL …] [--whole]   # ten minutes of a core for 1.5B
 
 Ten conversations (`CONVERSATIONS`), in each of which the user says something in passing, in the first or the third message,
 and asks for it at the end, after talk of other things. The context is set so short that the earlier turns become a summary, as
-a server with `--context-overflow summarise` makes it, by the same model. Counted is in how many the summary holds what was said
-(its `key`, in small letters), and in how many the answer does: from the conversation with the summary, and from the whole one
-in a longer context. Greedy; nothing is timed. Result: `summaries.json`.
+a server with `--context-overflow summarise` makes it, by the same model. Counted is in how many the model's summary holds what was said
+(its `key`, in small letters), in how many it does with the sentences that are quoted below it, and in how many the answer does:
+from the conversation with both, and with `--whole` from the whole one in a longer context. Greedy; nothing is timed. Result:
+`summaries.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ set_environment()  # before PyTorch reads it
 from bessemer.assistant.messages import Message  # noqa: E402
 from bessemer.inference.engine import Engine, EngineConfig  # noqa: E402
 from bessemer.inference.sampling.params import SamplingParams  # noqa: E402
-from bessemer.retrieval.summaries import ABOVE_TURNS, Measure, summarised  # noqa: E402
+from bessemer.retrieval.summaries import ABOVE_QUOTES, ABOVE_TURNS, Measure, summarised  # noqa: E402
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/retrieval/summaries.py", "src/bessemer/retrieval/long_documents.py")
@@ -159,14 +160,16 @@ def answered(engine: Engine, messages: Sequence[Message]) -> str:
     return engine.chat([message.as_template_input() for message in messages], params).text.strip()
 
 
-def measured(model: Path) -> dict[str, Any]:
-    """Of the conversations, how many kept what was said."""
+def measured(model: Path, *, whole_too: bool) -> dict[str, Any]:
+    """Of the conversations, how many kept what was said. whole_too: whether they are also answered without summaries."""
     rows = []
     with Engine(model, config=EngineConfig(max_model_len=WHOLE), device="cpu") as engine:
         for number, (place, said, question, key) in enumerate(CONVERSATIONS):
             whole = conversation(place, said, question, number)
             short, summary = with_summaries(engine, whole)
-            texts = {"summary": summary, "from_summary": answered(engine, short), "from_whole": answered(engine, whole)}
+            texts = {"summary": summary.partition(ABOVE_QUOTES)[0], "with_quotes": summary, "answered": answered(engine, short)}
+            if whole_too:
+                texts["answered_from_all"] = answered(engine, whole)
             rows.append({"said": said, **texts, "keeps": {kind: key in text.lower() for kind, text in texts.items()}})
             print(rows[-1], flush=True)
     return {kind: sum(row["keeps"][kind] for row in rows) for kind in rows[0]["keeps"]} | {"conversations": rows}
@@ -175,11 +178,19 @@ def measured(model: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, help="NAME=MODEL; may be repeated")
+    parser.add_argument("--whole", action="store_true", help="answer from the whole conversations too")
     arguments = parser.parse_args()
     models = dict(one.split("=", 1) for one in arguments.model)
-    figures = {name: measured(Path(path)) for name, path in models.items()}
-    columns = [("model", ""), ("summary keeps it", ""), ("answered from the summary", ""), ("answered from all", "")]
-    rows = [(Path(models[name]).stem, one["summary"], one["from_summary"], one["from_whole"]) for name, one in figures.items()]
+    figures = {name: measured(Path(path), whole_too=arguments.whole) for name, path in models.items()}
+    kinds = {
+        "summary": "summary keeps it",
+        "with_quotes": "with quotes",
+        "answered": "answered",
+        "answered_from_all": "from all",
+    }
+    shown = [kind for kind in kinds if all(kind in one for one in figures.values())]
+    columns = [("model", ""), *((kinds[kind], "") for kind in shown)]
+    rows = [(Path(models[name]).stem, *(one[kind] for kind in shown)) for name, one in figures.items()]
     print(recording.save("summaries", figures, tables={"models": recording.table(columns, rows)}))
 
 
