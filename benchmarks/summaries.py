@@ -2,12 +2,12 @@
 
     python benchmarks/summaries.py --model NAME=MODEL [--model NAME=MODEL …] [--whole]   # ten minutes of a core for 1.5B
 
-Ten conversations (`CONVERSATIONS`), in each of which the user says something in passing, in the first or the third message,
-and asks for it at the end, after talk of other things. The context is set so short that the earlier turns become a summary, as
-a server with `--context-overflow summarise` makes it, by the same model. Counted is in how many the model's summary holds what was said
-(its `key`, in small letters), in how many it does with the sentences that are quoted below it, and in how many the answer does:
-from the conversation with both, and with `--whole` from the whole one in a longer context. Greedy; nothing is timed. Result:
-`summaries.json`.
+Ten conversations (`CONVERSATIONS`), in each of which the user says something in passing, in the first or the third message, and
+asks for it at the end, after talk of other things. The context is set so short that the earlier turns become a summary, as a
+server with `--context-overflow summarise` makes it, by the same model. Counted is in how many the model's summary holds what
+was said (its `key`, in small letters), in how many it does with the sentences that are quoted below it, and in how many the
+answer does: from the conversation with both, and with `--whole` from the whole one in a longer context. Greedy; nothing is
+timed. Result: `summaries.json`.
 """
 
 from __future__ import annotations
