@@ -21,13 +21,18 @@ from bessemer.model.vision.model import Vision
 from bessemer.model.vision.pictures import Picture, read_picture
 from bessemer.model.vision.preprocessing import Prepared
 from bessemer.model.vision.prompts import PictureReader, open_picture_reader
-from bessemer.posttraining.data.encoding import Encoded
-from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.picture_rows import sources_in
+from bessemer.posttraining.data.encoding import Encoded, encode_answer
+from bessemer.posttraining.data.formats import Answered, Message
+from bessemer.posttraining.data.picture_rows import has_pictures, sources_in
 from bessemer.posttraining.data.turns import RowError
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batch import Batch
 from bessemer.training.data.pictures import PictureFile
+
+#: The pixels of a run's pictures, in its folder until it is finished.
+PICTURES = "pictures.bin"
+#: Why a row is left out that shows pictures to a model of texts.
+READS_NONE = "has pictures, and this model reads none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +42,15 @@ class PictureEncoder:
     reader: PictureReader
     file: PictureFile
 
-    def expanded(self, conversation: Conversation, examples: Sequence[Encoded]) -> list[Encoded]:
-        """The examples of a conversation with its pictures' tokens in the places of their image tokens.
+    def expanded(self, messages: Sequence[Message], folder: Path | None, examples: Sequence[Encoded]) -> list[Encoded]:
+        """The examples of a conversation with its pictures' tokens in the places of their image tokens. folder: where the
+        paths of pictures begin.
 
         An example begins as the conversation does, and so with its first pictures. Raises RowError for a picture that cannot be
         read.
         """
         try:
-            sources = sources_in(conversation.messages)
-            pictures = [prepared_picture(self.reader, source, conversation.folder) for source in sources]
+            pictures = [prepared_picture(self.reader, source, folder) for source in sources_in(messages)]
             for prepared in pictures:
                 self.file.add(prepared)
             return [self._expanded(example, pictures) for example in examples]
@@ -75,6 +80,19 @@ class PictureEncoder:
             vector_of_token_BT=torch.where(is_picture_BT, -1 - batch.tokens_BT, -1),
             pictures=self.file.table(),
         )
+
+
+def encode_seen(answered: Answered, tokenizer: Tokenizer, folder: Path | None, pictures: PictureEncoder | None) -> Encoded:
+    """`encode_answer` of a prompt and an answer, with the tokens of their pictures. folder, pictures: as in `PictureEncoder`;
+    None: the model reads none, and RowError is raised where there are some."""
+    prompt, answer = answered.prompt, answered.answer
+    encoded = encode_answer(prompt, answer, tokenizer, answered.tools, pictures=True)
+    if isinstance(prompt, str) or isinstance(answer, str) or not has_pictures(messages := (*prompt, *answer)):
+        return encoded
+    if pictures is None:
+        raise RowError(READS_NONE)
+    (seen,) = pictures.expanded(messages, folder, [encoded])
+    return seen
 
 
 def prepared_picture(reader: PictureReader, source: str, folder: Path | None) -> Prepared:
