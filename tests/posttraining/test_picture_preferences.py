@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from bessemer.core.errors import RequestError, SourceError
 from bessemer.model.vision.folder import load_vision_language
@@ -22,7 +21,7 @@ from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import target_log_probs
-from tests.model.picture_files import drawn, encoded, write_gemma3_model, write_picture_model
+from tests.model.picture_files import drawn, encoded, write_colours, write_gemma3_model, write_picture_model
 from tests.model.tokenizers import write_small_tokenizer
 
 
@@ -120,21 +119,10 @@ SETTINGS |= {"validation_share": 0.25, "dtype": "float32", "compile": False, "di
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    """A tiny SmolVLM with one tile a picture, and 64 pictures of one of two colours, each with a pair: what tells the answers
-    apart is in the picture alone."""
-    folder = tmp_path_factory.mktemp("colours")
-    write_picture_model(folder / "model")
-    preparation = json.loads((folder / "model" / "preprocessor_config.json").read_text(encoding="utf-8"))
-    preparation |= {"do_image_splitting": False, "size": {"longest_edge": 16}}
-    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(preparation), encoding="utf-8")
-    random, rows = np.random.default_rng(5), []
-    for number in range(64):
-        is_red = number % 2 == 0
-        pixels = random.integers(0, 80, (16, 16, 3))
-        pixels[..., 0 if is_red else 2] += 150
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-        rows.append(pair(f"{number}.png", *(("red", "blue") if is_red else ("blue", "red"))))
-    write_rows(folder / "colours.jsonl", rows)
+    """Pictures of two colours, each with a pair: what tells the answers apart is in the picture alone."""
+    folder = write_colours(tmp_path_factory.mktemp("colours"))
+    answers = [("red", "blue") if number % 2 == 0 else ("blue", "red") for number in range(64)]
+    write_rows(folder / "colours.jsonl", [pair(f"{number}.png", *two) for number, two in enumerate(answers)])
     return folder
 
 

@@ -104,7 +104,7 @@ def as_answered(row: Mapping[str, Any]) -> Answered:
         return Answered((), _checked_pictures(with_pictures(_under_system(row, _spoken(row[name], name)), pictures)), tools)
     if "completion" in row:
         prompt, answers = _prompt_and_answers(row, ("completion",))
-        prompt, (completion,) = _about_pictures(prompt, answers, pictures)
+        prompt, (completion,) = about_pictures(prompt, answers, pictures)
         return Answered(prompt, completion, tools)
     if "instruction" in row:
         column = next((name for name in ("output", "response", *ANSWERS) if name in row), "output")
@@ -175,7 +175,7 @@ def as_pair(row: Mapping[str, Any], *, pictures: bool = False) -> Pair:
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same, so that neither is preferred")
     if pictures:
-        prompt, (chosen, rejected) = _about_pictures(prompt, (chosen, rejected), pictures_of(given))
+        prompt, (chosen, rejected) = about_pictures(prompt, (chosen, rejected), pictures_of(given))
     else:
         _refuse_pictures(prompt, chosen, rejected)
     confidence, weight = _number(row, "confidence", 1.0), _number(row, "weight", 1.0)
@@ -186,7 +186,7 @@ def as_pair(row: Mapping[str, Any], *, pictures: bool = False) -> Pair:
     return Pair(prompt, chosen, rejected, tools_of(row), _number(row, "margin", 0.0), confidence, weight)
 
 
-def _about_pictures(prompt: Turns, answers: Sequence[Turns], pictures: Sequence[str]) -> tuple[Turns, Sequence[Turns]]:
+def about_pictures(prompt: Turns, answers: Sequence[Turns], pictures: Sequence[str]) -> tuple[Turns, Sequence[Turns]]:
     """A prompt with the pictures of a row's columns, and its answers: of texts, messages. Raises ValueError for a place
     without a picture."""
     if pictures and isinstance(prompt, str):

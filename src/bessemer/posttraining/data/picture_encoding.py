@@ -36,6 +36,26 @@ READS_NONE = "has pictures, and this model reads none"
 
 
 @dataclass(frozen=True, eq=False)
+class PromptPictures:
+    """A prompt with its pictures, as tokens: for an engine, and for batches of what the engine sampled.
+
+    asked: as the chat template writes it, with one image token for each picture. ids: with as many as it has vectors. vectors:
+    of each of `ids` the number of its vector, as in `PictureTable`; -1 for text.
+    """
+
+    asked: list[int]
+    ids: list[int]
+    vectors: np.ndarray
+    encoder: PictureEncoder
+    _shown: tuple[Prepared, ...]
+
+    @property
+    def pictures(self) -> list[Prepared]:
+        """The prepared pictures, whose tiles lie in the run's file."""
+        return [replace(one, tiles=self.encoder.file.tiles_of(one.digest)) for one in self._shown]
+
+
+@dataclass(frozen=True, eq=False)
 class PictureEncoder:
     """Writes pictures into examples. file: takes their pixels."""
 
@@ -49,15 +69,32 @@ class PictureEncoder:
         An example begins as the conversation does, and so with its first pictures. Raises RowError for a picture that cannot be
         read.
         """
+        return self._expanded(messages, folder, examples)[0]
+
+    def of_prompt(self, messages: Sequence[Message], folder: Path | None, asked: list[int]) -> PromptPictures:
+        """A prompt's pictures. folder: where their paths begin. asked: its tokens, as the chat template writes it. Raises
+        RowError as `expanded`."""
+        unlearnt = Encoded(np.array(asked, np.int64), np.zeros(len(asked), bool))
+        (seen,), shown = self._expanded(messages, folder, [unlearnt])
+        is_picture = seen.ids < 0
+        ids = np.where(is_picture, self.reader.image_token_id, seen.ids)
+        vectors = np.where(is_picture, -1 - seen.ids, -1)
+        # the pixels are read from the file
+        return PromptPictures(asked, ids.tolist(), vectors, self, tuple(replace(one, tiles=one.tiles[:0]) for one in shown))
+
+    def _expanded(
+        self, messages: Sequence[Message], folder: Path | None, examples: Sequence[Encoded]
+    ) -> tuple[list[Encoded], list[Prepared]]:
+        """As `expanded`, and the prepared pictures."""
         try:
             pictures = [prepared_picture(self.reader, source, folder) for source in sources_in(messages)]
             for prepared in pictures:
                 self.file.add(prepared)
-            return [self._expanded(example, pictures) for example in examples]
+            return [self._one(example, pictures) for example in examples], pictures
         except (RequestError, ValueError) as error:
             raise RowError(str(error)) from None
 
-    def _expanded(self, example: Encoded, pictures: Sequence[Prepared]) -> Encoded:
+    def _one(self, example: Encoded, pictures: Sequence[Prepared]) -> Encoded:
         count = int((example.ids == self.reader.placeholder_id).sum())
         if count > len(pictures):
             raise RowError(f"the chat template has places for {count} pictures, and {len(pictures)} are given")
