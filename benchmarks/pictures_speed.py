@@ -297,7 +297,7 @@ def figures_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     own = figures["bessemer"]
     for side in [name for name in found if name != "bessemer"]:
         peer = figures[side]
-        figures[f"beside_{side}"] = {
+        figures[f"beside_{side.replace('.', '_')}"] = {
             "prefill": peer["first_token_seconds"]["median"] / own["first_token_seconds"]["median"],
             "decode": own["tokens_per_second"]["median"] / peer["tokens_per_second"]["median"],
             "memory": own["memory_bytes"] / peer["memory_bytes"],
