@@ -141,7 +141,7 @@ class Transformers:
         folder = work / "vision" / "model"
         self.torch = torch
         self.model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        self.prepare = SmolVLMImageProcessorPil.from_pretrained(folder)
+        self.prepare: Any = SmolVLMImageProcessorPil.from_pretrained(folder)
         self.ids = torch.tensor([Asked(folder).ids])
         self.about = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {threads} threads"
 
