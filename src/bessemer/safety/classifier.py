@@ -56,7 +56,7 @@ _PAIR = np.uint64(0xD6E8FEB86659FD93)
 _BEFORE = 2
 #: Letters of the last part of a compound that is looked up by itself.
 _TAIL = 6
-_MASK = (1 << 64) - 1
+_UNORDERED = np.uint64(0x2545F4914F6CDD1D)
 # Shapes: F features, N blocks, W windows, K categories, C = K + 1 columns, the last of which is any category.
 
 
@@ -116,19 +116,29 @@ class Concepts:
     def features(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The concepts of the words and their unordered pairs within neighbouring words that have any, uint64, and the place of
         the word that each belongs to, int64."""
+        known = self._known
         hashes: list[int] = []
         places: list[int] = []
-        before: list[tuple[int, ...]] = []
         for place, word in enumerate(words):
-            if not (concepts := self.of(word)):
-                continue
-            for one in concepts:
-                # the order of verb and object is a language's own
-                pairs = [((one + other) * 0x2545F4914F6CDD1D ^ (one * other)) & _MASK for of in before for other in of]
-                hashes += [one, *pairs]
-                places += [place] * (1 + len(pairs))
-            before = [*before, concepts][-_BEFORE:]
-        return np.array(hashes, np.uint64), np.array(places, np.int64)
+            concepts = known[word] if word in known else self.of(word)
+            if concepts:
+                hashes += concepts
+                places += [place] * len(concepts)
+        if not hashes:
+            return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        hashes_M, places_M = np.array(hashes, np.uint64), np.array(places)
+        # how many words with a concept stand before each
+        order_M = np.cumsum(np.diff(places_M, prepend=places_M[0]) > 0)
+        found = [(hashes_M, places_M)]
+        for shift in range(1, len(hashes_M)):
+            apart = order_M[shift:] - order_M[:-shift]
+            if apart.min() > _BEFORE:
+                break
+            near = (apart > 0) & (apart <= _BEFORE)
+            one, other = hashes_M[shift:][near], hashes_M[:-shift][near]
+            # the order of verb and object is a language's own
+            found.append((((one + other) * _UNORDERED) ^ (one * other), places_M[shift:][near]))
+        return np.concatenate([pair for pair, _ in found]), np.concatenate([place for _, place in found])
 
 
 def first_concept_bucket(bits: int) -> int:
