@@ -186,7 +186,8 @@ def block_features(text: str, bits: int, concepts: Concepts = NO_CONCEPTS) -> Bl
         buckets = np.concatenate([(buckets * 7) >> 3, last_eighth])
         blocks = np.concatenate([blocks, of_concepts // BLOCK])
     # a block has a feature once, however often its words repeat themselves
-    keys = np.unique(blocks << bits | buckets)
+    keys = np.sort(blocks << bits | buckets)
+    keys = keys[np.diff(keys, prepend=-1) > 0]
     count = (len(words) + BLOCK - 1) // BLOCK
     starts_N = np.searchsorted(keys, np.arange(count + 1) << bits)
     return BlockFeatures((keys & ((1 << bits) - 1)).astype(np.int32), starts_N)
