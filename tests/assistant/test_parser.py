@@ -58,6 +58,31 @@ CASES = {
             TextDelta("so"),
         ],
     ),
+    "a call without its tags": (HERMES, ' {"name": "add", "arguments": {"a": 1}}\n', [ParsedCall("add", {"a": 1})]),
+    "a call in a block of code": (
+        HERMES,
+        '<think>hm</think>\n```json\n{\n  "name": "add",\n  "arguments": {\n    "a": 1\n  }\n}\n```',
+        [ThinkingDelta("hm"), ParsedCall("add", {"a": 1})],
+    ),
+    "calls in blocks of code": (
+        HERMES,
+        '```\n[{"name": "add", "arguments": {"a": 1}}]\n```\n\n```json\n{"name": "add", "arguments": {}}\n```\n',
+        [ParsedCall("add", {"a": 1}), ParsedCall("add", {})],
+    ),
+    "a call without its opening tag": (HERMES, '{"name": "add", "arguments": {}}\n</tool_call>', [ParsedCall("add", {})]),
+    "a call that is shown": (
+        HERMES,
+        '```json\n{"name": "add", "arguments": {}}\n```\nadds.',
+        [TextDelta('```json\n{"name": "add", "arguments": {}}\n```\nadds.')],
+    ),
+    "JSON with the name of no tool": (HERMES, '{"name": "adder"}', [TextDelta('{"name": "adder"}')]),
+    "a block of JSON that is cut": (HERMES, '```json\n{"name": "add", "arg', [TextDelta('```json\n{"name": "add", "arg')]),
+    "a block of another language": (HERMES, "```python\nadd()\n```", [TextDelta("```python\nadd()\n```")]),
+    "a call without tags and one with": (
+        HERMES,
+        f'{{"name": "add", "arguments": {{}}}} {CALL}',
+        [TextDelta('{"name": "add", "arguments": {}}'), ADD],
+    ),
     "half an opening tag": (HERMES, "a <tool_cal", [TextDelta("a <tool_cal")]),
     "no tools are offered": (None, f"<think>hm</think> {CALL} \n", [ThinkingDelta("hm"), TextDelta(f"{CALL} \n")]),
     "llama3": (

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from bessemer.inspection.pictures import tile_places
 from bessemer.model.vision.folder import load_vision_language
@@ -13,7 +14,7 @@ from bessemer.model.vision.pictures import Picture
 from bessemer.model.vision.preprocessing import preprocessor_of
 from bessemer.model.vision.prompts import open_picture_reader
 from bessemer.tokenization.tokenizer import load_tokenizer
-from tests.model.picture_files import drawn, write_gemma3_model
+from tests.model.picture_files import drawn, write_gemma3_model, write_qwen_model
 
 SIDE, PATCH = 24, 4
 SQUARE = {"height": SIDE, "width": SIDE}
@@ -63,7 +64,7 @@ def test_a_bright_spot_lies_in_the_box_of_its_token(kind, width, height):
         left, top, right, bottom = tile.box
         across = left + (columns.mean() + 0.5) / SIDE * (right - left)
         down = top + (rows.mean() + 0.5) / SIDE * (bottom - top)
-        cell = max((right - left), (bottom - top)) / tile.grid
+        cell = max((right - left), (bottom - top)) / tile.token_rows
         assert abs(across - x / width) < 0.5 * cell and abs(down - y / height) < 0.5 * cell
 
 
@@ -71,12 +72,15 @@ def test_tokens_are_counted_over_marks_and_a_token_before_the_patches():
     prepared = preprocessor_of(KINDS["tiles"]).prepare(Picture.of(np.zeros((48, 72, 3), np.uint8)))
     tiles, tokens = places_of(prepared)
     assert [(tile.row, tile.column) for tile in tiles] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (None, None)]
-    assert [tile.first for tile in tiles] == [5 + number * (tokens + 3) for number in range(7)] and tiles[0].grid == 3
+    assert [tile.first for tile in tiles] == [5 + number * (tokens + 3) for number in range(7)] and (
+        tiles[0].token_rows,
+        tiles[0].token_columns,
+    ) == (3, 3)
     assert tiles[4].box == pytest.approx((1 / 3, 1 / 2, 2 / 3, 1))
     cropped = preprocessor_of(KINDS["cropped"]).prepare(Picture.of(np.zeros((48, 72, 3), np.uint8)))
     (only,), _ = places_of(cropped, 1, class_token=True)
     # the middle square of a picture of three to two
-    assert only.first == 6 and only.grid == 6 and only.box == pytest.approx((1 / 6, 0, 5 / 6, 1), abs=0.02)
+    assert only.first == 6 and only.token_columns == 6 and only.box == pytest.approx((1 / 6, 0, 5 / 6, 1), abs=0.02)
 
 
 def test_gemma3s_whole_picture_is_first_and_its_squares_are_means(tmp_path):
@@ -84,6 +88,25 @@ def test_gemma3s_whole_picture_is_first_and_its_squares_are_means(tmp_path):
     reader = open_picture_reader(load_vision_language(tmp_path).vision, tmp_path, load_tokenizer(tmp_path))
     (span,) = reader.expand([3, reader.placeholder_id], [Picture.of(np.asarray(drawn(60, 30)))]).spans
     tiles = tile_places(span, reader.config)
-    assert [(tile.row, tile.column, tile.grid) for tile in tiles] == [(None, None, 4), (0, 0, 4), (0, 1, 4)]
+    assert [(tile.row, tile.column, tile.token_rows) for tile in tiles] == [(None, None, 4), (0, 0, 4), (0, 1, 4)]
     assert [tile.box for tile in tiles] == [(0, 0, 1, 1), (0, 0, 0.5, 1), (0.5, 0, 1, 1)]
     assert [tile.first for tile in tiles] == [span.places[index] for index in (0, 16, 32)]
+
+
+def test_a_picture_in_its_own_shape_is_one_grid_of_that_shape(tmp_path):
+    """Qwen2.5-VL's: without attention among patches, what changes is the vector of the cell that is lit."""
+    vision = write_qwen_model(tmp_path).vision
+    for block in vision.encoder.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    reader = open_picture_reader(vision, tmp_path, load_tokenizer(tmp_path))
+    dark = np.zeros((40, 64, 3), np.uint8)
+    (span,) = reader.expand([3, reader.placeholder_id], [Picture.of(dark)]).spans
+    (whole,) = tile_places(span, reader.config)
+    assert whole == (None, None, (0, 0, 1, 1), 5, 8, 1)
+    before_MD = reader.vectors(span.prepared)
+    for row, column in ((0, 0), (1, 6), (4, 3)):
+        lit = dark.copy()
+        lit[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = (200, 30, 90)
+        (span,) = reader.expand([3, reader.placeholder_id], [Picture.of(lit)]).spans
+        changed_M = (reader.vectors(span.prepared) != before_MD).any(-1)
+        assert changed_M.nonzero().flatten().tolist() == [row * whole.token_columns + column]

@@ -206,6 +206,20 @@ def write_picture_model(folder, **changes):
     return _write_random(folder, small_config(load_tokenizer(folder), **changes), settings)
 
 
+def write_colours(folder, count=64):
+    """A folder with a tiny SmolVLM, one tile a picture, in `model`, and pictures: red and blue by turns."""
+    write_picture_model(folder / "model")
+    path = folder / "model" / "preprocessor_config.json"
+    one_tile = {"do_image_splitting": False, "size": {"longest_edge": 16}}
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | one_tile), encoding="utf-8")
+    random = np.random.default_rng(5)
+    for number in range(count):
+        pixels = random.integers(0, 80, (16, 16, 3))
+        pixels[..., 2 * (number % 2)] += 150
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
 @torch.no_grad()
 def _write_random(folder, config, settings):
     model = initial_vision_language(config, seed=3)

@@ -171,3 +171,10 @@ def test_a_preparation_that_is_another_encoders_is_refused(pair, tmp_path):
     write_qwen_model(tmp_path, patch_size=2)
     with pytest.raises(ArtefactError, match=r"pictures are prepared as \(2, 2, 2\), and the encoder takes \(4, 2, 2\)"):
         open_picture_reader(pair[1].vision, tmp_path, load_tokenizer(tmp_path))
+
+
+@torch.no_grad()
+def test_a_new_models_answers_depend_on_its_pictures(tmp_path):
+    ours = write_qwen_model(tmp_path)
+    first, second = (ours(text(ours.config.image_token_id), pixels(seed=seed)) for seed in (1, 2))
+    assert (first[:, -1] - second[:, -1]).abs().max() > 0.1

@@ -18,7 +18,7 @@ from bessemer.posttraining.data.packing import pack_pairs
 from bessemer.posttraining.preference.config import PAIR_LOSSES, PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
-from bessemer.posttraining.preference.stage import paired_data
+from bessemer.posttraining.preference.stage import ModelReader, paired_data
 from bessemer.posttraining.rewards.stage import ranking_loss
 from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.posttraining.sft.stage import gather_conversations
@@ -294,7 +294,7 @@ def test_a_loss_that_cannot_use_a_confidence_refuses_it(tmp_path, tokenizer):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     given = PreferenceConfig.parse({"data": ["pairs.jsonl"], "loss": "hinge"}, "preference")
     with pytest.raises(SourceError, match=r"the pairs have a confidence, which the loss hinge cannot use; take sigmoid"):
-        paired_data(given, tokenizer, tmp_path, {}, 1)
+        paired_data(given, ModelReader(tmp_path, tokenizer), tmp_path, {}, 1)
     with pytest.raises(SourceError, match=r"pairs.jsonl:1: confidence is of a pair"):
         read_examples(tmp_path / "pairs.jsonl", as_labelled_answers)
     with pytest.raises(ValueError, match=r"confidence is how probably chosen is better, from 0.5 to 1; it is 0.3"):

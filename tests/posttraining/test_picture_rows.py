@@ -102,13 +102,17 @@ def test_what_cannot_be_learnt_is_said_in_one_line(row, why):
         as_answered(row)
 
 
-def test_pairs_and_judged_answers_have_no_pictures():
+def test_pairs_and_judged_answers_have_pictures_where_the_stage_reads_them():
     part = {"type": "image", "image": "cat.png"}
     prompt, answer = conversation(part)["messages"]
-    with pytest.raises(ValueError, match="learnt by sft and finetune alone"):
+    with pytest.raises(ValueError, match="learnt by sft, finetune, preference and rl alone"):
         as_pair({"prompt": [prompt], "chosen": [answer], "rejected": [answer | {"content": "a dog"}]})
-    with pytest.raises(ValueError, match="learnt by sft and finetune alone"):
+    with pytest.raises(ValueError, match="learnt by sft, finetune, preference and rl alone"):
         as_labelled(conversation(part) | {"label": True})
+    pair = as_pair({"prompt": [prompt], "chosen": [answer], "rejected": [answer | {"content": "a dog"}]}, pictures=True)
+    assert sources_in(pair.prompt) == ["cat.png"]
+    judged = as_labelled(conversation(part) | {"label": True}, pictures=True)
+    assert sources_in(judged.answered.prompt) == ["cat.png"] and judged.is_desirable
 
 
 def test_one_picture_lies_on_one_side_whatever_is_asked(tmp_path):

@@ -134,6 +134,24 @@ def test_what_should_be_a_call_and_is_none_is_text(connect, tokenizer):
     assert collected(client.chat.completions.create(**REQUEST, stream=True)) == (bad, "", [], "stop")
 
 
+def test_a_call_in_a_block_of_code_is_a_call_unless_a_grammar_holds_the_answer(connect, tokenizer):
+    """As Qwen2.5-Coder-1.5B-Instruct answered this question, sampled greedily."""
+    written = '```json\n{\n  "name": "weather",\n  "arguments": {\n    "city": "Rome",\n    "days": 1\n  }\n}\n```'
+    client = connect(ScriptedEngine(tokenizer, *[written] * 4))
+    answer = client.chat.completions.create(**REQUEST).choices[0]
+    (call,) = answer.message.tool_calls
+    assert (answer.message.content, answer.finish_reason) == (None, "tool_calls")
+    streamed = collected(client.chat.completions.create(**REQUEST, stream=True))
+    assert streamed[0] == "" and [(name, arguments) for _, name, arguments in streamed[2]] == [
+        ("weather", call.function.arguments)
+    ]
+    assert json.loads(call.function.arguments) == {"city": "Rome", "days": 1}
+    strict = client.chat.completions.create(**REQUEST | {"tools": [tool(strict=True)]}).choices[0]
+    assert (strict.message.content, strict.finish_reason) == (written, "stop")
+    none = client.chat.completions.create(**REQUEST | {"tool_choice": "none"}).choices[0]
+    assert (none.message.content, none.finish_reason) == (written, "stop")
+
+
 def test_without_tools_and_with_the_choice_of_none_nothing_is_a_call(connect, tokenizer):
     engine = ScriptedEngine(tokenizer, CALL, CALL)
     client = connect(engine)

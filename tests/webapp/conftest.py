@@ -94,7 +94,8 @@ def launched(fixture, name, folder):
     if name == "firefox":
         browser = playwright.firefox.launch(channel="moz-firefox", executable_path=write_launcher(folder / "firefox"))
     else:
-        browser = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
+        # pages are drawn by the processor either way, and without this by a process that stands in for a card
+        browser = playwright.chromium.launch(executable_path=where, args=["--no-sandbox", "--disable-gpu"])
     yield browser
     browser.close()
 

@@ -14,9 +14,10 @@ from PIL import Image
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.inspection.recording import lens_logits, recording
 from bessemer.model.layers.embedding import EmbeddedRows
+from bessemer.model.vision.native import rope_positions
 from bessemer.model.vision.pictures import read_picture
 from bessemer.webapp.app import WebSettings, web_pages
-from tests.model.picture_files import drawn, encoded, png_header, write_picture_model
+from tests.model.picture_files import drawn, encoded, png_header, write_picture_model, write_qwen_model
 from tests.serving.running import servers
 from tests.webapp.test_accessibility import faults
 from tests.webapp.test_chat import ANSWER, ask, opened
@@ -173,6 +174,33 @@ def direct(engine, prompt_ids, answer_ids, images):
         engine.model(torch.tensor([expanded.ids]), embedded=EmbeddedRows(rows, vectors))
     weights_LHS = torch.stack([torch.from_numpy(found.heads[layer].weights_BHTT[0, :, -1]) for layer in sorted(found.heads)])
     return expanded, weights_LHS, found
+
+
+@torch.no_grad()
+def test_a_picture_in_its_own_shape_is_shown_as_one_grid_of_its_attention(tmp_path):
+    """Qwen2.5-VL's: weights of the model's modules, turned by positions of three numbers."""
+    write_qwen_model(tmp_path)
+    engine = Engine(tmp_path, device="cpu")
+    reader, wide = engine.pictures, encoded(drawn(64, 40, seed=4))
+    before = [9, reader.placeholder_id, 4, 30]
+    body = {"model": "tiny", "before": before, "token": 7, "images": [uri_of(wide)]}
+    with servers() as start_server:
+        place = start_server(engine, web_pages(WebSettings(tmp_path))) + "/inspect/pictures"
+        answer = httpx.post(place, json=body, timeout=60).json()
+    ((tile,),) = [one["tiles"] for one in answer["pictures"]]
+    assert (tile["token_rows"], tile["token_columns"], tile["box"]) == (5, 8, [0, 0, 1, 1])
+    expanded = reader.expand(before, [reader.preprocessor.prepare(read_picture(wide))])
+    (span,) = expanded.spans
+    turns = list(rope_positions([span.grid], 0, len(expanded.ids)))
+    with recording(engine.model) as found:
+        engine.model(
+            torch.tensor([expanded.ids]),
+            embedded=EmbeddedRows(torch.tensor(span.places), reader.vectors(span.prepared)),
+            rope_3BT=torch.tensor([turns]).permute(2, 0, 1),
+        )
+    weights_S = torch.stack([torch.from_numpy(one.weights_BHTT[0, :, -1]) for one in found.heads.values()]).mean((0, 1))
+    assert tile["weights"] == pytest.approx(weights_S[list(span.places)].tolist(), abs=1e-5)
+    assert max(tile["weights"]) > 1.5 * min(tile["weights"])
 
 
 @pytest.mark.chromium("Playwright is not told there what a request sends")

@@ -152,7 +152,7 @@ class HarmonyFormat(ToolFormat):
             *(Piece(f" to=functions.{name}"), channel, Piece("commentary json"), message, Piece(in_json(arguments))),
         ]
 
-    def parser(self, schemas: Schemas | None, *, in_thinking: bool = False) -> MessageParser:
+    def parser(self, schemas: Schemas | None, *, in_thinking: bool = False, is_tagged: bool = False) -> MessageParser:
         return HarmonyParser(schemas, in_thinking=in_thinking)
 
     def grammar(self, wanted: MessageForm, control_id: Callable[[str], int | None]) -> str:

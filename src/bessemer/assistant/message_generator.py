@@ -91,7 +91,7 @@ class MessageGenerator:
                     transcript.append(thinking.opening)
                     is_thinking = True
         schemas = {name: tool.parameters for name, tool in settings.tools.items()} if settings.tools else None
-        parser = tool_format.parser(schemas, in_thinking=is_thinking)
+        parser = tool_format.parser(schemas, in_thinking=is_thinking, is_tagged=not is_free)
         if thinking is not None and is_closed and (is_free or answer_prefix is not None):
             if answer_prefix is None:
                 transcript.append(thinking.answer)

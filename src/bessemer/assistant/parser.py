@@ -106,8 +106,31 @@ def _as_call(value: Any) -> ParsedCall:
 
 ParsedEvent = ThinkingDelta | TextDelta | ParsedCall | BadCall
 
+#: A line that opens or closes a block of code, and what an opening one is.
+_FENCE = re.compile(r"^[ \t]*```\w*[ \t]*$", re.MULTILINE)
+_FIRST_FENCE = re.compile(r"```\w{0,16}[ \t]*")
+#: Characters within which it is decided whether a text begins as a call.
+_HEAD = 1000
 #: A quotation mark of JSON that no backslash escapes.
 _QUOTE = re.compile(r'\\.|(")', re.DOTALL)
+
+
+def begins_as_call(text: str, schemas: Schemas) -> bool | None:
+    """Whether a text begins as a call in JSON of one of the tools, or a list of them, in a block of code or not. None: what
+    comes decides."""
+    if text.startswith("`"):
+        first, newline, text = text.partition("\n")
+        if not newline:
+            return None if "```".startswith(first) or _FIRST_FENCE.fullmatch(first) else False
+        if not _FIRST_FENCE.fullmatch(first):
+            return False
+    if len(text) > _HEAD:
+        return False
+    begun = "".join(text.split()).removeprefix("[")
+    heads = [f'{{"name":{json.dumps(name, ensure_ascii=False)}' for name in schemas]
+    if any(begun.startswith(head) for head in heads):
+        return True
+    return None if any(head.startswith(begun) for head in heads) else False
 
 
 class ThinkingTags(NamedTuple):
@@ -193,6 +216,8 @@ class CallTags(Protocol):
     @property
     def is_bare(self) -> bool: ...
     @property
+    def may_lack_tags(self) -> bool: ...
+    @property
     def is_json(self) -> bool: ...
     @property
     def read(self) -> Callable[[str, Schemas], list[ParsedCall]]: ...
@@ -211,12 +236,14 @@ class OutputParser(MessageParser):
         *,
         in_thinking: bool = False,
         schemas: Schemas | None = None,
+        is_tagged: bool = False,
     ) -> None:
         """tool_format: None where no tools are offered: calls are text then. in_thinking: whether the prompt has opened the
-        thinking."""
+        thinking. is_tagged: whether a call that lacks its tags is text, since a grammar holds what stands in tags."""
         super().__init__()
         self._format = tool_format
         self._schemas = schemas or {}
+        self._is_tagged = is_tagged
         self._tags = thinking or ThinkingTags()
         self._state = _State.THINKING if in_thinking else _State.BEGINNING
         #: Whether the next white space is left out.
@@ -278,14 +305,15 @@ class OutputParser(MessageParser):
         return False
 
     def _answer(self, final: bool) -> bool:
+        text = self._buffer.lstrip()
+        begins: bool | None = False
         if self._format is not None and self._format.is_bare:
-            text = self._buffer.lstrip()
-            if not text and not final:
-                return False
-            if text.startswith("{"):
-                self._state = _State.BARE_CALL
-                return True
-        self._state = _State.TEXT
+            begins = text.startswith("{") if text else None
+        elif self._format is not None and self._format.may_lack_tags and not self._is_tagged:
+            begins = begins_as_call(text, self._schemas)
+        if begins is None and not final:
+            return False
+        self._state = _State.BARE_CALL if begins else _State.TEXT
         return True
 
     def _say(self, events: list[ParsedEvent], final: bool) -> bool:
@@ -337,15 +365,19 @@ class OutputParser(MessageParser):
         return -1
 
     def _bare_call(self, events: list[ParsedEvent]) -> bool:
-        """The end of a message that begins with `{`: calls of known tools, or an answer in JSON."""
+        """The end of a message that begins like a call without tags: calls of known tools and nothing else, or an answer."""
         assert self._format is not None
+        body = self._buffer
+        if self._format.may_lack_tags:
+            body = _FENCE.sub("", body).strip().removesuffix(self._format.closing or "")
         calls: list[ParsedCall] = []
         with suppress(ValueError):
-            calls = self._format.read(self._buffer, self._schemas)
-        if calls and all(call.name in self._schemas for call in calls):
-            events += calls
-        else:
-            self._emit(events, TextDelta, self._buffer)
+            calls = self._format.read(body, self._schemas)
+        if not calls or any(call.name not in self._schemas for call in calls):
+            # which may have calls in tags further on
+            self._state = _State.TEXT
+            return True
+        events += calls
         self._buffer = ""
         return False
 

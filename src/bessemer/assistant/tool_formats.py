@@ -199,9 +199,11 @@ class ToolFormat:
 
     opening, closing: the tags around a body; without a closing tag, the body ends with the message. read: the calls of a body,
     given the tools' schemas; raises ValueError. calls: their grammar, where there is one. is_bare: whether a message that
-    begins with `{` may be a body without tags. is_json: whether closing tags inside JSON strings are ignored. inner: other tags
-    of a body. thinking: the tags around thinking. write: its calls as a model writes them; None: they are trained on only as
-    the chat template writes them. one_call: whether a turn has one call at most.
+    begins with `{` may be a body without tags. may_lack_tags: whether a message that is nothing but calls of offered tools
+    without their tags, in a block of code or not, is these calls: small models forget the tags. is_json: whether closing tags
+    inside JSON strings are ignored. inner: other tags of a body. thinking: the tags around thinking. write: its calls as a
+    model writes them; None: they are trained on only as the chat template writes them. one_call: whether a turn has one call
+    at most.
     """
 
     opening: str
@@ -209,6 +211,7 @@ class ToolFormat:
     read: Callable[[str, Schemas], list[ParsedCall]]
     calls: CallGrammar | None = None
     is_bare: bool = False
+    may_lack_tags: bool = False
     is_json: bool = True
     inner: tuple[str, ...] = ()
     thinking: ThinkingTags = field(default_factory=ThinkingTags)
@@ -244,9 +247,11 @@ class ToolFormat:
         calls = (self.opening, self.closing, *self.inner) if with_calls else ()
         return frozenset(filter(None, (*calls, self.thinking.opening, self.thinking.closing)))
 
-    def parser(self, schemas: Schemas | None, *, in_thinking: bool = False) -> MessageParser:
-        """A parser of one message. schemas: of the offered tools; None: calls are text."""
-        return OutputParser(None if schemas is None else self, self.thinking, in_thinking=in_thinking, schemas=schemas)
+    def parser(self, schemas: Schemas | None, *, in_thinking: bool = False, is_tagged: bool = False) -> MessageParser:
+        """A parser of one message. schemas: of the offered tools; None: calls are text. is_tagged: whether what
+        lacks its tags is text too."""
+        offered = None if schemas is None else self
+        return OutputParser(offered, self.thinking, in_thinking=in_thinking, schemas=schemas, is_tagged=is_tagged)
 
     def grammar(self, wanted: MessageForm, control_id: Callable[[str], int | None]) -> str:
         """The grammar of a message. Raises ValueError where this format has no grammar of calls."""
@@ -322,6 +327,7 @@ _OWN: list[Plugin[ToolFormat]] = [
             "</tool_call>",
             read_json_calls,
             hermes_calls,
+            may_lack_tags=True,
             write=in_tags("<tool_call>", "</tool_call>", json_body),
         ),
     ),

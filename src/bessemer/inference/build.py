@@ -166,6 +166,7 @@ def open_model(
             vision = mmproj.vision.requires_grad_(False).to(opened.model.device)
             pictures, files = PictureReader(vision, mmproj.preprocessor, tokenizer), [path, mmproj.path]
             _check_whole_pictures(vision.config, mmproj.path, config)
+            opened.model.rope_sections = vision.config.rope_sections
         model, identity = _in_fast_dtype(opened.model, config), _identity(*files)
         ends = frozenset(opened.end_tokens or tokenizer.eos_ids)
         return OpenedModel(model, tokenizer, ends, identity=identity, pictures=pictures)

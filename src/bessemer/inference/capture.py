@@ -124,7 +124,11 @@ class Recorder:
     tokens, before the keys are released, so that steps take no longer; of layers with a window chunk by chunk.
     """
 
-    def __init__(self, capture: Capture, prompt_length: int) -> None:
+    def __init__(
+        self, capture: Capture, prompt_length: int, turn_of: Callable[[int], tuple[int, int, int]] | None = None
+    ) -> None:
+        """turn_of: the position of three numbers by which the token at a place is turned; None: it is the place."""
+        self._turn_of = turn_of
         self._capture = capture
         self._prompt_length = prompt_length
         self._chunks: list[_CapturedChunk] = []
@@ -225,7 +229,8 @@ class Recorder:
         of_heads: dict[tuple[int, int], list[Tensor]] = {(layer, head): [] for head in heads}
         for start in range(0, len(positions), at_once):
             part = slice(start, start + at_once)
-            weights_HPS = runner.attention_weights(layer, states_PD[part], positions[part], sequence.tables, adapter)
+            turns = None if self._turn_of is None else [self._turn_of(position) for position in positions[part]]
+            weights_HPS = runner.attention_weights(layer, states_PD[part], positions[part], sequence.tables, adapter, turns)
             for head in heads:
                 of_heads[layer, head] += weights_HPS[head].clone()
         return of_heads

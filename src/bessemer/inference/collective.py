@@ -39,7 +39,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.model.adapters import Adapter
 from bessemer.model.decoder import Decoder
-from bessemer.model.initialisation import empty_decoder
+from bessemer.model.vision.trained import empty_like
 from bessemer.tokenization.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
@@ -203,7 +203,7 @@ def serving_copy(trained: Decoder, mesh: Mesh, dtype: torch.dtype | None) -> Dec
 
     mesh: of the tensor axis alone. dtype: of its weights; None: as in training.
     """
-    model = empty_decoder(trained.config)
+    model = empty_like(trained)
     if not mesh.alone:
         parallelize_for_inference(model, mesh)
     device, dtype = trained.device, dtype or trained.dtype

@@ -115,6 +115,10 @@ class RequestImages:
         """Whether tokens are turned by positions of three numbers, behind the pictures too."""
         return bool(self._grids)
 
+    def turn_of(self, place: int) -> tuple[int, int, int]:
+        """The position by which the token at a place is turned."""
+        return next(rope_positions(self._grids, place, 1))
+
     def rope_of_chunk(self, chunk: ScheduledChunk) -> dict[int, tuple[int, int, int]]:
         """The positions of a chunk's tokens by which they are turned, where these are not their places; tokens are counted from
         the chunk's first."""

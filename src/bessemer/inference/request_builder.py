@@ -263,7 +263,8 @@ class RequestBuilder:
                 sequence.overflow = len(ids) + params.max_tokens - sequence.limit
                 sequence.keep = min(self.shift.keep, len(ids))
             sampling = self._sampling(ids, params, index, first=requests[0].sampling if requests else None)
-            recorder = None if capture is None else Recorder(capture, len(ids))
+            turn_of = images.turn_of if images is not None and images.turns else None
+            recorder = None if capture is None else Recorder(capture, len(ids), turn_of)
             adapter = loaded and loaded.adapter
             request = Request(sequence, sampling, self._tokenizer, end_tokens, adapter, recorder, streams=streams)
             request.images = images

@@ -10,25 +10,28 @@ from bessemer.model.vision.prompts import ImageSpan
 
 
 class TilePlace(NamedTuple):
-    """A square that the encoder read, and its tokens, which lie in it row by row.
+    """A part that the encoder read at once, and its tokens, which lie in it row by row.
 
     row, column: of a tile among those that the picture was cut into; None: the whole picture. box: what its tokens are of, in
-    shares of the picture's width and height. grid: tokens along a side. first: place of its first token in the prompt.
+    shares of the picture's width and height. token_rows, token_columns: how many tokens lie below and beside each other. first:
+    place of its first token in the prompt.
     """
 
     row: int | None
     column: int | None
     box: Box
-    grid: int
+    token_rows: int
+    token_columns: int
     first: int
 
 
 def tile_places(span: ImageSpan, config: VisionLanguageConfig) -> list[TilePlace]:
     """The squares of a picture in a prompt, in the order of their tokens: the tiles row by row, then the whole picture; of
-    Gemma 3 this first. None of a picture that is read in a shape of its own (Qwen2.5-VL): that is not shown yet."""
+    Gemma 3 this first. A picture that is read in a shape of its own (Qwen2.5-VL) is one of that shape."""
     prepared, vision = span.prepared, config.vision
     if vision.is_native:
-        return []
+        # resized and never cut: the tokens are of the whole
+        return [TilePlace(None, None, prepared.box, prepared.rows, prepared.columns, span.places[0])]
     grid = config.pooled_side or vision.grid // max(1, config.scale_factor)
     # the last pixels that fill no patch are not read
     covered = vision.grid * vision.patch_size / vision.image_size
@@ -46,5 +49,5 @@ def tile_places(span: ImageSpan, config: VisionLanguageConfig) -> list[TilePlace
             left, right = column / prepared.columns, (column + 1) / prepared.columns
             top, bottom = row / prepared.rows, (row + 1) / prepared.rows
         box = (left, top, left + covered * (right - left), top + covered * (bottom - top))
-        places.append(TilePlace(row, column, box, grid, first))
+        places.append(TilePlace(row, column, box, grid, grid, first))
     return places

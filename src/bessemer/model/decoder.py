@@ -253,15 +253,16 @@ class Decoder(nn.Module):
         """
         return self._pre_norm_hidden(tokens_BT, None, None, cache, None, keep, embedded=embedded, rope_3BT=rope_3BT)
 
-    def attend(self, layer: int, hidden_BTD: Tensor, *, cache: Cache) -> None:
+    def attend(self, layer: int, hidden_BTD: Tensor, *, cache: Cache, rope_3BT: Tensor | None = None) -> None:
         """Let a layer's attention read the states before that layer of tokens that a cache makes room for.
 
         Nothing is returned: it is for caches that note what a query attends to. A layer with a state has no weights to note.
+        rope_3BT: as of `hidden`.
         """
         block = self.blocks[layer]
         assert not block.variant.recurrent
         positions_BT = cache.extend(hidden_BTD.shape[1])
-        rotations = rotations_of(self, positions_BT, cache.live, hidden_BTD.dtype)
+        rotations = rotations_of(self, positions_BT if rope_3BT is None else rope_3BT, cache.live, hidden_BTD.dtype)
         rotation = rotations[self.config.types[layer]] if self.config.has_rope(layer) else None
         block.attention(block.input_layernorm(hidden_BTD), rotation, AttentionMask(), cache)
 

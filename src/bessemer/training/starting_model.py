@@ -27,7 +27,7 @@ from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import plan, quantise, take_codes
 from bessemer.model.quantisation.quantised_decoder import weight_name
 from bessemer.model.quantisation.quantised_layers import quantised_parts
-from bessemer.model.storage.folder import SCORE, load_model, load_scorer, new_head, scorer_config
+from bessemer.model.storage.folder import SCORE, load_scorer, new_head, scorer_config
 from bessemer.model.storage.model_config import holds_codes, read_model_config, refuse_quantised, refuse_scorer
 from bessemer.model.storage.weights import EMBEDDING, StoredTensors, WeightsFile, find_tensors, opening
 from bessemer.model.vision.folder import is_vision_folder
@@ -275,7 +275,7 @@ def open_beside(folder: Path, device: torch.device | str, mesh: Mesh, *, seed_of
     if not mesh.alone and not holds_codes(folder):
         return _empty(folder, seed_of_head).opened(device)
     if seed_of_head is None:
-        return UnpreparedModel(load_model(folder, device=device, dtype=torch.float32))
+        return UnpreparedModel(load_trained_decoder(folder, device, torch.float32))
     return UnpreparedModel(load_scorer(folder, device, torch.float32, seed=seed_of_head))
 
 

@@ -104,7 +104,7 @@ def _looked_at(read: ReadToken, body: PicturesRequest) -> dict[str, Any]:
 
 
 def _tile(tile: TilePlace, weights_S: Tensor) -> dict[str, Any]:
-    weights = weights_S[tile.first : tile.first + tile.grid**2]
+    weights = weights_S[tile.first : tile.first + tile.token_rows * tile.token_columns]
     return {**tile._asdict(), "share": float(weights.sum()), "weights": _rounded(weights)}
 
 

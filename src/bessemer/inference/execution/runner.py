@@ -280,18 +280,21 @@ class Runner:
         positions: Sequence[int],
         tables: Sequence[Sequence[int]],
         adapter: Adapter | None = None,
+        turns: Sequence[tuple[int, int, int]] | None = None,
     ) -> Tensor:
         """How much positions of a sequence attend to each up to the last of them, (H, T, S) float32, in a layer with attention.
 
         states_TD: before that layer. tables: the sequence's blocks, of each group of layers; the keys of the positions are in
-        them.
+        them. turns: the positions of three numbers by which these are turned; None: by their places.
         """
+        rope_3BT = None if turns is None else torch.tensor([turns], device=self.model.device).permute(2, 0, 1)
         pages = ReadPages(self.memory, tables, positions)
         with (
             adapted(self.model, [] if adapter is None else [(adapter, None)]),
             using_packed_matmuls(self.backend.linear.matmuls),
         ):
-            self.model.attend(layer, states_TD.to(self.model.device, self.model.dtype)[None], cache=pages)
+            states_1TD = states_TD.to(self.model.device, self.model.dtype)[None]
+            self.model.attend(layer, states_1TD, cache=pages, rope_3BT=rope_3BT)
         return pages.weights_HTS
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ is written, and when an answer ends.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
 from bessemer.model.formats.gguf_base import GgufFamily, GgufHead, Plus, context_before, setting_tensors, shortest
 from bessemer.model.formats.gguf_blocks import Floats, keeps_rows, packed_codes, write_codes
-from bessemer.model.formats.gguf_families import BY_MODEL_TYPE
+from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, with_sections
 from bessemer.model.formats.gguf_imatrix import ImportanceMatrix
 from bessemer.model.formats.gguf_mixtures import GGUF_DTYPES, TensorTypes
 from bessemer.model.formats.gguf_quantise import quantise_rows, takes_importance
@@ -63,12 +63,19 @@ class _Written(NamedTuple):
     weighed: int
 
 
-def export_gguf(folder: Path, path: Path, dtype: str | None = None, *, importance: ImportanceMatrix | None = None) -> list[str]:
+def export_gguf(
+    folder: Path,
+    path: Path,
+    dtype: str | None = None,
+    *,
+    importance: ImportanceMatrix | None = None,
+    rope_sections: Sequence[int] = (),
+) -> list[str]:
     """Write the model and the tokenizer of a folder as a GGUF file, which is there whole or not at all.
 
     dtype: one of `GGUF_DTYPES`; when None, the one that the folder has: of a quantised one its codes, as they are, in Q4_0,
     Q4_1, Q8_0 or the types of its blocks. Vectors, routers and biases stay float32. importance: of the inputs, by which codes
-    are chosen.
+    are chosen. rope_sections: of a Qwen2.5-VL's decoder, how many pairs of channels each of three positions turns.
     Returns what llama.cpp does otherwise, a sentence each. Raises ArtefactError for a model or a tokenizer that llama.cpp has
     no equal for, naming what it lacks, ConfigError for a type that is not known.
     """
@@ -80,6 +87,7 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None, *, importanc
     as_llama_cpp(config, folder)
     model = load_model(folder)
     config, family, notes = as_llama_cpp(model.config, folder)
+    family = with_sections(rope_sections) if rope_sections else family
     tokenizer = _tokenizer(folder, config)
     notes += tokenizer.notes if tokenizer else ["the folder holds no tokenizer: llama.cpp opens the file and reads no text"]
     codes = {weight_name(name): part.stored for name, part in quantised_parts(model).items()}

@@ -7,7 +7,7 @@ weights, say) stands where the keys are read: a model can be exported when what 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -171,8 +171,16 @@ def _write_experts(config: ModelConfig) -> dict[str, Any]:
 
 
 QWEN2 = GgufFamily("qwen2", _read_qwen2, write_shape, stored_alike, ("qwen2",))
+#: The decoder of a Qwen2.5-VL, which is a Qwen2 with positions of three numbers.
+QWEN2VL = GgufFamily("qwen2vl", _read_qwen2, write_shape, stored_alike, ())
 QWEN3 = GgufFamily("qwen3", _read_qwen3, write_shape, stored_alike, ("qwen3",))
 QWEN3_MOE = GgufFamily("qwen3moe", _read_qwen3_moe, _write_qwen3_moe, stored_alike, ("qwen3_moe",))
+
+
+def with_sections(sections: Sequence[int]) -> GgufFamily:
+    """The architecture of a Qwen2 whose positions of three numbers turn so many pairs of channels each."""
+    return replace(QWEN2VL, write=lambda config: write_shape(config) | {"rope.dimension_sections": [*sections, 0]})
+
 
 # -------------------------------------------------------------------------------------------------------- SmolLM3, OLMo
 
@@ -394,7 +402,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     family.architecture: family
     for family in (
         *(LLAMA, GRANITE, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3, OLMO2, GEMMA3, GEMMA2, PHI3, GLM4),
-        *(GPT2, GPT_OSS, DEEPSEEK),
+        *(GPT2, GPT_OSS, DEEPSEEK, QWEN2VL),
     )
 }
 #: By Hugging Face's `model_type`.

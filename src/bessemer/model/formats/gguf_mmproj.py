@@ -19,6 +19,7 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import new_file, new_folder, write_json
 from bessemer.model.config import ModelConfig
+from bessemer.model.formats import gguf_mmproj_native as native
 from bessemer.model.formats.gguf_base import GgufFamily
 from bessemer.model.formats.gguf_export import add_info, add_key, encoded, export_gguf
 from bessemer.model.formats.gguf_import import GgufFile, import_gguf
@@ -39,7 +40,13 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 ARCHITECTURE = "clip"
 #: llama.cpp's names of projectors, by our types of models.
-_PROJECTORS = {"llava": "mlp", "idefics3": "idefics3", "smolvlm": "idefics3", "gemma3": "gemma3"}
+_PROJECTORS = {
+    "llava": "mlp",
+    "idefics3": "idefics3",
+    "smolvlm": "idefics3",
+    "gemma3": "gemma3",
+    "qwen2_5_vl": native.PROJECTOR,
+}
 #: Tensors of the encoder and the projector: ours, then the file's, both without `.weight` and `.bias`.
 _ENCODER = {
     "embeddings.patch_embedding": "v.patch_embd",
@@ -97,14 +104,15 @@ def export_vision_gguf(folder: Path, path: Path, dtype: str | None = None) -> li
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}")
-    _refuse(read_vision_language(folder), folder)
+    config = read_vision_language(folder)
+    _refuse(config, folder)
     model = load_vision_language(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".bessemer-", dir=path.parent) as scratch:
         # called as the folder, whose name the file gets
         text = Path(scratch) / folder.resolve().name
         save_model(model.decoder, text, tokenizer=folder)
-        notes = export_gguf(text, path, dtype)
+        notes = export_gguf(text, path, dtype, rope_sections=config.rope_sections)
     mmproj = path.with_name(f"mmproj-{path.name}")
     notes += _write(model, folder, mmproj, dtype or _OF_TORCH[model.decoder.dtype])
     return [*notes, f"{mmproj.name} beside it: the encoder of pictures and the projector, for llama.cpp's --mmproj"]
@@ -117,6 +125,8 @@ def _refuse(config: VisionLanguageConfig, folder: Path) -> None:
         lacks.append(f"activation {config.vision.hidden_act}")
     if config.model_type not in _PROJECTORS:
         lacks.append(f"form {config.model_type}")
+    if config.vision.is_native:
+        lacks += native.lacking(config.vision)
     if config.model_type == "llava":
         if not config.projector_bias:
             lacks.append("projector without biases")
@@ -140,9 +150,11 @@ def _write(model: VisionLanguageModel, folder: Path, path: Path, dtype: str) -> 
         notes.append("llama.cpp computes the encoder's or the projector's GELU by its tanh form")
     if is_llava and vision.has_class_token:
         notes.append("llama.cpp puts CLIP's class token behind the patches and shifts their positions: it sees otherwise")
+    if vision.is_native:
+        notes += native.notes_of(vision)
     ours = {name: tensor.detach() for name, tensor in model.vision.state_dict().items()}
-    names = dict(_names(config, ours))
-    tensors = {theirs: _stored(name, ours[name]) for name, theirs in names.items()}
+    parts = _parts(config, ours)
+    tensors = {theirs: _stored(name, ours[name][index]).contiguous() for theirs, (name, index) in parts.items()}
     kinds = {name: _kind(name, tensor, wanted) for name, tensor in tensors.items()}
     with new_file(path) as unfinished:
         writer = gguf.GGUFWriter(unfinished, ARCHITECTURE)
@@ -187,6 +199,8 @@ def _keys(config: VisionLanguageConfig, preprocessor: Mapping[str, Any]) -> dict
     }
     if vision.hidden_act in _FLAGS:
         keys[f"clip.{_FLAGS[vision.hidden_act]}"] = True
+    if vision.is_native:
+        return keys | native.keys_of(config, prepared)
     if config.model_type == "llava":
         count = vision.num_hidden_layers + 1
         keys["clip.has_llava_projector"] = True
@@ -201,6 +215,13 @@ def _keys(config: VisionLanguageConfig, preprocessor: Mapping[str, Any]) -> dict
         if isinstance(prepared.size, int):
             keys["clip.vision.preproc_image_size"] = prepared.size if prepared.splits else vision.image_size
     return keys
+
+
+def _parts(config: VisionLanguageConfig, ours: Mapping[str, Any]) -> dict[str, tuple[str, native.Index]]:
+    """Of each tensor of a file the name of ours and the part of that."""
+    if config.vision.is_native:
+        return {theirs: (name, index) for theirs, name, index in native.parts_of(config.vision, ours)}
+    return {theirs: (name, ...) for name, theirs in _names(config, ours)}
 
 
 def _names(config: VisionLanguageConfig, ours: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -314,6 +335,8 @@ def _config_values(file: MmprojFile, tokenizer: Tokenizer) -> dict[str, Any]:
     kind = str(head.values.get("bessemer.model_type", known[projector]))
     if _PROJECTORS.get(kind) != projector:
         raise ConfigError(f"a {kind} has no projector {projector!r}")
+    if projector == native.PROJECTOR:
+        return native.config_values(head, _control(tokenizer, native.IMAGE))
     act = "gelu_pytorch_tanh" if head.get("use_gelu") else "silu" if head.get("use_silu") else "quick_gelu"
     has_class = head.has("v.class_embd")
     encoder = "clip_vision_model" if has_class else "siglip_vision_model"
@@ -370,6 +393,8 @@ def _preprocessor_values(file: MmprojFile, config: VisionLanguageConfig) -> dict
         return own
     square = {"height": side, "width": side}
     normal = {f"image_{name}": list(values[f"clip.vision.image_{name}"]) for name in ("mean", "std")}
+    if config.vision.is_native:
+        return native.preprocessor_values(file.head, config.vision, normal)
     if config.model_type == "gemma3":
         return {"image_processor_type": "Gemma3ImageProcessor", "size": square, **normal}
     if config.scale_factor:
@@ -384,8 +409,8 @@ def _preprocessor_values(file: MmprojFile, config: VisionLanguageConfig) -> dict
 
 def _weights(file: MmprojFile, config: VisionLanguageConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Our tensors. Raises ArtefactError for one that is missing, unexpected or of another shape."""
-    names = dict(_names(config, shapes))
-    unexpected = sorted(set(file.infos) - set(names.values()))
+    parts = _parts(config, shapes)
+    unexpected = sorted(set(file.infos) - set(parts))
     if unexpected:
         raise ArtefactError(f"{file.path}: unexpected tensor {unexpected[0]!r}; the keys describe no such part")
     # older files call what widens `ffn_down`
@@ -393,20 +418,18 @@ def _weights(file: MmprojFile, config: VisionLanguageConfig, shapes: Mapping[str
     wide = (config.vision.intermediate_size, config.vision.hidden_size)
     if first is not None and first.shape == wide[::-1] and wide[0] != wide[1]:
         swapped = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-        names = {ours: _with_swapped(theirs, swapped) for ours, theirs in names.items()}
-    weights: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        if name not in names:
-            # LLaVA's encoder ends before its last norm
-            weights[name] = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-            continue
-        theirs = names[name]
+        parts = {_with_swapped(theirs, swapped): part for theirs, part in parts.items()}
+    # LLaVA's encoder ends before its last norm, which stays so
+    weights = {name: (torch.ones if name.endswith("weight") else torch.zeros)(shape) for name, shape in shapes.items()}
+    for theirs, (name, index) in parts.items():
         if theirs not in file.infos:
             raise ArtefactError(f"{file.path}: tensor {theirs!r} is missing")
+        part = weights[name][index]
+        shape = tuple(part.shape)
         if file.infos[theirs].shape != shape:
             raise ArtefactError(f"{file.path}: tensor {theirs!r} has the shape {file.infos[theirs].shape}, {shape} is needed")
         tensor = file.read(theirs)
-        weights[name] = tensor - 1 if name.endswith("mm_soft_emb_norm.weight") else tensor.clone()
+        part.copy_(tensor - 1 if name.endswith("mm_soft_emb_norm.weight") else tensor)
     return weights
 
 

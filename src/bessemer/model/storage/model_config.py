@@ -87,7 +87,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     family = FAMILIES.get(values.get("model_type", ""))
     if values.get("model_type") in ARCHITECTURES:
         raise ArtefactError(
-            f"{path}: this model reads pictures: it is fine-tuned (sft, finetune), evaluated and served; "
+            f"{path}: this model reads pictures: it is trained (sft, finetune, preference, rl), evaluated and served; "
             "nothing else is done with it yet"
         )
     if family is None:

@@ -178,7 +178,9 @@ def _initial_of_vision(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         # the scale is this and 1
         return torch.zeros(shape)
     if len(shape) < 2:
-        return torch.ones(shape) if "norm" in name and name.endswith(".weight") else torch.zeros(shape)
+        # Qwen2.5-VL's projector calls its norm `ln_q`
+        is_norm = ("norm" in name or "ln_q" in name) and name.endswith(".weight")
+        return torch.ones(shape) if is_norm else torch.zeros(shape)
     generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
     is_by_input = name.endswith("mm_input_projection_weight")
     inputs = shape[0] if is_by_input else math.prod(shape[1:])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bessemer.core.errors import RequestError, SourceError
-from bessemer.posttraining.data.formats import Message, Turns
+from bessemer.posttraining.data.formats import NO_PICTURES, Message, Turns
 from bessemer.posttraining.data.made import Truncate
 from bessemer.posttraining.data.picture_rows import has_pictures
 from bessemer.posttraining.data.turns import (
@@ -297,7 +297,7 @@ def encode_turns(
 def _check_pictures(*turns: Turns, allowed: bool) -> None:
     """Raise RowError for pictures where their tokens alone would be read."""
     if not allowed and any(map(has_pictures, turns)):
-        raise RowError("has pictures, which are learnt by sft and finetune alone")
+        raise RowError(NO_PICTURES)
 
 
 def _encode_text(prompt: str, answer: str, tokenizer: Tokenizer) -> Encoded:

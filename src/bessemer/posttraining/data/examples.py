@@ -11,8 +11,8 @@ import json
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -39,7 +39,14 @@ from bessemer.posttraining.data.formats import (
 )
 from bessemer.posttraining.data.hub import HubDataset
 from bessemer.posttraining.data.made import MISMATCHED, TASK, OnBadRow, data_name, data_path, made_path
-from bessemer.posttraining.data.picture_rows import SUFFIXES, has_pictures, pictures_of, sources_in
+from bessemer.posttraining.data.picture_rows import (
+    SUFFIXES,
+    has_pictures,
+    is_picture_part,
+    picture_part,
+    pictures_of,
+    sources_in,
+)
 from bessemer.posttraining.data.preview import Understood, understand
 from bessemer.posttraining.data.splitting import opening, split_examples
 from bessemer.posttraining.data.understanding import (
@@ -123,9 +130,9 @@ def previewed(name: str, prompt: str | None = None, answer: str | None = None) -
     names = set(rows.columns)
     if prompt is None and answer is None:
         if names & {"chosen", "chosen_messages", "preferred_output"}:
-            return understand(rows, as_pair)
+            return understand(rows, partial(as_pair, pictures=True))
         if names & {*LABELS} and ("completion" in names or names & {*TURNS}):
-            return understand(rows, as_labelled)
+            return understand(rows, partial(as_labelled, pictures=True))
         if "prompt" in names and not names & {"completion", *ANSWERS}:
             return understand(rows, as_prompt)
     columns = find_columns(rows, prompt, answer, ("--prompt-column", "--answer-column"), is_chat=True)
@@ -222,11 +229,25 @@ def _sources_of(row: Mapping[str, Any]) -> list[str]:
         answered = as_answered(row)
         found = sources_in(turn for turns in (answered.prompt, answered.answer) if not isinstance(turns, str) for turn in turns)
     except (ValueError, RequestError):
-        found = []
+        # a pair, or a prompt
+        found = list(_sources_within(list(row.values())))
     try:
         return [*found, *pictures_of(row)]
     except ValueError:
         return found
+
+
+def _sources_within(value: Any) -> Iterator[str]:
+    """The pictures in parts of messages, wherever they stand in a value."""
+    if is_picture_part(value):
+        try:
+            part = picture_part(value, "picture")
+        except ValueError:
+            return
+        yield from [part["image"]] if "image" in part else []
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _sources_within(inner)
 
 
 @dataclass(frozen=True)
@@ -291,11 +312,12 @@ def read_conversations(
     """
     source = place.name if isinstance(place, Path) else str(place)
     examples = (reader or RowReader()).conversations(place, columns)
-    folder = _folder_of(place)
+    folder = folder_of(place)
     return [Conversation(answered, source, where, folder) for where, answered in examples]
 
 
-def _folder_of(place: DataPlace) -> Path | None:
+def folder_of(place: DataPlace) -> Path | None:
+    """Where the paths of a place's pictures begin; None where its rows hold them."""
     if isinstance(place, HubDataset):
         return None
     return place if place.is_dir() else split_part(place)[0].parent
@@ -364,16 +386,20 @@ def gather_pairs(
     share: float,
     seed: int,
     reader: RowReader | None = None,
+    *,
+    pictures: bool = False,
 ) -> tuple[list[Pair], list[Pair]]:
     """(training, held-out) pairs of all data that are named: of rows, `share` of the prompts are held out; of `made/mismatched`
     what the conversations were.
 
-    made: what stages above have made, by name. Raises SourceError or ArtefactError for pairs that are missing or malformed.
+    made: what stages above have made, by name. pictures: whether prompts may have them. Raises SourceError or ArtefactError for
+    pairs that are missing or malformed.
     """
     mismatched: tuple[list[Pair], list[Pair]] = ([], [])
     if MISMATCHED in names:
         mismatched = mismatched_pairs(made_path(MISMATCHED, made), seed)
     others = (data_path(name, folder, made) for name in names if name != MISMATCHED)
-    rows = [pair for place in others for pair in read_examples(place, as_pair, reader)]
+    parse = partial(as_pair, pictures=pictures)
+    rows = [replace(pair, folder=folder_of(place)) for place in others for pair in read_examples(place, parse, reader)]
     training, held_out = split_examples(rows, lambda pair: opening(pair.prompt), share, seed)
     return [*mismatched[0], *training], [*mismatched[1], *held_out]

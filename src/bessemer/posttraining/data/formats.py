@@ -22,7 +22,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import nearest
@@ -72,7 +73,7 @@ class Pair:
     """Two answers to a prompt, of which the first is preferred.
 
     margin: how much better it is, where that is known. confidence: how probably it is better, from one half to 1. weight: that
-    of the pair in the mean, for example where a prompt has several pairs.
+    of the pair in the mean, for example where a prompt has several pairs. folder: where the paths of its pictures begin.
     """
 
     prompt: Turns
@@ -82,14 +83,16 @@ class Pair:
     margin: float = 0.0
     confidence: float = 1.0
     weight: float = 1.0
+    folder: Path | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """An answer that is good or bad by itself."""
+    """An answer that is good or bad by itself. folder: where the paths of its pictures begin."""
 
     answered: Answered
     is_desirable: bool
+    folder: Path | None = field(default=None, compare=False)
 
 
 def as_answered(row: Mapping[str, Any]) -> Answered:
@@ -100,10 +103,9 @@ def as_answered(row: Mapping[str, Any]) -> Answered:
     if (name := _conversation_key(row)) is not None:
         return Answered((), _checked_pictures(with_pictures(_under_system(row, _spoken(row[name], name)), pictures)), tools)
     if "completion" in row:
-        prompt, (completion,) = _prompt_and_answers(row, ("completion",))
-        if pictures and isinstance(prompt, str):
-            prompt, completion = (_said("user", prompt),), (_said("assistant", str(completion)),)
-        return Answered(_placed(prompt, pictures), completion, tools)
+        prompt, answers = _prompt_and_answers(row, ("completion",))
+        prompt, (completion,) = about_pictures(prompt, answers, pictures)
+        return Answered(prompt, completion, tools)
     if "instruction" in row:
         column = next((name for name in ("output", "response", *ANSWERS) if name in row), "output")
         prompt, answer = _alpaca_prompt(row), _cell(row, column)
@@ -162,22 +164,34 @@ def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, 
     return _under_system(row, messages)
 
 
-def as_pair(row: Mapping[str, Any]) -> Pair:
-    """A row of a chosen and a rejected answer. Raises ValueError or RequestError, in one line."""
-    row = _with_our_names(row)
-    _refuse_sounds(row, ("images", "videos", "audios"))
+def as_pair(row: Mapping[str, Any], *, pictures: bool = False) -> Pair:
+    """A row of a chosen and a rejected answer. pictures: whether the prompt may have them. Raises ValueError or RequestError,
+    in one line."""
+    given, row = row, _with_our_names(row)
+    _refuse_sounds(row, ("videos", "audios") if pictures else ("images", "videos", "audios"))
     if "chosen" not in row or "rejected" not in row:
         raise ValueError(f"needs the keys 'chosen' and 'rejected'; it has {_named(row)}")
     prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"))
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same, so that neither is preferred")
-    _refuse_pictures(prompt, chosen, rejected)
+    if pictures:
+        prompt, (chosen, rejected) = about_pictures(prompt, (chosen, rejected), pictures_of(given))
+    else:
+        _refuse_pictures(prompt, chosen, rejected)
     confidence, weight = _number(row, "confidence", 1.0), _number(row, "weight", 1.0)
     if not 0.5 <= confidence <= 1:
         raise ValueError(f"confidence is how probably chosen is better, from 0.5 to 1; it is {confidence:g}")
     if weight <= 0:
         raise ValueError(f"weight must be above 0, it is {weight:g}")
     return Pair(prompt, chosen, rejected, tools_of(row), _number(row, "margin", 0.0), confidence, weight)
+
+
+def about_pictures(prompt: Turns, answers: Sequence[Turns], pictures: Sequence[str]) -> tuple[Turns, Sequence[Turns]]:
+    """A prompt with the pictures of a row's columns, and its answers: of texts, messages. Raises ValueError for a place
+    without a picture."""
+    if pictures and isinstance(prompt, str):
+        prompt, answers = (_said("user", prompt),), [(_said("assistant", str(answer)),) for answer in answers]
+    return _placed(prompt, pictures), answers
 
 
 def _placed(prompt: Turns, pictures: Sequence[str]) -> Turns:
@@ -198,10 +212,14 @@ def _refuse_sounds(row: Mapping[str, Any], names: Sequence[str] = ("videos", "au
             raise ValueError(f"has {name}, which are not learnt yet, and the words alone would teach to guess")
 
 
+#: Why a row with pictures is left out where their tokens alone would be read.
+NO_PICTURES = "has pictures, which are learnt by sft, finetune, preference and rl alone"
+
+
 def _refuse_pictures(*turns: Turns) -> None:
-    """Raise ValueError for pictures in messages of pairs, of judged answers and of prompts."""
+    """Raise ValueError for pictures in messages."""
     if any(map(has_pictures, turns)):
-        raise ValueError("has pictures, which are learnt by sft and finetune alone")
+        raise ValueError(NO_PICTURES)
 
 
 def _with_our_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -234,17 +252,18 @@ def _number(row: Mapping[str, Any], name: str, absent: float) -> float:
     return number
 
 
-def as_labelled(row: Mapping[str, Any]) -> Labelled:
+def as_labelled(row: Mapping[str, Any], *, pictures: bool = False) -> Labelled:
     """A row of an answer and whether it is good. In a conversation without a prompt the last turn is the answer.
 
-    Raises ValueError or RequestError, in one line.
+    pictures: whether they may stand before it. Raises ValueError or RequestError, in one line.
     """
     given = next((row[name] for name in LABELS if row.get(name) is not None), None)
     label = _TRUTH.get(str(given).strip().lower())
     if label is None:
         raise ValueError(f"label must be true or false, it is {given!r}")
     answered = as_answered(row)
-    _refuse_pictures(answered.prompt, answered.answer)
+    if not pictures:
+        _refuse_pictures(answered.prompt, answered.answer)
     if not answered.prompt and not isinstance(answered.answer, str):
         *before, last = answered.answer
         if last["role"] != "assistant":
@@ -253,11 +272,12 @@ def as_labelled(row: Mapping[str, Any]) -> Labelled:
     return Labelled(answered, label)
 
 
-def as_labelled_answers(row: Mapping[str, Any]) -> list[Labelled]:
-    """A labelled answer, or a pair as one that is good and one that is bad. Raises ValueError or RequestError, in one line."""
+def as_labelled_answers(row: Mapping[str, Any], *, pictures: bool = False) -> list[Labelled]:
+    """A labelled answer, or a pair as one that is good and one that is bad. pictures: as in `as_pair`. Raises ValueError or
+    RequestError, in one line."""
     if "chosen" not in row:
-        return [as_labelled(row)]
-    pair = as_pair(row)
+        return [as_labelled(row, pictures=pictures)]
+    pair = as_pair(row, pictures=pictures)
     for name, value in (("confidence", pair.confidence), ("weight", pair.weight)):
         if value != 1:
             raise ValueError(

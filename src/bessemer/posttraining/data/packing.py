@@ -23,12 +23,12 @@ import torch
 from bessemer.core.errors import RequestError, SourceError
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.model.storage.model_config import read_model_config
-from bessemer.posttraining.data.encoding import Encoded, Row, RowCounts, RowFitter, encode_answer, encode_turns
+from bessemer.model.storage.model_config import read_decoder_config
+from bessemer.posttraining.data.encoding import Encoded, Row, RowCounts, RowFitter, encode_turns
 from bessemer.posttraining.data.examples import Conversation, prompt_key
-from bessemer.posttraining.data.formats import Labelled, Pair
+from bessemer.posttraining.data.formats import Answered, Labelled, Pair, Turns
 from bessemer.posttraining.data.made import Truncate
-from bessemer.posttraining.data.picture_encoding import PictureEncoder
+from bessemer.posttraining.data.picture_encoding import READS_NONE, PictureEncoder, encode_seen
 from bessemer.posttraining.data.picture_rows import has_pictures
 from bessemer.posttraining.data.turns import RowError
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -69,8 +69,8 @@ def fit_each(
         examples = encode_conversation(one, tokenizer)
         if has_pictures(one.messages):
             if pictures is None:
-                raise RowError("has pictures, and this model reads none")
-            examples = pictures.expanded(one, examples)
+                raise RowError(READS_NONE)
+            examples = pictures.expanded(one.messages, one.folder, examples)
         return [window for text in examples for window in text.windows(context_length)] if one.is_document else examples
 
     fitted = [fitter.fit_turns(partial(encoded, one), one.place) for one in conversations]
@@ -255,16 +255,20 @@ def pack_pairs(
     *,
     example: Callable[[Encoded, int], Row | None] | None = None,
     shares_prompts: bool = False,
+    pictures: PictureEncoder | None = None,
 ) -> PackedPairs:
     """Pairs in few rows. An answer and its prompt take at most half a row; longer ones are treated as by `RowFitter`.
-    shares_prompts: as in `pack_pair_examples`. Raises SourceError where longer ones are refused."""
+    shares_prompts: as in `pack_pair_examples`. pictures: of a model that reads them, whose rows `placed` then takes. Raises
+    SourceError where longer ones are refused."""
     fitter = RowFitter(context_length // 2, truncate, example)
     packed: list[PairExample] = []
     equal = 0
+
+    def encoded(pair: Pair, answer: Turns) -> Encoded:
+        return encode_seen(Answered(pair.prompt, answer, pair.tools), tokenizer, pair.folder, pictures)
+
     for pair in pairs:
-        rows = fitter.fit(
-            *(partial(encode_answer, pair.prompt, answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected))
-        )
+        rows = fitter.fit(*(partial(encoded, pair, answer) for answer in (pair.chosen, pair.rejected)))
         if rows is None:
             continue
         chosen, rejected = rows
@@ -282,7 +286,7 @@ def _are_equal(first: Row, second: Row) -> bool:
 
 def can_share_prompts(config: LoopConfig, model: Path) -> bool:
     """Whether documents may share prefixes (`ModelRoles.shares_prefixes`), for a model's folder and a run's settings."""
-    return config.parallel.context == 1 and read_model_config(model).shares_prefixes
+    return config.parallel.context == 1 and read_decoder_config(model).shares_prefixes
 
 
 def pack_pair_examples(
@@ -350,11 +354,16 @@ class PackedAnswers:
 
 
 def pack_answers(
-    examples: Sequence[Labelled], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+    examples: Sequence[Labelled],
+    tokenizer: Tokenizer,
+    context_length: int,
+    truncate: Truncate = "drop",
+    pictures: PictureEncoder | None = None,
 ) -> PackedAnswers:
     """Answers in few rows, and rows of their mismatched twins, which are cut at a row's length since nothing is learnt from
-    them. The twin of an example has the answer of the nearest example before it with another prompt. Raises SourceError where
-    all prompts are the same, where some are texts and some messages, and where longer ones are refused.
+    them. The twin of an example has the answer of the nearest example before it with another prompt. pictures: as in
+    `pack_pairs`. Raises SourceError where all prompts are the same, where some are texts and some messages, and where longer
+    ones are refused.
     """
     if len({isinstance(one.answered.prompt, str) for one in examples}) > 1:
         raise SourceError("loss kto compares answers with each other, and some rows are texts and some messages; give one kind")
@@ -362,11 +371,12 @@ def pack_answers(
     packed: list[tuple[Row, Row, bool]] = []
     for example, place in zip(examples, others_before([prompt_key(one.answered.prompt) for one in examples]), strict=True):
         answered, other = example.answered, examples[place].answered
-        fitted = fitter.fit(partial(encode_answer, answered.prompt, answered.answer, tokenizer, answered.tools))
+        fitted = fitter.fit(partial(encode_seen, answered, tokenizer, example.folder, pictures))
         if fitted is None:
             continue
         try:
-            twin = encode_answer(answered.prompt, other.answer, tokenizer, answered.tools).beginning(context_length)
+            unlike = replace(answered, answer=other.answer)
+            twin = encode_seen(unlike, tokenizer, example.folder, pictures).beginning(context_length)
         except RequestError:
             # the example that would give the twin's answer is left out
             continue
@@ -393,10 +403,15 @@ def pack_answers(
 
 
 def pack_forgetting(
-    forget: Sequence[Labelled], keep: Sequence[Labelled], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+    forget: Sequence[Labelled],
+    keep: Sequence[Labelled],
+    tokenizer: Tokenizer,
+    context_length: int,
+    truncate: Truncate = "drop",
+    pictures: PictureEncoder | None = None,
 ) -> PackedAnswers:
     """Answers to forget and others to keep, in rows that hold their share of both, so that every batch does. `is_answer` and
-    `is_desirable` as in `PackedAnswers`, the latter of those to keep.
+    `is_desirable` as in `PackedAnswers`, the latter of those to keep. pictures: as in `pack_pairs`.
 
     The end of an answer to forget is no target: that a text ends is not forgotten. Raises SourceError where longer ones are
     refused.
@@ -408,8 +423,7 @@ def pack_forgetting(
     # the k-th of n stands at (k + ½) / n of the whole
     places = [((place + 0.5) / len(some), example) for some in (forget, keep) for place, example in enumerate(some)]
     for _, example in sorted(places, key=lambda item: item[0]):
-        answered = example.answered
-        fitted = fitter.fit(partial(encode_answer, answered.prompt, answered.answer, tokenizer, answered.tools))
+        fitted = fitter.fit(partial(encode_seen, example.answered, tokenizer, example.folder, pictures))
         if fitted is None:
             continue
         tokens, targets = fitted[0]
@@ -449,6 +463,19 @@ def has_mismatched(batch: Batch) -> bool:
     return any(name.startswith(_TWIN) for name in batch.per_token)
 
 
+def placed(batch: Batch, pictures: PictureEncoder | None) -> Batch:
+    """Packed rows with image tokens in the places of pictures, as `PictureEncoder.placed`, and their twins' too."""
+    if pictures is None:
+        return batch
+    whole = pictures.placed(batch)
+    if has_mismatched(batch):
+        twins = pictures.placed(mismatched(batch))
+        if twins.vector_of_token_BT is not None:
+            own = {f"{_TWIN}tokens_BT": twins.tokens_BT, f"{_TWIN}vector_of_token_BT": twins.vector_of_token_BT}
+            whole = whole.with_values(per_token=own)
+    return whole
+
+
 def mismatched(batch: Batch) -> Batch:
     """The twins of a batch of packed answers, row by row."""
     of = batch.per_token
@@ -457,6 +484,8 @@ def mismatched(batch: Batch) -> Batch:
         of[f"{_TWIN}targets_BT"],
         of[f"{_TWIN}positions_BT"],
         of[f"{_TWIN}document_ids_BT"],
+        vector_of_token_BT=of.get(f"{_TWIN}vector_of_token_BT"),
+        pictures=batch.pictures,
         per_sequence={"is_answer": batch.per_sequence["is_answer"]},
         sequences=batch.sequences,
     )

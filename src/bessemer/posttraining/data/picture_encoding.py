@@ -21,13 +21,38 @@ from bessemer.model.vision.model import Vision
 from bessemer.model.vision.pictures import Picture, read_picture
 from bessemer.model.vision.preprocessing import Prepared
 from bessemer.model.vision.prompts import PictureReader, open_picture_reader
-from bessemer.posttraining.data.encoding import Encoded
-from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.picture_rows import sources_in
+from bessemer.posttraining.data.encoding import Encoded, encode_answer
+from bessemer.posttraining.data.formats import Answered, Message
+from bessemer.posttraining.data.picture_rows import has_pictures, sources_in
 from bessemer.posttraining.data.turns import RowError
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batch import Batch
 from bessemer.training.data.pictures import PictureFile
+
+#: The pixels of a run's pictures, in its folder until it is finished.
+PICTURES = "pictures.bin"
+#: Why a row is left out that shows pictures to a model of texts.
+READS_NONE = "has pictures, and this model reads none"
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPictures:
+    """A prompt with its pictures, as tokens: for an engine, and for batches of what the engine sampled.
+
+    asked: as the chat template writes it, with one image token for each picture. ids: with as many as it has vectors. vectors:
+    of each of `ids` the number of its vector, as in `PictureTable`; -1 for text.
+    """
+
+    asked: list[int]
+    ids: list[int]
+    vectors: np.ndarray
+    encoder: PictureEncoder
+    _shown: tuple[Prepared, ...]
+
+    @property
+    def pictures(self) -> list[Prepared]:
+        """The prepared pictures, whose tiles lie in the run's file."""
+        return [replace(one, tiles=self.encoder.file.tiles_of(one.digest)) for one in self._shown]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,22 +62,39 @@ class PictureEncoder:
     reader: PictureReader
     file: PictureFile
 
-    def expanded(self, conversation: Conversation, examples: Sequence[Encoded]) -> list[Encoded]:
-        """The examples of a conversation with its pictures' tokens in the places of their image tokens.
+    def expanded(self, messages: Sequence[Message], folder: Path | None, examples: Sequence[Encoded]) -> list[Encoded]:
+        """The examples of a conversation with its pictures' tokens in the places of their image tokens. folder: where the
+        paths of pictures begin.
 
         An example begins as the conversation does, and so with its first pictures. Raises RowError for a picture that cannot be
         read.
         """
+        return self._expanded(messages, folder, examples)[0]
+
+    def of_prompt(self, messages: Sequence[Message], folder: Path | None, asked: list[int]) -> PromptPictures:
+        """A prompt's pictures. folder: where their paths begin. asked: its tokens, as the chat template writes it. Raises
+        RowError as `expanded`."""
+        unlearnt = Encoded(np.array(asked, np.int64), np.zeros(len(asked), bool))
+        (seen,), shown = self._expanded(messages, folder, [unlearnt])
+        is_picture = seen.ids < 0
+        ids = np.where(is_picture, self.reader.image_token_id, seen.ids)
+        vectors = np.where(is_picture, -1 - seen.ids, -1)
+        # the pixels are read from the file
+        return PromptPictures(asked, ids.tolist(), vectors, self, tuple(replace(one, tiles=one.tiles[:0]) for one in shown))
+
+    def _expanded(
+        self, messages: Sequence[Message], folder: Path | None, examples: Sequence[Encoded]
+    ) -> tuple[list[Encoded], list[Prepared]]:
+        """As `expanded`, and the prepared pictures."""
         try:
-            sources = sources_in(conversation.messages)
-            pictures = [prepared_picture(self.reader, source, conversation.folder) for source in sources]
+            pictures = [prepared_picture(self.reader, source, folder) for source in sources_in(messages)]
             for prepared in pictures:
                 self.file.add(prepared)
-            return [self._expanded(example, pictures) for example in examples]
+            return [self._one(example, pictures) for example in examples], pictures
         except (RequestError, ValueError) as error:
             raise RowError(str(error)) from None
 
-    def _expanded(self, example: Encoded, pictures: Sequence[Prepared]) -> Encoded:
+    def _one(self, example: Encoded, pictures: Sequence[Prepared]) -> Encoded:
         count = int((example.ids == self.reader.placeholder_id).sum())
         if count > len(pictures):
             raise RowError(f"the chat template has places for {count} pictures, and {len(pictures)} are given")
@@ -75,6 +117,19 @@ class PictureEncoder:
             vector_of_token_BT=torch.where(is_picture_BT, -1 - batch.tokens_BT, -1),
             pictures=self.file.table(),
         )
+
+
+def encode_seen(answered: Answered, tokenizer: Tokenizer, folder: Path | None, pictures: PictureEncoder | None) -> Encoded:
+    """`encode_answer` of a prompt and an answer, with the tokens of their pictures. folder, pictures: as in `PictureEncoder`;
+    None: the model reads none, and RowError is raised where there are some."""
+    prompt, answer = answered.prompt, answered.answer
+    encoded = encode_answer(prompt, answer, tokenizer, answered.tools, pictures=True)
+    if isinstance(prompt, str) or isinstance(answer, str) or not has_pictures(messages := (*prompt, *answer)):
+        return encoded
+    if pictures is None:
+        raise RowError(READS_NONE)
+    (seen,) = pictures.expanded(messages, folder, [encoded])
+    return seen
 
 
 def prepared_picture(reader: PictureReader, source: str, folder: Path | None) -> Prepared:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from safetensors import safe_open
@@ -25,7 +25,7 @@ from bessemer.core.progress import Progress
 from bessemer.core.store import new_file
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.chat_models import place_fingerprint
-from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, gather_pairs, prompt_key, read_examples
+from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, folder_of, gather_pairs, prompt_key, read_examples
 from bessemer.posttraining.data.formats import Labelled, as_labelled_answers
 from bessemer.posttraining.data.made import data_path
 from bessemer.posttraining.data.packing import (
@@ -36,8 +36,10 @@ from bessemer.posttraining.data.packing import (
     pack_answers,
     pack_forgetting,
     pack_pairs,
+    placed,
     validation_on,
 )
+from bessemer.posttraining.data.picture_encoding import PICTURES, PictureEncoder, open_picture_encoder
 from bessemer.posttraining.data.splitting import opening_of, split_examples
 from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.preference.config import KTO, NPO, PAIR_LOSSES, PreferenceConfig
@@ -49,7 +51,7 @@ from bessemer.posttraining.preference.objective import (
     PreferenceObjective,
     UnlearningObjective,
 )
-from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batch import Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -113,7 +115,8 @@ def with_reference(
 ) -> Batch:
     """A packed data set with the log-probabilities of the model that `load` gives, (B, T), read from `path` where an earlier
     start of the run has left them."""
-    of = {_OF: hash_value([identity, *(_hash(getattr(batch, name)) for name in _ROWS)])}
+    seen = [] if batch.pictures is None else [_hash(batch.vector_of_token_BT), batch.pictures.fingerprint]
+    of = {_OF: hash_value([identity, *(_hash(getattr(batch, name)) for name in _ROWS), *seen])}
     if path.exists():
         with safe_open(path, "pt") as file:
             is_ours = file.metadata() == of
@@ -160,26 +163,42 @@ class PreferenceData:
         return self.training.tokens_BT.shape[0]
 
 
+@dataclass(frozen=True)
+class ModelReader:
+    """What the model of a folder, the one that a run starts from, reads rows with. pictures: of a model that reads them."""
+
+    model: Path
+    tokenizer: Tokenizer
+    rows: RowReader | None = None
+    pictures: PictureEncoder | None = None
+
+    @classmethod
+    def of(cls, model: Path, out: Path, rows: RowReader | None = None) -> Self:
+        """out: the folder of the run, which takes the pixels of pictures."""
+        tokenizer = load_tokenizer(model)
+        return cls(model, tokenizer, rows, open_picture_encoder(model, tokenizer, out / PICTURES))
+
+    def close(self) -> None:
+        """Remove the file of pixels."""
+        if self.pictures is not None:
+            self.pictures.file.close()
+
+
 def paired_data(
-    config: PreferenceConfig,
-    model: Path,
-    folder: Path,
-    made: Mapping[str, Path],
-    seed: int,
-    reader: RowReader | None = None,
+    config: PreferenceConfig, reader: ModelReader, folder: Path, made: Mapping[str, Path], seed: int
 ) -> PreferenceData:
-    """The pairs that the settings name, packed for the model of a folder, with the objective of their loss. Raises
+    """The pairs that the settings name, packed for the reader's model, with the objective of their loss. Raises
     SourceError."""
     loss = PAIR_LOSSES.find(config.loss).load()
-    training, held_out = gather_pairs(config.data, folder, made, config.validation_share, seed, reader)
+    training, held_out = gather_pairs(config.data, folder, made, config.validation_share, seed, reader.rows, pictures=True)
     if not loss.soft_labels and any(pair.confidence < 1 for pair in (*training, *held_out)):
         raise SourceError(
             f"the pairs have a confidence, which the loss {config.loss} cannot use; take sigmoid, sigmoid_norm or simpo, or "
             "leave the column out"
         )
-    tokenizer, shares = load_tokenizer(model), can_share_prompts(config, model)
+    tokenizer, pictures, shares = reader.tokenizer, reader.pictures, can_share_prompts(config, reader.model)
     packed, validation = (
-        pack_pairs(some, tokenizer, config.context_length, config.truncate, shares_prompts=shares)
+        pack_pairs(some, tokenizer, config.context_length, config.truncate, shares_prompts=shares, pictures=pictures)
         for some in (training, held_out)
     )
     settings = PairLossSettings(config.beta, config.label_smoothing, config.margin)
@@ -188,9 +207,9 @@ def paired_data(
         objective=PreferenceObjective(loss, settings, config.next_token_weight),
         needs_reference=loss.needs_reference,
         longest=config.context_length // 2,
-        training=packed.batch,
+        training=placed(packed.batch, reader.pictures),
         training_examples=packed.pairs,
-        validation=validation.batch,
+        validation=placed(validation.batch, reader.pictures),
         validation_examples=validation.pairs,
         left_out=packed.sentences(f"{len(training):,} pairs"),
         figures=packed.figures,
@@ -198,29 +217,25 @@ def paired_data(
 
 
 def labelled_data(
-    config: PreferenceConfig,
-    model: Path,
-    folder: Path,
-    made: Mapping[str, Path],
-    seed: int,
-    reader: RowReader | None = None,
+    config: PreferenceConfig, reader: ModelReader, folder: Path, made: Mapping[str, Path], seed: int
 ) -> PreferenceData:
     """The single answers that the settings name, those of pairs among them, packed for KTO. Raises SourceError."""
-    answers = _labelled_answers(config, folder, made, reader)
+    answers = _labelled_answers(config, folder, made, reader.rows)
     training, held_out = split_examples(answers, lambda one: opening_of(one.answered), config.validation_share, seed)
     if len({prompt_key(one.answered.prompt) for one in held_out}) == 1:
         # KTO compares with answers to other prompts, and a single held-out prompt has none
         training, held_out = answers, []
-    tokenizer = load_tokenizer(model)
-    packed, validation = (pack_answers(some, tokenizer, config.context_length) for some in (training, held_out))
+    packed, validation = (
+        pack_answers(some, reader.tokenizer, config.context_length, pictures=reader.pictures) for some in (training, held_out)
+    )
     return PreferenceData(
         name="answers",
         objective=KTOObjective(config.beta, config.desirable_weight, config.undesirable_weight),
         needs_reference=True,
         longest=config.context_length,
-        training=packed.batch,
+        training=placed(packed.batch, reader.pictures),
         training_examples=packed.answers,
-        validation=validation.batch,
+        validation=placed(validation.batch, reader.pictures),
         validation_examples=validation.answers,
         left_out=packed.counts.sentences(f"{len(training):,} answers"),
         figures=packed.counts.figures,
@@ -228,33 +243,29 @@ def labelled_data(
 
 
 def forgetting_data(
-    config: PreferenceConfig,
-    model: Path,
-    folder: Path,
-    made: Mapping[str, Path],
-    seed: int,
-    reader: RowReader | None = None,
+    config: PreferenceConfig, reader: ModelReader, folder: Path, made: Mapping[str, Path], seed: int
 ) -> PreferenceData:
     """The single answers that the settings name, packed for NPO: those whose label is false are forgotten, all of them, and of
     the others, which are kept, a share is held out. Raises SourceError where there is nothing to forget."""
-    answers = _labelled_answers(config, folder, made, reader)
+    answers = _labelled_answers(config, folder, made, reader.rows)
     forget = [one for one in answers if not one.is_desirable]
     if not forget:
         raise SourceError(f"loss {NPO} forgets answers whose label is false, and there are none")
     keep, held_out = split_examples(
         [one for one in answers if one.is_desirable], lambda one: opening_of(one.answered), config.validation_share, seed
     )
-    tokenizer = load_tokenizer(model)
-    packed = pack_forgetting(forget, keep, tokenizer, config.context_length, config.truncate)
-    validation = pack_forgetting([], held_out, tokenizer, config.context_length, config.truncate)
+    packed, validation = (
+        pack_forgetting(*some, reader.tokenizer, config.context_length, config.truncate, reader.pictures)
+        for some in ((forget, keep), ([], held_out))
+    )
     return PreferenceData(
         name="answers",
         objective=UnlearningObjective(config.beta, config.retain_weight),
         needs_reference=True,
         longest=config.context_length,
-        training=packed.batch,
+        training=placed(packed.batch, reader.pictures),
         training_examples=packed.answers,
-        validation=validation.batch,
+        validation=placed(validation.batch, reader.pictures),
         validation_examples=validation.answers,
         left_out=packed.counts.sentences(f"{len(forget) + len(keep):,} answers"),
         figures={**packed.counts.figures, "forgotten": len(forget), "kept": len(keep)},
@@ -264,8 +275,14 @@ def forgetting_data(
 def _labelled_answers(
     config: PreferenceConfig, folder: Path, made: Mapping[str, Path], reader: RowReader | None
 ) -> list[Labelled]:
-    rows = [row for name in config.data for row in read_examples(data_path(name, folder, made), as_labelled_answers, reader)]
-    return [answer for row in rows for answer in row]
+    parse = partial(as_labelled_answers, pictures=True)
+    places = [data_path(name, folder, made) for name in config.data]
+    return [
+        replace(answer, folder=folder_of(place))
+        for place in places
+        for row in read_examples(place, parse, reader)
+        for answer in row
+    ]
 
 
 #: Losses of single answers → what gathers their data; all others are losses of pairs.
@@ -292,8 +309,9 @@ def preference(
     """
     run = RunContext(out, **options)
     gather = _OF_SINGLE_ANSWERS.get(config.loss, paired_data)
-    reader = RowReader(config.on_bad_row, run.progress.say)
-    data = gather(config, model, run.folder, made or {}, run.seed, reader)
+    rows = RowReader(config.on_bad_row, run.progress.say)
+    reader = ModelReader.of(model, out, rows)
+    data = gather(config, reader, run.folder, made or {}, run.seed)
     for sentence in data.left_out:
         run.progress.say(sentence)
     if not data.rows:
@@ -309,7 +327,7 @@ def preference(
     job = TrainingJob.open(config, model, run, description="preference", cost=cost, only_resolve=only_resolve)
     config = job.config
     if job.mesh.leads:
-        reader.write_bad_rows(out / BAD_ROWS)
+        rows.write_bad_rows(out / BAD_ROWS)
     others = []
     if data.needs_reference and job.mesh.alone:
         data = _with_cached_reference(data, job)
@@ -325,11 +343,12 @@ def preference(
         ),
     )
     if job.mesh.leads:
-        keep_template(out, load_tokenizer(model))
+        keep_template(out, reader.tokenizer)
+    reader.close()
     return {
         data.name: data.training_examples,
         "held_out": data.validation_examples,
-        **reader.figures,
+        **rows.figures,
         **data.figures,
         "rows": data.rows,
         **{name: value for name, value in summary.items() if name != "parameters"},

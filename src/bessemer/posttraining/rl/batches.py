@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bessemer.posttraining.data.packing import PairExample, pack_pair_examples
+from bessemer.posttraining.data.packing import PairExample, pack_pair_examples, placed
+from bessemer.posttraining.data.picture_encoding import PictureEncoder
 from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
@@ -53,9 +54,12 @@ class BatchMaker(Protocol):
 class AdvantageBatches:
     """Mini-batches of `batch_size` completions with their advantages; those without a reward have no targets."""
 
-    def __init__(self, config: RLConfig, weights: Sequence[float], padding_id: int) -> None:
-        """weights: of the rewards. Raises ConfigError for an unknown advantage."""
+    def __init__(
+        self, config: RLConfig, weights: Sequence[float], padding_id: int, pictures: PictureEncoder | None = None
+    ) -> None:
+        """weights: of the rewards. pictures: of prompts that have some. Raises ConfigError for an unknown advantage."""
         self._config = config
+        self._pictures = pictures
         self._weights_K = torch.tensor(weights)
         self._padding_id = padding_id
         self._advantage = ADVANTAGE_PLUGINS.find(config.advantage).load()
@@ -111,7 +115,8 @@ class AdvantageBatches:
         layout = models.mesh.layout
         row = self._config.context_length if models.shares_prefixes else None
         places = [slice(start, start + size) for start in range(0, len(samples), size)]
-        return [pack_samples(samples[place], kept[place], self._padding_id, layout, shared_row=row) for place in places]
+        packed = [pack_samples(samples[place], kept[place], self._padding_id, layout, shared_row=row) for place in places]
+        return [replace(one, batch=placed(one.batch, self._pictures)) for one in packed]
 
     def _with_log_probs(self, packed: Packed, models: ModelRoles) -> Packed:
         """With the log-probabilities that do not change while the rollout is trained on: of the policy as old, where more than
@@ -203,8 +208,10 @@ def pair_objective(config: RLConfig) -> PreferenceObjective:
 class PairBatches:
     """Mini-batches of a pair for each prompt. A pair of equal rewards, or of a prompt with fewer than two, weighs nothing."""
 
-    def __init__(self, config: RLConfig, padding_id: int) -> None:
+    def __init__(self, config: RLConfig, padding_id: int, pictures: PictureEncoder | None = None) -> None:
+        """pictures: of prompts that have some."""
         self._config = config
+        self._pictures = pictures
         self._padding_id = padding_id
         self._needs_reference = PAIR_LOSSES.find(str(config.pair_loss)).load().needs_reference
 
@@ -240,6 +247,7 @@ class PairBatches:
             row_count=layout.row_count,
             shares_prompts=models.shares_prefixes,
         )
+        batch = placed(batch, self._pictures)
         if not self._needs_reference:
             return batch
         with torch.no_grad():

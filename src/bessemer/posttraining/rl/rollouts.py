@@ -190,9 +190,12 @@ class RolloutSource:
         self._sampler = sampler
         self._judge = judge
         self._config = config
-        self._make: BatchMaker = AdvantageBatches(config, judge.weights, tokenizer.bos_id)
+        shown = (prompt.pictures for prompt in (*prompts, *held_out))
+        #: Writes pictures into batches, where any prompt has some.
+        self._pictures = next((one.encoder for one in shown if one is not None), None)
+        self._make: BatchMaker = AdvantageBatches(config, judge.weights, tokenizer.bos_id, self._pictures)
         if config.pair_loss is not None:
-            self._make = PairBatches(config, tokenizer.bos_id)
+            self._make = PairBatches(config, tokenizer.bos_id, self._pictures)
         self._log = CompletionsLog(out, judge.names)
         self._seed = seed
         self._progress = progress
@@ -205,7 +208,8 @@ class RolloutSource:
         self._has_hinted = False
         self.batch_size = config.batch_size
         prompts_and_columns = [[ids, dict(prompt.columns)] for prompt, ids in self._prompts]
-        self.fingerprint = hash_value([hash_value(repr(prompts_and_columns)), seed])
+        seen = [] if self._pictures is None else [self._pictures.file.table().fingerprint]
+        self.fingerprint = hash_value([hash_value(repr(prompts_and_columns)), seed, *seen])
 
     # -- interface of the training loop
 
@@ -237,7 +241,8 @@ class RolloutSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._first, self._cursor, self._tokens = state["first"], state["cursor"], state["tokens"]
-        self._batches = [Batch(**values) for values in state["batches"]]
+        table = None if self._pictures is None else self._pictures.file.table()
+        self._batches = [Batch(**values, pictures=table) for values in state["batches"]]
 
     # -- interface of the stage
 
@@ -418,7 +423,9 @@ def _attended(batch: Batch) -> Tensor:
 
 
 def _plain(batch: Batch) -> dict[str, Any]:
-    """A batch as tensors and plain values, for a checkpoint."""
+    """A batch as tensors and plain values, for a checkpoint; its pictures are the run's."""
     return {
-        name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(batch).items() if value is not None
+        name: dict(value) if isinstance(value, Mapping) else value
+        for name, value in vars(batch).items()
+        if value is not None and name != "pictures"
     }

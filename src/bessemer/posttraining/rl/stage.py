@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,10 +17,12 @@ from bessemer.core.records import TABLES
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
 from bessemer.model.storage.model_config import holds_codes
-from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, read_examples
-from bessemer.posttraining.data.formats import Turns, messages_of
+from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, folder_of, read_examples
+from bessemer.posttraining.data.formats import Turns, about_pictures, messages_of
 from bessemer.posttraining.data.made import data_path, is_data_name
-from bessemer.posttraining.data.splitting import split_examples
+from bessemer.posttraining.data.picture_encoding import PICTURES, PictureEncoder, open_picture_encoder
+from bessemer.posttraining.data.picture_rows import has_pictures, pictures_of
+from bessemer.posttraining.data.splitting import opening, split_examples
 from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.rewards.config import RewardContext, RewardTask
@@ -87,13 +89,16 @@ def rl(
         environments = load_environments(config.environment, run.folder, config.environment_options, config.max_turns)
     reader = RowReader(config.on_bad_row, run.progress.say)
     gathered = gather_prompts(config, run.folder, run.seed, reader, environments)
-    training = _fitting(gathered.training, tokenizer, config)
-    held_out = _fitting(gathered.held_out, tokenizer, config)
+    pictures = open_picture_encoder(model, tokenizer, out / PICTURES)
+    training = _fitting(gathered.training, tokenizer, config, pictures)
+    held_out = _fitting(gathered.held_out, tokenizer, config, pictures)
+    if pictures is not None and not pictures.file.is_empty:
+        _check_pictures(config)
     left_out = len(gathered.training) + len(gathered.held_out) - len(training) - len(held_out)
     if left_out:
         run.progress.say(
             f"  {left_out:,} prompts are left out: they have more than {config.context_length - config.max_tokens:,} tokens, "
-            "context_length without max_tokens, or the model's chat template refuses them"
+            "context_length without max_tokens, or the model's chat template refuses them, or a picture cannot be read"
         )
     if not training:
         raise SourceError("no prompt is left to train on; raise context_length, or lower validation_share")
@@ -151,6 +156,8 @@ def rl(
         source.finish()
     finally:
         source.close()
+        if pictures is not None:
+            pictures.file.close()
     if mesh.leads:
         keep_template(out, tokenizer)
     without = {"parameters", "tokens_per_second", "gflops", "mfu"}
@@ -160,6 +167,18 @@ def rl(
         **reader.figures,
         **{name: value for name, value in summary.items() if name not in without},
     }
+
+
+def _check_pictures(config: RLConfig) -> None:
+    """Raise ConfigError for settings with which prompts have no pictures."""
+    for name, is_set, why in (
+        ("rollouts", config.rollouts is not None, "servers are sent texts alone"),
+        ("environment", config.environment is not None, "its turns are texts alone"),
+        ("critic", config.critic is not None, "a critic judges texts alone; take an advantage of groups"),
+        ("bitwise_consistent", config.bitwise_consistent, "an encoder of pictures has no batch-invariant kernels"),
+    ):
+        if is_set:
+            raise ConfigError(f"{name}: prompts have pictures, and {why}; leave it out")
 
 
 def _servers(config: RLConfig, tokenizer: Tokenizer, model: Path, run: RunContext) -> ServedPolicy | None:
@@ -196,10 +215,12 @@ def _critic(job: TrainingJob[RLConfig], critic: CriticConfig, folder: Path | Non
     return job.other(CRITIC, folder, trained=True, settings=settings, seed_of_head=derive_seed(job.run.seed, CRITIC))
 
 
-def _fitting(prompts: list[Prompt] | Any, tokenizer: Tokenizer, config: RLConfig) -> list[Prompt]:
+def _fitting(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, config: RLConfig, pictures: PictureEncoder | None
+) -> list[Prompt]:
     """The prompts that leave room for a completion."""
     most = config.context_length - config.max_tokens
-    return [prompt for prompt, _ in fitting_prompts(prompts, tokenizer, most)]
+    return [prompt for prompt, _ in fitting_prompts(prompts, tokenizer, most, pictures)]
 
 
 @dataclass(frozen=True)
@@ -231,7 +252,9 @@ def gather_prompts(
             prompts += _own_tasks(config, environments)
             continue
         if is_data_name(name):
-            prompts += read_examples(data_path(name, folder, {}), partial(_prompt, config), reader)
+            place = data_path(name, folder, {})
+            rows = read_examples(place, partial(_prompt, config), reader)
+            prompts += [replace(prompt, folder=folder_of(place)) for prompt in rows]
             continue
         task = _task(name, config, folder)
         if task.name in tasks:
@@ -271,10 +294,10 @@ def _task(name: str, config: RLConfig, folder: Path) -> GenerationTask:
 
 def _prompt(config: RLConfig, row: Mapping[str, Any]) -> Prompt:
     """A row's prompt. Raises ValueError or RequestError, in one line."""
-    given = row.get(config.prompt_column)
+    given, pictures = row.get(config.prompt_column), pictures_of(row)
     columns = {name: value for name, value in row.items() if name != config.prompt_column}
     if isinstance(given, str) and given.strip():
-        if not config.chat:
+        if not config.chat and not pictures:
             return Prompt(given, columns)
         given = [{"role": "user", "content": given}]
     elif not isinstance(given, list) or not given:
@@ -284,11 +307,15 @@ def _prompt(config: RLConfig, row: Mapping[str, Any]) -> Prompt:
         messages = [{"role": "system", "content": config.system}, *messages]
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{config.prompt_column}: the prompt ends with the assistant, whose turn it is to answer")
-    return Prompt(tuple(messages), columns)
+    turns, _ = about_pictures(tuple(messages), (), pictures)
+    return Prompt(turns, columns)
 
 
 def _whole(prompt: Prompt) -> str:
-    """All of a prompt, and not its opening: that may be an example which every question of a task has before it."""
+    """All of a prompt, and not its opening: that may be an example which every question of a task has before it. Of one with
+    pictures these, whatever is asked about them."""
     if isinstance(prompt.turns, str):
         return prompt.turns
+    if has_pictures(prompt.turns):
+        return opening(prompt.turns)
     return "\n".join(str(one.get("content") or "") for one in prompt.turns)

@@ -22,6 +22,7 @@ from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantisation.quantised_decoder import quantisable, weight_name
 from bessemer.model.quantisation.quantised_layers import is_quantised
+from bessemer.model.vision.trained import VisionDecoder
 from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
 from bessemer.posttraining.sampling.served_policy import ServedPolicy
 from bessemer.posttraining.sampling.server_pool import ServerPool
@@ -111,6 +112,8 @@ class Sampler:
             if adapters_of(model):
                 # merging rounds weights, so a merged model differs from the trainer's
                 merges = kernels == "on" and models.mesh.alone and not model.is_batch_invariant
+                # an engine shows pictures to no adapter
+                merges |= isinstance(model, VisionDecoder)
                 self.adapter = None if merges else _ADAPTER
                 if merges:
                     entered.enter_context(merged_in_place(model))
@@ -135,6 +138,8 @@ class Sampler:
             raise ConfigError(f"sampler_weights: {settings.weights}: weights are rounded in one process; take policy")
         if is_quantised(model):
             raise ConfigError(f"sampler_weights: {settings.weights}: the policy's weights are codes already; take policy")
+        if isinstance(model, VisionDecoder):
+            raise ConfigError(f"sampler_weights: {settings.weights}: the policy reads pictures by whole weights; take policy")
         rounded = rounded_copy(model, settings.weights)
         kernels: Literal["on", "off"] = "off" if settings.cpu_kernels == "off" or library() is None else "on"
         engine = Engine(
@@ -154,10 +159,12 @@ class Sampler:
     def _engine_config(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> EngineConfig:
         models, settings = self.models, self._settings
         sequences = min(max(settings.sequences, 1), _MOST_SEQUENCES)
+        # the tokens of a picture that see each other are computed in one step
+        whole = model.vision_config.tokens_per_tile if isinstance(model, VisionDecoder) else 0
         return EngineConfig(
             max_model_len=min(settings.context_length, model.config.max_position_embeddings),
             max_num_seqs=sequences,
-            max_num_batched_tokens=max(_LEAST_BATCHED_TOKENS, MOST_TOKENS * sequences),
+            max_num_batched_tokens=max(_LEAST_BATCHED_TOKENS, MOST_TOKENS * sequences, whole + sequences),
             cpu_kernels=kernels,
             # with quantised weights the engine's cache would be in half precision, unlike the trainer
             kv_cache_dtype="float32" if is_quantised(model) and models.runtime.dtype == "float32" else "auto",
@@ -228,7 +235,7 @@ class Sampler:
             )
             for place, (prompt, _) in zip(range(len(prompts)) if places is None else places, prompts, strict=True)
         ]
-        rollouts = engine.rollouts([ids for _, ids in prompts], number, params, adapter=self.adapter)
+        rollouts = engine.rollouts([prompt.request(ids) for prompt, ids in prompts], number, params, adapter=self.adapter)
         samples = []
         for row in range(len(prompts) * number):
             first, end = int(rollouts.prompt_lengths[row]), int(rollouts.lengths[row])

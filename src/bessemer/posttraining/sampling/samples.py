@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,8 +20,11 @@ from torch import Tensor
 from bessemer.core.errors import BessemerError
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.inference.images import PicturePrompt
 from bessemer.posttraining.data.encoding import RowCounts, Unrendered, encode_prompt
 from bessemer.posttraining.data.formats import Answered, Message, Turns
+from bessemer.posttraining.data.picture_encoding import READS_NONE, PictureEncoder, PromptPictures
+from bessemer.posttraining.data.picture_rows import has_pictures, sources_in, text_of
 from bessemer.posttraining.data.turns import RowError
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX, Batch
@@ -36,7 +40,8 @@ class Prompt:
     """A prompt: messages to answer, or a text to continue.
 
     columns: passed to the rewards. stop: texts at which an answer ends. begin: whether a text gets the begin token even if the
-    tokenizer does not add one. tools: those that may be called.
+    tokenizer does not add one. tools: those that may be called. folder: where the paths of its pictures begin; pictures: these,
+    once they were read (`seen_by`).
     """
 
     turns: Turns
@@ -44,9 +49,27 @@ class Prompt:
     stop: tuple[str, ...] = ()
     begin: bool = False
     tools: tuple[Message, ...] = ()
+    folder: Path | None = field(default=None, compare=False)
+    pictures: PromptPictures | None = field(default=None, compare=False, repr=False)
+
+    def seen_by(self, tokenizer: Tokenizer, pictures: PictureEncoder | None) -> Prompt:
+        """The prompt with its pictures read; as it is where it has none. pictures: of a model that reads them. Raises RowError
+        for a picture that cannot be read, and for a model that reads none."""
+        if isinstance(self.turns, str) or not has_pictures(self.turns):
+            return self
+        asked = encode_prompt(self.turns, tokenizer, self.tools, pictures=True)
+        if pictures is None:
+            raise RowError(READS_NONE)
+        return replace(self, pictures=pictures.of_prompt(self.turns, self.folder, asked))
+
+    def request(self, ids: list[int]) -> list[int] | PicturePrompt:
+        """What an engine is asked. ids: of `encoded`."""
+        return ids if self.pictures is None else PicturePrompt(self.pictures.asked, self.pictures.pictures)
 
     def encoded(self, tokenizer: Tokenizer) -> list[int]:
-        """Its token ids, up to where the answer begins."""
+        """Its token ids, up to where the answer begins; of pictures, as many as these have vectors."""
+        if self.pictures is not None:
+            return list(self.pictures.ids)
         ids = encode_prompt(self.turns, tokenizer, self.tools)
         missing = self.begin and isinstance(self.turns, str) and not tokenizer.begin_ids
         return [tokenizer.bos_id, *ids] if missing or not ids else ids
@@ -61,22 +84,30 @@ class Prompt:
         """Readable form: the text, or every message with its role."""
         if isinstance(self.turns, str):
             return self.turns
-        return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in self.turns)
+        return "\n\n".join(f"{one['role']}: {_readable(one)}" for one in self.turns)
 
 
-def fitting_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int) -> list[tuple[Prompt, list[int]]]:
-    """The prompts of at most `longest` tokens, with their tokens. Prompts that the model's chat template refuses are left out;
-    raises SourceError where these are many."""
+def _readable(message: Message) -> str:
+    """The text of a message, behind a mark for each of its pictures."""
+    return "[picture] " * len(sources_in([message])) + text_of(message.get("content"))
+
+
+def fitting_prompts(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int, pictures: PictureEncoder | None = None
+) -> list[tuple[Prompt, list[int]]]:
+    """The prompts of at most `longest` tokens, with their tokens. Prompts that the model's chat template refuses, or whose
+    pictures cannot be read, are left out; raises SourceError where these are many. pictures: as in `Prompt.seen_by`."""
     fitting: list[tuple[Prompt, list[int]]] = []
     unrendered: list[Unrendered] = []
     for number, prompt in enumerate(prompts, start=1):
         try:
-            ids = prompt.encoded(tokenizer)
+            seen = prompt.seen_by(tokenizer, pictures)
+            ids = seen.encoded(tokenizer)
         except RowError as error:
             unrendered.append(Unrendered(f"prompt {number:,}", str(error)))
             continue
         if len(ids) <= longest:
-            fitting.append((prompt, ids))
+            fitting.append((seen, ids))
     RowCounts(longest, unrendered=tuple(unrendered), total=len(prompts)).check("prompts")
     return fitting
 
@@ -113,12 +144,26 @@ class Sample:
         targets = np.full(len(ids) - 1, IGNORE_INDEX, np.int64)
         if is_kept:
             targets[self.places - 1] = ids[self.places]
-        return ids[start:-1], targets[start:]
+        return self._with_pictures(ids)[start:-1], targets[start:]
+
+    def _with_pictures(self, ids: np.ndarray) -> np.ndarray:
+        """The ids with the tokens of pictures as `PictureEncoder` writes them."""
+        pictures = self.prompt.pictures
+        if pictures is None:
+            return ids
+        vectors = np.concatenate([pictures.vectors, np.full(len(ids) - len(pictures.vectors), -1)])
+        return np.where(vectors < 0, ids, -1 - vectors)
 
     def continues(self, other: Sample) -> bool:
         """Whether both complete the same tokens."""
         first = self.prompt_length
-        return first == other.prompt_length and self.ids[:first] == other.ids[:first]
+        if first != other.prompt_length or self.ids[:first] != other.ids[:first]:
+            return False
+        # pictures of one size have the same tokens
+        own, others = (one.prompt.pictures for one in (self, other))
+        if own is None or others is None:
+            return own is others
+        return own is others or np.array_equal(own.vectors, others.vectors)
 
 
 @dataclass(frozen=True)

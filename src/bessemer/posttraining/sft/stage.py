@@ -35,7 +35,7 @@ from bessemer.posttraining.data.examples import (
 )
 from bessemer.posttraining.data.made import DOCS_QUESTIONS, MADE_DATA, TASK, data_path
 from bessemer.posttraining.data.packing import PackedBatches, PackedConversations, pack_conversations, validation_on
-from bessemer.posttraining.data.picture_encoding import open_picture_encoder
+from bessemer.posttraining.data.picture_encoding import PICTURES, open_picture_encoder
 from bessemer.posttraining.data.splitting import are_held_out, opening_key, opening_of
 from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.sft.config import SFTConfig
@@ -77,10 +77,6 @@ def add_embedding_noise(model: Decoder, alpha: float) -> None:
         return embedded_BTD + torch.empty_like(embedded_BTD).uniform_(-1, 1) * (alpha / (tokens * channels) ** 0.5)
 
     model.embed_tokens.register_forward_hook(add_noise)
-
-
-#: The pixels of a run's pictures, in its folder until it is finished.
-PICTURES = "pictures.bin"
 
 
 class MixedBatches(StatelessBatches):

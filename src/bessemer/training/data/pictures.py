@@ -58,24 +58,29 @@ class PictureFile:
         self._preprocessor = preprocessor
         self._tokens_per_tile = tokens_per_tile
         self._stream: BinaryIO | None = None
-        self._first: dict[bytes, int] = {}
+        #: The first tile of each picture, and how many it has.
+        self._placed: dict[bytes, tuple[int, int]] = {}
         self._shape: tuple[int, ...] = ()
         self._tiles = 0
         self._table: PictureTable | None = None
 
     def add(self, prepared: Prepared) -> int:
         """The number of the first vector of a picture, which is written if it is new."""
-        first = self._first.get(prepared.digest)
-        if first is None:
+        if prepared.digest not in self._placed:
             if self._stream is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._stream = self._path.open("wb")
                 self._shape = prepared.tiles.shape[1:]
             assert prepared.tiles.shape[1:] == self._shape, (prepared.tiles.shape, self._shape)
             self._stream.write(np.ascontiguousarray(prepared.tiles).tobytes())
-            first = self._first[prepared.digest] = self._tiles
+            self._placed[prepared.digest] = self._tiles, len(prepared.tiles)
             self._tiles += len(prepared.tiles)
-        return first * self._tokens_per_tile
+        return self._placed[prepared.digest][0] * self._tokens_per_tile
+
+    def tiles_of(self, digest: bytes) -> NDArray[np.uint8]:
+        """The tiles of a picture that was added, mapped from the file."""
+        first, count = self._placed[digest]
+        return self.table().tiles[first : first + count]
 
     def table(self) -> PictureTable:
         """The pictures so far. At least one was added."""
@@ -83,7 +88,7 @@ class PictureFile:
         if self._table is None or len(self._table.tiles) < self._tiles:
             self._stream.flush()
             tiles = np.memmap(self._path, np.uint8, "r", shape=(self._tiles, *self._shape))
-            self._table = PictureTable(tiles, self._preprocessor, self._tokens_per_tile, tuple(self._first))
+            self._table = PictureTable(tiles, self._preprocessor, self._tokens_per_tile, tuple(self._placed))
         return self._table
 
     @property

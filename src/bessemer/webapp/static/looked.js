@@ -95,13 +95,13 @@ function drawPicture(one, place, image, found, view, again, reading, show) {
 
 const sentence = (words) => `${words[0].toUpperCase()}${words.slice(1)}.`;
 
-/** The tokens of squares as cells: where in the picture, in which row and column of all, and the weight. */
+/** The tokens of parts as cells: where in the picture, in which row and column of all, and the weight. */
 function cellsOf(tiles) {
   return tiles.flatMap((tile) => {
-    const [left, top, right, bottom] = tile.box, { grid } = tile, width = (right - left) / grid, height = (bottom - top) / grid;
+    const [left, top, right, bottom] = tile.box, rows = tile.token_rows, columns = tile.token_columns, width = (right - left) / columns, height = (bottom - top) / rows;
     return tile.weights.map((weight, number) => {
-      const row = Math.floor(number / grid), column = number % grid;
-      return { tile, weight, token: tile.first + number, x: left + column * width, y: top + row * height, width, height, row: row + grid * (tile.row ?? 0), column: column + grid * (tile.column ?? 0) };
+      const row = Math.floor(number / columns), column = number % columns;
+      return { tile, weight, token: tile.first + number, x: left + column * width, y: top + row * height, width, height, row: row + rows * (tile.row ?? 0), column: column + columns * (tile.column ?? 0) };
     });
   });
 }
