@@ -131,7 +131,7 @@ class Concepts:
         order_M = np.cumsum(np.diff(places_M, prepend=places_M[0]) > 0)
         found = [(hashes_M, places_M)]
         for shift in range(1, len(hashes_M)):
-            apart = order_M[shift:] - order_M[:-shift]
+            apart: np.ndarray = order_M[shift:] - order_M[:-shift]
             if apart.min() > _BEFORE:
                 break
             near = (apart > 0) & (apart <= _BEFORE)

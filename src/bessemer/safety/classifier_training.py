@@ -91,9 +91,9 @@ class Seeds:
 def packaged_seeds() -> Seeds:
     """The seeds that travel with Bessemer."""
     folder = Path(str(resources.files("bessemer.safety.seeds")))
-    parts = (read_yaml(folder / f"{name}.yaml").values for name in ("hazards", "harmless", "frames", "wrappers"))
+    parts = {name: read_yaml(folder / f"{name}.yaml").values for name in ("hazards", "harmless", "frames", "wrappers")}
     concepts = read_yaml(folder / "concepts.yaml").values
-    return Seeds(*parts, {name: sorted(set(cleaned(words).lower().split())) for name, words in concepts.items()})
+    return Seeds(**parts, concepts={name: sorted(set(cleaned(words).lower().split())) for name, words in concepts.items()})
 
 
 def expanded(pattern: str, most: int, draw: random.Random) -> list[str]:
