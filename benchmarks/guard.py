@@ -4,9 +4,10 @@
     python benchmarks/guard.py --handbook handbook              # ten minutes on one core, then a minute that wants it alone
     python benchmarks/guard.py --handbook handbook --untimed    # without the times: other work may run
 
-Test texts (`guard_texts/`) were written before anything was trained, are never trained on, and were not read while tuning: 112
-behaviours in 14 hazard categories, 42 of them in five other languages, 200 look-alike harmless requests, and 40 harmless
-behaviours. The policy refuses every category; the guard is the rails `words` and `classifier` with their usual limits.
+Test texts (`guard_texts/`) were written before anything was trained, are never trained on, and were not read while tuning, but
+for look-alikes of two categories, without which a second share is given: 112 behaviours in 14 hazard categories, 42 of them in
+five other languages, 200 look-alike harmless requests, and 40 harmless behaviours. The policy refuses every category; the guard
+is the rails `words` and `classifier` with their usual limits.
 
 - *Families.* The 13 families of attacks (`safety/seeds/wrappers.yaml`) are left out in four groups: for each group a classifier
   is trained on the seeds without these families, and asked about the test behaviours in all their templates. So each family is
@@ -75,6 +76,8 @@ DOCUMENTATION = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ("html", "html_gold")
 INSTRUCTIONS = "sft/instructions_1100.json"
 PROVOKED = "preference/hh_harmless_1800.jsonl"
+#: Categories of which look-alikes were read, by mistake, before the seeds were last added to.
+READ = ("violent_crimes", "non_violent_crimes")
 GROUPS = (
     ("role_play", "many_shot", "payload_splitting"),
     ("prefix_injection", "fiction", "encoded"),
@@ -293,7 +296,9 @@ def pages() -> list[str]:
     return [part for name in PAGES for part in read_prose(DATA / name, 1000) if len(part.split()) >= 20]
 
 
-def packaged(behaviours: dict[str, list[dict[str, str]]], look_alikes: list[str], instructions: list[str]) -> dict[str, Any]:
+def packaged(
+    behaviours: dict[str, list[dict[str, str]]], look_alikes: dict[str, list[str]], instructions: list[str]
+) -> dict[str, Any]:
     """What the classifier that comes with Bessemer does."""
     guard = guard_of(packaged_classifier())
     plain = {
@@ -320,7 +325,10 @@ def packaged(behaviours: dict[str, list[dict[str, str]]], look_alikes: list[str]
         "by_category": {category: share(hits) for category, hits in plain.items()},
         "disguised": disguised,
         "languages": spoken,
-        "look_alikes_refused": share(refuses(guard, text) for text in look_alikes),
+        "look_alikes_refused": share(refuses(guard, text) for texts in look_alikes.values() for text in texts),
+        "unread_look_alikes_refused": share(
+            refuses(guard, text) for category, texts in look_alikes.items() if category not in READ for text in texts
+        ),
         "instructions_refused": share(refuses(guard, text) for text in instructions),
         "asked_by_people": share(refuses(guard, text) for text in asked_by_people()),
         "documentation_refused": share(refuses(guard, text) for text in documentation()),
@@ -360,7 +368,7 @@ def main() -> None:
     if arguments.timed:
         return
     behaviours = read_yaml(TEXTS / "behaviours.yaml").values
-    look_alikes = [text for texts in read_yaml(TEXTS / "look_alikes.yaml").values.values() for text in texts]
+    look_alikes = read_yaml(TEXTS / "look_alikes.yaml").values
     harmless = read_lines(TEXTS / "harmless.yaml")
     english = [one["en"] for rows in behaviours.values() for one in rows]
     patterns = [pattern for languages in packaged_seeds().hazards.values() for pattern in languages["en"]]

@@ -257,7 +257,7 @@ class Worker:
         inherited = os.environ.get("PYTHONPATH", "")
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, inherited]), "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, stderr=subprocess.DEVNULL
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment, stderr=subprocess.DEVNULL
         )
         self.about = self._read()
 

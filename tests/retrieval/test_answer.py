@@ -9,7 +9,17 @@ from math import log
 import pytest
 
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.retrieval.answer import NOT_HELD, NearestJudge, ask, best_source, calibrated_limit, checked, citing, evidence
+from bessemer.retrieval.answer import (
+    NOT_HELD,
+    NearestJudge,
+    answer_from,
+    ask,
+    best_source,
+    calibrated_limit,
+    checked,
+    citing,
+    evidence,
+)
 from bessemer.retrieval.config import IndexConfig
 from bessemer.retrieval.index import IndexedDocument, build_index, open_index
 from bessemer.retrieval.search import Hit, search
@@ -130,6 +140,40 @@ def test_the_passages_of_a_section_have_one_rank_among_the_sources():
     assert best_source(odds, "What?", [rest, other, beginning], 8) == 3
     apart = replace(beginning, passage=replace(beginning.passage, headings="Another"))
     assert best_source(odds, "What?", [rest, other, apart], 8) == 1
+
+
+class Writer(Reader):
+    """Answers with a text, or, where it may choose, with the first choice."""
+
+    def __init__(self, text, finish_reason="stop"):
+        super().__init__({"": 0.5})
+        self.text, self.finish_reason = text, finish_reason
+
+    def chat(self, messages, params):
+        return Said(params.choice[0] if params.choice else self.text, self.finish_reason)
+
+
+@dataclass(frozen=True)
+class Said:
+    text: str
+    finish_reason: str
+
+
+@pytest.mark.parametrize(
+    ("writer", "judge", "said"),
+    [
+        (Writer("Water makes iron rust."), None, "Water makes iron rust [1]."),
+        # half of a sentence's words are enough, and one sentence of several
+        (Writer("It is 12. Iron rusts."), None, "It is 12. Iron rusts [1]."),
+        (Writer("The answer is 12."), None, "“Iron rusts in water” [1]."),
+        (Writer("Water makes iron rust.", "length"), None, "“Iron rusts in water” [1]."),
+        (Writer(NOT_HELD), None, NOT_HELD),
+        (Writer(NOT_HELD), NearestJudge(0.1), "“Iron rusts in water” [1]."),
+    ],
+)
+def test_an_answer_of_which_its_source_bears_out_no_sentence_becomes_a_quote(writer, judge, said):
+    sources = [hit(1, "Iron rusts in water."), hit(2, "Copper turns green in air.")]
+    assert answer_from(writer, "What?", sources, reading="each", judge=judge).text == said
 
 
 @pytest.mark.parametrize("reading", ["together", "each"])

@@ -143,7 +143,7 @@ def test_what_calibrates_heads_is_of_both_kinds_and_none_of_what_tests_them():
     assert len(tested) == 120 and not {one.source for one in written} & {one.source for one in tested}
 
 
-def test_a_real_model_is_asked_its_head_written_and_read_and_that_of_another_model_is_refused(tmp_path, capsys):
+def test_a_real_model_is_asked_its_head_written_and_read_and_that_of_another_model_is_refused(tmp_path, capsys, monkeypatch):
     engine = babbling_engine(tmp_path / "engine", context=2048)
     documents = [
         IndexedDocument(f"{number}.md", f"The metal number {number} is heated to {number + 300} degrees before it is poured.")
@@ -168,6 +168,14 @@ def test_a_real_model_is_asked_its_head_written_and_read_and_that_of_another_mod
     statements = [one for one in json.loads(printed)["statements"] if one["support"] is not None]
     assert code == 0 and all(0 <= one["entailment"] <= 1 for one in statements)
     assert all(one["is_supported"] == (one["entailment"] >= 0.5) for one in statements)
+    # a server opens the head's model besides the one that answers
+    served = []
+    monkeypatch.setattr("bessemer.serving.server.serve", lambda *given, **options: served.append(options["entails"]))
+    code, _, error = run(capsys, "serve", model, "--check", str(out), "--device", "cpu")
+    assert code == 0, error
+    assert served[0](pairs) == pytest.approx(Entailment(engine, head).probabilities(pairs), abs=1e-3)
+    code, _, error = run(capsys, "serve", model, "--check", str(tmp_path / "none.json"), "--device", "cpu")
+    assert code == 2 and "no such entailment head" in error
     code, _, error = run(capsys, "entailment", index, model, str(out))
     assert code == 2 and "is there already" in error
     values = json.loads(out.read_text(encoding="utf-8"))

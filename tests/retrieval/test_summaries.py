@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.assistant.messages import Message, MessagePart
-from bessemer.retrieval.summaries import ABOVE_TEXT, ABOVE_TURNS, Measure, SummaryRequest, summarised
+from bessemer.retrieval.summaries import ABOVE_QUOTES, ABOVE_TEXT, ABOVE_TURNS, Measure, SummaryRequest, summarised
 
 QUESTION = "And what is the third rule?"
 #: Of an instruction, in characters.
@@ -63,6 +63,39 @@ def test_earlier_turns_become_one_summary_above_the_last_ones_which_stay():
     assert [read.count(f"Question {number}?") > 0 for number in range(20)] == [number < left for number in range(20)]
     assert read.index("User: Question 0?") < read.index("Assistant: Answer 0.") < read.index("User: Question 1?")
     assert all(own.of_request(request.message) + request.most_tokens <= own.context for request in asked)
+
+
+def test_what_was_said_in_passing_stands_below_the_summary_word_for_word():
+    locker = Message.user("By the way, it rains. My locker has the number 318! How is bread made?")
+    conversation = [*TURNS[:2], locker, *TURNS[3:], Message.user("Which number does my locker have?")]
+    own = measure(1500, 4000)
+    made, _ = run(summarised(conversation, own), lambda request: "Questions were asked.")
+    summary = made[0].parts[1]
+    assert summary.text == f"Questions were asked.{ABOVE_QUOTES}User: My locker has the number 318!"
+    assert own.of_messages(made) <= 1500 and summary.origin == "user"
+    # of a tool's result it is as tainted as this
+    conversation[2:3] = [Message.tool("a", "read", locker.text)]
+    made, _ = run(summarised(conversation, own), lambda request: "Questions were asked.")
+    assert "Tool: My locker has the number 318!" in made[0].parts[1].text and made[0].parts[1].origin == "memory"
+    # as many as there is room for, in their order
+    other = Message.assistant("It is good that you have a locker of your own.")
+    turns = [message for number in range(30) for message in (Message.user(f"Locker {number} is mine."), other)]
+    made, _ = run(summarised([*turns, Message.user("Which number does my locker have?")], own), lambda request: "They spoke.")
+    quoted = made[0].parts[1].text.partition(ABOVE_QUOTES)[2].split("\n")
+    assert len(quoted) > 1 and own.of_messages(made) <= 1500 and sum(map(len, quoted)) <= 1500 // 12
+    assert quoted == [f"User: Locker {number} is mine." for number in range(len(quoted))]
+
+
+def test_a_message_that_half_of_a_request_holds_is_read_in_one_piece_and_a_longer_one_in_large_ones():
+    short, long = "It rained all day in Bergen. " * 12, "The ferry left the quay at noon. " * 30
+    conversation = [Message.user(short), Message.assistant(long), Message.user("Yes. " * 100), Message.user(QUESTION)]
+    own = measure(500, 1000)
+    _, asked = run(summarised(conversation, own), lambda request: "It is so.")
+    read = [request.message.parts[1].text for request in asked if "It is so." not in request.message.parts[1].text]
+    assert any(f"User: {short.strip()}" in text for text in read)
+    pieces = [part for text in read for part in text.split("\n\n") if "ferry" in part]
+    assert " ".join(pieces) == f"Assistant: {long.strip()}" and all(part.endswith("noon.") for part in pieces)
+    assert len(pieces) == 3 and all(own.of_request(request.message) + request.most_tokens <= 1000 for request in asked)
 
 
 def test_a_document_becomes_its_summary_of_summaries_and_the_question_stays():

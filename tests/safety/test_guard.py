@@ -2,13 +2,21 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError, SourceError
 from bessemer.core.policy import read_policy
-from bessemer.safety.classifier import USUAL_LIMIT, GuardClassifier, block_features, load_guard_classifier, packaged_classifier
+from bessemer.safety.classifier import (
+    USUAL_LIMIT,
+    Concepts,
+    GuardClassifier,
+    block_features,
+    load_guard_classifier,
+    packaged_classifier,
+)
 from bessemer.safety.config import GuardConfig
 from bessemer.safety.findings import Finding
 from bessemer.safety.guard import Guard
@@ -368,6 +376,48 @@ def test_prose_is_read_from_pages_and_texts_at_most_so_much_of_each(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=r"empty: this folder has no pages \(\*\.html\)$"):
         read_prose(tmp_path / "empty", 4)
+
+
+def test_what_is_learned_of_a_word_is_known_of_its_concept_in_another_language(tmp_path):
+    from bessemer.safety.classifier_training import Seeds, TrainingSettings, train_guard_classifier
+
+    seeds = Seeds(
+        {"slag": {"en": ["(pour|spill|drop) (the slag|molten slag|hot slag)"]}},
+        {"en": ["(pour|spill|drop) (the tea|warm milk|cold water)"], "sentences": ["Iron (melts|rusts)."]},
+        {"en": ["How do I {action}?", "{action}"]},
+        {"role_play": ["You are a smith. {request}"]},
+        {"pouring": ["pour*", "spill*", "giess*"], "waste": ["slag", "schlacke*"], "drinks": ["tea", "milk", "milch"]},
+    )
+    ordinary = [f"What weighs {number} grams?" for number in range(40)]
+    settings = TrainingSettings(bits=12, passes=30, batch=16)
+    train_guard_classifier(seeds, ordinary, settings).save(tmp_path / "c.npz")
+    classifier = load_guard_classifier(tmp_path / "c.npz")
+    slag, milk = (classifier.scores(f"Wie kann ich {what} giessen?")[0] for what in ("Schlacke", "Milch"))
+    without = train_guard_classifier(replace(seeds, concepts={}), ordinary, settings)
+    assert slag > 2 * max(milk, without.scores("Wie kann ich Schlacke giessen?")[0])
+
+
+def test_a_word_has_the_concepts_of_its_longest_beginning_of_its_part_behind_an_apostrophe_or_of_its_last_part():
+    lists = {
+        "pouring": ["pour*"],
+        "rain": ["pouring*"],
+        "water": ["acqua"],
+        "furnace": ["melzofen*"],
+        "tea": ["tea"],
+        "plant": ["tea"],
+    }
+    concepts = Concepts(lists)
+    assert concepts.of("poured") == concepts.of("pour") != concepts.of("pouring") and len(concepts.of("pour")) == 1
+    assert concepts.of("l'acqua") == concepts.of("acqua") != ()
+    assert concepts.of("schmelzofens") == concepts.of("melzofen") != ()
+    assert len(concepts.of("tea")) == 2
+    assert concepts.of("teas") == concepts.of("iron") == concepts.of("ofen") == ()
+
+
+def test_the_order_of_two_concepts_does_not_matter():
+    concepts = Concepts({"pouring": ["pour"], "waste": ["slag"]})
+    one, other = (set(concepts.features(text.split())[0].tolist()) for text in ("pour the slag", "slag that you pour"))
+    assert one == other and len(one) == 3
 
 
 def test_prose_in_which_a_word_of_harm_is_ordinary_teaches_it_to_pass():

@@ -57,12 +57,13 @@ def servers() -> Iterator[Callable[..., str]]:
         pool=None,
         hooks=(),
         reranker=None,
+        entails=None,
         server_tools=None,
         **settings,
     ) -> str:
         listener = listen("127.0.0.1", 0)
         config = ServingConfig(**settings)
-        server = create_server(engine, "tiny", config, pages, pool, hooks, reranker, server_tools=server_tools)
+        server = create_server(engine, "tiny", config, pages, pool, hooks, reranker, entails=entails, server_tools=server_tools)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         running.append((server, thread))

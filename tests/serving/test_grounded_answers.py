@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
 from bessemer.assistant.hooks import Hook, Refuse
-from bessemer.core.errors import ArtefactError
+from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.inference.config import EngineConfig
 from bessemer.retrieval.answer import NOT_HELD, citing, prompt_of
 from bessemer.retrieval.config import IndexConfig
@@ -88,6 +89,38 @@ def test_a_chat_is_answered_from_the_index_with_annotations_whole_and_streamed(c
     back = [*ASKED["messages"], whole.choices[0].message.model_dump(exclude_none=True), {"role": "user", "content": "Sure?"}]
     engine.texts.append("Yes.")
     assert client.chat.completions.create(model="tiny", messages=back).choices[0].message.content == "Yes."
+
+
+def test_sentences_are_judged_by_a_head_whole_and_streamed_while_the_server_answers_others(connect, tokenizer):
+    answered, judged = [], []
+
+    def entails(pairs):
+        """Has the server answer another request meanwhile, as from its only thread it could not."""
+        answered.append(httpx.get(str(client.base_url).replace("/v1/", "/version"), timeout=20).status_code)
+        judged.append(list(pairs))
+        return np.array([0.9 if "green" in sentence else 0.2 for sentence, _ in pairs])
+
+    client = connect(ScriptedEngine(tokenizer, SAID, SAID), entails=entails)
+    whole = client.chat.completions.create(**ASKED, extra_body={"retrieval": {}}).model_dump()["choices"][0]
+    assert [(one["is_supported"], one["entailment"], one["support"]) for one in whole["statements"]] == [
+        (False, 0.2, 1.0),
+        (True, 0.9, 1.0),
+    ]
+    ((sentence, source),), ((other, _),) = judged
+    assert (sentence, other) == ("Iron rusts in water.", "Copper turns green in air.") and "Iron rusts in water" in source
+    events = list(client.chat.completions.create(**ASKED, stream=True, extra_body={"retrieval": {}}))
+    assert events[-1].model_dump()["choices"][0]["statements"] == whole["statements"]
+    assert answered == [200] * 4
+
+
+def test_an_answer_that_the_heads_model_cannot_read_is_judged_by_words(connect, tokenizer):
+    def entails(pairs):
+        raise RequestError("this sentence is longer than the context")
+
+    client = connect(ScriptedEngine(tokenizer, SAID), entails=entails)
+    (choice,) = client.chat.completions.create(**ASKED, extra_body={"retrieval": {}}).model_dump()["choices"]
+    assert [one["is_supported"] for one in choice["statements"]] == [True, True]
+    assert not any("entailment" in one for one in choice["statements"])
 
 
 def test_a_clients_own_system_message_stays_and_a_form_takes_the_place_of_citations(connect, tokenizer):

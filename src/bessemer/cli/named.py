@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.model.formats import ModelSource
     from bessemer.pipeline.run_folder import RunFolder
+    from bessemer.retrieval.entailment import Entailment
     from bessemer.retrieval.expansion import Expander
     from bessemer.retrieval.rerank import Reranker
 
@@ -142,6 +143,15 @@ def find_expander(name: str, runs: Path) -> Expander:
     from bessemer.retrieval.expansion import HeadingWriter
 
     return HeadingWriter(Engine(find_served(name, runs)))
+
+
+def find_entailment(head: Path, runs: Path) -> Entailment:
+    """The head that `--check` names, over its model. Raises as `load_head`, `find_served` and `Entailment`."""
+    from bessemer.inference.engine import Engine
+    from bessemer.retrieval.entailment import Entailment, load_head
+
+    loaded = load_head(head)
+    return Entailment(Engine(find_served(loaded.model, runs)), loaded)
 
 
 def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:

@@ -132,6 +132,14 @@ def serve(
         str | None,
         _documents(metavar="MODEL", help="Search also for headings that this language model writes in answer to a question."),
     ] = None,
+    check: Annotated[
+        Path | None,
+        _documents(
+            metavar="HEAD",
+            help="Judge sentences of answers from documents by this entailment head, as `bessemer entailment` made it, and its "
+            "model; else by words.",
+        ),
+    ] = None,
     uploads: Annotated[
         Path | None,
         _documents(help="Folder for clients' files and vector stores; without it they end with the server."),
@@ -259,6 +267,7 @@ def serve(
     from bessemer.cli.guard import guard_config
     from bessemer.cli.named import (
         example_questions,
+        find_entailment,
         find_expander,
         find_reranker,
         find_served,
@@ -293,8 +302,9 @@ def serve(
         raise ConfigError("--policy: of a server with one engine; replicas have no guard")
     if policy is None and (audit is not None or audit_content or guard_model is not None):
         raise ConfigError("--audit, --audit-content, --guard-model: of a server with --policy")
-    if engine == "ray" and (index or uploads or rerank or expand):
-        raise ConfigError("--index, --uploads, --rerank, --expand: of a server with one engine; replicas share no files")
+    if engine == "ray" and (index or uploads or rerank or expand or check):
+        named = "--index, --uploads, --rerank, --expand, --check"
+        raise ConfigError(f"{named}: of a server with one engine; replicas share no files")
     if engine == "ray" and mcp_servers_config is not None:
         raise ConfigError("--mcp-servers-config: of a server with one engine; replicas share no MCP servers")
     folder, name = find_served(model, runs), name or Path(model).name
@@ -386,6 +396,7 @@ def serve(
             print(f"documents {its_name}: {about['documents']:,}, in {about['passages']:,} passages")
         reranker = None if rerank is None else find_reranker(rerank, runs)
         expander = None if expand is None else find_expander(expand, runs)
+        entails = None if check is None else find_entailment(check, runs).probabilities
         loading.close()
         pool = setup.model_pool(config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
         serve_engine(
@@ -399,4 +410,5 @@ def serve(
             server_tools=server_tools,
             reranker=reranker,
             expander=expander,
+            entails=entails,
         )

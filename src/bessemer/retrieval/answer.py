@@ -33,6 +33,7 @@ from bessemer.retrieval.citations import (
     attributed,
     checked_statements,
     citing,
+    has_citation,
     quotable,
     quotes_in,
     without_citations,
@@ -200,12 +201,15 @@ def _from_one(
     engine: Engine, question: str, hit: Hit, params: SamplingParams, quote: bool, *, is_judged: bool
 ) -> tuple[str, Hit]:
     """An answer from one source, and this as it was read. The answer is a quote where the model's own does not end, as a small
-    model that repeats itself, and where a judge has found that the documents hold one and the model has not."""
+    model that repeats itself; where the source bears no sentence of it out, which would then stand without a citation; and
+    where a judge has found that the documents hold one and the model has not."""
     messages, used = prompt_of(engine, question, [hit], params.max_tokens)
     if not quote:
         completion = engine.chat(messages, params.with_changes(**citation_form(used)))
-        if completion.finish_reason != "length" and not (is_judged and NOT_HELD in completion.text):
-            return completion.text.strip(), used[0]
+        text = completion.text.strip()
+        is_fit = not is_judged if NOT_HELD in text else has_citation(attributed(text, used, [1]))
+        if completion.finish_reason != "length" and is_fit:
+            return text, used[0]
     return engine.chat(messages, params.with_changes(choice=quotable(used))).text, used[0]
 
 

@@ -96,6 +96,11 @@ def without_citations(text: str) -> str:
     return _CITATION.sub(r"(\1)", text)
 
 
+def has_citation(text: str) -> bool:
+    """Whether a text cites anything."""
+    return _CITATION.search(text) is not None
+
+
 class CitationReader:
     """Finds the citations of sources in a text that grows. Numbers of no source are none."""
 

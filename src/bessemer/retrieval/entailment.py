@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -241,6 +242,8 @@ class Entailment:
         """Raises ArtefactError where the head reads the opinions of another model."""
         self._opinions = Opinions(engine)
         self._head = head
+        # a server answers in several threads, and an engine computes in one at a time
+        self._lock = Lock()
         own = self._opinions.of(_PROBES)
         if len(head.probes) != len(own) or np.abs(own - head.probes).max() > _TOLERANCE:
             raise ArtefactError(f"this entailment head is for the opinions of {head.model}, not of the model that is asked")
@@ -248,4 +251,8 @@ class Entailment:
     def probabilities(self, pairs: Iterable[tuple[str, str]]) -> np.ndarray:
         """(N,): how likely each sentence is borne out by its source. Raises RequestError as `Opinions.of`."""
         given = list(pairs)
-        return self._head.probabilities(features(given, self._opinions.of(given))) if given else np.empty(0)
+        if not given:
+            return np.empty(0)
+        with self._lock:
+            opinions_N = self._opinions.of(given)
+        return self._head.probabilities(features(given, opinions_N))

@@ -1,8 +1,9 @@
 """A conversation that is longer than the context, with summaries by the model in place of text (`context_overflow: summarise`).
 
 Earlier turns become one summary, which stands above the first message that stays: the last ones stay as far as they fit beside
-it. Where the last question itself holds texts that are too long, each becomes a summary in its place; what asks, its first and
-last paragraphs or the one of them with a question mark, stays.
+it. Below the summary stand, word for word, the sentences of these turns that share most with the question by BM25, since a
+summary leaves out what was said in passing. Where the last question itself holds texts that are too long, each becomes a
+summary in its place; what asks, its first and last paragraphs or the one of them with a question mark, stays.
 
 A text that does not fit is summarised in pieces, and the summaries together, until they are short enough (Wu et al. 2021). What
 the model writes is data, as what it read was: a summary of anything tainted is a part of origin `memory`, `document` or `tool`,
@@ -15,9 +16,12 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from bessemer.assistant.messages import Message, MessagePart
 from bessemer.retrieval.chunks import cut_document, sentences
 from bessemer.retrieval.long_documents import LONG_TEXT, Place, TextPassage, asking_passages, passages_of_text, with_texts
+from bessemer.retrieval.word_index import bm25_scores
 
 #: Most tokens of a summary, its largest share of the budget, and the fewest with which one says something.
 _MOST, _SHARE, _FEWEST = 512, 6, 24
@@ -31,6 +35,8 @@ OF_TEXT = f"Summarise this text. {_KEEP}"
 #: What stands above a summary.
 ABOVE_TURNS, ABOVE_TEXT = "Earlier in this conversation, summarised:\n", "(A summary of a text that is too long:)\n"
 _NOW = "\n\nNow: "
+#: What stands between a summary of turns and sentences of them, and most of these.
+ABOVE_QUOTES, _QUOTES = "\n\nSaid then, word for word:\n", 12
 #: Source of the part that stands for earlier turns.
 _OF_TURNS = "earlier turns"
 _NAMES = {"user": "User", "assistant": "Assistant", "tool": "Tool"}
@@ -75,7 +81,8 @@ def summarised(messages: Sequence[Message], measure: Measure) -> Summarising:
     first = asked - begin
     for number in reversed(places):
         frame = _below_summary(later[number], "", ABOVE_TURNS)
-        if measure.of_messages([*start, frame, *later[number + 1 :]]) + most + _SLACK > measure.budget:
+        # a third of what stands for earlier turns is quoted
+        if measure.of_messages([*start, frame, *later[number + 1 :]]) + most + most // 2 + _SLACK > measure.budget:
             break
         first = number
     kept = list(later[first:])
@@ -83,7 +90,10 @@ def summarised(messages: Sequence[Message], measure: Measure) -> Summarising:
         summary = yield from _summary(_transcript(later[:first]), OF_TURNS, _part_of(later[:first]), most, measure)
         if not summary.text:
             return list(messages)
-        kept[0] = _below_summary(kept[0], summary.text, ABOVE_TURNS, summary)
+        with_summary = [*start, _below_summary(kept[0], summary.text, ABOVE_TURNS, summary), *kept[1:]]
+        left = min(most // 2, measure.budget - measure.of_messages(with_summary) - _SLACK)
+        text = summary.text + _quoted(later[:first], messages[asked].text, left, measure)
+        kept[0] = _below_summary(kept[0], text, ABOVE_TURNS, summary)
     if measure.of_messages([*start, *kept]) > measure.budget:
         kept = yield from _with_short_texts(start, kept, measure)
     return [*start, *kept]
@@ -165,7 +175,7 @@ def _pieces(passages: Sequence[TextPassage], budget: int, measure: Measure) -> l
     pieces: list[str] = []
     current: list[TextPassage] = []
     used = 0
-    for passage in _small(passages, budget):
+    for passage in _small(passages, budget, measure):
         tokens = measure.of_text(_joined([passage])) + 2
         if current and used + tokens > budget:
             pieces.append(_joined(current))
@@ -175,18 +185,28 @@ def _pieces(passages: Sequence[TextPassage], budget: int, measure: Measure) -> l
     return [*pieces, _joined(current)] if current else pieces
 
 
-def _small(passages: Sequence[TextPassage], budget: int) -> list[TextPassage]:
-    """The passages, long ones cut, so that each fits however many tokens its characters are."""
-    longest = max(1, budget // (2 * _WIDEST))
+def _small(passages: Sequence[TextPassage], budget: int, measure: Measure) -> list[TextPassage]:
+    """The passages, those of more than half of the budget's tokens cut, so that each has at most so many: the larger a passage,
+    the fewer sentences are torn apart. Headings that leave no room go."""
+
+    def fits(passage: TextPassage) -> bool:
+        return 2 * measure.of_text(_joined([passage])) <= budget
+
     small: list[TextPassage] = []
     for passage in passages:
-        if len(passage.text) <= longest and sum(map(len, passage.headings)) <= longest:
+        if fits(passage):
             small.append(passage)
             continue
         text = passage.text.encode(errors="replace").decode()
-        for chunk in cut_document(text, longest=min(LONG_TEXT, longest), overlap=0):
-            headings = chunk.headings or passage.headings
-            small.append(TextPassage(headings if sum(map(len, headings)) <= longest else (), chunk.text))
+        longest = max(1, min(LONG_TEXT, budget))
+        while True:
+            chunks = cut_document(text, longest=longest, overlap=0)
+            cut = [TextPassage(chunk.headings or passage.headings, chunk.text) for chunk in chunks]
+            cut = [one if fits(one) else one._replace(headings=()) for one in cut]
+            if longest == 1 or all(map(fits, cut)):
+                break
+            longest //= 2
+        small += cut
     return small
 
 
@@ -227,11 +247,32 @@ def _transcript(messages: Sequence[Message]) -> list[TextPassage]:
     return said
 
 
+def _quoted(messages: Sequence[Message], question: str, most: int, measure: Measure) -> str:
+    """The sentences of messages that share most words with a question, in their order, below a line that says so, in at most so
+    many tokens; nothing where none shares any."""
+    said = [
+        f"{_NAMES.get(message.role, message.role)}: {sentence}"
+        for message in messages
+        for span in sentences(message.text)
+        if (sentence := " ".join(message.text[span.start : span.end].split()))
+    ]
+    scores = bm25_scores(question, said)
+    chosen: list[int] = []
+    text = ""
+    for number in np.argsort(-scores, kind="stable")[:_QUOTES].tolist():
+        longer = ABOVE_QUOTES + "\n".join(said[one] for one in sorted([*chosen, number]))
+        if scores[number] > 0 and measure.of_text(longer) <= most:
+            chosen.append(number)
+            text = longer
+    return text
+
+
 def _part_of(messages: Sequence[Message]) -> MessagePart:
     """Of what origin a summary of messages is: tainted if any of them is."""
     return MessagePart("", "memory" if any(message.is_tainted for message in messages) else "user", _OF_TURNS)
 
 
 def _below_summary(message: Message, text: str, above: str, part: MessagePart | None = None) -> Message:
+    """A message with a summary above it. part: of which origin and source the summary is."""
     summary = MessagePart(text, "user") if part is None else replace(part, text=text)
     return replace(message, parts=(MessagePart(above, "system"), summary, MessagePart(_NOW, "system"), *message.parts))

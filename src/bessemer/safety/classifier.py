@@ -2,8 +2,10 @@
 
 A text is read in lower case, in blocks of four words; windows are two, four and eight blocks, and a short text as a whole.
 Features of a window are its words, pairs of neighbouring words, and runs of 3 and 4 bytes within and across words, hashed
-into 2^bits buckets (Weinberger et al. 2009). A window with n features of buckets b has a logit for each category k, and one
-for belonging to any category at all, in which what several categories share counts once and whole. Both have to agree:
+into 2^bits buckets (Weinberger et al. 2009); in the last eighth of the buckets, where a classifier has any, the concepts of its
+words and unordered pairs of these, which languages share. A window with n features of buckets b has a logit for each category
+k, and one for belonging to any category at all, in which what several categories share counts once and whole. Both have to
+agree:
 
     l_c = (Σ W[b, c]) / √n + bias_c        p_k = σ( (l_k + l_any) / 2 )
 
@@ -20,7 +22,8 @@ import json
 import re
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -49,6 +52,11 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _PRIME = np.uint64(0x100000001B3)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _PAIR = np.uint64(0xD6E8FEB86659FD93)
+#: Words with a concept before another such word, with whose concepts it makes pairs.
+_BEFORE = 2
+#: Letters of the last part of a compound that is looked up by itself.
+_TAIL = 6
+_UNORDERED = np.uint64(0x2545F4914F6CDD1D)
 # Shapes: F features, N blocks, W windows, K categories, C = K + 1 columns, the last of which is any category.
 
 
@@ -70,7 +78,79 @@ def _word_hash(word: str) -> int:
     return zlib.crc32(encoded) << 32 | zlib.adler32(encoded)
 
 
-def block_features(text: str, bits: int) -> BlockFeatures:
+class Concepts:
+    """Which concepts a word belongs to. A concept is a list of words of one meaning in several languages; `*` stands for any
+    ending, and of several beginnings of a word the longest counts."""
+
+    def __init__(self, words: Mapping[str, Sequence[str]]) -> None:
+        self.words = words
+        self._exact: dict[str, list[int]] = {}
+        self._beginnings: dict[str, list[int]] = {}
+        for name, entries in words.items():
+            concept = _word_hash(f"concept {name}")
+            for entry in entries:
+                place = self._beginnings if entry.endswith("*") else self._exact
+                place.setdefault(entry.removesuffix("*"), []).append(concept)
+        self._known: dict[str, tuple[int, ...]] = {}
+
+    def of(self, word: str) -> tuple[int, ...]:
+        """Hashes of the concepts of a word in lower case and without accents."""
+        found = self._known.get(word)
+        if found is None:
+            # behind the apostrophe of an elision; the last part of a compound
+            found = self._listed(word) or self._listed(word.rpartition("'")[2])
+            for at in range(3, len(word) - _TAIL + 1):
+                found = found or self._listed(word[at:], shortest=_TAIL)
+            if len(self._known) < 65_536:
+                self._known[word] = found
+        return found
+
+    def _listed(self, word: str, shortest: int = 3) -> tuple[int, ...]:
+        if word in self._exact:
+            return tuple(self._exact[word])
+        for length in range(len(word), shortest - 1, -1):
+            if word[:length] in self._beginnings:
+                return tuple(self._beginnings[word[:length]])
+        return ()
+
+    def features(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The concepts of the words and their unordered pairs within neighbouring words that have any, uint64, and the place of
+        the word that each belongs to, int64."""
+        known = self._known
+        hashes: list[int] = []
+        places: list[int] = []
+        for place, word in enumerate(words):
+            concepts = known[word] if word in known else self.of(word)
+            if concepts:
+                hashes += concepts
+                places += [place] * len(concepts)
+        if not hashes:
+            return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        hashes_M, places_M = np.array(hashes, np.uint64), np.array(places)
+        # how many words with a concept stand before each
+        order_M = np.cumsum(np.diff(places_M, prepend=places_M[0]) > 0)
+        found = [(hashes_M, places_M)]
+        for shift in range(1, len(hashes_M)):
+            apart: np.ndarray = order_M[shift:] - order_M[:-shift]
+            if apart.min() > _BEFORE:
+                break
+            near = (apart > 0) & (apart <= _BEFORE)
+            one, other = hashes_M[shift:][near], hashes_M[:-shift][near]
+            # the order of verb and object is a language's own
+            found.append((((one + other) * _UNORDERED) ^ (one * other), places_M[shift:][near]))
+        return np.concatenate([pair for pair, _ in found]), np.concatenate([place for _, place in found])
+
+
+def first_concept_bucket(bits: int) -> int:
+    """Where the last eighth of the buckets begins, which is that of the concepts where there are any."""
+    return (1 << bits) // 8 * 7
+
+
+#: Of a classifier without concepts.
+NO_CONCEPTS = Concepts({})
+
+
+def block_features(text: str, bits: int, concepts: Concepts = NO_CONCEPTS) -> BlockFeatures:
     """The features of a text by blocks of four words. A pair belongs to the block of its second word; a block has each feature
     once."""
     words = [word[:_LONGEST_WORD] for word in _WORD.findall(text.lower())]
@@ -99,8 +179,15 @@ def block_features(text: str, bits: int) -> BlockFeatures:
         found.append((runs ^ (runs >> np.uint64(32)), word_of_byte[length // 2 : length // 2 + count]))
     buckets = ((np.concatenate([one for one, _ in found]) * _SPREAD) >> shift).astype(np.int64)
     blocks = np.concatenate([place for _, place in found]) // BLOCK
+    if concepts.words:
+        hashes, of_concepts = concepts.features(words)
+        first = first_concept_bucket(bits)
+        last_eighth = first + ((hashes * _SPREAD) >> (shift + np.uint64(3))).astype(np.int64)
+        buckets = np.concatenate([(buckets * 7) >> 3, last_eighth])
+        blocks = np.concatenate([blocks, of_concepts // BLOCK])
     # a block has a feature once, however often its words repeat themselves
-    keys = np.unique(blocks << bits | buckets)
+    keys = np.sort(blocks << bits | buckets)
+    keys = keys[np.diff(keys, prepend=-1) > 0]
     count = (len(words) + BLOCK - 1) // BLOCK
     starts_N = np.searchsorted(keys, np.arange(count + 1) << bits)
     return BlockFeatures((keys & ((1 << bits) - 1)).astype(np.int32), starts_N)
@@ -131,6 +218,7 @@ class GuardClassifier:
     thresholds_K: np.ndarray
     #: How it was made: seeds, texts and their hashes, the curve.
     made: dict[str, Any]
+    concepts: Concepts = field(default_factory=lambda: NO_CONCEPTS)
     #: Hash of the file; empty for one in memory.
     hash: str = ""
 
@@ -147,7 +235,7 @@ class GuardClassifier:
 
     def probabilities(self, text: str) -> np.ndarray:
         """p of each window and category, (W, K)."""
-        features = block_features(text, self.bits)
+        features = block_features(text, self.bits, self.concepts)
         if not features.blocks:
             return np.zeros((0, len(self.categories)))
         weights_FC = self.weights_BC[features.buckets_F].astype(np.float32)
@@ -176,6 +264,7 @@ class GuardClassifier:
             "scales": self.scales_C.tolist(),
             "biases": self.biases_C.tolist(),
             "thresholds": self.thresholds_K.tolist(),
+            "concepts": self.concepts.words,
             "made": self.made,
         }
 
@@ -204,8 +293,10 @@ def load_guard_classifier(path: Path) -> GuardClassifier:
         if not ((thresholds > 0) & (thresholds < 1)).all():
             raise ArtefactError(f"{path}: a threshold is no probability")
         made, file_hash = dict(described["made"]), hash_file(path)
-        return GuardClassifier(categories, bits, weights, scales, biases, thresholds, made, file_hash)
-    except (OSError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile, OverflowError) as error:
+        # files from before there were any have none
+        concepts = Concepts({str(name): [*map(str, words)] for name, words in described.get("concepts", {}).items()})
+        return GuardClassifier(categories, bits, weights, scales, biases, thresholds, made, concepts, file_hash)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile, OverflowError) as error:
         raise ArtefactError(f"{path}: this is no guard classifier, or a damaged one ({error})") from None
 
 

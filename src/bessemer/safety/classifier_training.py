@@ -3,7 +3,8 @@
 Seeds (`seeds/*.yaml`) are infinitives by category and language, frames, wrappers by family of attack, and harmless ones.
 Each training text is read in the windows of `classifier.py`; a window with most of a harmful infinitive belongs to its
 category, one without any of it to none, and the rest is left out. So what stands around a request is learned as harmless, and a
-wrapper that was never seen changes little.
+wrapper that was never seen changes little. Words of one meaning in several languages (`concepts.yaml`) share features, and some
+batches read these alone, so that they carry what they can.
 
     python -m bessemer.safety.classifier_training guard_classifier.npz --ordinary piqa.jsonl arc_easy.jsonl
 """
@@ -16,7 +17,7 @@ import json
 import random
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed, hash_file, hash_value
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.yaml_file import read_yaml
-from bessemer.safety.classifier import _WORD, BLOCK, GuardClassifier, block_features, windows_of
+from bessemer.safety.classifier import _WORD, BLOCK, Concepts, GuardClassifier, block_features, first_concept_bucket, windows_of
 from bessemer.safety.normalise import cleaned
 
 _CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
@@ -52,11 +53,14 @@ class TrainingSettings:
     batch: int = 1024
     learning_rate: float = 0.05
     weight_decay: float = 0.01
+    #: How many times as fast the weights of concepts are learned, and the share of batches that read nothing else.
+    concepts_rate: float = 2.0
+    concepts_alone: float = 0.1
     #: Share of the harmless texts that choose the thresholds, and of these the share that may be refused.
     held_out: float = 0.2
-    refused: float = 0.008
+    refused: float = 0.01
     #: The same of paragraphs of prose, which have many windows and nobody asks for anything in them.
-    refused_prose: float = 0.005
+    refused_prose: float = 0.007
     #: Of harmless requests whose patterns and wrappers were held out 5 % reach it.
     lowest_threshold: float = 0.6
     seed: int = 0
@@ -71,22 +75,25 @@ class Seeds:
     harmless: Mapping[str, Sequence[str]]
     frames: Mapping[str, Sequence[str]]
     wrappers: Mapping[str, Sequence[str]]
+    #: Words of one meaning in several languages, by its name, without accents.
+    concepts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def without(self, families: Collection[str]) -> Seeds:
         """The seeds without some families of wrappers."""
         kept = {name: texts for name, texts in self.wrappers.items() if name not in families}
-        return Seeds(self.hazards, self.harmless, self.frames, kept)
+        return replace(self, wrappers=kept)
 
     @property
     def hash(self) -> str:
-        return hash_value([self.hazards, self.harmless, self.frames, self.wrappers])
+        return hash_value([self.hazards, self.harmless, self.frames, self.wrappers, self.concepts])
 
 
 def packaged_seeds() -> Seeds:
     """The seeds that travel with Bessemer."""
     folder = Path(str(resources.files("bessemer.safety.seeds")))
-    parts = (read_yaml(folder / f"{name}.yaml").values for name in ("hazards", "harmless", "frames", "wrappers"))
-    return Seeds(*parts)
+    parts = {name: read_yaml(folder / f"{name}.yaml").values for name in ("hazards", "harmless", "frames", "wrappers")}
+    concepts = read_yaml(folder / "concepts.yaml").values
+    return Seeds(**parts, concepts={name: sorted(set(cleaned(words).lower().split())) for name, words in concepts.items()})
 
 
 def expanded(pattern: str, most: int, draw: random.Random) -> list[str]:
@@ -244,8 +251,8 @@ class _Windows:
     buckets: list[np.ndarray] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
-    def add(self, labelled: LabelledText, number: int, bits: int) -> None:
-        features = block_features(cleaned(labelled.text), bits)
+    def add(self, labelled: LabelledText, number: int, bits: int, concepts: Concepts) -> None:
+        features = block_features(cleaned(labelled.text), bits, concepts)
         if not features.blocks:
             return
         for first, end in zip(*windows_of(features.blocks), strict=True):
@@ -272,10 +279,10 @@ def train_guard_classifier(
     """Fit the weights, and choose the thresholds. ordinary: requests; prose: paragraphs of long texts; some of either choose
     the thresholds; answers: other harmless texts. The same seeds, texts and settings give the same classifier on a machine."""
     settings, progress = settings or TrainingSettings(), progress or Silent()
-    categories = tuple(seeds.hazards)
+    categories, concepts = tuple(seeds.hazards), Concepts(seeds.concepts)
     windows = _Windows()
     for labelled in requests(seeds, settings):
-        windows.add(labelled, categories.index(labelled.category or ""), settings.bits)
+        windows.add(labelled, categories.index(labelled.category or ""), settings.bits, concepts)
     asked = len(windows.labels)
     draw = random.Random(derive_seed(settings.seed, "held out"))
     held_out: list[list[str]] = []
@@ -285,22 +292,31 @@ def train_guard_classifier(
             if draw.random() < settings.held_out:
                 held_out[-1].append(text)
             else:
-                windows.add(LabelledText(text), -1, settings.bits)
+                windows.add(LabelledText(text), -1, settings.bits, concepts)
     for text in answers:
-        windows.add(LabelledText(text), -1, settings.bits)
+        windows.add(LabelledText(text), -1, settings.bits, concepts)
     progress.say(f"{asked:,} windows of requests, {len(windows.labels) - asked:,} others")
-    weights, biases = _fitted(windows, len(categories) + 1, settings)
+    weights, biases = _fitted(windows, len(categories) + 1, settings, with_concepts=bool(seeds.concepts))
     scales = np.maximum(np.abs(weights).max(0), 1e-6) / 127
     rounded = np.round(weights / scales).astype(np.int8)
     classifier = GuardClassifier(
-        categories, settings.bits, rounded, scales.astype(np.float32), biases, np.full(len(categories), 0.5, np.float32), {}
+        categories,
+        settings.bits,
+        rounded,
+        scales.astype(np.float32),
+        biases,
+        np.full(len(categories), 0.5, np.float32),
+        {},
+        concepts,
     )
     thresholds, curve = _thresholds(classifier, held_out, settings)
     made = {"seeds": seeds.hash, "windows": len(windows.labels), "held_out": [len(texts) for texts in held_out], "curve": curve}
-    return GuardClassifier(categories, settings.bits, rounded, classifier.scales_C, biases, thresholds, made)
+    return replace(classifier, thresholds_K=thresholds, made=made)
 
 
-def _fitted(windows: _Windows, columns: int, settings: TrainingSettings) -> tuple[np.ndarray, np.ndarray]:
+def _fitted(
+    windows: _Windows, columns: int, settings: TrainingSettings, *, with_concepts: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights (2^bits, C) and biases (C,), float32, of logistic regressions on all windows, by AdamW. The last column's windows
     are those of any category."""
     import torch
@@ -317,6 +333,7 @@ def _fitted(windows: _Windows, columns: int, settings: TrainingSettings) -> tupl
         lr=settings.learning_rate,
     )
     generator = np.random.default_rng(derive_seed(settings.seed, "order"))
+    first_concept = first_concept_bucket(settings.bits)
     steps = settings.passes * ((len(lengths) + settings.batch - 1) // settings.batch)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     for _ in range(settings.passes):
@@ -329,6 +346,11 @@ def _fitted(windows: _Windows, columns: int, settings: TrainingSettings) -> tupl
             counts = torch.from_numpy(sizes)
             offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)[:-1]])
             each = (1 / counts.sqrt()).repeat_interleave(counts).float()
+            is_concept = chosen >= first_concept
+            if with_concepts:
+                each[is_concept] *= settings.concepts_rate
+                if generator.random() < settings.concepts_alone:
+                    each[~is_concept] = 0.0
             logits = (
                 functional.embedding_bag(chosen, weights, offsets.to(chosen.dtype), mode="sum", per_sample_weights=each)
                 + biases
@@ -340,7 +362,10 @@ def _fitted(windows: _Windows, columns: int, settings: TrainingSettings) -> tupl
             loss.backward()
             optimizer.step()
             schedule.step()
-    return weights.detach().numpy(), biases.detach().numpy()
+    fitted = weights.detach().numpy()
+    if with_concepts:
+        fitted[first_concept:] *= settings.concepts_rate
+    return fitted, biases.detach().numpy()
 
 
 def _thresholds(

@@ -19,6 +19,7 @@ from bessemer.assistant.hooks import Hook
 from bessemer.assistant.tools import Tool
 from bessemer.core.errors import BessemerError
 from bessemer.inference.engine import Engine
+from bessemer.retrieval.citations import Entails
 from bessemer.retrieval.expansion import Expander
 from bessemer.retrieval.rerank import Reranker
 from bessemer.serving.a2a.api import A2AApi
@@ -79,6 +80,7 @@ def create_app(
     is_behind_gate: bool = False,
     reranker: tuple[str, Reranker] | None = None,
     expander: Expander | None = None,
+    entails: Entails | None = None,
     server_tools: Callable[[str], Sequence[Tool]] | None = None,
 ) -> FastAPI:
     """An application that serves a model under `model_name`, and its adapters each under its own name.
@@ -87,7 +89,9 @@ def create_app(
     chat; endpoints that bypass them are then closed. store: of responses; None: in memory. is_behind_gate: another process runs
     the gate, and leaves the callers in the scope; clients' files, which would be of one process alone, are not taken then.
     reranker: orders what searches of indexes and stores find; its name is that by which clients ask for it.
-    expander: writes headings that these searches look for besides. server_tools: as of `Served`.
+    expander: writes headings that these searches look for besides. entails: judges, in several threads, whether sources bear
+    out the sentences of a chat's answer (`Entailment.probabilities`); None: by the share of common words. server_tools: as of
+    `Served`.
 
     An error has the form of the API that its path belongs to. `config.host` and `config.port` are not used here. The result's
     `state.served` is a `Served`. Raises ArtefactError and ConfigError for a file of keys or an index that cannot be read.
@@ -100,7 +104,7 @@ def create_app(
     worker = Worker(engine, config.max_waiting, QueueLimits(config.max_queued, config.queue_seconds))
     served = Served(engine, model_name, worker, config.aliases, pool, hooks, server_tools)
     apis = (
-        OpenAIApi(served, documents),
+        OpenAIApi(served, documents, entails),
         ResponsesApi(served, store or MemoryStore(), documents),
         A2AApi(served, MemoryStore(), needs_key=keys is not None),
         FilesApi(documents),

@@ -28,6 +28,7 @@ from bessemer.assistant.tools import Tool
 from bessemer.core.chat_client import ChatClient
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.inference.engine import Engine
+from bessemer.retrieval.citations import Entails
 from bessemer.retrieval.expansion import Expander
 from bessemer.retrieval.rerank import Reranker
 from bessemer.serving.app import Pages, create_app, no_pages
@@ -210,6 +211,7 @@ def create_server(
     hooks: Sequence[Hook] = (),
     reranker: tuple[str, Reranker] | None = None,
     expander: Expander | None = None,
+    entails: Entails | None = None,
     server_tools: Callable[[str], Sequence[Tool]] | None = None,
 ) -> Server:
     """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. The other arguments are
@@ -223,6 +225,7 @@ def create_server(
         hooks,
         reranker=reranker,
         expander=expander,
+        entails=entails,
         server_tools=server_tools,
     )
     return new_server(app, app.state.served, config.drain_seconds, config.max_body)
@@ -261,6 +264,7 @@ def serve(
     hooks: Sequence[Hook] = (),
     reranker: tuple[str, Reranker] | None = None,
     expander: Expander | None = None,
+    entails: Entails | None = None,
     server_tools: Callable[[str], Sequence[Tool]] | None = None,
 ) -> None:
     """Serve until interrupted.
@@ -280,6 +284,7 @@ def serve(
             hooks,
             reranker=reranker,
             expander=expander,
+            entails=entails,
             server_tools=server_tools,
         )
         url = address_of(listener)

@@ -24,6 +24,7 @@ from bessemer.inference.async_generation import ChoiceChunk
 from bessemer.inference.request import Completion
 from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.retrieval.citations import Entails
 from bessemer.serving.config import EMBEDDED
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest, prompts_of
 from bessemer.serving.openai.replies import ChatReply, CompletionReply, Echo
@@ -108,10 +109,11 @@ class _Completions:
 
 @dataclass
 class OpenAIApi:
-    """The routes below `/v1`. stores: what answers may be drawn from."""
+    """The routes below `/v1`. stores: what answers may be drawn from. entails: judges whether their sentences are."""
 
     served: Served
     stores: VectorStores
+    entails: Entails | None = None
     started: int = field(default_factory=lambda: int(time.time()))
 
     def router(self) -> APIRouter:
@@ -166,7 +168,7 @@ class OpenAIApi:
                 parameter, question = asked
                 sources = await sources_for(question, retrieval.wanted(), self.stores, caller.client, parameter)
             turns = await served.start(lambda: _chat(body, caller, sources))
-            reply = ChatReply(body, served.engine.tokenizer, turns)
+            reply = ChatReply(body, served.engine.tokenizer, turns, self.entails)
             return await respond(request, turns, reply, admission, caller.headers, is_streamed=body.stream)
 
     async def complete(self, request: Request) -> Response:

@@ -23,6 +23,7 @@ from bessemer.assistant.messages import (
 )
 from bessemer.inference.request import Chunk, Completion, Request
 from bessemer.inference.sampling.sampler import Sampled
+from bessemer.retrieval.citations import Entails
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.retrieval.annotations import AnswerCitations, source_body
 from bessemer.serving.runtime.bodies import ApiError, withdrawn
@@ -320,15 +321,26 @@ class ChatReply(_OpenAIReply):
     event_kind = "chat.completion.chunk"
     _body: ChatRequest
 
-    def __init__(self, body: ChatRequest, tokenizer: Tokenizer, turns: Turns) -> None:
+    def __init__(self, body: ChatRequest, tokenizer: Tokenizer, turns: Turns, entails: Entails | None = None) -> None:
+        """entails: judges the sentences of an answer from sources, besides their words."""
         super().__init__(body, tokenizer, "chatcmpl")
         self._turns = turns
         self._shows_thinking = body.include_reasoning
         self._lacks_prompt_ids = body.return_token_ids
         self._sources = sources = None if body.retrieval is None else turns.sources
-        self._choices = [_Choice(citations=None if sources is None else AnswerCitations(sources)) for _ in range(body.n)]
+        citations = (None if sources is None else AnswerCitations(sources, entails) for _ in range(body.n))
+        self._choices = [_Choice(citations=own) for own in citations]
+        self._judges = sources is not None and entails is not None
         self._lacks_sources = sources is not None
         self._lacks_summaries = turns.summarised is not None
+
+    @property
+    def is_large(self) -> bool:
+        """A language model judges each sentence."""
+        return super().is_large or self._judges
+
+    def ends_long(self, step: Iterable[ChoiceEvents]) -> bool:
+        return self._judges and any(isinstance(event, TurnEnd) for _, events, *_ in step for event in events)
 
     def whole(self, step: Iterable[ChoiceEvents]) -> dict[str, Any]:
         """The body. step: all events of all choices."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bessemer.retrieval.citations import Citation, CitationReader, checked_statements
+from bessemer.core.errors import RequestError
+from bessemer.retrieval.citations import Citation, CitationReader, Entails, checked_statements
 from bessemer.retrieval.search import Hit
 from bessemer.retrieval.store import Passage
 
@@ -80,8 +81,10 @@ def call_result(hit: ServedHit) -> dict[str, Any]:
 class AnswerCitations:
     """The citations of one answer as it grows, and in the end its sentences."""
 
-    def __init__(self, sources: Sequence[ServedHit]) -> None:
+    def __init__(self, sources: Sequence[ServedHit], entails: Entails | None = None) -> None:
+        """entails: judges whether sources bear out the sentences; None: by the share of common words."""
         self._sources = sources
+        self._entails = entails
         self._reader = CitationReader(sources)
         #: All annotations so far.
         self.annotations: list[dict[str, Any]] = []
@@ -93,10 +96,18 @@ class AnswerCitations:
         return new
 
     def statements(self) -> list[dict[str, Any]]:
-        """The sentences of the answer: their citations, and the share of their words that the sources have."""
+        """The sentences of the answer: their citations, the share of their words that the sources have, and, where a head
+        judges them, how likely these bear each out: as long as that takes. An answer with a sentence that its model's context
+        does not hold is not judged so."""
+        text = self._reader.text
+        try:
+            found = checked_statements(text, self._sources, self._entails)
+        except RequestError:
+            found = checked_statements(text, self._sources)
         return [
             {"text": one.text, "cited": list(one.cited), "support": one.support, "is_supported": one.is_supported}
-            for one in checked_statements(self._reader.text, self._sources)
+            | ({} if one.entailment is None else {"entailment": one.entailment})
+            for one in found
         ]
 
     def _annotation(self, citation: Citation) -> dict[str, Any]:

@@ -48,6 +48,10 @@ class Reply(ABC):
         """Whether the body takes long to make and to write."""
         return False
 
+    def ends_long(self, step: Any, /) -> bool:
+        """Whether the events of an item of `Work.stream` take long to make."""
+        return False
+
     @abstractmethod
     def whole(self, result: Any, /) -> dict[str, Any]:
         """The body of a response that is not streamed. result: of `Work.finish`."""
@@ -125,7 +129,7 @@ async def stream_events(
                 yield start
             async with aclosing(work.stream()) as steps:
                 async for step in steps:
-                    text = reply.events(step)
+                    text = await asyncio.to_thread(reply.events, step) if reply.ends_long(step) else reply.events(step)
                     if after_step is not None:
                         await after_step()
                     if text:
