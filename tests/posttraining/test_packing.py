@@ -12,6 +12,7 @@ from bessemer.posttraining.data.formats import Answered, Labelled
 from bessemer.posttraining.data.packing import (
     HeldOutBatches,
     PackedBatches,
+    PairExample,
     encode_conversation,
     pack_answers,
     pack_conversations,
@@ -209,3 +210,21 @@ def test_held_out_rows_are_read_once_in_order_and_filled_up_without_targets(conv
     targets = torch.cat([batch.targets_BT for batch in read])
     assert torch.equal(targets[: rows.rows], rows.batch.targets_BT)
     assert (targets[rows.rows :] == IGNORE_INDEX).all() and len(targets) == 2 * (rows.rows - 1)
+
+
+@pytest.mark.parametrize(
+    ("rejected", "targets", "shared"),
+    [
+        ([5, 6, 7, 9], [-100, -100, 9, 1], 2),
+        ([5, 6, 8, 9], [-100, -100, -100, 1], 2),
+        ([5, 6, 7, 9], [-100, 7, 9, 1], 1),
+        ([5, 6, 7], [-100, -100, -100], 2),
+    ],
+    ids=["until the first target", "until they differ", "until the rejected one's first target", "one token stays"],
+)
+def test_what_two_answers_share_is_read_once(rejected, targets, shared):
+    chosen = np.array([5, 6, 7, 8]), np.array([-100, -100, 8, 1])
+    pair = PairExample(chosen, (np.array(rejected), np.array(targets)))
+    shorter, removed = pair.without_shared()
+    assert removed == shared and shorter.chosen is chosen
+    assert [part.tolist() for part in shorter.rejected] == [rejected[shared:], targets[shared:]]

@@ -265,7 +265,7 @@ def test_a_saved_classifier_opens_as_it_was(tmp_path):
     assert (tmp_path / "c.npz").read_bytes() == (tmp_path / "d.npz").read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "weights", "thresholds", "format", "pickle", "missing"])
+@pytest.mark.parametrize("damage", ["text", "cut", "weights", "thresholds", "format", "concepts", "pickle", "missing"])
 def test_a_classifier_file_from_elsewhere_is_refused_in_one_line(tmp_path, damage):
     path = tmp_path / "c.npz"
     one = made((0.5, 1.5)) if damage == "thresholds" else made()
@@ -273,6 +273,8 @@ def test_a_classifier_file_from_elsewhere_is_refused_in_one_line(tmp_path, damag
         one = GuardClassifier(one.categories, 11, one.weights_BC, one.scales_C, one.biases_C, one.thresholds_K, {})
     if damage == "format":
         one.described["format"] = 9
+    if damage == "concepts":
+        one.described["concepts"] = ["slag"]
     one.save(path)
     if damage == "text":
         path.write_text("no classifier", encoding="utf-8")

@@ -157,6 +157,14 @@ def test_every_route_needs_a_key_but_those_that_are_public(start):
             assert (answered == 401) == (template not in PUBLIC), (method, template)
 
 
+def test_only_a_preflight_needs_no_key(start):
+    url = start(FakeEngine(), api_key="secret", origins=["https://my.page"]) + "/v1/models"
+    asks = {"Origin": "https://my.page", "Access-Control-Request-Method": "GET"}
+    assert httpx.options(url, headers=asks).status_code == 204
+    assert httpx.get(url, headers=asks).status_code == 401
+    assert httpx.options(url, headers={"Origin": "https://my.page"}).status_code == 401
+
+
 @pytest.mark.parametrize(
     "headers",
     [

@@ -188,3 +188,12 @@ def test_a_file_is_what_numpy_saves(tmp_path):
     path = tmp_path / "tokens-00000.npy"
     np.save(tmp_path / "saved.npy", np.load(path))
     assert path.read_bytes() == (tmp_path / "saved.npy").read_bytes()
+
+
+def test_sources_are_named_once_and_in_order(tmp_path):
+    writer = ShardWriter(tmp_path, tokenizer_hash="hash", vocab_size=100, bos_id=BOS, shard_tokens=10)
+    for names in (["b", "a"], ["c", "a"]):
+        documents = EncodedDocuments(["x", "y"], names, np.array([4, 4]), np.arange(2, dtype=np.uint32), np.array([0, 1, 2]))
+        writer.add(documents)
+    writer.finish()
+    assert TokenShards(tmp_path).sources == ("a", "b", "c")

@@ -1,14 +1,17 @@
 """The notes by which processes write one checkpoint, seen from one of them; the others' files are made by hand."""
 
+import io
 import shutil
 
 import pytest
+import torch
 
 from bessemer.core.errors import CheckpointError, StorageError
 from bessemer.core.store import write_json
 from bessemer.distributed.layout import Layout
-from bessemer.distributed.mesh import Mesh
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.training.checkpoint import storage as module
+from bessemer.training.checkpoint.state import SourceState
 from bessemer.training.checkpoint.storage import ProcessNotes
 
 from .conftest import RecordedProgress
@@ -130,3 +133,28 @@ def test_a_file_that_grows_is_waited_for(parts_of, monkeypatch, tmp_path):
 
     monkeypatch.setattr(module.time, "sleep", grow)
     assert len(parts_of(0).gathered({})) == 3
+
+
+class Counted:
+    """A source of batches that remembers one number."""
+
+    step = 5
+
+    def state_dict(self):
+        return {"step": self.step}
+
+    def load_state_dict(self, values):
+        self.step = values["step"]
+
+
+def test_a_source_goes_on_alone_and_is_refused_what_several_ranks_had_under_way():
+    kept = SourceState(Counted(), ALONE).state_dict()
+    source = Counted()
+    source.step = 0
+    SourceState(source, ALONE).load_state_dict(kept)
+    assert source.step == 5
+    stream = io.BytesIO()
+    torch.save([{"step": 1}, {"step": 2}], stream)
+    with pytest.raises(CheckpointError, match="of 2 data-parallel ranks, and this run has 1; resume with as many"):
+        SourceState(source, ALONE).load_state_dict({"states": stream.getvalue()})
+    assert source.step == 5

@@ -9,6 +9,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.objectives import (
+    MTP_LOSS_WEIGHT,
     LossContext,
     build_objective,
     mean_by_source,
@@ -94,3 +95,18 @@ def test_sums_of_parts_add_up(sourced):
 def test_a_batch_without_targets_has_no_losses(sourced):
     silent = replace(sourced, targets_BT=torch.full_like(sourced.targets_BT, IGNORE_INDEX))
     assert mean_by_source(*sums_by_source(torch.zeros(4, 16), silent), silent.source_names) == {}
+
+
+def test_module_k_of_multi_token_prediction_is_asked_for_the_token_k_further():
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 40, "num_nextn_predict_layers": 2}
+    model = initial_decoder(ModelConfig(vocab_size=50, **shape), seed=1).train()
+    tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    sums = build_objective(PretrainConfig(steps=1), model.config)(model, batch, LossContext()).sums
+    _, further = model.hidden_and_mtp(batch.tokens_BT)
+    expected = 0.0
+    for step, hidden_BTD in enumerate(further, start=1):
+        logits = (hidden_BTD @ model.head_weight.T)[:, : 8 - step]
+        expected += cross_entropy(logits.flatten(0, 1), tokens[:, 1 + step :].flatten(), reduction="sum")
+    # the mean over the modules, weighed
+    assert sums["mtp"].item() == pytest.approx(expected.item() * MTP_LOSS_WEIGHT / 2, rel=1e-5)
