@@ -16,6 +16,7 @@ from bessemer.posttraining.data.picture_encoding import open_picture_encoder, pi
 from bessemer.posttraining.data.picture_rows import sources_in
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.stage import gather_prompts, rl
+from bessemer.posttraining.sampling import sampler as sampling
 from bessemer.posttraining.sampling.samples import Sample, fitting_prompts, pack_samples
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -134,6 +135,15 @@ def test_sampler_and_trainer_agree_in_other_ways_of_training(colours, tmp_path, 
     after = load_trained_decoder(tmp_path / "model").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("layers.") or "adapter" not in changes for name in changed)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("changes", [{}, pytest.param({"adapter": {"rank": 4, "merge": True}}, marks=pytest.mark.slow)])
+def test_on_a_card_a_copy_in_half_precision_sees_the_same_pictures(colours, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(sampling, "_COPYING_DEVICES", ("cpu",))
+    run(colours, tmp_path, dtype="bfloat16", learning_rate=2e-2, **changes)
+    # shown other pictures, the sampler is further off than 1.8 at once
+    assert max(line["log_ratio_max"] for line in read_metrics(tmp_path / "metrics.jsonl")) < 0.4
 
 
 @pytest.mark.slow
