@@ -186,8 +186,8 @@ def _pieces(passages: Sequence[TextPassage], budget: int, measure: Measure) -> l
 
 
 def _small(passages: Sequence[TextPassage], budget: int, measure: Measure) -> list[TextPassage]:
-    """The passages, those of more than half of the budget's tokens cut, so that each has at most so many: the larger a passage,
-    the fewer sentences are torn apart. Headings that leave no room go."""
+    """The passages, those of more than half of the budget's tokens cut, so that each has at most as many: the larger a passage,
+    the fewer sentences are torn apart. Headings that leave nothing for the text go."""
 
     def fits(passage: TextPassage) -> bool:
         return 2 * measure.of_text(_joined([passage])) <= budget

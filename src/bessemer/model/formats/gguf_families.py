@@ -178,7 +178,7 @@ QWEN3_MOE = GgufFamily("qwen3moe", _read_qwen3_moe, _write_qwen3_moe, stored_ali
 
 
 def with_sections(sections: Sequence[int]) -> GgufFamily:
-    """The architecture of a Qwen2 whose positions of three numbers turn so many pairs of channels each."""
+    """The architecture of a Qwen2 whose positions of three numbers turn these numbers of pairs of channels."""
     return replace(QWEN2VL, write=lambda config: write_shape(config) | {"rope.dimension_sections": [*sections, 0]})
 
 
