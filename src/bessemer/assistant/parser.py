@@ -116,8 +116,8 @@ _QUOTE = re.compile(r'\\.|(")', re.DOTALL)
 
 
 def begins_as_call(text: str, schemas: Schemas) -> bool | None:
-    """Whether a text begins as a call in JSON of one of the tools, or a list of them, in a block of code or not. None: what
-    comes decides."""
+    """Whether a text begins as a call in JSON of one of the tools, or as a list of calls, in a block of code or not. None: it
+    may, and what comes next decides."""
     if text.startswith("`"):
         first, newline, text = text.partition("\n")
         if not newline:

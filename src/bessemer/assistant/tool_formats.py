@@ -248,8 +248,8 @@ class ToolFormat:
         return frozenset(filter(None, (*calls, self.thinking.opening, self.thinking.closing)))
 
     def parser(self, schemas: Schemas | None, *, in_thinking: bool = False, is_tagged: bool = False) -> MessageParser:
-        """A parser of one message. schemas: of the offered tools; None: calls are text. is_tagged: whether what
-        lacks its tags is text too."""
+        """A parser of one message. schemas: of the offered tools; None: calls are text. is_tagged: whether calls
+        without their tags are text too."""
         offered = None if schemas is None else self
         return OutputParser(offered, self.thinking, in_thinking=in_thinking, schemas=schemas, is_tagged=is_tagged)
 

@@ -248,8 +248,8 @@ def _transcript(messages: Sequence[Message]) -> list[TextPassage]:
 
 
 def _quoted(messages: Sequence[Message], question: str, most: int, measure: Measure) -> str:
-    """The sentences of messages that share most words with a question, in their order, below a line that says so, in at most so
-    many tokens; nothing where none shares any."""
+    """The sentences of messages that share most words with a question, in their order, below a line that says so, in up to
+    `most` tokens; nothing where none shares any."""
     said = [
         f"{_NAMES.get(message.role, message.role)}: {sentence}"
         for message in messages

@@ -72,7 +72,7 @@ def notes_of(vision: VisionConfig) -> list[str]:
 
 
 def _pattern(vision: VisionConfig) -> int:
-    """Every how manyth layer attends within the whole picture."""
+    """The number n of which every n-th layer attends within the whole picture, and the others within windows."""
     return vision.full_layers[0] + 1 if vision.full_layers else vision.num_hidden_layers + 1
 
 
