@@ -90,9 +90,9 @@ MERGES, SPLIT = 110, "qwen2"
 MODEL = {"preset": "qwen3-1m", "max_position_embeddings": 256}
 BASE_SEED = 7
 #: Demonstrations of a lesson and the share of them without tools; tasks of GRPO, of each test, and those that end the lessons.
-DEMONSTRATIONS, WITHOUT, PROMPTS, TESTED, DECIDING = 2000, 0.15, 1000, 200, 80
+DEMONSTRATIONS, WITHOUT, PROMPTS, TESTED, DECIDING = 2000, 0.15, 4000, 500, 80
 #: The share of tasks that is solved when demonstrations end and rewards begin.
-ENOUGH, MOST_LESSONS = 0.2, 16
+ENOUGH, MOST_LESSONS = 0.5, 16
 SFT: dict[str, Any] = {
     "data": ["demonstrations.jsonl"],
     "validation_share": 0.0,
@@ -117,7 +117,7 @@ RL: dict[str, Any] = {
     "steps": 32,
     "group_size": 8,
     "batch_size": 96,
-    "max_tokens": 48,
+    "max_tokens": 100,
     "context_length": 256,
     "optimizer": "muon",
     "learning_rate": 1e-3,
