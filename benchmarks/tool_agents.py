@@ -8,7 +8,7 @@ calls in the right form and errs often. From there the stage `rl` trains it by G
 same tools, in episodes on the engine, whose only reward is a right last message. Asked are, greedily, tasks that no stage has
 seen: of tools of that part, and of tools whose nouns, names, descriptions and arguments no stage has seen; with the tools, and
 without (a share of the demonstrations has none, so that an answer without a call is a form that the model knows). Nothing is
-timed. Settings of GRPO were chosen by one seed on other tasks, of a third part of tools.
+timed. GRPO's settings were chosen by one seed on other tasks, of trained tools and of a third part of tools.
 
 The gain is of the same tasks before and after GRPO. Its intervals are of 95 %: over the tasks, with a task of all seeds as a
 cluster, and over the seeds' means alone (Student's t, two degrees of freedom with three seeds). `--out` keeps what is finished:
