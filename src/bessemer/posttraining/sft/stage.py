@@ -108,13 +108,14 @@ class MixedBatches(StatelessBatches):
 def _as_packed(batch: Batch, pictures: PictureTable | None) -> Batch:
     """Rows of text as packed rows of one document each, beside rows with pictures."""
     rows, columns = batch.tokens_BT.shape
-    return replace(
+    packed = replace(
         batch,
         pictures=pictures,
         vector_of_token_BT=None if pictures is None else torch.full_like(batch.tokens_BT, -1),
         positions_BT=torch.arange(columns).expand(rows, columns),
         document_ids_BT=torch.ones_like(batch.tokens_BT),
     )
+    return packed if pictures is None else replace(packed, rope_BT3=pictures.rope_positions(packed))
 
 
 def task_conversations(name: str, count: int) -> list[Conversation]:
