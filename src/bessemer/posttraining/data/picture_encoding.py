@@ -11,6 +11,7 @@ import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,18 +42,23 @@ class PromptPictures:
     """A prompt with its pictures, as tokens: for an engine, and for batches of what the engine sampled.
 
     asked: as the chat template writes it, with one image token for each picture. ids: with as many as it has vectors. vectors:
-    of each of `ids` the number of its vector, as in `PictureTable`; -1 for text.
+    of each of `ids` the number of its vector, as in `PictureTable`; -1 for text. encoder: None in a copy from another process,
+    whose pixels lie there.
     """
 
     asked: list[int]
     ids: list[int]
     vectors: np.ndarray
-    encoder: PictureEncoder
+    encoder: PictureEncoder | None
     _shown: tuple[Prepared, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "encoder": None}
 
     @property
     def pictures(self) -> list[Prepared]:
         """The prepared pictures, whose tiles lie in the run's file."""
+        assert self.encoder is not None, "prompts are sampled where they were read"
         return [replace(one, tiles=self.encoder.file.tiles_of(one.digest)) for one in self._shown]
 
 
