@@ -162,7 +162,9 @@ def opened(folder, parallel):
 
 @pytest.mark.parametrize(
     ("form", "parallel"),
-    slow_but([("llava", {"tensor": 2})], [(form, one) for form in FORMS for one in ({"data_shard": 2}, {"tensor": 2}, TWO[-1])]),
+    slow_but(
+        [("llava", {"tensor": 2})], [(form, one) for form in FORMS for one in ({"data_shard": 2}, {"tensor": 2}, TWO[-1])]
+    ),
     ids=str,
 )
 def test_a_process_reads_its_shards_of_encoder_and_decoder(two, folder_of, form, parallel):

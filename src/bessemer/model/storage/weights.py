@@ -191,7 +191,9 @@ class StoredTensors:
         with opening(self.second_head):
             head = WeightsFile(self.second_head).kept(self.head_name)
         if not torch.equal(head.to(embedding.device, embedding.dtype), embedding):
-            raise ArtefactError(f"{self.second_head}: tensor {self.head_name!r} differs from the embedding that config.json ties it to")
+            raise ArtefactError(
+                f"{self.second_head}: tensor {self.head_name!r} differs from the embedding that config.json ties it to"
+            )
 
 
 def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None) -> StoredTensors:

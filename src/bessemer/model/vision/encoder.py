@@ -45,7 +45,9 @@ class Pixels(NamedTuple):
     @classmethod
     def joined(cls, pictures: Sequence[Pixels]) -> Pixels:
         """Pictures in their own shapes as one sequence of patches, (L, …)."""
-        return cls(torch.cat([one.values for one in pictures]), shapes=torch.cat([cast(Tensor, one.shapes) for one in pictures]))
+        return cls(
+            torch.cat([one.values for one in pictures]), shapes=torch.cat([cast(Tensor, one.shapes) for one in pictures])
+        )
 
     def chosen(self, pictures_N: Tensor) -> Pixels:
         """Some of the pictures or tiles, by their numbers. Of patches that follow each other, (L, …), those of these."""

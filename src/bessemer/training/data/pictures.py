@@ -107,7 +107,8 @@ class PictureTable:
     def _spans(self, vectors_T: NDArray[np.int64]) -> list[GridSpan]:
         """The pictures of a row."""
         # a picture that stands twice begins anew where its numbers do not go on
-        (starts,) = np.nonzero((vectors_T >= 0) & (np.diff(vectors_T, prepend=-2) != 1))
+        before_T = np.concatenate([[-1], vectors_T[:-1]])
+        (starts,) = np.nonzero((vectors_T >= 0) & ((before_T < 0) | (vectors_T != before_T + 1)))
         spans = []
         for start in starts.tolist():
             place = start
