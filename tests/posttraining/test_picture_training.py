@@ -12,8 +12,8 @@ import transformers
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.model.config import ModelConfig
 from bessemer.model.storage.folder import load_model, save_initial_model
-from bessemer.model.vision.encoder import Pixels
 from bessemer.model.vision.assemble import build_vision_model
+from bessemer.model.vision.encoder import Pixels
 from bessemer.model.vision.folder import load_vision_language, read_vision_language, save_vision_encoder
 from bessemer.model.vision.stage_config import VisionStageConfig
 from bessemer.model.vision.trained import VisionDecoder, load_trained_decoder

@@ -72,7 +72,7 @@ class PictureTable:
         assert self.sizes is not None
         return np.concatenate([[0], np.cumsum(self.sizes.prod(1) * 3)])
 
-    def of_batch(self, vector_of_token_BT: Tensor, rope_BT3: Tensor | None = None) -> BatchPictures:  # noqa: N803
+    def of_batch(self, vector_of_token_BT: Tensor, rope_BT3: Tensor | None = None) -> BatchPictures:
         """The tiles of a batch's tokens, and their tokens' places among the vectors of these. The first tile, which then has no
         token, where a batch has none, so that the encoder's parameters have a gradient in every step."""
         device = vector_of_token_BT.device
