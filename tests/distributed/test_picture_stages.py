@@ -80,5 +80,5 @@ def test_rl(two, asked, tmp_path, adapter):
 
 @pytest.mark.slow
 def test_an_engine_whose_matrices_are_shared_samples_no_answers_about_pictures(two, asked, tmp_path):
-    with pytest.raises(AssertionError, match="ConfigError: parallel: tensor 2: .*take data_shard"):
+    with pytest.raises(AssertionError, match=r"ConfigError: parallel: tensor 2: .*take data_shard"):
         two.run(rewards.run, colours=asked, out=tmp_path, parallel={"tensor": 2})

@@ -120,7 +120,8 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) ->
 
     Between its modules a rank holds a shard of the tokens, (B, T / ranks, D): embedding and blocks return it, and a pipeline
     stage sends it. `hidden` and `logits` return all tokens, the same on every rank. A stage may lack embedding, head and
-    layers. With expert parallelism the experts are left to it, and get this rank's tokens. An encoder of pictures is replicated.
+    layers. With expert parallelism the experts are left to it, and get this rank's tokens. An encoder of pictures is
+    replicated.
 
     whole: every rank has all tokens everywhere, without gradients, for inference.
     """

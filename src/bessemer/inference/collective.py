@@ -285,7 +285,8 @@ class CollectiveEngine:
             )
         if mesh.layout.tensor > 1 and isinstance(model, VisionDecoder):
             raise ConfigError(
-                f"parallel: tensor {mesh.layout.tensor}: an engine whose ranks share matrices reads no pictures; take data_shard"
+                f"parallel: tensor {mesh.layout.tensor}: ranks that share matrices sample no answers about pictures; take "
+                "data_shard"
             )
         config = config or EngineConfig()
         if config.parallel is not None:
@@ -325,8 +326,8 @@ class CollectiveEngine:
         return self._together(lambda engine: engine.score_items(items, **options))
 
     def update_weights(self, *, version: int | None = None, adapter: Adapter | None = None) -> None:
-        """Take the weights that the trained model has now. version: as in `Engine.update_weights`. adapter: a whole one to merge
-        into them, where no ranks share a matrix."""
+        """Take the weights that the trained model has now. version: as in `Engine.update_weights`. adapter: a whole one that is
+        merged into them, where no ranks share a matrix."""
         self._check_open()
         copy_trained(self._trained, self._shard)
         if adapter is not None:

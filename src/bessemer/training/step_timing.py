@@ -143,8 +143,8 @@ class _RandomBatches(StatelessBatches):
 
 
 def _with_pictures(batch: Batch, config: VisionLanguageConfig) -> Batch:
-    """The batch with a picture of one tile at the beginning of each row, as far as it holds one; of those in shapes of their own
-    a square, of at most a quarter of a row."""
+    """The batch with a picture of one tile at the beginning of each row, as far as it holds one; of those in shapes of their
+    own a square, of at most a quarter of a row."""
     rows, columns = batch.tokens_BT.shape
     if config.vision.is_native:
         return _with_squares(batch, config)

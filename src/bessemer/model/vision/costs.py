@@ -1,9 +1,9 @@
 """What an encoder of pictures and its projector take of memory, in training and where they only read.
 
-Counted by hand from the modules, as numbers for each patch and each token of the decoder. In float32 a layer of SigLIP's or
-CLIP's keeps for its backward pass what it and its second norm read (2 D), what these give (2 D), queries, keys and values (3 D),
-what attention gives (D), and its feed-forward network's inner states before and behind the activation (2 I). Qwen2.5-VL's keeps
-besides the states of its norms, turned queries and keys, and the parts of its gated network.
+Counted by hand from the modules, as numbers for each patch and each token of the decoder. A layer of SigLIP's or CLIP's keeps
+for its backward pass what its two norms read (2 D) and give (2 D), queries, keys and values (3 D), what attention gives (D),
+and its feed-forward network's inner states before and behind the activation (2 I). Qwen2.5-VL's keeps besides what its norms
+give before their weights, turned queries and keys, and the parts of its gated network.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from bessemer.core.metrics import size
 from bessemer.model.vision.config import VisionLanguageConfig
 from bessemer.model.vision.model import Vision
 
@@ -53,11 +54,19 @@ class VisionMemory:
         return self.weights + self.means
 
     def peak_with(self, decoder: float, decoder_standing: float, *, accumulates: bool) -> float:
-        """The most of a step, for a decoder that takes `decoder` at most, and `decoder_standing` with its gradients once its own
-        backward pass is over. accumulates: whether gradients of micro-batches are summed, and so lie there from the second on."""
+        """The most of a step, for a decoder that takes `decoder` at most, and `decoder_standing` with its gradients once its
+        own backward pass is over. accumulates: whether gradients of micro-batches are summed, and so lie there from the second
+        on."""
         during = decoder + (self.gradients if accumulates else 0.0)
         behind = decoder_standing + self.gradients + self.passing
         return self.standing + self.kept + max(during, behind)
+
+    def described(self, patches: float) -> str:
+        """What an encoder that only reads takes, for a line. patches: of the picture that is meant."""
+        return (
+            f"pictures: their encoder takes {size(self.weights)}, and one of {patches:,.0f} patches "
+            f"{size(self.kept + self.passing)} while it is read"
+        )
 
 
 @cache
@@ -70,9 +79,17 @@ def parameters(config: VisionLanguageConfig) -> tuple[int, int]:
 
 
 def reading_memory(config: VisionLanguageConfig, pictures: PicturesOfStep, weight_bytes: float = _FLOAT32) -> VisionMemory:
-    """Of an encoder that learns nothing. weight_bytes: of a weight, and of a number of the states."""
-    out = pictures.vectors * config.text.hidden_size * weight_bytes
-    return VisionMemory(sum(parameters(config)) * weight_bytes, 0.0, 0.0, out, _passing(config, pictures, weight_bytes))
+    """Of an encoder that only reads. weight_bytes: of a weight, and of a number of the states. kept: the vectors."""
+    c, vision = weight_bytes, config.vision
+    width, inner = vision.hidden_size, vision.intermediate_size
+    # a layer's feed-forward network, beside what it and its norm read
+    layer = c * (4 * width + (3 if vision.is_native or vision.hidden_act == "quick_gelu" else 2) * inner)
+    if vision.is_native and c < _FLOAT32:
+        # queries are turned in float32
+        layer = max(layer, c * 7 * width + _FLOAT32 * 5 * width)
+    passing = pictures.patches * (_FLOAT32 * _pixels_of_patch(config) + layer)
+    out = pictures.vectors * config.text.hidden_size * c
+    return VisionMemory(sum(parameters(config)) * c, 0.0, 0.0, out, passing)
 
 
 def training_memory(

@@ -177,9 +177,7 @@ def rl(
     }
 
 
-def _memory_line(
-    config: RLConfig, model: Path, pictures: PictureEncoder, shown: Sequence[np.ndarray], device: str
-) -> str:
+def _memory_line(config: RLConfig, model: Path, pictures: PictureEncoder, shown: Sequence[np.ndarray], device: str) -> str:
     """The memory of a step on a mini-batch, whose completions are as long as a row; shown: of each prompt with pictures, the
     vectors of its tokens."""
     vision = read_vision_language(model)

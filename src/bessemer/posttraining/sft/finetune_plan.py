@@ -371,7 +371,7 @@ def _method(
     context: int,
     dtype: torch.dtype,
     device: torch.device,
-    shown: PicturesOfStep = PicturesOfStep(),
+    shown: PicturesOfStep,
 ) -> tuple[tuple[Method, str], Mapping[Method, Fitting], float]:
     """The chosen method and why, each method's memory, and the usable bytes. shown: of pictures in a batch."""
     rows_given, rows = config.tokens_per_batch is not None, batch_size
