@@ -1,7 +1,7 @@
 """`make test` on other people's machines: in a fresh clone, under each of several conditions, with its time.
 
     python benchmarks/suite.py native avx2              # about ten minutes each, installing not counted
-    python benchmarks/suite.py user --keep clones       # as root: it becomes another user; clones, JUnit files stay
+    python benchmarks/suite.py stranger --keep clones   # as root: it becomes another user; clones, JUnit files stay
     python benchmarks/suite.py --profile 30             # the tests that take longest, by condition
 
 A condition's row replaces its earlier one. Result: `suite.json`.
@@ -50,18 +50,15 @@ class Condition:
 CONDITIONS = {
     "native": Condition("this machine as it is, Python 3.11"),
     "avx2": Condition("AVX2, Python 3.11", machine="avx2"),
-    "user": Condition(
-        "another user than root, a home that cannot be written to, Python 3.12, `LC_ALL=C`",
-        python="python3.12",
-        user="nobody",
-        environment={"HOME": "/nonexistent", "LC_ALL": "C"},
-    ),
-    "turkish": Condition(
-        "Python 3.13, `LC_ALL=tr_TR.UTF-8`, a path with spaces",
+    "stranger": Condition(
+        "another user than root, a home that cannot be written to, Python 3.13, `LC_ALL=tr_TR.UTF-8`, a path with spaces",
         python="/usr/bin/python3.13",
+        user="nobody",
         folder="my own copy",
+        environment={"HOME": "/nonexistent"},
         locale="tr_TR",
     ),
+    "ascii": Condition("Python 3.12, `LC_ALL=C`", python="python3.12", environment={"LC_ALL": "C"}),
     "no-compiler": Condition("no C++ compiler, Python 3.11", machine="no-compiler"),
 }
 
@@ -157,18 +154,20 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
     return {"conditions": recording.table(columns, rows)}
 
 
+def recorded() -> dict[str, Any]:
+    """The figures so far, of the conditions that there are."""
+    try:
+        return {name: found for name, found in recording.load(NAME)["figures"].items() if name in CONDITIONS}
+    except FileNotFoundError:
+        return {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("conditions", nargs="*", metavar="CONDITION", help=", ".join(CONDITIONS))
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N tests that take longest")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave clones, environments and JUnit files here")
     arguments = parser.parse_args()
-    try:
-        figures = dict(recording.load(NAME)["figures"])
-    except FileNotFoundError:
-        figures = {}
-    # rows of conditions that are no more
-    figures = {name: found for name, found in figures.items() if name in CONDITIONS}
     for name in arguments.conditions:
         with ExitStack() as stack:
             if arguments.keep is None:
@@ -176,8 +175,10 @@ def main() -> None:
             else:
                 place = arguments.keep.absolute() / name
                 place.mkdir(parents=True)
-            figures[name] = run(CONDITIONS[name], place) | recording.when()
+            found = run(CONDITIONS[name], place) | recording.when()
+        figures = recorded() | {name: found}
         print(recording.save(NAME, figures, tables=tables(figures)))
+    figures = recorded()
     for name, found in figures.items():
         print(f"{name}: {found['passed']} passed, {found['failed']} failed, {found['seconds'] / 60:.1f} minutes")
         for test in found["not_passed"]:
