@@ -27,6 +27,7 @@ from bessemer.posttraining.data.encoding import Encoded, encode_answer
 from bessemer.posttraining.data.formats import Answered, Message
 from bessemer.posttraining.data.picture_rows import has_pictures, sources_in
 from bessemer.posttraining.data.turns import RowError
+from bessemer.tasks.picture_files import StoredPicture
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batch import Batch
 from bessemer.training.data.pictures import PictureFile
@@ -146,7 +147,9 @@ def prepared_picture(reader: PictureReader, source: str, folder: Path | None) ->
 
 
 def picture_of(source: str, folder: Path | None) -> Picture:
-    """The picture of a path or a `data:` URI. folder: where relative paths begin. Raises RequestError."""
+    """The picture of a path, a `data:` URI or a `StoredPicture`. folder: where relative paths begin. Raises RequestError."""
+    if isinstance(source, StoredPicture):
+        return read_picture(source.read(), f"{source.place}: its picture")
     if not source.startswith("data:"):
         return read_picture((folder or Path()) / source, "its picture")
     head, _, data = source.partition(",")

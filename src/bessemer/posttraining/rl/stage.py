@@ -43,7 +43,7 @@ from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts
 from bessemer.posttraining.sampling.served_policy import ServedPolicy
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
-from bessemer.tasks.registry import TASKS, find_tasks
+from bessemer.tasks.registry import TASKS, find_tasks, placed_task
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -305,7 +305,7 @@ def _task(name: str, config: RLConfig, folder: Path) -> GenerationTask:
     if not is_file and name not in TASKS:
         raise ConfigError(f"data: {name!r} is neither a file of {', '.join(TABLES)} nor a task; there are {', '.join(TASKS)}")
     options = TaskOptions(data=data, chat=config.chat or None, system=config.system)
-    (task,) = find_tasks([str(folder / name) if is_file else name], options)
+    (task,) = find_tasks([placed_task(name, folder)], options)
     if not isinstance(task, GenerationTask):
         raise ConfigError(f"data: the task {task.name} is asked by likelihood; rl needs one whose answers are generated")
     return task
