@@ -146,7 +146,7 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) ->
             # a rank encodes the pictures of its own tokens, so that gradients are partial as those of norms
             replicate_parameters(part, axis)
             if not whole:
-                model.own_tokens = partial(_own_columns, axis)
+                cast(Any, model).own_tokens = partial(_own_columns, axis)
     if not model.config.num_scores:
         model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
     for module in list(model.modules()):
