@@ -1,7 +1,7 @@
 """`make test` on other people's machines: in a fresh clone, under each of several conditions, with its time.
 
     python benchmarks/suite.py native avx2              # about ten minutes each, installing not counted
-    python benchmarks/suite.py stranger                 # as root: it becomes another user
+    python benchmarks/suite.py stranger --keep clones   # as root: it becomes another user; clones, JUnit files stay
     python benchmarks/suite.py --profile 30             # the tests that take longest, by condition
 
 A condition's row replaces its earlier one. Result: `suite.json`.
@@ -12,18 +12,19 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import recording
-from bessemer.core.environment import git_commit
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer", "tests")
@@ -47,63 +48,66 @@ class Condition:
 
 
 CONDITIONS = {
-    "native": Condition("this machine as it is"),
-    "avx2": Condition("AVX2, Python 3.12, `LC_ALL=C`", machine="avx2", python="python3.12", environment={"LC_ALL": "C"}),
+    "native": Condition("this machine as it is, Python 3.11"),
+    "avx2": Condition("AVX2, Python 3.11", machine="avx2"),
     "stranger": Condition(
-        "no C++ compiler, Python 3.13, another user than root, a home that cannot be written to, a path with spaces, Turkish",
-        machine="no-compiler",
+        "another user than root, a home that cannot be written to, Python 3.13, `LC_ALL=tr_TR.UTF-8`, a path with spaces",
         python="/usr/bin/python3.13",
         user="nobody",
         folder="my own copy",
         environment={"HOME": "/nonexistent"},
         locale="tr_TR",
     ),
+    "ascii": Condition("Python 3.12, `LC_ALL=C`", python="python3.12", environment={"LC_ALL": "C"}),
+    "no-compiler": Condition("no C++ compiler, Python 3.11", machine="no-compiler"),
 }
 
 
-def run(condition: Condition) -> dict[str, Any]:
-    """Install and test in a fresh clone; counts, seconds, and seconds by test."""
-    with tempfile.TemporaryDirectory() as place:
-        clone, caches, results = Path(place) / condition.folder, Path(place) / "caches", Path(place) / "results.xml"
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        shared = ROOT.parent / "shared"
-        if shared.exists():
-            # real data that some tests read, beside the checkout
-            (Path(place) / "shared").symlink_to(shared)
-        caches.mkdir()
-        environment = (
-            os.environ
-            | dict(condition.environment)
-            | {
-                "TMPDIR": str(caches),
-                "PYTEST_ADDOPTS": f"--junitxml='{results}'",
-            }
-        )
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        if condition.locale is not None:
-            environment |= made_locale(condition.locale, Path(place) / "locales")
-        as_user: list[str] = []
-        if condition.user is not None:
-            for path in (Path(place), *Path(place).rglob("*")):
-                if not path.is_symlink():
-                    shutil.chown(path, condition.user)
-            as_user = ["setpriv", "--reuid", condition.user, "--regid", "nogroup", "--clear-groups"]
-        make = [*as_user, "make", f"PYTHON={condition.python}", f"MACHINE={condition.machine}"]
-        install = [*as_user, "make", f"PYTHON={condition.python}", ".venv/.installed-dev"]
-        subprocess.run(install, cwd=clone, env=environment, check=True)
-        start = time.perf_counter()
-        status = subprocess.run([*make, "test"], cwd=clone, env=environment, check=False).returncode
-        seconds = time.perf_counter() - start
-        by_test = read_results(results)
-        return {
-            "seconds": seconds,
-            "status": status,
-            **{outcome: sum(found == outcome for found, _ in by_test.values()) for outcome in ("passed", "failed", "skipped")},
-            "not_passed": [name for name, (outcome, _) in by_test.items() if outcome == "failed"],
-            "slowest": dict(sorted(((name, taken) for name, (_, taken) in by_test.items()), key=lambda pair: -pair[1])[:100]),
-            "machine": recording.machine() | {"as": condition.machine},
-            "commit": git_commit(),
-        }
+def run(condition: Condition, place: Path) -> dict[str, Any]:
+    """Install and test in a fresh clone in the folder `place`; counts, seconds, and seconds by test."""
+    clone, caches, results = place / condition.folder, place / "caches", place / "results.xml"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    shared = ROOT.parent / "shared"
+    if shared.exists():
+        # real data that some tests read, beside the checkout
+        (place / "shared").symlink_to(shared)
+    caches.mkdir()
+    environment = (
+        os.environ | dict(condition.environment) | {"TMPDIR": str(caches), "PYTEST_ADDOPTS": f"--junitxml='{results}'"}
+    )
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    if condition.locale is not None:
+        environment |= made_locale(condition.locale, place / "locales")
+    as_user: list[str] = []
+    if condition.user is not None:
+        for path in (place, *place.rglob("*")):
+            if not path.is_symlink():
+                shutil.chown(path, condition.user)
+        as_user = ["setpriv", "--reuid", condition.user, "--regid", "nogroup", "--clear-groups"]
+    make = [*as_user, "make", f"PYTHON={condition.python}", f"MACHINE={condition.machine}"]
+    install = [*as_user, "make", f"PYTHON={condition.python}", ".venv/.installed-dev"]
+    subprocess.run(install, cwd=clone, env=environment, check=True)
+    ask_version = [str(clone / ".venv/bin/python"), "-c", "import platform; print(platform.python_version())"]
+    python = subprocess.run(ask_version, capture_output=True, check=True, encoding="utf-8").stdout.strip()
+    start, before = time.perf_counter(), processor_seconds()
+    status = subprocess.run([*make, "test"], cwd=clone, env=environment, check=False).returncode
+    seconds, processor = time.perf_counter() - start, processor_seconds() - before
+    by_test = read_results(results)
+    return {
+        "seconds": seconds,
+        "processor_seconds": processor,
+        "status": status,
+        **{outcome: sum(found == outcome for found, _ in by_test.values()) for outcome in ("passed", "failed", "skipped")},
+        "not_passed": [name for name, (outcome, _) in by_test.items() if outcome == "failed"],
+        "slowest": dict(sorted(((name, taken) for name, (_, taken) in by_test.items()), key=lambda pair: -pair[1])[:100]),
+        "machine": recording.machine() | {"as": condition.machine, "python": python},
+    }
+
+
+def processor_seconds() -> float:
+    """Of all child processes that have ended, and their own."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def made_locale(name: str, folder: Path) -> dict[str, str]:
@@ -134,6 +138,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
         ("failed", ",.0f"),
         ("skipped", ",.0f"),
         ("minutes", ".1f"),
+        ("of processor time", ".1f"),
         ("commit", ""),
     ]
     rows = [
@@ -141,6 +146,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
             CONDITIONS[name].description,
             *(figures[name][outcome] for outcome in ("passed", "failed", "skipped")),
             figures[name]["seconds"] / 60,
+            None if "processor_seconds" not in figures[name] else figures[name]["processor_seconds"] / 60,
             figures[name].get("commit"),
         )
         for name in names
@@ -148,18 +154,31 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
     return {"conditions": recording.table(columns, rows)}
 
 
+def recorded() -> dict[str, Any]:
+    """The figures so far, of the conditions that there are."""
+    try:
+        return {name: found for name, found in recording.load(NAME)["figures"].items() if name in CONDITIONS}
+    except FileNotFoundError:
+        return {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("conditions", nargs="*", metavar="CONDITION", help=", ".join(CONDITIONS))
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N tests that take longest")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave clones, environments and JUnit files here")
     arguments = parser.parse_args()
-    try:
-        figures = dict(recording.load(NAME)["figures"])
-    except FileNotFoundError:
-        figures = {}
     for name in arguments.conditions:
-        figures[name] = run(CONDITIONS[name]) | recording.when()
+        with ExitStack() as stack:
+            if arguments.keep is None:
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            else:
+                place = arguments.keep.absolute() / name
+                place.mkdir(parents=True)
+            found = run(CONDITIONS[name], place) | recording.when()
+        figures = recorded() | {name: found}
         print(recording.save(NAME, figures, tables=tables(figures)))
+    figures = recorded()
     for name, found in figures.items():
         print(f"{name}: {found['passed']} passed, {found['failed']} failed, {found['seconds'] / 60:.1f} minutes")
         for test in found["not_passed"]:

@@ -76,11 +76,13 @@ GEMMA3_TEMPLATE = (
 
 
 def write_picture_tokenizer(folder, marks=MARKS, template=TEMPLATE):
-    """The small tokenizer with marks and a template, Idefics3's and SmolVLM's; returns its folder."""
+    """The small tokenizer with marks and a template, Idefics3's and SmolVLM's; returns its folder. Of an even number of tokens,
+    so that two processes can share them."""
     folder.mkdir(parents=True, exist_ok=True)
     write_small_tokenizer(folder)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens(list(marks))
+    unused = ["<unused>"] * ((tokenizer.get_vocab_size() + len(marks)) % 2)
+    tokenizer.add_special_tokens([*marks, *unused])
     tokenizer.save(str(folder / "tokenizer.json"))
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -164,8 +166,7 @@ def write_gemma3_model(folder, **settings):
 
 def write_llava_model(folder):
     """A folder with a tiny LLaVA of random weights over a CLIP, whose answers depend on its pictures; returns the model."""
-    template = TEMPLATE.replace("<end_of_utterance>", "")
-    tokenizer = load_tokenizer(write_picture_tokenizer(folder, ("<image>",), template))
+    tokenizer = load_tokenizer(write_picture_tokenizer(folder, ("<image>", "<end_of_utterance>"), TEMPLATE))
     small = small_config(tokenizer)
     values = write_vision_language_config(small) | {"model_type": "llava", "image_token_index": small.image_token_id}
     values["vision_config"] |= {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}

@@ -100,6 +100,8 @@ def fresh(monkeypatch, tmp_path):
     """No library is known, none was ever compiled, there is no compiler; afterwards all is as it was."""
     before = builds.library()
     monkeypatch.setenv("CXX", "no-such-compiler")
+    # the library of this processor, whatever the suite is held to
+    monkeypatch.delenv("BESSEMER_ARITHMETIC", raising=False)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.delitem(sys.modules, prebuilt.MODULE, raising=False)
     builds._outcome.cache_clear()

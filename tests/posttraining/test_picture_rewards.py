@@ -22,7 +22,7 @@ from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import target_log_probs
-from tests.model.picture_files import write_colours
+from tests.model.picture_files import write_colours, write_qwen_model
 from tests.model.tokenizers import write_small_tokenizer
 
 SETTINGS = {
@@ -115,6 +115,18 @@ def test_a_policy_learns_to_write_what_the_picture_is_rewarded_for(colours, tmp_
     assert not (tmp_path / "pictures.bin").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_sampler_and_trainer_turn_the_tokens_of_pictures_alike(colours, tmp_path, beta):
+    """Qwen2.5-VL's, whose positions are of three numbers."""
+    shutil.copytree(colours, tmp_path / "asked")
+    shutil.rmtree(tmp_path / "asked" / "model")
+    write_qwen_model(tmp_path / "asked" / "model")
+    run(tmp_path / "asked", tmp_path / "out", beta=beta, learning_rate=1e-3, dtype="float32", compile=False)
+    assert max(line["log_ratio_max"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")) < 1e-4
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "changes",
@@ -141,6 +153,8 @@ def test_sampler_and_trainer_agree_in_other_ways_of_training(colours, tmp_path, 
 @pytest.mark.parametrize("changes", [{}, pytest.param({"adapter": {"rank": 4, "merge": True}}, marks=pytest.mark.slow)])
 def test_on_a_card_a_copy_in_half_precision_sees_the_same_pictures(colours, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(sampling, "_COPYING_DEVICES", ("cpu",))
+    # a card multiplies in half precision, whatever this processor does
+    monkeypatch.setattr("bessemer.model.device.product_cost", lambda dtype, device: 1.0)
     run(colours, tmp_path, dtype="bfloat16", learning_rate=2e-2, **changes)
     # shown other pictures, the sampler is further off than 1.8 at once
     assert max(line["log_ratio_max"] for line in read_metrics(tmp_path / "metrics.jsonl")) < 0.4

@@ -155,6 +155,12 @@ def test_a_sampler_whose_cache_is_free_while_training_samples_the_same(model_fol
     assert awake == asleep
 
 
+def as_on_a_card(monkeypatch):
+    """A copy of the weights samples, and products in half precision are fast, whatever this processor has."""
+    monkeypatch.setattr(sampling, "_COPYING_DEVICES", ("cpu",))
+    monkeypatch.setattr("bessemer.model.device.product_cost", lambda dtype, device: 1.0)
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_on_a_card_a_copy_in_the_dtype_of_the_products_samples_with_the_weights_of_each_step(
     model_folder, data, tmp_path, monkeypatch
@@ -166,7 +172,7 @@ def test_on_a_card_a_copy_in_the_dtype_of_the_products_samples_with_the_weights_
             engines.append(model)
             super().__init__(model, *given, **named)
 
-    monkeypatch.setattr(sampling, "_COPYING_DEVICES", ("cpu",))
+    as_on_a_card(monkeypatch)
     monkeypatch.setattr(sampling, "Engine", Watched)
     run(model_folder, data, tmp_path, steps=2, dtype="bfloat16", learning_rate=2e-2)
     (copy,) = engines
@@ -182,7 +188,7 @@ def test_on_a_card_a_copy_in_the_dtype_of_the_products_samples_with_the_weights_
 
 @pytest.mark.usefixtures("one_thread")
 def test_on_a_card_an_adapter_is_passed_beside_the_copy_that_samples(model_folder, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "_COPYING_DEVICES", ("cpu",))
+    as_on_a_card(monkeypatch)
     run(model_folder, data, tmp_path, steps=2, dtype="bfloat16", learning_rate=2e-2, adapter={"rank": 2})
     # the second rollout is by the adapter of the first step
     assert max(line["log_ratio_max"] for line in read_metrics(tmp_path / "metrics.jsonl")) < 0.1

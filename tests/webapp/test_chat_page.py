@@ -205,7 +205,7 @@ def test_a_cut_answer_goes_on_and_says_its_model_settings_and_place_in_the_conte
     page.get_by_role("button", name="Tokens").click()
     page.wait_for_selector("#token-lens table")
     for button in page.locator(".tokens.pressable button").all():
-        button.click(timeout=2000)
+        button.click(timeout=20_000)
     page.wait_for_selector("#side[data-place]")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert faults(page) == []
