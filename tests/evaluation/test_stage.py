@@ -211,7 +211,7 @@ def test_the_key_knows_what_task_files_ask(tmp_path):
     assert spec.fingerprint(EvaluateConfig(tasks=["docs_questions", "sums_held_out"]), outside) is None
 
     pope_json(tmp_path / "data")
-    (tmp_path / "seen.yaml").write_text("kind: pope\ndata: coco\n")
+    (tmp_path / "seen.yaml").write_text("kind: pope\ndata: coco\n", encoding="utf-8")
     config = EvaluateConfig(tasks=["seen.yaml"], tasks_folder="data")
     before = spec.fingerprint(config, outside)
     assert before["seen"]["settings"]["kind"] == "pope" and spec.fingerprint(config, outside) == before
@@ -224,8 +224,8 @@ def test_the_key_knows_what_task_files_ask(tmp_path):
 def test_a_task_file_of_the_recipes_folder_is_asked(line, tmp_path):
     root, _ = line
     rows = [{"context": f"{n} plus {n} is", "answer": str(2 * n)} for n in range(3)]
-    (tmp_path / "doubles.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "doubles.yaml").write_text("kind: generate\ndata: doubles.jsonl\nmax_tokens: 4\n")
+    (tmp_path / "doubles.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "doubles.yaml").write_text("kind: generate\ndata: doubles.jsonl\nmax_tokens: 4\n", encoding="utf-8")
     inputs = {"model:sft": root / "sft", "tokens": root / "tokens", "documents": root / "documents"}
     (tmp_path / "out").mkdir()
     context = StageContext(
@@ -239,5 +239,5 @@ def test_a_task_file_of_the_recipes_folder_is_asked(line, tmp_path):
         Silent(),
     )
     evaluate(context)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["tasks"]["doubles.yaml"]["sft"]["n"] == 3

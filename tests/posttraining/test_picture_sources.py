@@ -32,7 +32,7 @@ def collected(folder, *sources, **settings):
     config = PicturesConfig.parse({"sources": [*sources], **settings})
     metrics = collect_pictures(config, folder, folder / "out", Silent())
     rows = [row for path in sorted((folder / "out" / "pictures").iterdir()) for row in pq.read_table(path).to_pylist()]
-    left_out = [json.loads(line) for line in (folder / "out" / "left_out.jsonl").read_text().splitlines()]
+    left_out = [json.loads(line) for line in (folder / "out" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()]
     return {row["caption"]: row for row in rows}, metrics, left_out
 
 
@@ -360,12 +360,14 @@ def test_near_duplicates_languages_licences_and_repeated_texts(tmp_path):
 
 
 def test_a_function_of_ones_own_leaves_pictures_out(tmp_path):
-    (tmp_path / "mine.py").write_text("def square(row):\n    return 'not square' if row['width'] != row['height'] else None\n")
+    (tmp_path / "mine.py").write_text(
+        "def square(row):\n    return 'not square' if row['width'] != row['height'] else None\n", encoding="utf-8"
+    )
     files = {"index.html": html(figure("a.png") + figure("b.png", "A square boat on the lake")), "a.png": png(50)}
     files["b.png"] = png(51, width=100, height=100)
     rows, metrics, _ = of_tree(tmp_path, files, filters=["mine.py:square"])
     assert set(rows) == {"A square boat on the lake"} and metrics["left out: square: not square"] == 1
-    (tmp_path / "mine2.py").write_text("def wrong(row):\n    return row['none']\n")
+    (tmp_path / "mine2.py").write_text("def wrong(row):\n    return row['none']\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="filters: wrong failed: KeyError"):
         of_tree(tmp_path, {}, filters=["mine2.py:wrong"])
     with pytest.raises(ConfigError, match=r"must be file\.py:function"):

@@ -72,7 +72,7 @@ def test_mmmu_scores_by_subject_and_an_unread_answer_as_a_guess(tmp_path):
 def test_mmmu_asks_the_subjects_that_are_named(tmp_path):
     write_mmmu(tmp_path)
     path = tmp_path / "theory.yaml"
-    path.write_text('kind: mmmu\ndata: "**/*.parquet"\nsubjects: [Art_Theory]\n')
+    path.write_text('kind: mmmu\ndata: "**/*.parquet"\nsubjects: [Art_Theory]\n', encoding="utf-8")
     assert [question.id for question in read_task(path).questions()] == ["validation_Art_Theory_1"]
 
 
@@ -207,9 +207,9 @@ def test_a_picture_of_two_folders_is_asked_for(tmp_path):
     with pytest.raises(ArtefactError, match="say with `images` which folder"):
         task_of("pope", tmp_path)
     path = tmp_path / "pope.yaml"
-    path.write_text('kind: pope\ndata: "coco/*.json"\nimages: val2014\n')
+    path.write_text('kind: pope\ndata: "coco/*.json"\nimages: val2014\n', encoding="utf-8")
     assert len(read_task(path).questions()) == 12
-    path.write_text('kind: pope\ndata: "coco/*.json"\nimages: none\n')
+    path.write_text('kind: pope\ndata: "coco/*.json"\nimages: none\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="there is no folder none"):
         read_task(path)
 
@@ -243,10 +243,10 @@ def test_a_model_is_evaluated_on_every_form(tmp_path, model, form, capsys, monke
     data = write(tmp_path / "data")
     code, _, err = bessemer(capsys, "evaluate", model, "--tasks", name, "--data", data, "--device", "cpu", "--out", "out")
     assert code == 0, err
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"][name]
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["tasks"][name]
     task = task_of(name, data)
     assert results["n"] == len(task.questions()) and results["score"] == task.headline("generate")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text(encoding="utf-8").splitlines()]
     engine = Engine(model, device="cpu", config=EngineConfig(kv_memory=0.01))
     first = task.questions()[0]
     prompt = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import TypeVar
@@ -153,7 +153,7 @@ def _with_pictures(batch: Batch, config: VisionLanguageConfig) -> Batch:
     vector_of_token_BT = torch.arange(columns).expand(rows, columns) + torch.arange(rows)[:, None] * count
     vector_of_token_BT = vector_of_token_BT.masked_fill(torch.arange(columns) >= count, -1)
     table = PictureTable(tiles, Preprocessor("fixed", 2), count, ())
-    return replace(batch, vector_of_token_BT=vector_of_token_BT, pictures=table)
+    return batch.showing(table, vector_of_token_BT)
 
 
 def _with_squares(batch: Batch, config: VisionLanguageConfig) -> Batch:
@@ -166,8 +166,7 @@ def _with_squares(batch: Batch, config: VisionLanguageConfig) -> Batch:
     table = PictureTable(tiles, prepared, 0, (), np.full((rows, 2), side, np.int64))
     columns_T, count = torch.arange(columns), tokens**2
     vector_of_token_BT = (columns_T + torch.arange(rows)[:, None] * count).masked_fill(columns_T >= count, -1)
-    shown = replace(batch, vector_of_token_BT=vector_of_token_BT, pictures=table)
-    return replace(shown, rope_BT3=table.rope_positions(shown))
+    return batch.showing(table, vector_of_token_BT)
 
 
 def _random_batch(config: LoopConfig, vocab_size: int) -> Batch:

@@ -119,13 +119,8 @@ class PictureEncoder:
         if self.file.is_empty:
             return batch
         is_picture_BT, table = batch.tokens_BT < 0, self.file.table()
-        seen = replace(
-            batch,
-            tokens_BT=batch.tokens_BT.masked_fill(is_picture_BT, self.reader.image_token_id),
-            vector_of_token_BT=torch.where(is_picture_BT, -1 - batch.tokens_BT, -1),
-            pictures=table,
-        )
-        return replace(seen, rope_BT3=table.rope_positions(seen))
+        readable = replace(batch, tokens_BT=batch.tokens_BT.masked_fill(is_picture_BT, self.reader.image_token_id))
+        return readable.showing(table, torch.where(is_picture_BT, -1 - batch.tokens_BT, -1))
 
 
 def encode_seen(answered: Answered, tokenizer: Tokenizer, folder: Path | None, pictures: PictureEncoder | None) -> Encoded:

@@ -112,12 +112,10 @@ def _as_packed(batch: Batch, pictures: PictureTable | None) -> Batch:
     rows, columns = batch.tokens_BT.shape
     packed = replace(
         batch,
-        pictures=pictures,
-        vector_of_token_BT=None if pictures is None else torch.full_like(batch.tokens_BT, -1),
         positions_BT=torch.arange(columns).expand(rows, columns),
         document_ids_BT=torch.ones_like(batch.tokens_BT),
     )
-    return packed if pictures is None else replace(packed, rope_BT3=pictures.rope_positions(packed))
+    return packed if pictures is None else packed.showing(pictures, torch.full_like(batch.tokens_BT, -1))
 
 
 def task_conversations(name: str, count: int) -> list[Conversation]:

@@ -124,6 +124,11 @@ class Batch:
         cut = whole._changed(lambda tensor: torch.cat([tensor[:, part] for part in chosen], dim=1), per_sequence=False)
         return replace(cut, per_sequence=self.per_sequence)
 
+    def showing(self, pictures: PictureTable, vector_of_token_BT: Tensor) -> Self:
+        """The batch with pictures; arguments as its members."""
+        rope_BT3 = pictures.rope_positions(vector_of_token_BT, self.positions_BT, self.document_ids_BT)
+        return replace(self, pictures=pictures, vector_of_token_BT=vector_of_token_BT, rope_BT3=rope_BT3)
+
     def with_values(
         self, *, per_token: Mapping[str, Tensor] | None = None, per_sequence: Mapping[str, Tensor] | None = None
     ) -> Self:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from bessemer.model.vision.encoder import Pixels
 from bessemer.model.vision.native import GridSpan, packed_rope_positions
 from bessemer.model.vision.preprocessing import Prepared, Preprocessor
 from bessemer.model.vision.trained import BatchPictures, needed_pictures
-
-if TYPE_CHECKING:
-    from bessemer.training.data.batch import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,22 +82,20 @@ class PictureTable:
         rope_3BT = None if rope_BT3 is None else rope_BT3.permute(2, 0, 1)
         return BatchPictures(pixels._replace(values=pixels.values.to(device)), inside_BT.to(device), rope_3BT)
 
-    def rope_positions(self, batch: Batch) -> Tensor | None:
+    def rope_positions(
+        self, vector_of_token_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None
+    ) -> Tensor | None:
         """Positions in time, rows and columns of the tokens of a batch with these pictures, (B, T, 3) int64; None where the
-        model has none of the kind."""
+        model has none of the kind. Arguments as of `Batch`."""
         if self.sizes is None:
             return None
-        assert batch.vector_of_token_BT is not None
-        vectors_BT, (rows, columns) = batch.vector_of_token_BT.numpy(), batch.tokens_BT.shape
-        positions_BT = np.broadcast_to(np.arange(columns), (rows, columns))
-        documents_BT = np.ones((rows, columns), np.int64)
-        if batch.positions_BT is not None:
-            positions_BT = batch.positions_BT.numpy()
-        if batch.document_ids_BT is not None:
-            documents_BT = batch.document_ids_BT.numpy()
+        vectors_BT = vector_of_token_BT.numpy()
+        rows, columns = vectors_BT.shape
+        known_BT = np.broadcast_to(np.arange(columns), (rows, columns)) if positions_BT is None else positions_BT.numpy()
+        documents_BT = np.ones((rows, columns), np.int64) if document_ids_BT is None else document_ids_BT.numpy()
         turned = [
             packed_rope_positions(positions_T, documents_T, self._spans(vectors_T))
-            for positions_T, documents_T, vectors_T in zip(positions_BT, documents_BT, vectors_BT, strict=True)
+            for positions_T, documents_T, vectors_T in zip(known_BT, documents_BT, vectors_BT, strict=True)
         ]
         return torch.from_numpy(np.stack(turned)) if turned else torch.zeros(0, columns, 3, dtype=torch.int64)
 
