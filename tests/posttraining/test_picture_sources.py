@@ -8,7 +8,7 @@ import zipfile
 
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Silent
@@ -425,6 +425,38 @@ def test_copies_are_found_and_other_pictures_are_not():
             picture(ImageEnhance.Brightness(image).enhance(1.15)),
         ]
         assert [earlier.nearest(hashes_of(copy)) for copy in copies] == [seed] * len(copies), seed
+
+
+def page_of_text(seed):
+    draw, image = random.Random(seed), Image.new("RGB", (300, 400), "white")
+    for y in range(20, 380, 10):
+        words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(9)]
+        ImageDraw.Draw(image).text((20, y), " ".join(words)[:44], "black")
+    return image
+
+
+def chart(seed):
+    draw, image = random.Random(seed), Image.new("RGB", (200, 150), "white")
+    bars = draw.randint(3, 9)
+    for bar in range(bars):
+        left, colour = 20 + bar * 165 // bars, tuple(draw.randint(0, 200) for _ in "RGB")
+        ImageDraw.Draw(image).rectangle((left, 130 - draw.randint(10, 115), left + 165 // bars - 4, 130), fill=colour)
+    return image
+
+
+@pytest.mark.parametrize("make", [page_of_text, chart])
+def test_pages_and_charts_on_white_are_told_apart(make):
+    earlier, images = EarlierPictures(6), [make(seed) for seed in range(30)]
+    for image in images:
+        assert earlier.nearest(hashes_of(picture(image))) is None
+        earlier.add(hashes_of(picture(image)))
+    for number, image in enumerate(images):
+        half = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
+        assert (
+            earlier.nearest(hashes_of(picture(half)))
+            == earlier.nearest(hashes_of(picture(image, "JPEG", quality=40)))
+            == number
+        )
 
 
 @pytest.mark.parametrize("distance", [0, 3, 4, 7, 8, 15])

@@ -162,9 +162,7 @@ def _with_squares(batch: Batch, config: VisionLanguageConfig) -> Batch:
     side = tokens * vision.image_size
     tiles = np.random.default_rng(0).integers(0, 256, rows * side**2 * 3, np.uint8)
     frames = vision.temporal_patch_size
-    prepared = Preprocessor(
-        "native", 3, patch_size=vision.patch_size, merge_size=vision.merge_size, temporal_patch_size=frames
-    )
+    prepared = Preprocessor("native", 3, patch_size=vision.patch_size, merge_size=vision.merge_size, temporal_patch_size=frames)
     table = PictureTable(tiles, prepared, 0, (), np.full((rows, 2), side, np.int64))
     columns_T, count = torch.arange(columns), tokens**2
     vector_of_token_BT = (columns_T + torch.arange(rows)[:, None] * count).masked_fill(columns_T >= count, -1)

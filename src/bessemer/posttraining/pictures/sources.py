@@ -167,7 +167,8 @@ class _Pages:
     def by_name(self, tally: Tally) -> dict[str, Mention]:
         """The first mention of each picture that is there."""
         found: dict[str, Mention] = {}
-        tally.counts["pictures_not_saved"] += self._nowhere
+        if self._nowhere:
+            tally.counts["pictures_not_saved"] += self._nowhere
         for names, mention in self._mentions:
             name = next((name for name in names if name in self.there), None)
             if name is None:
@@ -278,8 +279,8 @@ def _of_web_archives(source: PictureSource, config: PicturesConfig, files: FileS
         for record, content in served_records(entry, is_wanted, config.max_picture_bytes, again):
             mention = by_name.pop(_normal(record.url) or "", None)
             # the server may object to the picture and not to the page
-            objection = mention and (mention.opt_out or record.opt_out or opt_out("", record.headers))
             if mention is not None:
+                objection = mention.opt_out or record.opt_out or opt_out("", record.headers)
                 yield replace(mention, opt_out=objection), content
 
 

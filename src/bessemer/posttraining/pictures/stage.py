@@ -159,8 +159,8 @@ def smaller(picture: Picture, max_side: int | None) -> Picture:
     import numpy as np
     from PIL import Image
 
-    size = tuple(max(1, round(side * max_side / longest)) for side in (picture.width, picture.height))
-    return Picture.of(np.asarray(Image.fromarray(picture.rgb).resize(size, Image.Resampling.LANCZOS)))
+    width, height = (max(1, round(side * max_side / longest)) for side in (picture.width, picture.height))
+    return Picture.of(np.asarray(Image.fromarray(picture.rgb).resize((width, height), Image.Resampling.LANCZOS)))
 
 
 def written(picture: Picture, is_lossy: bool) -> bytes:
