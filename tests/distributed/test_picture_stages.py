@@ -79,6 +79,6 @@ def test_rl(two, asked, tmp_path, adapter):
 
 
 @pytest.mark.slow
-def test_an_engine_whose_matrices_are_shared_samples_no_answers_about_pictures(two, asked, tmp_path):
+def test_an_engine_whose_matrices_are_shared_samples_no_answers_about_pictures(two, asked, colours, tmp_path):  # noqa: F811
     with pytest.raises(AssertionError, match=r"ConfigError: parallel: tensor 2: .*take data_shard"):
-        two.run(rewards.run, colours=asked, out=tmp_path, parallel={"tensor": 2})
+        two.run(rewards.run, colours=asked, model=colours / "model", out=tmp_path, parallel={"tensor": 2})

@@ -53,7 +53,7 @@ def colour(completions, is_red, **kwargs):
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
     """Pictures of two colours, each with the same question, and what an answer is worth."""
-    folder = write_colours(tmp_path_factory.mktemp("asked"))
+    folder = write_colours(tmp_path_factory.mktemp("asked"), even=False)
     rows = [
         {"images": [f"{number}.png"], "prompt": [{"role": "user", "content": "<image>which?"}], "is_red": number % 2 == 0}
         for number in range(64)
