@@ -172,7 +172,8 @@ def write_llava_model(folder):
     values["vision_config"] |= {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     values |= {"vision_feature_select_strategy": "default", "vision_feature_layer": -2}
     settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": 16}
-    return _write_random(folder, read_vision_language_config(values), settings)
+    # by other draws its first token is the end of the turn, whatever it sees
+    return _write_random(folder, read_vision_language_config(values), settings, seed=5)
 
 
 #: What Qwen2.5-VL's prompts consist of besides text, and its chat template.
@@ -222,9 +223,9 @@ def write_colours(folder, count=64, *, even=True):
 
 
 @torch.no_grad()
-def _write_random(folder, config, settings):
+def _write_random(folder, config, settings, seed=4):
     model = initial_vision_language(config, seed=3)
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
             weight.normal_(0.0, 1.5 * weight[0].numel() ** -0.5, generator=generator)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 from torch import nn
+from torch.utils import cpp_extension
 
 from bessemer.model import cpu_kernels as builds
 from bessemer.model.cpu_kernels.packed import MatrixFields, PackedMatrix
@@ -362,6 +363,18 @@ def test_kernels_that_do_not_compile_give_the_reason(monkeypatch, fresh):
     monkeypatch.setattr(builds, "_OPTIONS", (*builds._OPTIONS, "-no-such-option"))
     assert builds.library() is None
     assert "do not compile" in builds.unavailable() and "no-such-option" in builds.unavailable()
+
+
+def test_an_environment_and_a_cache_whose_paths_have_spaces_are_compiled_in(monkeypatch, tmp_path):
+    installed = tmp_path / "my own copy" / "lib"
+    installed.parent.mkdir()
+    installed.symlink_to(cpp_extension.TORCH_LIB_PATH)
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(installed))
+    source, folder = tmp_path / "one.cpp", tmp_path / "a cache"
+    source.write_text('extern "C" int one() { return 1; }\n', encoding="utf-8")
+    folder.mkdir()
+    builds._compile("kernels_in_spaces", [str(source)], ["-O0"], folder, folder / "kernels.so")
+    assert ctypes.CDLL(str(folder / "kernels.so")).one() == 1 and cpp_extension.TORCH_LIB_PATH == str(installed)
 
 
 def test_another_processor_has_a_library_of_its_own(monkeypatch, fresh):

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -285,7 +286,7 @@ def _compile(name: str, sources: list[str], options: list[str], folder: Path, fi
     try:
         # ninja is installed beside this Python, whose folder of programs may not be on PATH
         os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), search))
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), _without_spaces(work):
             cpp_extension.load(
                 name,
                 sources,
@@ -302,6 +303,23 @@ def _compile(name: str, sources: list[str], options: list[str], folder: Path, fi
     # renamed when complete, so that nobody loads a part of it
     (work / f"{name}.so").replace(finished)
     shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_spaces(work: Path) -> Iterator[None]:
+    """For the time of a compilation in the folder `work`, PyTorch's libraries by a path without spaces: it gives the linker the
+    path of its own installation unquoted."""
+    from torch.utils import cpp_extension
+
+    installed = cpp_extension.TORCH_LIB_PATH
+    if any(letter.isspace() for letter in installed):
+        (work / "torch").symlink_to(installed, target_is_directory=True)
+        # the compiler runs in `work`
+        cpp_extension.TORCH_LIB_PATH = "torch"
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = installed
 
 
 def _compiler() -> str:
