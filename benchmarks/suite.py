@@ -55,7 +55,8 @@ CONDITIONS = {
         python="/usr/bin/python3.13",
         user="nobody",
         folder="my own copy",
-        environment={"HOME": "/nonexistent"},
+        # root's folders of programs are closed to others
+        environment={"HOME": "/nonexistent", "PATH": "/usr/local/bin:/usr/bin:/bin"},
         locale="tr_TR",
     ),
     "ascii": Condition("Python 3.12, `LC_ALL=C`", python="python3.12", environment={"LC_ALL": "C"}),

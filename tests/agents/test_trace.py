@@ -62,7 +62,10 @@ def test_spans_have_opentelemetry_s_names_and_are_the_same_again(done):
 def test_the_spans_are_what_opentelemetry_reads(done):
     proto = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
     from google.protobuf.json_format import ParseDict
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+    if Span.DESCRIPTOR.fields_by_name["trace_id"].json_name != "traceId":
+        pytest.skip("protobuf makes other names of fields in this locale (Turkish)")
     # OTLP's JSON has ids in hex where protobuf's has base64
     request = otlp(read_records(done)[0])
     for span in request["resourceSpans"][0]["scopeSpans"][0]["spans"]:

@@ -10,8 +10,10 @@ Layouts of blocks are those of `blocks.py`. `TRITON_INTERPRET=1`, set before thi
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from bessemer.core.environment import can_write_below, own_temporary_folder
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.base import Codes
 from bessemer.model.quantisation.blocks import E2M1_DOUBLED, PLACES, GgufBlocks
@@ -35,6 +38,11 @@ from bessemer.model.quantisation.quantised_layers import (
     quantised_parts,
 )
 from bessemer.model.quantisation.schemes import W8A8, Int4, Int8
+
+# Triton keeps what it compiles in the home, which may not be written to
+_home = os.path.expanduser(os.environ.get("TRITON_HOME", "~"))
+if "TRITON_CACHE_DIR" not in os.environ and not can_write_below(Path(_home, ".triton")):
+    os.environ["TRITON_CACHE_DIR"] = str(own_temporary_folder() / "triton")
 
 # Shapes: M rows of activations, N outputs, K inputs, G groups of a row, E experts, V visits, T tiles of visits.
 
