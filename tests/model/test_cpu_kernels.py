@@ -374,7 +374,7 @@ def test_an_environment_and_a_cache_whose_paths_have_spaces_are_compiled_in(monk
     source.write_text('extern "C" int one() { return 1; }\n', encoding="utf-8")
     folder.mkdir()
     builds._compile("kernels_in_spaces", [str(source)], ["-O0"], folder, folder / "kernels.so")
-    assert ctypes.CDLL(str(folder / "kernels.so")).one() == 1 and cpp_extension.TORCH_LIB_PATH == str(installed)
+    assert ctypes.CDLL(str(folder / "kernels.so")).one() == 1 and str(installed) == cpp_extension.TORCH_LIB_PATH
 
 
 def test_another_processor_has_a_library_of_its_own(monkeypatch, fresh):

@@ -40,8 +40,8 @@ from bessemer.model.quantisation.quantised_layers import (
 from bessemer.model.quantisation.schemes import W8A8, Int4, Int8
 
 # Triton keeps what it compiles in the home, which may not be written to
-_home = os.path.expanduser(os.environ.get("TRITON_HOME", "~"))
-if "TRITON_CACHE_DIR" not in os.environ and not can_write_below(Path(_home, ".triton")):
+_home = os.environ.get("TRITON_HOME") or os.environ.get("HOME")
+if "TRITON_CACHE_DIR" not in os.environ and _home and not can_write_below(Path(_home, ".triton")):
     os.environ["TRITON_CACHE_DIR"] = str(own_temporary_folder() / "triton")
 
 # Shapes: M rows of activations, N outputs, K inputs, G groups of a row, E experts, V visits, T tiles of visits.
