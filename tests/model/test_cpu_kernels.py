@@ -396,3 +396,18 @@ def test_powers_of_two_are_exact_from_the_smallest_to_the_largest(exponent, comp
     x_MK[0, 0] = 127.0
     assert torch.equal(matrix.row(3), layer.dequantised()[3].float())
     assert matrix.multiply(x_MK)[0, 3] == 127.0 * 2.0 ** (exponent - 128)
+
+
+def test_the_linker_is_given_a_path_with_spaces_as_one_word(monkeypatch, tmp_path):
+    from torch.utils import cpp_extension
+
+    seen = []
+
+    def load(name, sources, *, build_directory, **rest):
+        seen.append(cpp_extension.TORCH_LIB_PATH)
+        (Path(build_directory) / f"{name}.so").touch()
+
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", "/my own/lib")
+    monkeypatch.setattr(cpp_extension, "load", load)
+    builds._compile("some", [], [], tmp_path, tmp_path / "kernels.so")
+    assert seen == ["'/my own/lib'"] and cpp_extension.TORCH_LIB_PATH == "/my own/lib"

@@ -15,6 +15,7 @@ import ctypes
 import io
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -281,10 +282,12 @@ def _compile(name: str, sources: list[str], options: list[str], folder: Path, fi
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    search = os.environ.get("PATH", os.defpath)
+    search, libraries = os.environ.get("PATH", os.defpath), cpp_extension.TORCH_LIB_PATH
     try:
         # ninja is installed beside this Python, whose folder of programs may not be on PATH
         os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), search))
+        # given to the shell as it is: an environment's path may have spaces
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(libraries)
         with contextlib.redirect_stdout(io.StringIO()):
             cpp_extension.load(
                 name,
@@ -298,7 +301,7 @@ def _compile(name: str, sources: list[str], options: list[str], folder: Path, fi
         lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error).strip()]
         raise KernelsError(f"the kernels do not compile: {lines[-1]}") from error
     finally:
-        os.environ["PATH"] = search
+        os.environ["PATH"], cpp_extension.TORCH_LIB_PATH = search, libraries
     # renamed when complete, so that nobody loads a part of it
     (work / f"{name}.so").replace(finished)
     shutil.rmtree(work, ignore_errors=True)
