@@ -4,7 +4,8 @@ A task is a row: a question, its answer, and two tools by name, argument names a
 are numbers that a register keeps for a name, drawn by hash: no text has them, so that a model cannot know them. `World` is the
 environment: an episode is worth 1 where the last message is the answer and nothing else, and 0 otherwise.
 
-Tools of the part "trained" and of "unseen" share no noun, no word of a name, no sentence of a description and no argument.
+Tools of the parts "trained", "unseen" and "searched" share no noun, no word of a name, no sentence of a description and no
+argument. Settings are chosen on "searched", so that "unseen" is asked only by the test.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Part:
 
 _TRAINED = _words(600, "words of trained tools")
 _UNSEEN = _words(160, "words of unseen tools", _TRAINED)
+_SEARCHED = _words(160, "words of searched tools", [*_TRAINED, *_UNSEEN])
 PARTS = {
     "trained": Part(
         registers=_TRAINED[:400],
@@ -70,6 +72,14 @@ PARTS = {
         affixes=_UNSEEN[80:120],
         descriptions=("Tells the {}.", "Knows the {} by heart."),
         keys=_UNSEEN[120:],
+    ),
+    "searched": Part(
+        registers=_SEARCHED[:80],
+        calculators={"quotient": lambda a, b: a // b, "minimum": min},
+        calendars={"until": -1},
+        affixes=_SEARCHED[80:120],
+        descriptions=("Answers with the {}.", "Keeps the {}."),
+        keys=_SEARCHED[120:],
     ),
 }
 #: How often a task is of a register, a calculator or a calendar.

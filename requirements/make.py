@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The extras that have a lock. `make locks` takes others by name: `python requirements/make.py locks serve all`.
-LOCKED = ("data",)
+#: The extras that have a lock. Others are made by name: `python requirements/make.py locks train`.
+LOCKED = ("data", "serve", "all")
 _HEADER = """\
 # Made by `make locks` with Python {python} on {system} from the ranges in pyproject.toml.
 #   pip install --require-hashes -r requirements/{extra}.txt && pip install --no-deps bessemer
 """
+#: This package itself, with its checkout's folder, where an extra brings another of its extras, and pip-tools' remark on it.
+_ITSELF = re.compile(
+    r"^(?:# WARNING: pip install .*\n# Consider .*\n)?bessemer(?:\[.*?\])? @ file:.*\n(?: .*\n)*", re.MULTILINE
+)
 _LICENSE_FILES = ROOT / "src" / "bessemer" / "webapp" / "static"
 
 
@@ -36,8 +40,8 @@ def lock(extra: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_") or name == "PIP_CERT"}
     environment["PIP_CONFIG_FILE"] = os.devnull
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True)
-    version = ".".join(map(str, sys.version_info[:2]))
-    return _HEADER.format(python=version, system=f"{sys.platform} {os.uname().machine}", extra=extra) + done.stdout
+    version, lines = ".".join(map(str, sys.version_info[:2])), done.stdout
+    return _HEADER.format(python=version, system=f"{sys.platform} {os.uname().machine}", extra=extra) + _ITSELF.sub("", lines)
 
 
 def sbom(python: str, out: Path) -> None:

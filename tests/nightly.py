@@ -6,6 +6,9 @@
 
 A step is a command. It ends early at its share of the time, which counts as a failure; the others are run all the same. The
 exit code is 1 where any failed. `make` makes the environments that a step needs.
+
+What a step came to is kept beside the page, so that a night may be spread over several: a step that passed at this commit is
+not run again (`--anew`: it is), and the page shows all that are kept, each with the commit that it was run at.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bessemer.core.environment import git_commit
 
@@ -44,12 +48,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """code: the command's exit code; None where it was ended. end: the last lines that it wrote."""
+    """code: the command's exit code; None where it was ended. end: the last lines that it wrote. commit: what was checked."""
 
     step: Step
     code: int | None
     seconds: float
     end: Sequence[str]
+    commit: str
 
     @property
     def word(self) -> str:
@@ -77,7 +82,7 @@ def steps() -> list[Step]:
     ]
 
 
-def run(step: Step, log: Path) -> Outcome:
+def run(step: Step, log: Path, commit: str) -> Outcome:
     """A step, with its output in a file. What it started ends with it."""
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
@@ -91,19 +96,34 @@ def run(step: Step, log: Path) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return Outcome(step, code, time.monotonic() - started, lines[-_LINES:])
+    return Outcome(step, code, time.monotonic() - started, lines[-_LINES:], commit)
 
 
-def page(outcomes: Sequence[Outcome], commit: str, when: datetime.date) -> str:
+def kept(file: Path) -> dict[str, Outcome]:
+    """Outcomes of earlier runs, by the names of their steps, as far as there still are such steps."""
+    if not file.exists():
+        return {}
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    found = {step.name: step for step in steps()}
+    of_steps = [(row["step"]["name"], row) for row in rows]
+    return {name: Outcome(**row | {"step": found[name]}) for name, row in of_steps if name in found}
+
+
+def page(outcomes: Sequence[Outcome], when: datetime.date) -> str:
     """The page of results, in Markdown: a row a step, and the end of what each that failed wrote."""
     failed = [outcome for outcome in outcomes if outcome.code != 0]
     hours = sum(outcome.seconds for outcome in outcomes) / 3600
     verdict = f"{len(failed)} of {len(outcomes)} steps failed" if failed else f"all {len(outcomes)} steps passed"
-    lines = [f"# Nightly of {when.isoformat()}", "", f"Commit {commit}; {verdict}, in {hours:.1f} hours.", ""]
-    lines += ["| step | | minutes | |", "|---|---|---|---|"]
+    not_run = [step.name for step in steps() if step.name not in {outcome.step.name for outcome in outcomes}]
+    commits = list(dict.fromkeys(outcome.commit for outcome in outcomes))
+    of = f"Commit {commits[0]}" if len(commits) == 1 else f"{len(commits)} commits"
+    lines = [f"# Nightly of {when.isoformat()}", "", f"{of}; {verdict}, in {hours:.1f} hours.", ""]
+    lines += [f"Not run: {', '.join(not_run)}.", ""] if not_run else []
+    lines += ["| step | | commit | minutes | |", "|---|---|---|---|---|"]
     for one in outcomes:
         summary = one.summary.replace("|", "\\|")
-        lines.append(f"| {one.step.name} | {one.word} | {one.seconds / 60:.1f} of {one.step.minutes:g} | {summary} |")
+        minutes = f"{one.seconds / 60:.1f} of {one.step.minutes:g}"
+        lines.append(f"| {one.step.name} | {one.word} | {one.commit} | {minutes} | {summary} |")
     for one in failed:
         lines += ["", f"## {one.step.name}", "", "```", *one.end, "```"]
     return "\n".join(lines) + "\n"
@@ -165,6 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="STEP", default=[], help="the first words of steps")
     parser.add_argument("--list", action="store_true", help="print the steps")
+    parser.add_argument("--anew", action="store_true", help="run steps that passed at this commit again")
     parser.add_argument("--out", type=Path, default=ROOT / "nightly.md", help="the page (nightly.md)")
     parser.add_argument("--mutations", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--wheels", action="store_true", help=argparse.SUPPRESS)
@@ -180,14 +201,22 @@ def main() -> int:
         return 0
     logs = arguments.out.with_suffix("")
     logs.mkdir(parents=True, exist_ok=True)
-    outcomes: list[Outcome] = []
+    file, commit, order = logs / "outcomes.json", git_commit() or "unknown", [step.name for step in steps()]
+    outcomes = kept(file)
     for step in chosen:
+        before = outcomes.get(step.name)
+        is_same = before is not None and before.commit == commit and commit != "unknown" and not commit.endswith("+changes")
+        if is_same and before.code == 0 and not arguments.anew:
+            print(f"{step.name}: passed at {commit} already", flush=True)
+            continue
         print(f"{step.name} …", flush=True)
-        outcomes.append(run(step, logs / f"{step.name.replace(' ', '-')}.txt"))
-        print(f"  {outcomes[-1].word}, {outcomes[-1].seconds / 60:.1f} minutes: {outcomes[-1].summary}", flush=True)
+        outcomes[step.name] = now = run(step, logs / f"{step.name.replace(' ', '-')}.txt", commit)
+        print(f"  {now.word}, {now.seconds / 60:.1f} minutes: {now.summary}", flush=True)
         # after every step, so that a machine that is taken away leaves what was done
-        arguments.out.write_text(page(outcomes, git_commit() or "unknown", datetime.date.today()), encoding="utf-8")
-    return int(any(outcome.code != 0 for outcome in outcomes))
+        rows = sorted(outcomes.values(), key=lambda outcome: order.index(outcome.step.name))
+        file.write_text(json.dumps([asdict(outcome) for outcome in rows], indent=1), encoding="utf-8")
+        arguments.out.write_text(page(rows, datetime.date.today()), encoding="utf-8")
+    return int(any(outcomes[step.name].code != 0 for step in chosen))
 
 
 if __name__ == "__main__":

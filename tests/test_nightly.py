@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import nightly
 from tests.nightly import Step, page, run, steps
 
@@ -23,7 +25,7 @@ def test_the_steps_are_targets_that_exist_and_take_less_than_six_hours():
 
 def test_a_step_that_fails_and_one_that_hangs_are_told_with_their_ends(tmp_path):
     def step(name, code, minutes=1.0):
-        return run(Step(name, minutes, [sys.executable, "-c", code]), tmp_path / name)
+        return run(Step(name, minutes, [sys.executable, "-c", code]), tmp_path / name, "abc")
 
     outcomes = [
         step("well", "print('==== 3 passed in 1 s ====')"),
@@ -31,24 +33,45 @@ def test_a_step_that_fails_and_one_that_hangs_are_told_with_their_ends(tmp_path)
         step("hangs", "import time; print('begun', flush=True); time.sleep(60)", minutes=0.02),
     ]
     assert [outcome.word for outcome in outcomes] == ["passed", "FAILED (3)", "ended: too long"]
-    text = page(outcomes, "abc", datetime.date(2026, 12, 1))
+    text = page(outcomes, datetime.date(2026, 12, 1))
     assert "Commit abc; 2 of 3 steps failed" in text and "| 3 passed in 1 s |" in text
     assert "## badly\n\n```\na | b\n1 failed, 2 passed\n```" in text and "## hangs\n\n```\nbegun\n```" in text
-    assert "all 1 steps passed" in page(outcomes[:1], "abc", datetime.date(2026, 12, 1))
+    assert "all 1 steps passed" in page(outcomes[:1], datetime.date(2026, 12, 1))
 
 
-def test_the_page_is_written_after_every_step_and_the_code_says_whether_all_passed(tmp_path, monkeypatch):
-    written = []
-    out = tmp_path / "night.md"
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    """A function that runs steps "one" and "two" at a commit, of which those named fail, and returns (exit code, steps run)."""
+    ran = []
     monkeypatch.setattr(nightly, "steps", lambda: [Step("one", 1, ["a"]), Step("two", 1, ["b"])])
 
-    def pretended(step, log):
-        written.append(out.exists())
-        return nightly.Outcome(step, 0 if step.name == "one" else 1, 1.0, ["1 passed"])
+    def one_night(commit, *arguments, failing=()):
+        def pretended(step, log, of):
+            ran.append((step.name, (tmp_path / "night.md").exists()))
+            return nightly.Outcome(step, int(step.name in failing), 1.0, ["1 passed"], of)
 
-    monkeypatch.setattr(nightly, "run", pretended)
-    monkeypatch.setattr(sys, "argv", ["nightly", "--out", str(out)])
-    assert nightly.main() == 1
-    assert written == [False, True] and out.read_text(encoding="utf-8").count("| 1 passed |") == 2
-    monkeypatch.setattr(sys, "argv", ["nightly", "--out", str(out), "--only", "one"])
-    assert nightly.main() == 0
+        ran.clear()
+        monkeypatch.setattr(nightly, "run", pretended)
+        monkeypatch.setattr(nightly, "git_commit", lambda: commit)
+        monkeypatch.setattr(sys, "argv", ["nightly", "--out", str(tmp_path / "night.md"), *arguments])
+        return nightly.main(), list(ran)
+
+    return one_night
+
+
+def test_the_page_is_written_after_every_step_and_the_code_says_whether_all_passed(night, tmp_path):
+    assert night("abc", failing=["two"]) == (1, [("one", False), ("two", True)])
+    assert (tmp_path / "night.md").read_text(encoding="utf-8").count("| 1 passed |") == 2
+    assert night("abc", "--only", "one") == (0, [])
+
+
+def test_a_night_goes_on_where_it_was_interrupted_and_the_page_names_what_was_checked_when(night, tmp_path):
+    page = tmp_path / "night.md"
+    assert night("abc", "--only", "two", failing=["two"])[1] == [("two", False)]
+    assert "Not run: one." in page.read_text(encoding="utf-8")
+    # what failed is run again, and what passed is not
+    assert night("abc")[1] == [("one", True), ("two", True)] and "Commit abc; all 2 steps" in page.read_text(encoding="utf-8")
+    assert night("abc") == (0, []) and len(night("abc", "--anew")[1]) == 2
+    # another commit, or changes that no commit names, are something else
+    assert night("def", "--only", "one")[1] == [("one", True)] and "2 commits; all" in page.read_text(encoding="utf-8")
+    assert len(night("def+changes")[1]) == 2 and len(night("def+changes")[1]) == 2

@@ -90,9 +90,15 @@ def trained(parallel=None, model=DENSE, settings=(), dtype=torch.float64, packed
     mesh = ALONE
     if parallel is not None:
         mesh = Mesh.of(Layout.of(ParallelConfig(**parallel), torch.distributed.get_world_size()), "cpu")
-    decoder = initial_decoder(ModelConfig(**model), seed=3).to(dtype).train()
-    runtime = Runtime.of(config, torch.device("cpu"))
+    decoder = initial_decoder(ModelConfig(**model), seed=3).to(dtype)
     batches = RandomBatches(config.batch_size, config.context_length, decoder.config.vocab_size, packed)
+    return trained_on(decoder, batches, config, mesh)
+
+
+def trained_on(decoder, batches, config, mesh):
+    """Train a decoder on batches; full tensors on rank 0."""
+    decoder.train()
+    runtime = Runtime.of(config, torch.device("cpu"))
     parts, pipeline = prepare_model(decoder, config, runtime, mesh)
     optimizers = build_optimizers(parts, config)
     trainer = Trainer(

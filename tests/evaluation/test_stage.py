@@ -6,10 +6,11 @@ import torch
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
 from bessemer.core.records import json_lines
-from bessemer.core.stage import StageContext
+from bessemer.core.stage import Outside, StageContext
 from bessemer.data.corpus.reader import iterate_documents
 from bessemer.evaluation.baselines import witten_bell_bits_per_byte, xz_bits_per_byte
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
+from bessemer.evaluation.specs import STAGES
 from bessemer.evaluation.stage import evaluate
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
@@ -21,6 +22,7 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.validation import bits_per_byte
 from tests.evaluation.test_questions import write_conversations
 from tests.golden import exact_weights
+from tests.tasks.published_pictures import PICTURES, pope_json
 from tests.tokenization.conftest import synthetic_corpus, write_corpus
 
 CONFIG = EvaluateConfig(context_length=32, questions=4, max_new_tokens=5, batch_size=4)
@@ -201,3 +203,41 @@ def test_golden_output(line, tmp_path):
     said_nothing = {"exact_match_held_in": 0, "rouge_l_held_in": 0, "exact_match_held_out": 0, "rouge_l_held_out": 0}
     expected = {"asked_as": "chat", "n_held_in": 4, "n_held_out": 3, **said_nothing}
     assert results["tasks"] == {"docs_questions": {"pretrain": expected, "sft": expected}}
+
+
+def test_the_key_knows_what_task_files_ask(tmp_path):
+    spec = next(spec for spec in STAGES if spec.kind == "evaluate")
+    outside = Outside(tmp_path, tmp_path, fetch=False, progress=Silent())
+    assert spec.fingerprint(EvaluateConfig(tasks=["docs_questions", "sums_held_out"]), outside) is None
+
+    pope_json(tmp_path / "data")
+    (tmp_path / "seen.yaml").write_text("kind: pope\ndata: coco\n", encoding="utf-8")
+    config = EvaluateConfig(tasks=["seen.yaml"], tasks_folder="data")
+    before = spec.fingerprint(config, outside)
+    assert before["seen"]["settings"]["kind"] == "pope" and spec.fingerprint(config, outside) == before
+    (tmp_path / "data" / "val2014" / "COCO_val2014_000000000000.png").write_bytes(PICTURES[3])
+    assert spec.fingerprint(config, outside) != before
+    with pytest.raises(ArtefactError, match="there is no coco"):
+        spec.fingerprint(config.with_changes(tasks_folder=None), outside)
+
+
+def test_a_task_file_of_the_recipes_folder_is_asked(line, tmp_path):
+    root, _ = line
+    rows = [{"context": f"{n} plus {n} is", "answer": str(2 * n)} for n in range(3)]
+    (tmp_path / "doubles.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "doubles.yaml").write_text("kind: generate\ndata: doubles.jsonl\nmax_tokens: 4\n", encoding="utf-8")
+    inputs = {"model:sft": root / "sft", "tokens": root / "tokens", "documents": root / "documents"}
+    (tmp_path / "out").mkdir()
+    context = StageContext(
+        CONFIG.with_changes(tasks=["doubles.yaml"], baselines=[]),
+        inputs,
+        tmp_path / "out",
+        tmp_path,
+        tmp_path,
+        1,
+        "cpu",
+        Silent(),
+    )
+    evaluate(context)
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert results["tasks"]["doubles.yaml"]["sft"]["n"] == 3

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bessemer.core.errors import RequestError
+from bessemer.inference.build import new_memory
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.images import PicturePrompt, chat_prompt
 from bessemer.inference.scheduling.sequence import ImageMark, image_key
@@ -50,6 +51,20 @@ def expected(engine, prompt, count=8):
         tokens.append(int(logits.argmax()))
         log_probs.append(float(logits.max()))
     return tokens[len(expanded.ids) :], log_probs
+
+
+def test_an_engine_says_what_its_encoder_takes_and_leaves_room_for_a_picture(engine, folder, monkeypatch):
+    reader, memory = engine.pictures, engine.pictures.memory
+    # a picture is 4 · 4 tiles of 16 patches at most, and the whole
+    assert (reader.largest.patches, reader.largest.vectors) == (17 * 16, 17 * 4)
+    assert memory.weights == sum(one.nbytes for one in reader.vision.parameters())
+    assert engine.describe().endswith(f"; {memory.described(17 * 16)}")
+    prepared = [reader.preprocessor.prepare(picture(1, *size)) for size in ((64, 64), (16, 64), (200, 90), (1, 150))]
+    assert max(len(one.tiles) for one in prepared) == 17
+    free = 4 * (memory.passing + memory.kept) + 4 * 20_000
+    monkeypatch.setattr("bessemer.inference.execution.build.free_bytes", lambda device: free)
+    blocks = [new_memory(engine.model, engine.config.with_changes(kv_memory=None), reserved=count)[1] for count in (0, 20_000)]
+    assert blocks[0] > blocks[1]
 
 
 def test_answers_are_the_models_own_and_depend_on_the_picture(engine):

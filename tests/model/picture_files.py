@@ -75,12 +75,14 @@ GEMMA3_TEMPLATE = (
 )
 
 
-def write_picture_tokenizer(folder, marks=MARKS, template=TEMPLATE):
-    """The small tokenizer with marks and a template, Idefics3's and SmolVLM's; returns its folder."""
+def write_picture_tokenizer(folder, marks=MARKS, template=TEMPLATE, *, even=True):
+    """The small tokenizer with marks and a template, Idefics3's and SmolVLM's; returns its folder. even: of an even number of
+    tokens, so that two processes can share them."""
     folder.mkdir(parents=True, exist_ok=True)
     write_small_tokenizer(folder)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens(list(marks))
+    unused = ["<unused>"] * (even * (tokenizer.get_vocab_size() + len(marks)) % 2)
+    tokenizer.add_special_tokens([*marks, *unused])
     tokenizer.save(str(folder / "tokenizer.json"))
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -164,8 +166,7 @@ def write_gemma3_model(folder, **settings):
 
 def write_llava_model(folder):
     """A folder with a tiny LLaVA of random weights over a CLIP, whose answers depend on its pictures; returns the model."""
-    template = TEMPLATE.replace("<end_of_utterance>", "")
-    tokenizer = load_tokenizer(write_picture_tokenizer(folder, ("<image>",), template))
+    tokenizer = load_tokenizer(write_picture_tokenizer(folder, ("<image>", "<end_of_utterance>"), TEMPLATE))
     small = small_config(tokenizer)
     values = write_vision_language_config(small) | {"model_type": "llava", "image_token_index": small.image_token_id}
     values["vision_config"] |= {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -199,16 +200,16 @@ def write_qwen_model(folder, **settings):
     return _write_random(folder, read_vision_language_config(values), settings)
 
 
-def write_picture_model(folder, **changes):
+def write_picture_model(folder, *, even=True, **changes):
     """A folder with a tiny SmolVLM of random weights whose answers depend on its pictures; returns the model."""
-    write_picture_tokenizer(folder)
+    write_picture_tokenizer(folder, even=even)
     settings = {"image_processor_type": "SmolVLMImageProcessor", "do_image_splitting": True, **TILES}
     return _write_random(folder, small_config(load_tokenizer(folder), **changes), settings)
 
 
-def write_colours(folder, count=64):
+def write_colours(folder, count=64, *, even=True):
     """A folder with a tiny SmolVLM, one tile a picture, in `model`, and pictures: red and blue by turns."""
-    write_picture_model(folder / "model")
+    write_picture_model(folder / "model", even=even)
     path = folder / "model" / "preprocessor_config.json"
     one_tile = {"do_image_splitting": False, "size": {"longest_edge": 16}}
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | one_tile), encoding="utf-8")

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.errors import ArtefactError
 from bessemer.model.layers.cache import DecoderCache
 from bessemer.model.layers.embedding import EmbeddedRows
 from bessemer.model.vision.encoder import Pixels
@@ -17,7 +17,6 @@ from bessemer.model.vision.native import GridSpan, rope_positions
 from bessemer.model.vision.pictures import Picture
 from bessemer.model.vision.preprocessing import read_preprocessor
 from bessemer.model.vision.prompts import open_picture_reader
-from bessemer.posttraining.data.picture_encoding import open_picture_encoder
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.picture_files import NATIVE, drawn, write_qwen_model
 
@@ -155,8 +154,6 @@ def test_tokens_of_pictures_are_those_of_transformers(pair):
     for span in prompt.spans:
         assert reader.vectors(span.prepared).shape == (len(span.places), 48)
         assert (span.grid.first, span.grid.rows * span.grid.columns) == (span.start, len(span.places))
-    with pytest.raises(ConfigError, match="are not trained on yet"):
-        open_picture_encoder(folder, load_tokenizer(folder), folder / "file")
 
 
 def test_positions_by_hand():

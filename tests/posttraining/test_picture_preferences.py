@@ -21,7 +21,7 @@ from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import target_log_probs
-from tests.model.picture_files import drawn, encoded, write_colours, write_gemma3_model, write_picture_model
+from tests.model.picture_files import drawn, encoded, write_colours, write_gemma3_model, write_picture_model, write_qwen_model
 from tests.model.tokenizers import write_small_tokenizer
 
 
@@ -42,10 +42,11 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny SmolVLM, a tiny Gemma 3, and four pairs about pictures of two sizes and one about none."""
+    """A tiny SmolVLM, a tiny Gemma 3, a tiny Qwen2.5-VL, and four pairs about pictures of two sizes and one about none."""
     folder = tmp_path_factory.mktemp("pairs")
     write_picture_model(folder / "smolvlm")
     write_gemma3_model(folder / "gemma3")
+    write_qwen_model(folder / "qwen")
     for number in range(4):
         (folder / f"{number}.png").write_bytes(encoded(drawn(40 if number else 16, 30 if number else 16, seed=number)))
     rows = [pair(f"{number}.png", f"number {number}", "no" if number % 2 else "none at all") for number in range(4)]
@@ -75,7 +76,7 @@ def log_probs(folder, model, batch):
     return batch.sequence_sums(values_BT * (batch.targets_BT != IGNORE_INDEX))
 
 
-@pytest.mark.parametrize(("model", "shares"), [("smolvlm", True), ("smolvlm", False), ("gemma3", False)])
+@pytest.mark.parametrize(("model", "shares"), [("smolvlm", True), ("smolvlm", False), ("gemma3", False), ("qwen", True)])
 def test_packed_pairs_have_the_log_probabilities_of_each_answer_alone(folder, tmp_path, model, shares):
     tokenizer = load_tokenizer(folder / model)
     pictures = open_picture_encoder(folder / model, tokenizer, tmp_path / "pictures.bin")
@@ -85,7 +86,7 @@ def test_packed_pairs_have_the_log_probabilities_of_each_answer_alone(folder, tm
     assert packed.pairs == 5 and batch.sequences > 2
     pictured = int((batch.vector_of_token_BT >= 0).sum())
     # a prompt that two answers share stands in the row once
-    once = 4 * (17 + 3 * 13) if model == "smolvlm" else 4 * 16
+    once = {"smolvlm": 4 * (17 + 3 * 13), "gemma3": 4 * 16, "qwen": 4 + 3 * 20}[model]
     assert pictured == (once if shares else 2 * once)
     assert not (batch.targets_BT[batch.vector_of_token_BT >= 0] != IGNORE_INDEX).any()
     sums_BS = log_probs(folder, model, batch)
@@ -96,19 +97,21 @@ def test_packed_pairs_have_the_log_probabilities_of_each_answer_alone(folder, tm
     assert found == pytest.approx(sorted(alone), abs=1e-4)
 
 
-def test_a_mismatched_answer_of_kto_is_to_the_picture_of_its_prompt(folder, tmp_path):
-    tokenizer = load_tokenizer(folder / "smolvlm")
-    pictures = open_picture_encoder(folder / "smolvlm", tokenizer, tmp_path / "pictures.bin")
+@pytest.mark.parametrize(
+    ("model", "image"), [("smolvlm", "<image>"), pytest.param("qwen", "<|image_pad|>", marks=pytest.mark.slow)]
+)
+def test_a_mismatched_answer_of_kto_is_to_the_picture_of_its_prompt(folder, tmp_path, model, image):
+    tokenizer = load_tokenizer(folder / model)
+    pictures = open_picture_encoder(folder / model, tokenizer, tmp_path / "pictures.bin")
     parsed = read_examples(folder / "pairs.jsonl", lambda row: as_labelled_answers(row, pictures=True))
     answers = [one.__class__(one.answered, one.is_desirable, folder) for row in parsed for one in row]
     batch = placed(pack_answers(answers, tokenizer, 512, pictures=pictures).batch, pictures)
     twins = mismatched(batch)
-    assert torch.equal((twins.vector_of_token_BT >= 0), twins.tokens_BT == tokenizer.control_id("<image>"))
-    found = sorted(float(value) for value in log_probs(folder, "smolvlm", twins)[twins.per_sequence["is_answer"] > 0])
+    assert torch.equal((twins.vector_of_token_BT >= 0), twins.tokens_BT == tokenizer.control_id(image))
+    found = sorted(float(value) for value in log_probs(folder, model, twins)[twins.per_sequence["is_answer"] > 0])
     others = [answers[place].answered.answer for place in (-1, -1, 1, 1, 3, 3, 5, 5, 7, 7)]
     alone = [
-        log_prob_alone(folder, "smolvlm", one.answered.prompt, other, folder)
-        for one, other in zip(answers, others, strict=True)
+        log_prob_alone(folder, model, one.answered.prompt, other, folder) for one, other in zip(answers, others, strict=True)
     ]
     assert found == pytest.approx(sorted(alone), abs=1e-4)
 

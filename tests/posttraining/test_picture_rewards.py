@@ -22,7 +22,7 @@ from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import target_log_probs
-from tests.model.picture_files import write_colours
+from tests.model.picture_files import write_colours, write_qwen_model
 from tests.model.tokenizers import write_small_tokenizer
 
 SETTINGS = {
@@ -53,7 +53,7 @@ def colour(completions, is_red, **kwargs):
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
     """Pictures of two colours, each with the same question, and what an answer is worth."""
-    folder = write_colours(tmp_path_factory.mktemp("asked"))
+    folder = write_colours(tmp_path_factory.mktemp("asked"), even=False)
     rows = [
         {"images": [f"{number}.png"], "prompt": [{"role": "user", "content": "<image>which?"}], "is_red": number % 2 == 0}
         for number in range(64)
@@ -113,6 +113,18 @@ def test_a_policy_learns_to_write_what_the_picture_is_rewarded_for(colours, tmp_
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[-1]["kl"] > 1e-3
     assert read_metrics(tmp_path / "completions.jsonl")[0]["prompt"] == "user: [picture] which?"
     assert not (tmp_path / "pictures.bin").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_sampler_and_trainer_turn_the_tokens_of_pictures_alike(colours, tmp_path, beta):
+    """Qwen2.5-VL's, whose positions are of three numbers."""
+    shutil.copytree(colours, tmp_path / "asked")
+    shutil.rmtree(tmp_path / "asked" / "model")
+    write_qwen_model(tmp_path / "asked" / "model")
+    run(tmp_path / "asked", tmp_path / "out", beta=beta, learning_rate=1e-3, dtype="float32", compile=False)
+    assert max(line["log_ratio_max"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")) < 1e-4
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.downloads import DATA_FILES
 from bessemer.tasks.questions import LikelihoodTask
-from bessemer.tasks.registry import _OVER_DATA, _WITH_DATA, TASKS, centred, core_score, find_tasks
+from bessemer.tasks.registry import _OVER_DATA, _OVER_GIVEN, _WITH_DATA, TASKS, centred, core_score, find_tasks
 from tests.plugin_package import install
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
@@ -62,7 +62,7 @@ def test_what_is_said_of_data_that_is_fetched_is_true_of_it(name):
 
 def test_every_task_file_of_the_package_is_registered():
     files = Path(sys.modules[find_tasks.__module__].__file__).parent / "files"
-    assert sorted(path.stem for path in files.glob("*.yaml")) == sorted(_OVER_DATA | _WITH_DATA) == sorted(TASKS)
+    assert sorted(path.stem for path in files.glob("*.yaml")) == sorted(_OVER_DATA | _OVER_GIVEN | _WITH_DATA) == sorted(TASKS)
 
 
 @pytest.mark.parametrize("name", _WITH_DATA)

@@ -42,7 +42,8 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the tasks' data (default: that of the task file; for tasks by name the data are downloaded)."
+            help="Folder of the tasks' data, or the file of a task about pictures (default: the folder of the task file; for "
+            "tasks by name the data are downloaded)."
         ),
     ] = None,
     fetch: Annotated[bool, typer.Option(help="Download the data of tasks by name, if there is no --data.")] = True,

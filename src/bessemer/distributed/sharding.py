@@ -33,6 +33,8 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.stages import DecoderStage
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.feed_forward import Experts
+from bessemer.model.vision.encoder import VisionLayer
+from bessemer.model.vision.native import NativeLayer
 
 
 def shard_parameters(module: nn.Module, axis: DeviceMesh, **dims: int | None) -> None:
@@ -118,6 +120,8 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, 
     """Shard a model's parameters over the mesh, in place, block by block; embedding and head, where they are not tied, each by
     itself, and the rest as one more unit.
 
+    An encoder of pictures is sharded layer by layer, too.
+
     Each block's weights are gathered before it runs, and its gradients reduce-scattered after its backward pass. Those of the
     last block stay gathered between its passes, which follow each other, and the head's from the last norm on. Gradients are
     sums over ranks, not means: the loss is weighted by its fraction of the step's targets. Parameters become DTensors; names
@@ -147,6 +151,9 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, 
     ends = [] if is_stage or model.config.tie_word_embeddings else [model.embed_tokens, model.head]
     for end in ends:
         shard(end, reshard_after_forward=False)
+    encoder_layers = layers_of_vision(model)
+    for layer in encoder_layers:
+        shard(layer, reshard_after_forward=False if is_stage else None)
     if dtype is None:
         for block in model.blocks:
             shard(block, reshard_after_forward=kept(block))
@@ -159,7 +166,7 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, 
         for block in model.blocks:
             others = set(block.parameters()) - matrices
             shard(block, mp_policy=precision, ignored_params=others, reshard_after_forward=kept(block))
-    for unit in (*ends, *model.blocks, model):
+    for unit in (*ends, *encoder_layers, *model.blocks, model):
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         # gloo reduces only by sums
@@ -170,6 +177,12 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, 
     # training calls these, not `forward`: FSDP must hook them to gather parameters outside the blocks
     for method in () if is_stage else ("hidden", "hidden_and_mtp"):
         register_fsdp_forward_method(model, method)
+
+
+def layers_of_vision(model: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder's encoder of pictures; none of one that reads texts."""
+    vision = getattr(model, "vision", None)
+    return [] if vision is None else [part for part in vision.modules() if isinstance(part, VisionLayer | NativeLayer)]
 
 
 def _gathers(head: nn.Module) -> Callable[[nn.Module, Any], None]:

@@ -15,9 +15,13 @@ from bessemer.distributed.layout import Layout, balanced_stages
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.cache import Cache
 from bessemer.model.layers.embedding import EmbeddedRows
+from bessemer.model.vision.config import VisionLanguageConfig
+from bessemer.model.vision.encoder import Pixels
+from bessemer.model.vision.model import Vision
+from bessemer.model.vision.trained import BatchPictures, SeenPictures, seen_pictures
 
 #: Members of a decoder that only the first or the last stage has, and those without weights that every stage has.
-_OF_THE_FIRST, _OF_THE_LAST = ("embed_tokens", "embed_positions"), ("norm", "lm_head", "score", "mtp")
+_OF_THE_FIRST, _OF_THE_LAST = ("embed_tokens", "embed_positions", "vision"), ("norm", "lm_head", "score", "mtp")
 _OF_ALL = ("rotary", "rotary_local")
 
 
@@ -35,6 +39,15 @@ class StageRows(Protocol):
 
     @property
     def visible_to_BT(self) -> Tensor | None: ...  # noqa: N802
+
+    @property
+    def vector_of_token_BT(self) -> Tensor | None: ...  # noqa: N802
+
+    @property
+    def rope_BT3(self) -> Tensor | None: ...  # noqa: N802
+
+    @property
+    def shown(self) -> BatchPictures | None: ...
 
 
 #: Forward computation of a stage: from the previous stage's output and the number of the micro-batch to the input of the next
@@ -58,6 +71,10 @@ class DecoderStage(Decoder):
         self.is_first = number == 0
         self.is_last = number == count - 1
         self.layers = nn.ModuleDict({str(layer): whole.blocks[layer] for layer in layers})
+        #: Of a model that reads pictures: its settings, and whose tokens' embeddings are computed here (`VisionDecoder`).
+        self.vision_config: VisionLanguageConfig | None = getattr(whole, "vision_config", None)
+        self.rope_sections = whole.rope_sections
+        self.own_tokens: Callable[[Tensor], Tensor] | None = None
         for name in (*_OF_ALL, *(_OF_THE_FIRST * self.is_first), *(_OF_THE_LAST * self.is_last)):
             if hasattr(whole, name):
                 setattr(self, name, getattr(whole, name))
@@ -90,6 +107,23 @@ class DecoderStage(Decoder):
             rows.tokens_BT, rows.positions_BT, rows.document_ids_BT, None, None, visible_to_BT=rows.visible_to_BT
         )
 
+    def hidden(self, tokens_BT: Tensor, *, pictures: object = None, **others: Any) -> Tensor:  # type: ignore[override]
+        """As `Decoder.hidden`; the pictures are those of the micro-batch that was begun."""
+        return super().hidden(tokens_BT, **others)
+
+    def _seen(self, rows: StageRows) -> SeenPictures:
+        """The micro-batch's pictures, in the first stage encoded."""
+        if self.vision_config is None or rows.vector_of_token_BT is None:
+            return SeenPictures(None, None, None)
+        vision: Vision | None = getattr(self, "vision", None)
+        if vision is None:
+            rope_3BT = None if rows.rope_BT3 is None else rows.rope_BT3.permute(2, 0, 1)
+            unread = BatchPictures(Pixels(rows.tokens_BT.new_empty(0)), rows.vector_of_token_BT, rope_3BT)
+            return seen_pictures(self.vision_config, None, unread)
+        shown = rows.shown
+        assert shown is not None
+        return seen_pictures(self.vision_config, vision, shown, self.own_tokens)
+
     def _pre_norm_hidden(
         self,
         tokens_BT: Tensor,
@@ -103,7 +137,7 @@ class DecoderStage(Decoder):
         seen_until_BT: Tensor | None = None,
         rope_3BT: Tensor | None = None,
     ) -> Tensor:
-        assert embedded is None and seen_until_BT is None and rope_3BT is None, "the stages of a pipeline read tokens alone"
+        assert embedded is None and seen_until_BT is None and rope_3BT is None, "pictures are the micro-batch's own"
         rows, self._rows = self._rows, None
         inputs = (tokens_BT, positions_BT, document_ids_BT, visible_to_BT)
         if rows is None or any(
@@ -117,11 +151,13 @@ class DecoderStage(Decoder):
                 "tokens_BT, positions_BT, document_ids_BT and visible_to_BT: the layers before the last stage have run by "
                 "then. Change the loss, or set pipeline: 1"
             )
-        return super()._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real, keep, visible_to_BT)
+        return super()._pre_norm_hidden(
+            tokens_BT, positions_BT, document_ids_BT, cache, real, keep, visible_to_BT, *self._seen(rows)
+        )
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None, embedded: EmbeddedRows | None = None) -> Tensor:
         received_BTD, self._received_BTD = self._received_BTD, None
-        return super()._embedded(tokens_BT, positions_BT) if received_BTD is None else received_BTD
+        return super()._embedded(tokens_BT, positions_BT, embedded) if received_BTD is None else received_BTD
 
 
 def stages_of_rank(layout: Layout, rank: int, *, in_a_v: bool = False) -> list[int]:

@@ -120,7 +120,8 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) ->
 
     Between its modules a rank holds a shard of the tokens, (B, T / ranks, D): embedding and blocks return it, and a pipeline
     stage sends it. `hidden` and `logits` return all tokens, the same on every rank. A stage may lack embedding, head and
-    layers. With expert parallelism the experts are left to it, and get this rank's tokens.
+    layers. With expert parallelism the experts are left to it, and get this rank's tokens. An encoder of pictures is
+    replicated.
 
     whole: every rank has all tokens everywhere, without gradients, for inference.
     """
@@ -141,6 +142,11 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) ->
             model.scores = partial(_all_scores, model, axis)  # type: ignore[method-assign]
         elif name == "norm":
             _replicate_last_norm(part, sharder)
+        elif name == "vision":
+            # a rank encodes the pictures of its own tokens, so that gradients are partial as those of norms
+            replicate_parameters(part, axis)
+            if not whole:
+                cast(Any, model).own_tokens = partial(_own_columns, axis)
     if not model.config.num_scores:
         model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
     for module in list(model.modules()):
@@ -256,7 +262,11 @@ def _embedded(embedding: nn.Module, sharder: AxisSharder, tokens_BT: Tensor) -> 
 
 
 def _own_positions(axis: DeviceMesh, embedding: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-    return (arguments[0].chunk(axis.size(), -1)[axis.get_local_rank()],)
+    return (_own_columns(axis, arguments[0]),)
+
+
+def _own_columns(axis: DeviceMesh, values_BT: Tensor) -> Tensor:
+    return values_BT.chunk(axis.size(), -1)[axis.get_local_rank()]
 
 
 def _all_logits(model: Decoder, axis: DeviceMesh, hidden: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from bessemer.core.config import Config, setting
 #: Raised whenever the stage's output changes (golden outputs in the tests).
 EVALUATE_VERSION = 5
 
+#: The task of questions about the documentation that SFT learnt from, which the stage has by itself.
+DOCS_QUESTIONS = "docs_questions"
+
 Baseline = Literal["witten_bell_5gram", "witten_bell_6gram", "xz"]
 
 
@@ -19,7 +22,12 @@ class EvaluateConfig(Config):
     tasks: list[str] = setting(
         default_factory=lambda: ["docs_questions"],
         description="tasks that the models answer by generation: docs_questions, from SFT's conversations, and tasks by name "
-        "that need no data, such as sums_held_out",
+        "or by task file, such as sums_held_out or charts.yaml",
+    )
+    tasks_folder: str | None = setting(
+        None,
+        "folder of the tasks' data, or the file of a task about pictures; none: that of the task file",
+        affects_output=False,
     )
     baselines: list[Baseline] = setting(
         default_factory=lambda: ["witten_bell_5gram", "witten_bell_6gram", "xz"],

@@ -21,6 +21,7 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress
 from bessemer.core.records import json_lines
+from bessemer.evaluation.config import DOCS_QUESTIONS
 from bessemer.evaluation.task_answerers import TaskForms, answers_in_better_form
 from bessemer.inference.engine import Engine
 from bessemer.tasks.questions import GenerationQuestion, GenerationSettings, GenerationTask, Outcome
@@ -56,7 +57,6 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     return lengths[-1]
 
 
-DOCS_QUESTIONS = "docs_questions"
 EXACT_MATCH, ROUGE_L = "exact_match", "rouge_l"
 HELD_IN, HELD_OUT = "held_in", "held_out"
 CHAT, PLAIN = "chat", "plain"

@@ -63,6 +63,9 @@ def _task_sentence(task: str, by_model: Mapping[str, Metrics]) -> str:
         parts.append(f"{scores['exact_match_held_in']:.0%} of the questions it was tuned on answered exactly (memorised)")
     if "exact_match_held_out" in scores:
         parts.append(f"{scores['exact_match_held_out']:.0%} of new ones, ROUGE-L {scores['rouge_l_held_out']:.2f}")
+    others = [metric for metric in scores if metric not in ("asked_as", "n")]
+    if not parts and len(others) == 1:
+        parts.append(f"{label(others[0])} {scores[others[0]]:.1%} of {scores['n']:,}")
     return f"{task} after {name}: {'; '.join(parts)}."
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from bessemer.core.config import Config
 from bessemer.core.progress import Silent
-from bessemer.core.stage import StageContext, StageSpec
+from bessemer.core.stage import Outside, StageContext, StageSpec
 from bessemer.core.store import MANIFEST, read_json
 from bessemer.evaluation import report
-from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
+from bessemer.evaluation.config import DOCS_QUESTIONS, EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
 from bessemer.model.specs import model_packages
 
@@ -49,6 +49,21 @@ def _training_seconds(models: Mapping[str, Path]) -> float | None:
     if not all(manifest.is_file() for manifest in manifests):
         return None
     return sum(float(read_json(manifest, "manifest")["seconds"]) for manifest in manifests)
+
+
+def _evaluate_fingerprint(config: EvaluateConfig, outside: Outside) -> Any:
+    """What the tasks ask whose questions lie in files of the user's; None without such."""
+    from bessemer.tasks.config import TaskOptions
+    from bessemer.tasks.questions import task_identity
+    from bessemer.tasks.registry import find_tasks, placed_task
+
+    data = None if config.tasks_folder is None else outside.folder / config.tasks_folder
+    names = [name for name in config.tasks if name != DOCS_QUESTIONS and (data is not None or name.endswith((".yaml", ".yml")))]
+    if not names:
+        return None
+    options = TaskOptions(data=data, limit=config.questions)
+    tasks = find_tasks([placed_task(name, outside.folder) for name in names], options)
+    return {task.name: task_identity(task, list(task.questions())) for task in tasks}
 
 
 def _quantize(context: StageContext) -> dict[str, Any]:
@@ -91,6 +106,7 @@ STAGES = (
         key_figures=report.key_figures,
         run=_evaluate,
         resolve=_resolve_evaluate,
+        fingerprint=_evaluate_fingerprint,
         uses_seed=True,
         packages=model_packages,
         models_named=lambda config: list(config.models),

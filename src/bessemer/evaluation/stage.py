@@ -29,10 +29,9 @@ from bessemer.data.corpus.reader import iterate_documents
 from bessemer.data.corpus.remote import documents_of
 from bessemer.evaluation.baselines import witten_bell_bits_per_byte, xz_bits_per_byte
 from bessemer.evaluation.bits_per_byte import ScoredDocuments, breakdown, scored_documents, token_nats
-from bessemer.evaluation.config import EvaluateConfig
+from bessemer.evaluation.config import DOCS_QUESTIONS, EvaluateConfig
 from bessemer.evaluation.docs_questions import (
     CHAT,
-    DOCS_QUESTIONS,
     HELD_IN,
     HELD_OUT,
     PLAIN,
@@ -47,7 +46,7 @@ from bessemer.inference.engine import Engine
 from bessemer.model.device import check_dtype, is_fast
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask, Outcome
-from bessemer.tasks.registry import find_tasks
+from bessemer.tasks.registry import find_tasks, placed_task
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.trained_template import extended_tokenizers
 from bessemer.training.runtime import faster_threads, keep_freed_memory, thread_candidates, with_threads
@@ -153,14 +152,16 @@ class TaskAnswers:
         return {"asked_as": self.form, "n": len(self.outcomes), self.headline: fmean(self.scores)}
 
 
-def task_forms(name: str, limit: int) -> TaskForms:
-    """The first `limit` questions of a task that needs no data: as messages for the chat template, and as text.
+def task_forms(name: str, limit: int, config: EvaluateConfig, folder: Path) -> TaskForms:
+    """The first `limit` questions of a task: as messages for the chat template, and as text. folder: where the paths of task
+    files and of their data begin.
 
-    Raises ConfigError for a task of likelihood.
+    Raises ConfigError for a task of likelihood, and as `find_tasks`.
     """
     tasks: dict[str, GenerationTask] = {}
+    data = None if config.tasks_folder is None else folder / config.tasks_folder
     for form in (CHAT, PLAIN):
-        (task,) = find_tasks([name], TaskOptions(chat=form == CHAT, limit=limit))
+        (task,) = find_tasks([placed_task(name, folder)], TaskOptions(chat=form == CHAT, limit=limit, data=data))
         if not isinstance(task, GenerationTask):
             raise ConfigError(f"tasks: {name} is asked by likelihood; ask it with `bessemer evaluate MODEL --tasks {name}`")
         tasks[form] = task
@@ -204,7 +205,9 @@ def evaluate(context: StageContext) -> dict[str, Any]:
     questions: list[DocsQuestion] = []
     if conversations is not None and DOCS_QUESTIONS in config.tasks:
         questions = read_questions(conversations, config.questions, seed)
-    generated = {name: task_forms(name, config.questions) for name in config.tasks if name != DOCS_QUESTIONS}
+    generated = {
+        name: task_forms(name, config.questions, config, context.folder) for name in config.tasks if name != DOCS_QUESTIONS
+    }
     of_tasks: dict[str, dict[str, TaskAnswers]] = {name: {} for name in generated}
     answers, forms, dtypes = {}, {}, {}
     nats: dict[str, np.ndarray] = {}

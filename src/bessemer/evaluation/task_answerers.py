@@ -31,6 +31,7 @@ from bessemer.tasks.questions import (
     LikelihoodQuestion,
     LikelihoodTask,
     Outcome,
+    Question,
     Task,
 )
 from bessemer.tokenization.prompts import encode_continuations
@@ -199,7 +200,6 @@ def _answer(episode: Episode) -> ThoughtAnswer:
 #: Questions, and samples, of one call of the engine: enough to fill its steps, and what an interruption loses at most.
 _QUESTIONS_AT_ONCE = 128
 
-Question = LikelihoodQuestion | GenerationQuestion
 #: What was computed for a question, as its line of `items.jsonl` holds it.
 Line = dict[str, Any]
 
@@ -279,7 +279,7 @@ class _GenerationAnswerer:
         self._sampling = SamplingParams(
             max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p, stop=list(how.stop)
         )
-        self.at_once = max(1, _QUESTIONS_AT_ONCE // how.samples)
+        self.at_once = min(max(1, _QUESTIONS_AT_ONCE // how.samples), task.at_once or _QUESTIONS_AT_ONCE)
 
     def beginning(self, question: GenerationQuestion) -> str:
         return self._encoder.beginning(self._encoder.prompt(question.context, self._task.generation.max_tokens).context)

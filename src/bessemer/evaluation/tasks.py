@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from bessemer.core.errors import BessemerError, ConfigError
-from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress
 from bessemer.core.stage import ItemScore
 from bessemer.evaluation.contamination import task_contamination
 from bessemer.evaluation.evaluation_folder import Score, TaskFolder
-from bessemer.evaluation.task_answerers import Line, PromptEncoder, Question, answerer_of, batches
+from bessemer.evaluation.task_answerers import Line, PromptEncoder, answerer_of, batches
 from bessemer.evaluation.task_results import task_results
 from bessemer.inference.chat import EngineChat
 from bessemer.inference.engine import Engine
@@ -33,7 +32,10 @@ from bessemer.tasks.questions import (
     LikelihoodQuestion,
     LikelihoodTask,
     Outcome,
+    Question,
     Task,
+    question_id,
+    task_identity,
 )
 from bessemer.tasks.registry import CORE, core_score, find_tasks
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -69,7 +71,7 @@ def evaluate_tasks(
     by_task: dict[str, Any] = {}
     for task in tasks:
         names = _answer(engine, encoders[task.name], task, questions[task.name], folder, progress)
-        lines = [folder.done[names[question.form], _id(question)] for question in questions[task.name]]
+        lines = [folder.done[names[question.form], question_id(question)] for question in questions[task.name]]
         by_task[task.name] = task_results(task, lines)
         if left_out[task.name]:
             by_task[task.name]["left_out"] = list(left_out[task.name])
@@ -123,22 +125,6 @@ def _answered(engine: Engine, task: Task) -> list[Line]:
     ]
 
 
-def task_identity(task: Task, questions: Sequence[Question]) -> dict[str, Any]:
-    """What answers of a task depend on: its settings, and a hash of its questions."""
-    hashed = [[_id(question), question.cluster, question.form, _plain_question(question)] for question in questions]
-    return {"settings": dict(task.settings), "questions": hash_value(hashed)}
-
-
-def _plain_question(question: Question) -> Any:
-    if isinstance(question, GenerationQuestion):
-        return _plain(question.context)
-    return [[_plain(part.context), part.continuations] for part in question.parts]
-
-
-def _plain(context: Any) -> Any:
-    return context if isinstance(context, str) else [dict(message) for message in context]
-
-
 def _answer(
     engine: Engine,
     encoder: PromptEncoder,
@@ -152,7 +138,7 @@ def _answer(
     Returns what the task is called in `items.jsonl` by form.
     """
     names = _names(task, questions)
-    left = [question for question in questions if (names[question.form], _id(question)) not in folder.done]
+    left = [question for question in questions if (names[question.form], question_id(question)) not in folder.done]
     done = len(questions) - len(left)
     answerer = answerer_of(engine, task, encoder)
     progress.say(f"  {task.name}: prompts begin with {answerer.beginning(questions[0])}")
@@ -171,15 +157,11 @@ def _names(task: Task, questions: Sequence[Question]) -> dict[str, str]:
     return {form: task.name if len(forms) == 1 else f"{task.name} ({form})" for form in forms}
 
 
-def _id(question: Question) -> str:
-    return question.id or str(question.item)
-
-
 def _line(task: Task, names: Mapping[str, str], question: Question, outcome: Outcome, computed: Line) -> Line:
     """A question's line of `items.jsonl`."""
     return {
         "task": names[question.form],
-        "id": _id(question),
+        "id": question_id(question),
         "form": question.form,
         "cluster": question.cluster,
         "score": outcome.scores.get(task.headline(question.form)),
@@ -297,7 +279,7 @@ class LikelihoodScores:
         items: dict[str, ItemResult] = {}
         for batch in batches(fitting, answerer.at_once):
             for question, (outcome, computed) in zip(batch, answerer.answer(batch), strict=True):
-                key = _id(question) if len(names) == 1 else f"{_id(question)} ({question.form})"
+                key = question_id(question) if len(names) == 1 else f"{question_id(question)} ({question.form})"
                 score = outcome.scores.get(task.headline(question.form), 0.0)
                 items[key] = ItemResult(score, _loss_of_gold(outcome, computed))
             advance(len(batch))

@@ -6,7 +6,7 @@ settings a KV cache, a runner, a scheduler and a proposer of draft tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -133,7 +133,10 @@ def open_model(
     if not named.exists() and (kept := find_kept(str(model))) is not None:
         named = kept
     path, own = tuned_model(named) or TunedModel(named, None)
-    _check_size(path, choose_device(device), config.processes)
+    eyes = [] if config.mmproj is None else [Path(config.mmproj)]
+    if path.suffix == ".gguf" and not eyes and (beside := find_mmproj(path)) is not None:
+        eyes = [beside]
+    _check_size(path, choose_device(device), config.processes, eyes)
     if config.mmproj is not None and config.processes > 1:
         raise ConfigError("parallel: a model that reads pictures is served by one process; leave --mmproj out")
     if config.mmproj is not None and path.suffix != ".gguf":
@@ -228,10 +231,10 @@ def _check_whole_pictures(shape: VisionLanguageConfig, path: Path, config: Engin
         raise ConfigError(f"batch_invariant: {path} reads pictures whole, and batch-invariant steps cut prompts into blocks")
 
 
-def _check_size(path: Path, device: torch.device, processes: int) -> None:
+def _check_size(path: Path, device: torch.device, processes: int, beside: Sequence[Path] = ()) -> None:
     """Refuse weights that the device's memory cannot hold, before any are read. processes: that share a model, each on a GPU of
-    its own, or all in this machine's memory. Raises ConfigError."""
-    files = path.glob("*.safetensors") if path.is_dir() else parts_of(path)
+    its own, or all in this machine's memory. beside: other files that are read. Raises ConfigError."""
+    files = [*(path.glob("*.safetensors") if path.is_dir() else parts_of(path)), *beside]
     needed = sum(file.stat().st_size for file in files if file.is_file())
     if device.type == "cuda":
         most: int | None = torch.cuda.mem_get_info(device)[1] * processes
@@ -357,18 +360,20 @@ def assemble(
     opened: bool,
     sharded: ShardedModel | None = None,
     identity: str | None = None,
-    least_chunk: int = 1,
+    pictures: PictureReader | None = None,
 ) -> tuple[EngineCore, str]:
-    """The engine core of a model, and a line about its KV cache: how many blocks, of which type, how much memory.
+    """The engine core of a model, and a line about its KV cache: how many blocks, of which type, how much memory; and about
+    the memory of an encoder of pictures.
 
     opened: whether the model was opened to be served, and is not one in training. sharded: the model's shards, where worker
-    processes hold some. identity: as of `OpenedModel`, for a prefix store. least_chunk: as of
-    `Scheduler`. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
+    processes hold some. identity: as of `OpenedModel`, for a prefix store. pictures: as of that; a picture's activations are
+    taken off what the cache gets. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
     """
     check_model_length(model.config, config)
     mtp_layers, _ = mtp_layers_of(config, model.config)
     if sharded is None:
-        memory, blocks = new_memory(model, config, opened=opened)
+        reading = 0 if pictures is None else int(pictures.memory.passing + pictures.memory.kept)
+        memory, blocks = new_memory(model, config, opened=opened, reserved=reading)
         runner = new_runner(model, memory, config, opened, modules_only=mtp_layers > 0)
     else:
         with sharded.workers.together():
@@ -379,6 +384,7 @@ def assemble(
         for count, group in zip(blocks, layer_groups(model.config), strict=True)
     ]
     align = config.block_size if config.batch_invariant else None
+    least_chunk = 1 if pictures is None else pictures.least_chunk
     scheduler = Scheduler(
         groups,
         max_num_seqs=config.max_num_seqs,
@@ -399,6 +405,8 @@ def assemble(
     ranks = memory.share.ranks
     described = describe_pages(model.config, blocks, config, memory.dtype, mtp_layers, ranks=ranks)
     described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
+    if pictures is not None:
+        described += f"; {pictures.memory.described(pictures.largest.patches)}"
     return core, described
 
 
@@ -416,9 +424,10 @@ def worker_runners(
 
 
 def new_memory(
-    model: Decoder, config: EngineConfig, mesh: Mesh = ALONE, *, opened: bool = False
+    model: Decoder, config: EngineConfig, mesh: Mesh = ALONE, *, opened: bool = False, reserved: int = 0
 ) -> tuple[PagedMemory, list[int]]:
-    """A model's KV cache, and how many blocks each group of layers has. opened: as of `assemble`.
+    """A model's KV cache, and how many blocks each group of layers has. opened: as of `assemble`. reserved: bytes that
+    something else needs beside the cache and a step.
 
     All processes that share the model call it, and get as many as the one with the least memory. Raises ConfigError.
     """
@@ -427,7 +436,9 @@ def new_memory(
     share = HeadShare(mesh.place.tensor, mesh.layout.tensor)
     sharing = mesh.processes_here if device.type == "cpu" else 1
     in_all, needed = gpu_share(config, device, opened), step_bytes(model.config, config, model.dtype)
-    budget = memory_budget(config, device, sharing, share=in_all, reserved=needed)
+    budget = memory_budget(config, device, sharing, share=in_all, reserved=needed + reserved)
+    if in_all is None and config.kv_memory is None:
+        budget = max(0, budget - reserved)
     snapshots = plan_snapshots(model.config, config, model.dtype, budget, ranks=share.ranks)
     budget -= snapshots * state_bytes(model.config, model.dtype, share.ranks)
     blocks = plan_blocks(model.config, config, dtype, budget, mtp_layers, ranks=share.ranks)

@@ -38,8 +38,9 @@ from bessemer.inference.request import Completion, Prompts
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.model.adapters import Adapter
+from bessemer.model.adapters.trained import merge_into
 from bessemer.model.decoder import Decoder
-from bessemer.model.vision.trained import empty_like
+from bessemer.model.vision.trained import VisionDecoder, empty_like
 from bessemer.tokenization.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
@@ -282,6 +283,11 @@ class CollectiveEngine:
                 f"parallel: pipeline {mesh.layout.pipeline}: each rank trains some layers, and an engine needs all; "
                 "take tensor or data_shard"
             )
+        if mesh.layout.tensor > 1 and isinstance(model, VisionDecoder):
+            raise ConfigError(
+                f"parallel: tensor {mesh.layout.tensor}: ranks that share matrices sample no answers about pictures; take "
+                "data_shard"
+            )
         config = config or EngineConfig()
         if config.parallel is not None:
             raise ConfigError("parallel: the mesh of the job says which processes share the model; leave it out")
@@ -319,10 +325,14 @@ class CollectiveEngine:
         """`Engine.score_items` of this group's items."""
         return self._together(lambda engine: engine.score_items(items, **options))
 
-    def update_weights(self, *, version: int | None = None) -> None:
-        """Take the weights that the trained model has now. version: as in `Engine.update_weights`."""
+    def update_weights(self, *, version: int | None = None, adapter: Adapter | None = None) -> None:
+        """Take the weights that the trained model has now. version: as in `Engine.update_weights`. adapter: a whole one that is
+        merged into them, where no ranks share a matrix."""
         self._check_open()
         copy_trained(self._trained, self._shard)
+        if adapter is not None:
+            assert self._group.mesh.layout.tensor == 1
+            merge_into(self._shard, adapter)
 
         def note(engine: Engine) -> int:
             engine.update_weights(version=version)

@@ -117,7 +117,7 @@ class Engine(AsyncGeneration, Reading, Sleep, WeightUpdates):
             opened=opened.is_served,
             sharded=self._sharded,
             identity=opened.identity,
-            least_chunk=1 if opened.pictures is None else opened.pictures.least_chunk,
+            pictures=opened.pictures,
         )
         if self.config.context_overflow == "shift":
             capacity = self.longest

@@ -18,9 +18,20 @@ from bessemer.data.sources.registry import (
     UserSource,
     WheelsSource,
 )
-from bessemer.posttraining.data.made import CITED, DOCS_QUESTIONS, REVISIONS, SYNTHETIC, is_data_name, made_paths, roles, unread
+from bessemer.posttraining.data.made import (
+    CITED,
+    DOCS_QUESTIONS,
+    PICTURES,
+    REVISIONS,
+    SYNTHETIC,
+    is_data_name,
+    made_paths,
+    roles,
+    unread,
+)
 from bessemer.posttraining.distillation.specs import STAGES as DISTILLATION_STAGES
 from bessemer.posttraining.embedding.specs import STAGES as EMBEDDING_STAGES
+from bessemer.posttraining.pictures.specs import STAGES as PICTURE_STAGES
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.rewards.specs import STAGES as REWARD_STAGES
 from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
@@ -38,7 +49,7 @@ from bessemer.training.specs import (
 )
 
 #: Data that earlier stages may make for `sft`.
-_MADE = (REVISIONS, SYNTHETIC, CITED)
+_MADE = (REVISIONS, SYNTHETIC, CITED, PICTURES)
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
 
 
@@ -130,6 +141,7 @@ STAGES = (
         conflict_of_files=_sft_conflict_of_files,
         unusable=_documents_without_questions,
     ),
+    *PICTURE_STAGES,
     *SYNTHETIC_STAGES,
     *PREFERENCE_STAGES,
     *REWARD_STAGES,

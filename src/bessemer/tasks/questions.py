@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from bessemer.core.hashing import hash_value
+
 #: What comes before an answer: a text, or a conversation for the model's chat template, whose contents may be parts with
-#: pictures, each a path or a `data:` URI.
+#: pictures, each a path, a `data:` URI or a `StoredPicture`.
 Context = str | tuple[Mapping[str, Any], ...]
 
 
@@ -161,8 +163,10 @@ class LikelihoodTask(_Task):
 
 
 class GenerationTask(_Task):
-    """A task whose answers are generated."""
+    """A task whose answers are generated. at_once: most questions of one call of the engine, which reads their pictures
+    together; None: as many as fill its steps."""
 
+    at_once: int | None = None
     generation: GenerationSettings = GenerationSettings()
 
     @abstractmethod
@@ -186,3 +190,25 @@ class GenerationTask(_Task):
 
 
 Task = LikelihoodTask | GenerationTask
+Question = LikelihoodQuestion | GenerationQuestion
+
+
+def question_id(question: Question) -> str:
+    """What names a question in every evaluation."""
+    return question.id or str(question.item)
+
+
+def task_identity(task: Task, questions: Sequence[Question]) -> dict[str, Any]:
+    """What answers of a task depend on: its settings, and a hash of its questions."""
+    hashed = [[question_id(question), question.cluster, question.form, _plain_question(question)] for question in questions]
+    return {"settings": dict(task.settings), "questions": hash_value(hashed)}
+
+
+def _plain_question(question: Question) -> Any:
+    if isinstance(question, GenerationQuestion):
+        return _plain(question.context)
+    return [[_plain(part.context), part.continuations] for part in question.parts]
+
+
+def _plain(context: Any) -> Any:
+    return context if isinstance(context, str) else [dict(message) for message in context]

@@ -30,8 +30,8 @@ from bessemer.model.quantisation.quantised_layers import quantised_parts
 from bessemer.model.storage.folder import SCORE, load_scorer, new_head, scorer_config
 from bessemer.model.storage.model_config import holds_codes, read_model_config, refuse_quantised, refuse_scorer
 from bessemer.model.storage.weights import EMBEDDING, StoredTensors, WeightsFile, find_tensors, opening
-from bessemer.model.vision.folder import is_vision_folder
-from bessemer.model.vision.trained import load_trained_decoder
+from bessemer.model.vision.folder import find_vision_tensors, is_vision_folder, read_vision_language
+from bessemer.model.vision.trained import VisionDecoder, load_trained_decoder
 from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import AdapterConfig
 from bessemer.training.model_setup import Load
@@ -88,8 +88,7 @@ class StartingModel:
         adapter = self.adapter
         if self.reads_pictures:
             self._check_pictures(mesh)
-            return
-        if adapter is None or self.scores:
+        elif adapter is None or self.scores:
             refuse_quantised(self.folder)
         if adapter is None or mesh.alone:
             return
@@ -114,10 +113,10 @@ class StartingModel:
     def _check_pictures(self, mesh: Mesh) -> None:
         if self.scores:
             raise ConfigError(f"{self.folder}: a model that reads pictures gets no scalar head")
-        if not mesh.alone:
+        if mesh.layout.context > 1 and read_vision_language(self.folder).is_bidirectional:
             raise ConfigError(
-                f"{self.folder}: a model that reads pictures is trained in one process, and this job has "
-                f"{mesh.layout.world_size}"
+                f"parallel: context cuts rows, and the tokens of a picture see each other in {self.folder}; take data_shard, "
+                "tensor or pipeline instead"
             )
         if self.adapter is not None and self.adapter.quantize is not None:
             raise ConfigError("adapter.quantize: a model that reads pictures is trained beside whole weights; leave it out")
@@ -280,6 +279,9 @@ def open_beside(folder: Path, device: torch.device | str, mesh: Mesh, *, seed_of
 
 
 def _empty(folder: Path, seed_of_head: int | None) -> _Empty:
+    if seed_of_head is None and is_vision_folder(folder):
+        config = read_vision_language(folder)
+        return _Empty(VisionDecoder.empty(config), find_vision_tensors(folder, config), {})
     stored = find_tensors(folder, read_model_config(folder))
     shape, added = stored.config, {}
     if seed_of_head is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import TypeVar
 
@@ -142,14 +143,30 @@ class _RandomBatches(StatelessBatches):
 
 
 def _with_pictures(batch: Batch, config: VisionLanguageConfig) -> Batch:
-    """The batch with a picture of one tile at the beginning of each row, as far as it holds one."""
+    """The batch with a picture of one tile at the beginning of each row, as far as it holds one; of those in shapes of their
+    own a square, of at most a quarter of a row."""
     rows, columns = batch.tokens_BT.shape
+    if config.vision.is_native:
+        return _with_squares(batch, config)
     side, count = config.vision.image_size, config.tokens_per_tile
     tiles = np.random.default_rng(0).integers(0, 256, (rows, side, side, 3), np.uint8)
     vector_of_token_BT = torch.arange(columns).expand(rows, columns) + torch.arange(rows)[:, None] * count
     vector_of_token_BT = vector_of_token_BT.masked_fill(torch.arange(columns) >= count, -1)
     table = PictureTable(tiles, Preprocessor("fixed", 2), count, ())
-    return replace(batch, vector_of_token_BT=vector_of_token_BT, pictures=table)
+    return batch.showing(table, vector_of_token_BT)
+
+
+def _with_squares(batch: Batch, config: VisionLanguageConfig) -> Batch:
+    rows, columns = batch.tokens_BT.shape
+    vision, tokens = config.vision, max(1, isqrt(columns // 4))
+    side = tokens * vision.image_size
+    tiles = np.random.default_rng(0).integers(0, 256, rows * side**2 * 3, np.uint8)
+    frames = vision.temporal_patch_size
+    prepared = Preprocessor("native", 3, patch_size=vision.patch_size, merge_size=vision.merge_size, temporal_patch_size=frames)
+    table = PictureTable(tiles, prepared, 0, (), np.full((rows, 2), side, np.int64))
+    columns_T, count = torch.arange(columns), tokens**2
+    vector_of_token_BT = (columns_T + torch.arange(rows)[:, None] * count).masked_fill(columns_T >= count, -1)
+    return batch.showing(table, vector_of_token_BT)
 
 
 def _random_batch(config: LoopConfig, vocab_size: int) -> Batch:

@@ -216,5 +216,5 @@ def test_a_tag_is_read_once_however_often_it_names_a_licences_host(monkeypatch):
 
     monkeypatch.setattr(pages, "_ATTRIBUTE", Counting())
     hosts = "https://creativecommons.org/licenses/by/4.0/ " * 40
-    pages._license_link(f'<a title="{hosts}">x</a> <a href="https://creativecommons.org/licenses/by/4.0/">'.encode())
+    pages.license_link(f'<a title="{hosts}">x</a> <a href="https://creativecommons.org/licenses/by/4.0/">'.encode())
     assert len(read) == 2

@@ -119,7 +119,7 @@ def page_document(
     if opted_out := opt_out(head, headers):
         said["opt_out"] = opted_out
         tally.counts["opted_out"] += 1
-    stated = _license_link(decoded)
+    stated = license_link(decoded)
     host = urlsplit_host(url) if url else None
     return Document(locator, text, url=url, license=stated or license, group=group or host, metadata=said)
 
@@ -153,7 +153,7 @@ def _rules(value: str, robot: str) -> set[str]:
     return rules & _OPT_OUT_RULES | {f"{robot}: {rule}" for rule in closed}
 
 
-def _license_link(page: bytes) -> str | None:
+def license_link(page: bytes) -> str | None:
     """The licence that a page links as its own, with `rel="license"`. Known licences' hosts are looked for, which is
     many times faster than to look at every link."""
     for host in LICENSE_HOSTS:

@@ -18,7 +18,7 @@ import re
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -236,6 +236,48 @@ class Warc(PageFormat):
 
 
 open_warc = Warc.open
+
+
+@dataclass(frozen=True)
+class ServedRecord:
+    """What an archive says of something that was served, without its content. kind: its media type. opt_out: what its host said
+    against training."""
+
+    url: str
+    kind: str
+    place: str
+    charset: str | None
+    headers: list[tuple[str, str]]
+    opt_out: str | None
+
+
+def served_records(
+    entry: Entry, wants: Callable[[ServedRecord], bool], limit: int, tally: Tally
+) -> Iterator[tuple[ServedRecord, bytes]]:
+    """What a WARC file holds under addresses, pages or not, with the content of those that are wanted. limit: the most bytes of
+    a content; larger ones, and damaged records, are set aside."""
+    with closing(_Records(entry, 0, limit, tally)) as records:
+        for _, place, raw in records:
+            try:
+                types = WarcRecordType.response | WarcRecordType.resource
+                record = next(iter(ArchiveIterator(io.BytesIO(raw), record_types=types, auto_decode="all")), None)
+                url = encodable(record.headers.get("WARC-Target-URI") or "").strip("<>") if record is not None else ""
+                if record is None or not url:
+                    continue
+                kind, headers = _served(record)
+                charset = record.http_charset if record.is_http_parsed else None
+                said = record.headers.get(OPT_OUT_FIELD)
+                served = ServedRecord(url, kind, place, charset, headers, encodable(said) if said else None)
+                if not kind or not wants(served):
+                    continue
+                content = record.reader.read(limit + 1)
+            except (ValueError, OSError) as error:
+                tally.set_aside("damaged_records", place, str(error))
+                continue
+            if len(content) > limit:
+                tally.set_aside("too_large", place, f"over {limit:,} bytes")
+            else:
+                yield served, content
 
 
 def _served(record: WarcRecord) -> tuple[str, list[tuple[str, str]]]:

@@ -238,6 +238,14 @@ def merged_in_place(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def merge_into(model: nn.Module, adapter: Adapter) -> None:
+    """Add an adapter's updates to the weights of a model in one process, in place."""
+    for name, update in adapter.updates.items():
+        weight = model.get_parameter(f"{name}.weight")
+        weight.copy_(update.on(weight))
+
+
+@torch.no_grad()
 def merged(model: Decoder, adapter: Adapter) -> Decoder:
     """A decoder of its own with the update in every weight that an adapter changes, in the weights' type, and else with the
     model's tensors; codes are dequantised, and matrices that lie in half precision in a model that does not are widened. An

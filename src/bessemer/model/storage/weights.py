@@ -175,22 +175,25 @@ class StoredTensors:
 
     config: as in config.json, but without multi-token prediction where the files have no tensors of it, as `transformers` does
     not save them. shapes: of the decoder's tensors, by our names. files: for each file, its tensors' names and which of our
-    tensors they hold. second_head: the file that holds the tied embedding a second time, as the head.
+    tensors they hold. second_head: the file that holds the tied embedding a second time, as the head, under `head_name`.
     """
 
     config: ModelConfig
     shapes: dict[str, tuple[int, ...]]
     files: dict[Path, dict[str, Stored | StoredPart]]
     second_head: Path | None
+    head_name: str = HEAD
 
     def check_second_head(self, embedding: Tensor) -> None:
         """Raise ArtefactError when the head that the files hold beside a tied embedding differs from it: that is another
         model."""
         assert self.second_head is not None
         with opening(self.second_head):
-            head = WeightsFile(self.second_head).kept(HEAD)
+            head = WeightsFile(self.second_head).kept(self.head_name)
         if not torch.equal(head.to(embedding.device, embedding.dtype), embedding):
-            raise ArtefactError(f"{self.second_head}: tensor {HEAD!r} differs from the embedding that config.json ties it to")
+            raise ArtefactError(
+                f"{self.second_head}: tensor {self.head_name!r} differs from the embedding that config.json ties it to"
+            )
 
 
 def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None) -> StoredTensors:

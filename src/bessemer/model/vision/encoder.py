@@ -42,6 +42,22 @@ class Pixels(NamedTuple):
     mask: Tensor | None = None
     shapes: Tensor | None = None
 
+    @classmethod
+    def joined(cls, pictures: Sequence[Pixels]) -> Pixels:
+        """Pictures in their own shapes as one sequence of patches, (L, …)."""
+        return cls(
+            torch.cat([one.values for one in pictures]), shapes=torch.cat([cast(Tensor, one.shapes) for one in pictures])
+        )
+
+    def chosen(self, pictures_N: Tensor) -> Pixels:
+        """Some of the pictures or tiles, by their numbers. Of patches that follow each other, (L, …), those of these."""
+        if self.shapes is None or self.mask is not None:
+            parts = (None if part is None else part[pictures_N.to(part.device)] for part in self)
+            return Pixels(*cast(tuple[Tensor, Tensor | None, Tensor | None], tuple(parts)))
+        pictures_N = pictures_N.to(self.shapes.device)
+        patches = self.values.split(self.shapes.prod(1).tolist())
+        return Pixels(torch.cat([patches[number] for number in pictures_N.tolist()]), shapes=self.shapes[pictures_N])
+
 
 class PatchEmbeddings(nn.Module):
     """Patches as vectors, with what tells their places."""

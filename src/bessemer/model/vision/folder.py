@@ -30,6 +30,7 @@ from bessemer.model.storage.weights import (
     EMBEDDING,
     HEAD,
     Entry,
+    StoredTensors,
     WeightsFile,
     check_plain,
     opening,
@@ -49,7 +50,7 @@ from bessemer.model.vision.encoder import VisionEncoder
 from bessemer.model.vision.model import VisionLanguageModel
 
 #: Prefixes of our tensors' names.
-_DECODER, _ENCODER, _PROJECTOR = "decoder.", "vision.encoder.", "vision.projector."
+_DECODER, _VISION, _ENCODER, _PROJECTOR = "decoder.", "vision.", "vision.encoder.", "vision.projector."
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 #: Files of a folder that say how pictures and prompts are prepared.
@@ -90,17 +91,29 @@ def load_vision_language(
     config = read_vision_language(folder)
     with torch.device("meta"):
         model = VisionLanguageModel(config)
-    stored = list(_stored(config, list(model.state_dict())))
-    spellings = {one.name: list(_spellings(config, one.name)) for one in stored}
-    shapes = _shapes(model)
-    files, second_head = _find(folder, stored, spellings, shapes, _is_ignored(config), config.text.tie_word_embeddings)
-    weights = read_weights(files, shapes, torch.device(device), dtype)
-    if second_head is not None:
-        _check_second_head(*second_head, weights[_DECODER + EMBEDDING])
-    _fill(model, weights)
+    stored = find_vision_tensors(folder, config)
+    weights = read_weights(stored.files, stored.shapes, torch.device(device), dtype)
+    if stored.second_head is not None:
+        stored.check_second_head(weights[EMBEDDING])
+    _fill(model, {name if name.startswith(_VISION) else _DECODER + name: tensor for name, tensor in weights.items()})
     # the tables of rotary positions are no part of the weights
     model.decoder.to(device)
     return model.eval()
+
+
+def find_vision_tensors(folder: Path, config: VisionLanguageConfig) -> StoredTensors:
+    """The tensors of a model's folder: the decoder's by its own names, the encoder's and the projector's under `vision.`.
+    Raises ArtefactError as `find_tensors`."""
+    with torch.device("meta"):
+        whole = _shapes(VisionLanguageModel(config))
+    shapes = {name.removeprefix(_DECODER): shape for name, shape in whole.items()}
+    stored = [
+        replace(one, views=tuple(replace(view, name=view.name.removeprefix(_DECODER)) for view in one.views))
+        for one in _stored(config, list(whole))
+    ]
+    spellings = {one.name: list(_spellings(config, one.name)) for one in stored}
+    files, second = _find(folder, stored, spellings, shapes, _is_ignored(config), config.text.tie_word_embeddings)
+    return StoredTensors(config.text, shapes, files, *(second or (None,)))
 
 
 def save_vision_language(model: VisionLanguageModel, folder: Path, *, processor: Path | None) -> None:
@@ -193,13 +206,6 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict(weights, assign=True)
-
-
-def _check_second_head(path: Path, name: str, embedding: Tensor) -> None:
-    with opening(path):
-        head = WeightsFile(path).kept(name)
-    if not torch.equal(head.to(embedding.device, embedding.dtype), embedding):
-        raise ArtefactError(f"{path}: tensor {name!r} differs from the embedding that config.json ties it to")
 
 
 def _stored(config: VisionLanguageConfig, names: Sequence[str]) -> Iterator[Stored]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -58,6 +60,37 @@ def rope_positions(spans: Sequence[GridSpan], start: int, count: int) -> Iterato
         yield (position + token - place,) * 3
 
 
+def packed_rope_positions(
+    positions_T: NDArray[np.int64], documents_T: NDArray[np.int64], spans: Sequence[GridSpan]
+) -> NDArray[np.int64]:
+    """Positions in time, rows and columns of the tokens of a packed row, (T, 3).
+
+    positions_T, documents_T: as of a batch. spans: the row's pictures; of one that is cut off at its beginning, `first` is the
+    place that its first token would have. A document whose positions begin behind 0 goes on from the one before it that does
+    not, with which it shares so many tokens.
+    """
+    length = len(positions_T)
+    advance_T, behind_T2 = np.ones(length, np.int64), np.zeros((length, 2), np.int64)
+    for first, rows, columns in spans:
+        places = np.arange(max(first, 0), min(first + rows * columns, length))
+        inside = places - first
+        advance_T[places] = 0
+        if len(places) and inside[-1] == rows * columns - 1:
+            advance_T[places[-1]] = max(rows, columns)
+        behind_T2[places] = np.stack([inside // columns, inside % columns], axis=-1)
+    passed_T = np.concatenate([[0], np.cumsum(advance_T)])
+    begins = np.flatnonzero(np.diff(documents_T, prepend=documents_T[:1] - 1))
+    time_T = np.empty(length, np.int64)
+    whole = 0
+    for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), length], strict=True):
+        shared = int(positions_T[begin])
+        if not shared:
+            whole = begin
+        before = passed_T[whole + shared] - passed_T[whole]
+        time_T[begin:end] = passed_T[begin:end] - passed_T[begin] + before
+    return np.concatenate([time_T[:, None], time_T[:, None] + behind_T2], axis=1)
+
+
 class PatchEmbed(nn.Module):
     """Patches, each of several frames of a film, as vectors."""
 
@@ -91,9 +124,11 @@ class NativeAttention(nn.Module):
 
 
 def _turned(heads_HLC: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = heads_HLC.float().chunk(2, dim=-1)
+    # in float32 at least
+    wide_HLC = heads_HLC.to(torch.promote_types(heads_HLC.dtype, torch.float32))
+    first, second = wide_HLC.chunk(2, dim=-1)
     partner = torch.cat((-second, first), dim=-1)
-    return (heads_HLC.float() * cosine + partner * sine).to(heads_HLC.dtype)
+    return (wide_HLC * cosine + partner * sine).to(heads_HLC.dtype)
 
 
 class GatedMlp(nn.Module):

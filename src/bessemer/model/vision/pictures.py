@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: The kinds of files that are read; nothing else of Pillow's decoders is loaded by a file's content.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -60,8 +66,29 @@ def read_picture(source: bytes | Path, name: str = "the picture") -> Picture:
     damaged, has several frames, more than `MOST_PIXELS` pixels or a side `MOST_ASPECT` times the other, and for the colours of
     printing (CMYK) and 16 bits a colour, which have no exact form here. Raises ConfigError without the package Pillow.
     """
+    with _opened(source, name) as image:
+        from PIL import Image, ImageOps
+
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            layered = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", layered.size, (255, 255, 255, 255)), layered)
+        return Picture.of(np.asarray(upright.convert("RGB")))
+
+
+def picture_size(source: bytes | Path, name: str = "the picture") -> tuple[int, int]:
+    """Width and height of a picture as its file's header says them, before it is turned upright; no pixel is decoded. Raises as
+    `read_picture` for what a header tells."""
+    with _opened(source, name) as image:
+        return int(image.size[0]), int(image.size[1])
+
+
+@contextmanager
+def _opened(source: bytes | Path, name: str) -> Iterator[Image.Image]:
+    """A file whose header has been checked; whatever goes wrong with it is a RequestError of one line."""
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise ConfigError(install_advice("PIL")) from None
     data = _bytes_of(source, name)
@@ -71,12 +98,7 @@ def read_picture(source: bytes | Path, name: str = "the picture") -> Picture:
             # two pictures of one camera lie in an MPO; the first is the picture
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise RequestError(f"{name} has several frames; give one of them")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                layered = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", layered.size, (255, 255, 255, 255)), layered)
-            return Picture.of(np.asarray(upright.convert("RGB")))
+            yield image
     except Image.DecompressionBombError:
         raise RequestError(f"{name} has more than {MOST_PIXELS:,} pixels; make it smaller") from None
     except UnidentifiedImageError:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.model.vision.config import VisionLanguageConfig
+from bessemer.model.vision.costs import PicturesOfStep, VisionMemory, reading_memory
 from bessemer.model.vision.model import Vision
 from bessemer.model.vision.native import GridSpan
 from bessemer.model.vision.pictures import Picture
@@ -97,6 +98,29 @@ class PictureReader:
         """The token that a chat template writes for a picture."""
         around = self.config.around
         return self.image_token_id if around is None else around[0]
+
+    @property
+    def memory(self) -> VisionMemory:
+        """What the encoder takes, and the largest picture while it is read."""
+        return reading_memory(self.config, self.largest, next(self.vision.parameters()).dtype.itemsize)
+
+    @property
+    def largest(self) -> PicturesOfStep:
+        """The most patches and vectors of a picture; those of one that is 16 tiles wide, where tiles are not limited."""
+        config, preprocessor = self.config, self.preprocessor
+        if config.vision.is_native:
+            pixels = (config.vision.patch_size * config.vision.merge_size) ** 2
+            return PicturesOfStep.of_tiles(config, preprocessor.max_pixels // pixels)
+        tiles = 1
+        if preprocessor.pan_and_scan is not None:
+            tiles += preprocessor.pan_and_scan.most_crops
+        elif preprocessor.method == "tiles" and preprocessor.splits:
+            side = preprocessor.max_image_size
+            longest = preprocessor.size if isinstance(preprocessor.size, int) else 16 * side
+            across = -(-longest // side)
+            # as many as across, and the whole, made small
+            tiles = across**2 + 1 if across > 1 else 1
+        return PicturesOfStep.of_tiles(config, tiles)
 
     @property
     def least_chunk(self) -> int:

@@ -6,11 +6,13 @@ parameters are `vision.encoder.…` and `vision.projector.…`, and settings fre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder
@@ -28,15 +30,82 @@ class BatchPictures(NamedTuple):
     """The pictures of a batch, and which of their vectors each token is.
 
     pixels: of all tiles. vector_of_token_BT: int64, the place of a token's vector among those of all tiles, tile by tile; −1
-    for a token that is no picture's.
+    for a token that is no picture's. rope_3BT: as of `Decoder.hidden`.
     """
 
     pixels: Pixels
     vector_of_token_BT: Tensor
+    rope_3BT: Tensor | None = None
+
+
+def needed_pictures(vector_of_token_BT: Tensor, first_vector_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of the pictures or tiles that some tokens need, and these tokens' places among the vectors of them, −1 as it
+    was. The first one, which then has no token, where they need none, so that the encoder's parameters always have a gradient.
+
+    first_vector_N: the number of the first vector of each, and behind them how many there are of all, (N + 1), int64.
+    """
+    is_picture_BT = vector_of_token_BT >= 0
+    picture_BT = torch.searchsorted(first_vector_N, vector_of_token_BT.clamp(min=0), right=True) - 1
+    needed_M = torch.unique(picture_BT[is_picture_BT])
+    if not len(needed_M):
+        needed_M = torch.zeros(1, dtype=torch.int64, device=vector_of_token_BT.device)
+    counts_M = first_vector_N[needed_M + 1] - first_vector_N[needed_M]
+    place_BT = torch.searchsorted(needed_M, picture_BT).clamp(max=len(needed_M) - 1)
+    before_BT = (counts_M.cumsum(0) - counts_M)[place_BT]
+    inside_BT = vector_of_token_BT - first_vector_N[picture_BT]
+    return needed_M, torch.where(is_picture_BT, before_BT + inside_BT, -1)
+
+
+class SeenPictures(NamedTuple):
+    """What a decoder's layers are given of pictures: arguments of `Decoder.hidden`. embedded: None without the encoder."""
+
+    embedded: EmbeddedRows | None
+    seen_until_BT: Tensor | None
+    rope_3BT: Tensor | None
+
+
+def seen_pictures(
+    config: VisionLanguageConfig,
+    vision: Vision | None,
+    pictures: BatchPictures,
+    own_tokens: Callable[[Tensor], Tensor] | None = None,
+) -> SeenPictures:
+    """The pictures of a batch as a decoder sees them.
+
+    vision: None where its encoder lies in another process, and no pixels are read. own_tokens: of values of tokens, (B, T),
+    those whose embeddings are computed here, and no other pictures are encoded; None: all.
+    """
+    whole_BT, ends_BT = pictures.vector_of_token_BT, None
+    if config.is_bidirectional:
+        is_first_BT = whole_BT % config.tokens_per_tile == 0
+        ends_BT = ends_of_runs(whole_BT >= 0, is_first_BT)
+    if vision is None:
+        return SeenPictures(None, ends_BT, pictures.rope_3BT)
+    pixels, own_BT = pictures.pixels, whole_BT
+    if own_tokens is not None:
+        needed_M, own_BT = needed_pictures(own_tokens(whole_BT), _first_vectors(config, pixels))
+        pixels = pixels.chosen(needed_M)
+    vectors_MD = vision(pixels).flatten(0, 1)
+    own_N = own_BT.flatten()
+    rows_M = (own_N >= 0).nonzero()[:, 0]
+    return SeenPictures(EmbeddedRows(rows_M, vectors_MD[own_N[rows_M]]), ends_BT, pictures.rope_3BT)
+
+
+def _first_vectors(config: VisionLanguageConfig, pixels: Pixels) -> Tensor:
+    """As `needed_pictures` takes them."""
+    if config.vision.is_native:
+        assert pixels.shapes is not None
+        counts_N = pixels.shapes.prod(1) // config.vision.merge_size**2
+    else:
+        counts_N = torch.full((len(pixels.values),), config.tokens_per_tile)
+    return functional.pad(counts_N.cumsum(0), (1, 0)).to(pixels.values.device)
 
 
 class VisionDecoder(Decoder):
     """A decoder, and the encoder and projector of the pictures that it reads."""
+
+    #: Of values of tokens, (B, T), those whose embeddings this process computes; None: all. `distributed.tensor` changes it.
+    own_tokens: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config.text)
@@ -70,13 +139,7 @@ class VisionDecoder(Decoder):
     def hidden(self, tokens_BT: Tensor, *, pictures: BatchPictures | None = None, **others: Any) -> Tensor:  # type: ignore[override]
         """As `Decoder.hidden`. pictures: whose vectors take the places of their tokens' embeddings."""
         if pictures is not None:
-            vectors_MD = self.vision(pictures.pixels).flatten(0, 1)
-            vector_of_token_N = pictures.vector_of_token_BT.flatten()
-            rows_M = (vector_of_token_N >= 0).nonzero()[:, 0]
-            others["embedded"] = EmbeddedRows(rows_M, vectors_MD[vector_of_token_N[rows_M]])
-            if self.vision_config.is_bidirectional:
-                is_first_BT = pictures.vector_of_token_BT % self.vision_config.tokens_per_tile == 0
-                others["seen_until_BT"] = ends_of_runs(pictures.vector_of_token_BT >= 0, is_first_BT)
+            others |= seen_pictures(self.vision_config, self.vision, pictures, self.own_tokens)._asdict()
         return super().hidden(tokens_BT, **others)
 
 

@@ -26,10 +26,12 @@ REVISIONS, SYNTHETIC = "made/revisions", "made/synthetic"
 CITED = "made/cited"
 #: Questions of an index with the passages that answer them, and others.
 QUESTIONS = "made/questions"
+#: Pictures of pages and PDFs with their texts.
+PICTURES = "made/pictures"
 #: Data made from the run's own documents: its name in `data`.
 DOCS_QUESTIONS = "made/docs_questions"
 #: All data that a recipe makes and `sft` reads.
-MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC, CITED)
+MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC, CITED, PICTURES)
 #: Pairs that a model has judged; pairs of honest and dishonest answers; pairs made of the conversations of `sft`.
 PREFERENCES, HONESTY, MISMATCHED = "made/preferences", "made/honesty", "made/mismatched"
 #: Answers to forget and to keep, made of a corpus.
@@ -59,6 +61,7 @@ _KINDS: Mapping[str, str] = {
     REVISIONS: "revisions",
     SYNTHETIC: "synthetic",
     CITED: "cited",
+    PICTURES: "pictures",
     QUESTIONS: "questions",
     PREFERENCES: "preferences",
     HONESTY: "honesty",

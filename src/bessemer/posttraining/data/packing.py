@@ -472,6 +472,8 @@ def placed(batch: Batch, pictures: PictureEncoder | None) -> Batch:
         twins = pictures.placed(mismatched(batch))
         if twins.vector_of_token_BT is not None:
             own = {f"{_TWIN}tokens_BT": twins.tokens_BT, f"{_TWIN}vector_of_token_BT": twins.vector_of_token_BT}
+            if twins.rope_BT3 is not None:
+                own[f"{_TWIN}rope_BT3"] = twins.rope_BT3
             whole = whole.with_values(per_token=own)
     return whole
 
@@ -485,6 +487,7 @@ def mismatched(batch: Batch) -> Batch:
         of[f"{_TWIN}positions_BT"],
         of[f"{_TWIN}document_ids_BT"],
         vector_of_token_BT=of.get(f"{_TWIN}vector_of_token_BT"),
+        rope_BT3=of.get(f"{_TWIN}rope_BT3"),
         pictures=batch.pictures,
         per_sequence={"is_answer": batch.per_sequence["is_answer"]},
         sequences=batch.sequences,

@@ -11,11 +11,13 @@ import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from bessemer.core.errors import ConfigError, RequestError
+from bessemer.core.errors import RequestError
 from bessemer.model.vision.folder import is_vision_folder, read_vision_language
 from bessemer.model.vision.model import Vision
 from bessemer.model.vision.pictures import Picture, read_picture
@@ -25,6 +27,7 @@ from bessemer.posttraining.data.encoding import Encoded, encode_answer
 from bessemer.posttraining.data.formats import Answered, Message
 from bessemer.posttraining.data.picture_rows import has_pictures, sources_in
 from bessemer.posttraining.data.turns import RowError
+from bessemer.tasks.picture_files import StoredPicture
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batch import Batch
 from bessemer.training.data.pictures import PictureFile
@@ -40,18 +43,23 @@ class PromptPictures:
     """A prompt with its pictures, as tokens: for an engine, and for batches of what the engine sampled.
 
     asked: as the chat template writes it, with one image token for each picture. ids: with as many as it has vectors. vectors:
-    of each of `ids` the number of its vector, as in `PictureTable`; -1 for text.
+    of each of `ids` the number of its vector, as in `PictureTable`; -1 for text. encoder: None in a copy from another process,
+    whose pixels lie there.
     """
 
     asked: list[int]
     ids: list[int]
     vectors: np.ndarray
-    encoder: PictureEncoder
+    encoder: PictureEncoder | None
     _shown: tuple[Prepared, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "encoder": None}
 
     @property
     def pictures(self) -> list[Prepared]:
         """The prepared pictures, whose tiles lie in the run's file."""
+        assert self.encoder is not None, "prompts are sampled where they were read"
         return [replace(one, tiles=self.encoder.file.tiles_of(one.digest)) for one in self._shown]
 
 
@@ -110,13 +118,9 @@ class PictureEncoder:
         read."""
         if self.file.is_empty:
             return batch
-        is_picture_BT = batch.tokens_BT < 0
-        return replace(
-            batch,
-            tokens_BT=batch.tokens_BT.masked_fill(is_picture_BT, self.reader.image_token_id),
-            vector_of_token_BT=torch.where(is_picture_BT, -1 - batch.tokens_BT, -1),
-            pictures=self.file.table(),
-        )
+        is_picture_BT, table = batch.tokens_BT < 0, self.file.table()
+        readable = replace(batch, tokens_BT=batch.tokens_BT.masked_fill(is_picture_BT, self.reader.image_token_id))
+        return readable.showing(table, torch.where(is_picture_BT, -1 - batch.tokens_BT, -1))
 
 
 def encode_seen(answered: Answered, tokenizer: Tokenizer, folder: Path | None, pictures: PictureEncoder | None) -> Encoded:
@@ -138,7 +142,9 @@ def prepared_picture(reader: PictureReader, source: str, folder: Path | None) ->
 
 
 def picture_of(source: str, folder: Path | None) -> Picture:
-    """The picture of a path or a `data:` URI. folder: where relative paths begin. Raises RequestError."""
+    """The picture of a path, a `data:` URI or a `StoredPicture`. folder: where relative paths begin. Raises RequestError."""
+    if isinstance(source, StoredPicture):
+        return read_picture(source.read(), f"{source.place}: its picture")
     if not source.startswith("data:"):
         return read_picture((folder or Path()) / source, "its picture")
     head, _, data = source.partition(",")
@@ -156,10 +162,15 @@ def open_picture_encoder(model: Path, tokenizer: Tokenizer, file: Path) -> Pictu
     if not is_vision_folder(model):
         return None
     config = read_vision_language(model)
-    if config.vision.is_native:
-        raise ConfigError(f"{model}: pictures in shapes of their own are not trained on yet; they are served")
     # the settings alone are read, not the weights
     with torch.device("meta"):
         vision = Vision(config)
     reader = open_picture_reader(vision, model, tokenizer)
-    return PictureEncoder(reader, PictureFile(file, reader.preprocessor, config.tokens_per_tile))
+    count = 0 if config.vision.is_native else config.tokens_per_tile
+    return PictureEncoder(reader, PictureFile(own_file(file), reader.preprocessor, count))
+
+
+def own_file(file: Path) -> Path:
+    """The file, or of several processes one for each: each maps what it has written itself."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return file if rank == 0 else file.with_name(f"{file.stem}-{rank}{file.suffix}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,6 +43,7 @@ from bessemer.posttraining.data.packing import (
 from bessemer.posttraining.data.picture_encoding import PICTURES, PictureEncoder, open_picture_encoder
 from bessemer.posttraining.data.splitting import opening_of, split_examples
 from bessemer.posttraining.data.template_record import keep_template
+from bessemer.posttraining.picture_memory import say_step_memory
 from bessemer.posttraining.preference.config import KTO, NPO, PAIR_LOSSES, PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import (
@@ -321,6 +323,8 @@ def preference(
         )
     if config.steps is None:
         config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * data.rows)))
+    if data.training.pictures is not None and not dist.is_initialized():
+        say_step_memory(run.progress.say, config, model, data.training, run.device)
     # the reference reads both sets once
     read_once = data.training.tokens_BT.numel() + data.validation.tokens_BT.numel() if data.needs_reference else 0
     cost = RunCost(data.validation.tokens_BT.numel(), read_once)

@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from bessemer.core.errors import ConfigError, RequestError, SourceError
 from bessemer.core.hashing import derive_seed
@@ -17,6 +19,7 @@ from bessemer.core.records import TABLES
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
 from bessemer.model.storage.model_config import holds_codes
+from bessemer.model.vision.folder import read_vision_language
 from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, folder_of, read_examples
 from bessemer.posttraining.data.formats import Turns, about_pictures, messages_of
 from bessemer.posttraining.data.made import data_path, is_data_name
@@ -24,6 +27,7 @@ from bessemer.posttraining.data.picture_encoding import PICTURES, PictureEncoder
 from bessemer.posttraining.data.picture_rows import has_pictures, pictures_of
 from bessemer.posttraining.data.splitting import opening, split_examples
 from bessemer.posttraining.data.template_record import keep_template
+from bessemer.posttraining.picture_memory import memory_line, pictures_of_prompts, step_memory
 from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.rewards.config import RewardContext, RewardTask
 from bessemer.posttraining.rewards.judge import Judge
@@ -39,7 +43,7 @@ from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts
 from bessemer.posttraining.sampling.served_policy import ServedPolicy
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
-from bessemer.tasks.registry import TASKS, find_tasks
+from bessemer.tasks.registry import TASKS, find_tasks, placed_task
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -107,6 +111,10 @@ def rl(
         rollouts = math.ceil(config.epochs * len(training) / config.groups)
         config = config.with_changes(steps=rollouts * config.updates)
 
+    if pictures is not None and not pictures.file.is_empty and not dist.is_initialized():
+        shown = [prompt.pictures.vectors for prompt in training if prompt.pictures is not None]
+        run.progress.say(_memory_line(config, model, pictures, shown, run.device))
+
     def trial(config: RLConfig, out: Path) -> object:
         return rl(config, model, out, reward_model=reward_model, **run.trial_options)
 
@@ -167,6 +175,17 @@ def rl(
         **reader.figures,
         **{name: value for name, value in summary.items() if name not in without},
     }
+
+
+def _memory_line(config: RLConfig, model: Path, pictures: PictureEncoder, shown: Sequence[np.ndarray], device: str) -> str:
+    """The memory of a step on a mini-batch, whose completions are as long as a row; shown: of each prompt with pictures, the
+    vectors of its tokens."""
+    vision = read_vision_language(model)
+    rows = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    prompts = -(-rows // config.group_size)
+    of_step = pictures_of_prompts(pictures.file.table(), shown, prompts, min(rows, config.group_size), vision)
+    beside = int(needs_reference(config))
+    return memory_line(step_memory(config, vision, of_step, choose_device(device).type, models_beside=beside))
 
 
 def _check_pictures(config: RLConfig) -> None:
@@ -286,7 +305,7 @@ def _task(name: str, config: RLConfig, folder: Path) -> GenerationTask:
     if not is_file and name not in TASKS:
         raise ConfigError(f"data: {name!r} is neither a file of {', '.join(TABLES)} nor a task; there are {', '.join(TASKS)}")
     options = TaskOptions(data=data, chat=config.chat or None, system=config.system)
-    (task,) = find_tasks([str(folder / name) if is_file else name], options)
+    (task,) = find_tasks([placed_task(name, folder)], options)
     if not isinstance(task, GenerationTask):
         raise ConfigError(f"data: the task {task.name} is asked by likelihood; rl needs one whose answers are generated")
     return task

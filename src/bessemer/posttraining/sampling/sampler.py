@@ -115,7 +115,7 @@ class Sampler:
                 # an engine shows pictures to no adapter
                 merges |= isinstance(model, VisionDecoder)
                 self.adapter = None if merges else _ADAPTER
-                if merges:
+                if merges and models.mesh.alone:
                     entered.enter_context(merged_in_place(model))
             if self._engine is None:
                 self._engine = self._new_engine(model, kernels)
@@ -123,7 +123,11 @@ class Sampler:
                 self._engine.wake()
             if self._copy is not None and self.adapter is None:
                 copy_trained(model, self._copy)
-            if self.adapter is None:
+            if self.adapter is None and isinstance(self._engine, CollectiveEngine):
+                # shards of weights are merged with a whole adapter in the engine's copy
+                beside = models.adapter() if adapters_of(model) else None
+                self._engine.update_weights(version=models.version, adapter=beside)
+            elif self.adapter is None:
                 self._engine.update_weights(version=models.version)
             else:
                 self._engine.update_adapter(self.adapter, models.adapter(), version=models.version)

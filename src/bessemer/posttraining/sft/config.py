@@ -14,6 +14,7 @@ from bessemer.posttraining.data.made import (
     DOCS_QUESTIONS,
     MADE_DATA,
     ON_BAD_ROW,
+    PICTURES,
     PLACES,
     REVISIONS,
     SYNTHETIC,
@@ -40,8 +41,8 @@ class SFTConfig(TuningConfig):
     trains_modules: ClassVar[bool] = True
 
     data: list[str] = setting(
-        description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS}, {SYNTHETIC} and {CITED} of stages above; a task whose "
-        f"right answers are known, as in {TASK}sums; {PLACES}: {{messages}}, {{prompt, completion}}, ShareGPT's "
+        description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS}, {SYNTHETIC}, {CITED} and {PICTURES} of stages above; a "
+        f"task whose right answers are known, as in {TASK}sums; {PLACES}: {{messages}}, {{prompt, completion}}, ShareGPT's "
         "{conversations}, Alpaca's {instruction, input, output}, or texts, which are learnt whole (docs/rows.md); or your own "
         "file.py:function that gives such rows.",
         default_factory=lambda: [DOCS_QUESTIONS],

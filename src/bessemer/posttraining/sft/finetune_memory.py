@@ -30,6 +30,7 @@ from bessemer.model.parts import Numerics
 from bessemer.model.quantisation.config import SCHEMES, QuantizeConfig
 from bessemer.model.quantisation.quantised_decoder import quantisable
 from bessemer.model.vision.config import VisionLanguageConfig
+from bessemer.model.vision.costs import PicturesOfStep, training_memory
 from bessemer.posttraining.sft.config import Method
 from bessemer.training.logit_chunks import chunk_size
 
@@ -58,7 +59,8 @@ class TuningShape:
     frozen weights under an adapter; None: not quantised. stored: bytes of a model that is stored quantised; None: it is not.
     patterns: names of the layers that an adapter changes; empty: all. whole: names of modules that are trained whole besides.
     micro_batches: number in a step; their gradients are summed. paged: whether AdamW's means lie outside the device's memory
-    (`training.optim.paged`)."""
+    (`training.optim.paged`). wide_base: whether the frozen weights under an adapter lie in float32 whatever products read, as
+    those of models that read pictures do."""
 
     rows: int
     length: int
@@ -74,6 +76,7 @@ class TuningShape:
     recompute: Recompute = "none"
     micro_batches: int = 1
     paged: bool = False
+    wide_base: bool = False
 
     @property
     def tokens(self) -> int:
@@ -87,10 +90,6 @@ class TuningMemory:
 
     parts: Mapping[str, float]
     peak: float
-
-    def with_part(self, name: str, needed: float) -> TuningMemory:
-        """The memory with a part more, which exists beside all others."""
-        return TuningMemory({**self.parts, name: needed}, self.peak + needed)
 
 
 @dataclass(frozen=True)
@@ -108,22 +107,16 @@ class _Numbers:
     whole: int = 0
 
 
-def vision_memory(config: VisionLanguageConfig, method: Method, tiles: float) -> float:
-    """The memory of an encoder and its projector in a step on some tiles: weights, and where they are trained (`full`) their
-    gradients, AdamW's means and what each layer keeps for its backward pass: its input, two norms, four projections, the
-    attention, and twice the width within its feed-forward network."""
-    vision = config.vision
-    width, inner, patches = vision.hidden_size, vision.intermediate_size, vision.grid**2
-    block = 4 * width**2 + 2 * width * inner
-    # Gemma 3's and Idefics3's are one matrix, LLaVA's two
-    second = 0 if config.scale_factor or config.pooled_side else config.text.hidden_size
-    projector = (width * max(config.scale_factor, 1) ** 2 + second) * config.text.hidden_size
-    weights = vision.num_hidden_layers * block + width * (3 * vision.patch_size**2 + patches) + projector
-    kept = patches * (8 * width + 2 * inner) + vision.num_attention_heads * patches**2
-    if method != "full":
-        # nothing is kept, and one layer's tensors exist at a time
-        return _FLOAT32 * (weights + tiles * kept)
-    return (2 * _FLOAT32 + _MEANS) * weights + _FLOAT32 * tiles * kept * vision.num_hidden_layers
+def with_vision(
+    memory: TuningMemory, config: VisionLanguageConfig, method: Method, pictures: PicturesOfStep, shape: TuningShape
+) -> TuningMemory:
+    """The memory of tuning a decoder with its encoder of pictures and projector, which learn where all weights do."""
+    learns = method == "full"
+    seeing = training_memory(config, pictures, encoder=learns, projector=learns, dtype_bytes=shape.dtype_bytes)
+    standing = sum(memory.parts.get(part, 0.0) for part in ("weights", "adapter", "gradients", "optimizer states"))
+    program = sum(memory.parts.get(part, 0.0) for part in ("program, libraries and data", "holes of the heap"))
+    peak = seeing.peak_with(memory.peak, program + standing, accumulates=shape.micro_batches > 1)
+    return TuningMemory({**memory.parts, "encoder of pictures": peak - memory.peak}, peak)
 
 
 def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> TuningMemory:
@@ -141,7 +134,8 @@ def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> Tun
     kept, largest, whole = _activations(model, method, shape)
     passing, ends = kept * tokens, _end_bytes(model, method, shape)
     masks = float(shape.rows * shape.length**2) * c if shape.device == "cpu" else 0.0
-    copies = c * numbers.copied if is_half else 0.0
+    copied = numbers.copied + (numbers.matrices if method == "lora" and shape.wide_base else 0)
+    copies = c * copied if is_half else 0.0
     late_copies = copies if shape.recompute == "none" else copies / model.num_hidden_layers
     head_forward, head_backward, head_gradient = _head_bytes(model, shape, numbers)
     # gradients of a block's widest tensors, less the tensors that they replace
@@ -206,7 +200,7 @@ def process_memory(model: ModelConfig, method: Method, shape: TuningShape, held:
 
 def _weight_bytes(model: ModelConfig, method: Method, shape: TuningShape, numbers: _Numbers) -> float:
     """Bytes of the model's own weights while it is tuned."""
-    if method == "full":
+    if method == "full" or (method == "lora" and shape.wide_base):
         return _FLOAT32 * numbers.weights
     if method == "lora":
         return shape.dtype_bytes * numbers.matrices + _FLOAT32 * (numbers.weights - numbers.matrices)

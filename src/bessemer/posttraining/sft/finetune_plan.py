@@ -19,6 +19,7 @@ from bessemer.model.activations import Recompute
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, is_fast, product_flops
 from bessemer.model.formats import ModelSource
+from bessemer.model.vision.costs import PicturesOfStep
 from bessemer.posttraining.data.encoding import RowCounts
 from bessemer.posttraining.data.examples import Conversation, RowReader
 from bessemer.posttraining.data.made import data_name, data_path
@@ -29,7 +30,7 @@ from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.posttraining.data.understanding import DataPlace
 from bessemer.posttraining.sft.config import FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, read_base
-from bessemer.posttraining.sft.finetune_memory import TuningMemory, TuningShape, process_memory, tuning_memory, vision_memory
+from bessemer.posttraining.sft.finetune_memory import TuningMemory, TuningShape, process_memory, tuning_memory, with_vision
 from bessemer.posttraining.sft.stage import gather_conversations
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
@@ -271,10 +272,12 @@ def plan_finetuning(
     rows = max(1, pack_examples(fitted, tokenizer, context).tokens_BT.shape[0])
     batch_size = config.batch_size or max(1, round(_CONVERSATIONS * rows / len(training)))
     sizes, dtype = Sizes.of(config, context, rows, batch_size), tuning_dtype(config, chosen_device)
-    tiles = 0.0
-    if pictures is not None and not pictures.file.is_empty:
-        tiles = batch_size * len(pictures.file.table().tiles) / (rows * (1 + len(held_out) / len(training)))
-    chosen, needs, free = _method(config, base, batch_size, context, dtype, chosen_device, tiles)
+    shown = PicturesOfStep()
+    if pictures is not None and base.vision is not None and not pictures.file.is_empty:
+        table = pictures.file.table()
+        count = len(table.tiles) if table.sizes is None else int(table.grids.prod(1).sum())
+        shown = PicturesOfStep.of_tiles(base.vision, batch_size * count / (rows * (1 + len(held_out) / len(training))))
+    chosen, needs, free = _method(config, base, batch_size, context, dtype, chosen_device, shown)
     return FinetunePlan(
         settings=settings,
         training=training,
@@ -368,9 +371,9 @@ def _method(
     context: int,
     dtype: torch.dtype,
     device: torch.device,
-    tiles: float = 0.0,
+    shown: PicturesOfStep,
 ) -> tuple[tuple[Method, str], Mapping[Method, Fitting], float]:
-    """The chosen method and why, each method's memory, and the usable bytes. tiles: of pictures in a batch."""
+    """The chosen method and why, each method's memory, and the usable bytes. shown: of pictures in a batch."""
     rows_given, rows = config.tokens_per_batch is not None, batch_size
     if config.tokens_per_batch is not None:
         rows = max(1, min(batch_size, config.tokens_per_batch // context))
@@ -397,10 +400,11 @@ def _method(
         needs: dict[Method, Fitting] = {}
         whole: tuple[Method, ...] = ("full", "lora")
         for method in whole:
-            of_vision = vision_memory(vision, method, tiles)
-            rest = free - of_vision
-            fittings = memory_needs(base.config, shape, rest, rows_given=rows_given, recompute=recompute, held=held)
-            memory = fittings[method].memory.with_part("encoder of pictures", of_vision)
+            wide = replace(shape, wide_base=True)
+            largest = memory_needs(base.config, wide, float("inf"), rows_given=rows_given, held=held)[method]
+            of_vision = with_vision(largest.memory, vision, method, shown, wide).parts["encoder of pictures"]
+            fittings = memory_needs(base.config, wide, free - of_vision, rows_given=rows_given, recompute=recompute, held=held)
+            memory = with_vision(fittings[method].memory, vision, method, shown, fittings[method].shape)
             needs[method] = fittings[method]._replace(memory=memory)
         if config.method == "qlora" or config.base_dtype in FROZEN:
             raise ConfigError(f"--method: {base.name} reads pictures, and is tuned by full or lora, whose weights are whole")

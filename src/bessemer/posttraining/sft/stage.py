@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bessemer.core.errors import ConfigError, SourceError
@@ -38,6 +39,7 @@ from bessemer.posttraining.data.packing import PackedBatches, PackedConversation
 from bessemer.posttraining.data.picture_encoding import PICTURES, open_picture_encoder
 from bessemer.posttraining.data.splitting import are_held_out, opening_key, opening_of
 from bessemer.posttraining.data.template_record import keep_template
+from bessemer.posttraining.picture_memory import say_step_memory
 from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.posttraining.synthetic.documentation import make_questions
 from bessemer.tasks.config import TaskOptions
@@ -108,13 +110,12 @@ class MixedBatches(StatelessBatches):
 def _as_packed(batch: Batch, pictures: PictureTable | None) -> Batch:
     """Rows of text as packed rows of one document each, beside rows with pictures."""
     rows, columns = batch.tokens_BT.shape
-    return replace(
+    packed = replace(
         batch,
-        pictures=pictures,
-        vector_of_token_BT=None if pictures is None else torch.full_like(batch.tokens_BT, -1),
         positions_BT=torch.arange(columns).expand(rows, columns),
         document_ids_BT=torch.ones_like(batch.tokens_BT),
     )
+    return packed if pictures is None else packed.showing(pictures, torch.full_like(batch.tokens_BT, -1))
 
 
 def task_conversations(name: str, count: int) -> list[Conversation]:
@@ -187,6 +188,8 @@ def sft(
 
     cost = RunCost(validation.batch.tokens_BT.numel())
     if packed.batch.pictures is not None:
+        if shows_data and not dist.is_initialized():
+            say_step_memory(run.progress.say, config, model, packed.batch, run.device)
         # random tokens, by which steps are timed else, have no pictures
         trial = partial(_trial, model=model, packed=packed, options=run.trial_options)
         cost = replace(cost, seconds_per_step=lambda config: seconds_per_step(trial, config))

@@ -40,6 +40,7 @@ class Batch:
     visible_to_BT: the last document of the row that sees a token, where documents share what they begin with; None: each sees
     its own.
     pictures: those of the run, of which `vector_of_token_BT` says what each token is, int64, as in `PictureTable`; −1 for text.
+    rope_BT3: positions in time, rows and columns by which channels are turned, of a model that has such (B, T, 3).
 
     A *sequence* is what an objective judges as one: the tokens of a row with one document id, counted from 1 (0 is padding), or
     the whole row where there are no ids. per_token: values of tokens by name, (B, T), such as masks, log-probabilities,
@@ -55,6 +56,7 @@ class Batch:
     sources_BT: Tensor | None = None
     visible_to_BT: Tensor | None = None
     vector_of_token_BT: Tensor | None = None
+    rope_BT3: Tensor | None = None
     pictures: PictureTable | None = None
     source_names: tuple[str, ...] = ()
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
@@ -71,9 +73,16 @@ class Batch:
             document_ids_BT=self.document_ids_BT,
             visible_to_BT=self.visible_to_BT,
         )
-        if self.pictures is not None and self.vector_of_token_BT is not None:
-            inputs["pictures"] = self.pictures.of_batch(self.vector_of_token_BT)
+        if (shown := self.shown) is not None:
+            inputs["pictures"] = shown
         return inputs
+
+    @property
+    def shown(self) -> BatchPictures | None:
+        """The pictures that its tokens need, read and normalised; None without any."""
+        if self.pictures is None or self.vector_of_token_BT is None:
+            return None
+        return self.pictures.of_batch(self.vector_of_token_BT, self.rope_BT3)
 
     @property
     def targets(self) -> int:
@@ -114,6 +123,11 @@ class Batch:
         whole = replace(self, positions_BT=positions_BT)
         cut = whole._changed(lambda tensor: torch.cat([tensor[:, part] for part in chosen], dim=1), per_sequence=False)
         return replace(cut, per_sequence=self.per_sequence)
+
+    def showing(self, pictures: PictureTable, vector_of_token_BT: Tensor) -> Self:
+        """The batch with pictures; arguments as its members."""
+        rope_BT3 = pictures.rope_positions(vector_of_token_BT, self.positions_BT, self.document_ids_BT)
+        return replace(self, pictures=pictures, vector_of_token_BT=vector_of_token_BT, rope_BT3=rope_BT3)
 
     def with_values(
         self, *, per_token: Mapping[str, Tensor] | None = None, per_sequence: Mapping[str, Tensor] | None = None
