@@ -1,4 +1,5 @@
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch

@@ -15,11 +15,11 @@ import ctypes
 import io
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -282,11 +282,13 @@ def _compile(name: str, sources: list[str], options: list[str], folder: Path, fi
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    search = os.environ.get("PATH", os.defpath)
+    search, libraries = os.environ.get("PATH", os.defpath), cpp_extension.TORCH_LIB_PATH
     try:
         # ninja is installed beside this Python, whose folder of programs may not be on PATH
         os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), search))
-        with contextlib.redirect_stdout(io.StringIO()), _without_spaces(work):
+        # given to the shell as it is: an environment's path may have spaces
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(libraries)
+        with contextlib.redirect_stdout(io.StringIO()):
             cpp_extension.load(
                 name,
                 sources,
@@ -299,27 +301,10 @@ def _compile(name: str, sources: list[str], options: list[str], folder: Path, fi
         lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error).strip()]
         raise KernelsError(f"the kernels do not compile: {lines[-1]}") from error
     finally:
-        os.environ["PATH"] = search
+        os.environ["PATH"], cpp_extension.TORCH_LIB_PATH = search, libraries
     # renamed when complete, so that nobody loads a part of it
     (work / f"{name}.so").replace(finished)
     shutil.rmtree(work, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _without_spaces(work: Path) -> Iterator[None]:
-    """For the time of a compilation in the folder `work`, PyTorch's libraries by a path without spaces: it gives the linker the
-    path of its own installation unquoted."""
-    from torch.utils import cpp_extension
-
-    installed = cpp_extension.TORCH_LIB_PATH
-    if any(letter.isspace() for letter in installed):
-        (work / "torch").symlink_to(installed, target_is_directory=True)
-        # the compiler runs in `work`
-        cpp_extension.TORCH_LIB_PATH = "torch"
-    try:
-        yield
-    finally:
-        cpp_extension.TORCH_LIB_PATH = installed
 
 
 def _compiler() -> str:
