@@ -1,5 +1,4 @@
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
