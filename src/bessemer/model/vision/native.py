@@ -67,7 +67,7 @@ def packed_rope_positions(
 
     positions_T, documents_T: as of a batch. spans: the row's pictures; of one that is cut off at its beginning, `first` is the
     place that its first token would have. A document whose positions begin behind 0 goes on from the one before it that does
-    not, with which it shares so many tokens.
+    not, with which it shares as many tokens as its first position says.
     """
     length = len(positions_T)
     advance_T, behind_T2 = np.ones(length, np.int64), np.zeros((length, 2), np.int64)

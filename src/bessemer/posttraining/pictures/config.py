@@ -67,8 +67,7 @@ class PicturesConfig(Config):
     max_aspect: float = setting(4.0, "how many times as long as the shorter side the longer may be", ge=1)
     near_duplicates: int | None = setting(
         6,
-        "of a picture whose perceptual hashes differ in at most so many of 64 bits from an earlier one's only that is kept; "
-        "none: all are",
+        "most bits, of 64, in which perceptual hashes of near-duplicates differ; the first of them is kept; none: all are",
         unit="bits",
         ge=0,
         le=15,

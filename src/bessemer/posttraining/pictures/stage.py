@@ -152,7 +152,7 @@ def _own_reason(own: Sequence[tuple[str, OwnFilter]], row: Mapping[str, Any]) ->
 
 
 def smaller(picture: Picture, max_side: int | None) -> Picture:
-    """A picture whose longer side is at most so many pixels; itself where it is."""
+    """A picture made smaller, until its longer side has at most `max_side` pixels; itself where it is."""
     longest = max(picture.width, picture.height)
     if max_side is None or longest <= max_side:
         return picture
