@@ -119,6 +119,13 @@ def test_tensors_lie_as_llama_cpp_reads_them(tmp_path):
     assert torch.equal(stored_tensor(tmp_path / "deepseek_v3.gguf", "blk.1.attn_v_b.weight"), both[:, 8:])
 
 
+def test_a_name_is_not_taken_for_that_of_phi3(tmp_path):
+    """llama.cpp opens no model whose name has `phi3` or `phi-3` in it and whose vocabulary lacks that model's tokens."""
+    for name, written_as in (("my-Phi-3-tuned", "my-Phi 3-tuned"), ("phi3", "phi 3"), ("phi-4", "phi-4")):
+        export_gguf(write_case("llama", tmp_path / name), tmp_path / f"{name}.gguf")
+        assert gguf.GGUFReader(tmp_path / f"{name}.gguf").get_field("general.name").contents() == written_as
+
+
 @pytest.mark.peer(name="llama-cpp")
 def test_llama_cpp_computes_the_same_of_every_family(written):
     """Log-probabilities of the whole vocabulary; GELU is looked up in a half-precision table there."""

@@ -6,6 +6,7 @@ is written, and when an answer ends.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 _OF_TORCH = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _ROWS_AT_ONCE = 1 << 22
+_PHI3_TOKENS = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
 #: Settings that do not change what a model computes, and tokens, which the tokenizer names.
 _NOT_COMPARED = frozenset(
     {"model_type", "bos_token_id", "eos_token_id", "initializer_range"}
@@ -221,7 +223,7 @@ def _write(
 
     writer = gguf.GGUFWriter(path, family.architecture)
     writer.add_type("model")
-    writer.add_name(folder.resolve().name)
+    writer.add_name(_name(folder.resolve().name, tokenizer))
     writer.add_file_type(types.mixture.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
@@ -260,6 +262,14 @@ def _write(
         writer.close()
     otherwise = Counter((kind, 32 if kind == "F16" else 256) for kind, wanted in asked.values() if wanted is not None)
     return _Written(otherwise, sum(weight is not None for weight in weights.values()))
+
+
+def _name(name: str, tokenizer: GgufTokenizer | None) -> str:
+    """The folder's name. llama.cpp looks up tokens of Phi-3 in every model whose name has `phi3` or `phi-3` in it, and opens
+    none that lacks them; such a model's name is written in two words."""
+    if tokenizer is None or set(tokenizer.tokens) >= _PHI3_TOKENS:
+        return name
+    return re.sub("(phi)-?3", r"\1 3", name, flags=re.IGNORECASE)
 
 
 def _importance_of(
