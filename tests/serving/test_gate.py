@@ -228,6 +228,7 @@ def test_a_revoked_key_ends_the_wait_for_a_client_that_stays():
             if len(calls) == 1:
                 return {"type": "http.request"}
             await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
 
         client = Client(LOCAL)
         reader = gate._BodyReader(receive, client, 10, 1.0, gate._Bodies(10))
