@@ -46,9 +46,14 @@ AREAS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "masks": {
         "model/layers/attention_mask.py": ("model/test_positions.py", "model/test_attention_backends.py"),
-        "posttraining/data/encoding.py": ("posttraining/test_encoding.py", "posttraining/test_turns.py"),
-        "posttraining/data/packing.py": ("posttraining/test_packing.py",),
-        "training/data/packing.py": ("training/test_packing.py",),
+        "posttraining/data/encoding.py": (
+            *("posttraining/test_encoding.py", "posttraining/test_turns.py", "posttraining/test_packing.py"),
+        ),
+        "posttraining/data/packing.py": (
+            *("posttraining/test_packing.py", "posttraining/test_preference_objective.py", "posttraining/test_kto.py"),
+            "posttraining/test_unlearning.py",
+        ),
+        "training/data/packing.py": ("training/test_packing.py", "training/test_document_batches.py"),
     },
     "scheduler": {
         "inference/scheduling/scheduler.py": _SCHEDULER,
@@ -84,7 +89,10 @@ AREAS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "tokenization/bpe.py": ("tokenization/test_bpe.py",),
         "tokenization/split.py": ("tokenization/test_split.py",),
         "tokenization/control_tokens.py": ("tokenization/test_control_tokens.py",),
-        "tokenization/tokenizer.py": ("tokenization/test_tokenizer.py", "tokenization/test_offsets.py"),
+        "tokenization/tokenizer.py": (
+            *("tokenization/test_tokenizer.py", "tokenization/test_offsets.py", "tokenization/test_chat.py"),
+            "tokenization/test_continuations.py",
+        ),
         "tokenization/shards.py": ("tokenization/test_shards.py",),
     },
     "limits": {

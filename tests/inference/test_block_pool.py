@@ -221,3 +221,14 @@ def test_a_child_shares_what_its_parent_holds_within_its_window():
     assert [table[:2] for table in child.tables] == [parent.tables[0][:2], [-1, -1]]
     assert (child.computed, child.sealed, child.reserved, parent.reserved, child.passed) == (13, 3, 0, 13, [0, 2])
     assert [len(table) for table in child.tables] == [4, 4] and child.chain == parent.chain[:4]
+
+
+@pytest.mark.parametrize("last", [6, 7])
+def test_as_many_blocks_as_the_window_sees_are_enough_to_be_found(last):
+    tables = tables_of(20, 20, windows=(None, 5))
+    sequence = TokenSequence(0, list(range(30)), 30, 100)
+    chain = tables.extend_chain(sequence, 7)
+    for key in chain[1:]:
+        tables.groups[0].pool.seal(tables.groups[0].pool.allocate(), key)
+    tables.groups[1].pool.seal(tables.groups[1].pool.allocate(), chain[last])
+    assert tables.match(sequence) == last

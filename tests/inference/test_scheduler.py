@@ -278,6 +278,14 @@ def test_exactly_half_of_what_is_lacking_is_waited_for(lacks, waits):
     assert len(step(scheduler).chunks) == (1 if waits else 2)
 
 
+@pytest.mark.parametrize(("common", "waits"), [(4, True), (3, False)])
+def test_a_single_block_is_waited_for_too_and_a_part_of_one_never(common, waits):
+    scheduler = scheduler_of(64)
+    for identity in (1, 2):
+        scheduler.enqueue(sequence_of([*range(common), *[90 + identity] * (7 - common)], identity=identity))
+    assert len(step(scheduler).chunks) == (1 if waits else 2)
+
+
 def test_a_step_ahead_has_a_placeholder_only_where_a_token_is_coming():
     scheduler = scheduler_of(8, max_num_seqs=1, max_num_batched_tokens=4)
     sequence = sequence_of(6, answer=2)
@@ -587,6 +595,16 @@ def test_with_states_and_no_room_to_keep_them_no_prefix_is_found():
     scheduler.enqueue(again)
     step(scheduler)
     assert again.cached == 0
+
+
+def test_with_states_that_are_kept_as_much_is_found_as_there_is_a_state_for():
+    scheduler = scheduler_of(64, state_slots=2, snapshots=4)
+    scheduler.enqueue(sequence_of(10, answer=1))
+    assert shape(step(scheduler)) == [(0, 0, 10, 0)]
+    again = sequence_of(10, answer=1)
+    scheduler.enqueue(again)
+    output = step(scheduler)
+    assert shape(output) == [(0, 8, 2, 0)] and len(output.restored) == 1 and again.cached == 8
 
 
 def test_a_model_without_pages_is_scheduled_by_its_states():
