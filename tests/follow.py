@@ -44,7 +44,7 @@ NEEDS = {
     "hub": False,  # the Hugging Face Hub
 }
 #: Variables of the caller that a newcomer's shell has as well.
-_KEPT = re.compile(r"PIP_.*|.*_proxy|.*_PROXY|.*_CERT|.*_CERT_FILE|.*_CA_BUNDLE|LANG|LC_.*|TERM|TMPDIR|USER")
+_KEPT = re.compile(r"PIP_.*|.*_proxy|.*_PROXY|.*_CERT|.*_CERT_FILE|.*_CA_BUNDLE|LANG|LC_.*|LOCPATH|TERM|TMPDIR|USER")
 _CHECKOUT = re.compile(r"(?<=\s)(['\"]?)\.(\[[\w,-]+\])\1(?=\s|$)")
 _INTERACTIVE = re.compile(r"bessemer (chat|demo)\b(?!.* --inspect )[^|<>&;]*")
 _SERVER = re.compile(r"bessemer serve\b(?!.* --ask )[^|<>;]*")

@@ -9,6 +9,7 @@ import pytest
 
 from tests.follow import Guide, Newcomer, Step, example_guides, follow, guides
 from tests.literate import commands, free_port, marked_blocks
+from tests.programs import write_python_program
 from tests.test_packaging import _PACKAGES, PROJECT, packages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -114,7 +115,7 @@ def test_a_chat_is_typed_into(followed, program):
     assert (chat.code, chat.said) == (0, "y: /quit")
 
 
-_SERVER = f"""#!{sys.executable}
+_SERVER = """
 import http.server, signal, sys
 
 # ignored in what a script starts in the background, as these tests may be
@@ -132,8 +133,8 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_server_is_asked_and_ended_by_ctrl_c(followed, program):
-    program("bessemer", _SERVER)
+def test_a_server_is_asked_and_ended_by_ctrl_c(followed, tmp_path):
+    write_python_program(tmp_path / "bin" / "bessemer", _SERVER)
     (server,) = followed(sh(f"bessemer serve out --port {free_port()}"))
     assert (server.code, server.said) == (0, "ended")
 

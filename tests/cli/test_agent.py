@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import stat
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ import pytest
 from tests.agents.conftest import SCRIPTED
 from tests.chat_server import completion, serving
 from tests.cli.test_main import bessemer, one_error
+from tests.programs import write_python_program
 
 
 @pytest.fixture
@@ -201,10 +201,7 @@ def free_url():
 
 def program(path):
     """A program that prints its arguments and environment as JSON."""
-    path.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n", encoding="utf-8"
-    )
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    write_python_program(path, "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no exec")

@@ -27,7 +27,8 @@ def quick_processes():
     """A server imports what costs seconds once, and every process starts as a copy of it."""
     context = multiprocessing.get_context("forkserver")
     trained = ["bessemer.training.trainer", "bessemer.training.checkpoint.export"]
-    context.set_forkserver_preload([*trained, "bessemer.inference.collective", "torch.testing", "pytest"])
+    called = [f"tests.distributed.{name}" for name in ("methods", "test_adapters", "test_picture_stages", "test_rl")]
+    context.set_forkserver_preload([*trained, *called, "bessemer.inference.collective", "torch.testing", "pytest"])
     return context
 
 
@@ -56,22 +57,40 @@ class Pool:
             pipe.send((function, arguments))
 
     def run(self, function, **arguments):
-        self.start(function, **arguments)
-        answers, failures = {}, []
-        while len(answers) < self.size:
-            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
-            ready = wait(waiting, _PATIENCE if failures else _TIMEOUT)
-            for pipe in ready:
-                good, answers[waiting[pipe]] = pipe.recv()
-                failures += [] if good else [answers[waiting[pipe]]]
-            if not ready:
-                failures.append(f"no answer of the ranks {sorted(waiting.values())}")
-                self.close()
-                self._begin()
-                break
+        try:
+            self.start(function, **arguments)
+            answers, failures = self._answers()
+        except BaseException:
+            # of a test that is ended in the middle: later ones would take its answers for theirs
+            self._renew()
+            raise
+        if len(answers) < self.size:
+            self._renew()
         if failures:
             raise AssertionError("\n".join(failures))
         return [answers[rank] for rank in range(self.size)]
+
+    def _answers(self):
+        """What each rank answered, but for those that do not, and what went wrong."""
+        answers, failures = {}, []
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waiting and (ready := wait(waiting, _PATIENCE if failures else _TIMEOUT)):
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    good, answer = pipe.recv()
+                except (EOFError, ConnectionError):
+                    failures.append(f"rank {rank}: its process has ended")
+                    continue
+                answers[rank] = answer
+                failures += [] if good else [answer]
+        if waiting:
+            failures.append(f"no answer of the ranks {sorted(waiting.values())}")
+        return answers, failures
+
+    def _renew(self):
+        self.close()
+        self._begin()
 
     def close(self):
         """End the processes with SIGKILL, whatever they are doing."""

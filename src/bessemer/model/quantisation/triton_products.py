@@ -207,7 +207,8 @@ def _product_kernel(hidden, out, bias, codes, scales, zeros, table, experts, fir
     n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     # outputs beyond the last are computed from its row, and not stored
     rows = tl.minimum(n, outputs - 1) + expert * outputs
-    sums = tl.zeros((TILE_M, TILE_N), tl.float32)
+    # zeros is itself a compiled function: it cannot be interpreted where Triton was loaded before TRITON_INTERPRET was set
+    sums = tl.full((TILE_M, TILE_N), 0.0, tl.float32)
     for start in range(0, inputs, TILE_K):
         k = start + tl.arange(0, TILE_K)
         parts = start // PART + tl.arange(0, TILE_K // PART)

@@ -1,0 +1,37 @@
+"""The processes that tests of several ranks share: a test that fails takes no other with it."""
+
+import os
+
+import pytest
+import torch.distributed as dist
+
+from tests.distributed.pool import Pool
+
+
+@pytest.fixture
+def pool():
+    made = Pool(2)
+    yield made
+    made.close()
+
+
+def rank_behind(first: int, ending: int | None = None) -> int:
+    if dist.get_rank() == ending:
+        os._exit(1)
+    return first + dist.get_rank()
+
+
+def test_after_a_process_that_has_ended_there_are_new_ones(pool):
+    with pytest.raises(AssertionError, match="rank 1: its process has ended"):
+        pool.run(rank_behind, first=0, ending=1)
+    assert pool.run(rank_behind, first=5) == [5, 6]
+
+
+def test_answers_of_a_test_that_was_stopped_are_not_the_next_ones(pool, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tests.distributed.pool.wait", stop)
+        pool.run(rank_behind, first=0)
+    assert pool.run(rank_behind, first=5) == [5, 6]
