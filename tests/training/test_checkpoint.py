@@ -19,7 +19,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint import manager as checkpoint
 from bessemer.training.checkpoint.manager import INDEX, CheckpointManager, checkpoint_weights
-from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, TrainingState
+from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, TrainingState, _random_states
 from bessemer.training.checkpoint.storage import _MetadataUnpickler
 from bessemer.training.optim.muon import orthogonalised
 from bessemer.training.optim.optimizers import build_optimizers, role_of, scale_learning_rates
@@ -161,6 +161,16 @@ def test_the_newest_two_are_kept(state, tmp_path):
     assert checkpoints.newest() == tmp_path / "step-1000000"
 
 
+def test_the_first_the_best_and_those_at_multiples_are_kept_where_asked_for(tmp_path):
+    manager = CheckpointManager(tmp_path, {}, RecordedProgress(), keep_every=4)
+    for best, left in ((None, {1, 4, 8, 9}), (6, {1, 4, 6, 8, 9})):
+        for step in range(1, 10):
+            (tmp_path / f"step-{step:06d}").mkdir(exist_ok=True)
+        manager.kept_step = best
+        manager._prune()
+        assert set(checkpoint.steps_of(tmp_path)) == left
+
+
 @pytest.mark.parametrize("damage", ["spoiled data", slow("cut data"), slow("no data"), slow("spoiled index"), "no index"])
 def test_a_damaged_one_is_named_and_passed_over(state, tmp_path, damage):
     progress = RecordedProgress()
@@ -284,6 +294,17 @@ def test_a_path_is_read_whichever_version_of_python_has_named_its_class(module):
     # Python 3.13 alone keeps it in a module of its own
     written = f"c{module}\nPosixPath\n(Vmodel\ntR.".encode()
     assert _MetadataUnpickler(io.BytesIO(written)).load() == Path("model")
+
+
+def test_copies_of_codes_are_not_changed_by_training_and_a_process_alone_is_the_first():
+    class Codes(torch.Tensor):
+        pass
+
+    codes = torch.ones(3).as_subclass(Codes)
+    copies = HostCopies().copy({"codes": codes})
+    codes.zero_()
+    assert isinstance(copies["codes"], Codes) and copies["codes"].tolist() == [1.0] * 3
+    assert set(_random_states(torch.nn.Linear(1, 1))) == {"cpu-0"}
 
 
 def test_copies_for_a_checkpoint_are_not_changed_by_training_and_lie_where_the_last_ones_lay():
