@@ -116,6 +116,33 @@ def test_a_run_that_continues_another_moves_by_its_own_settings(state, decoder, 
         torch.testing.assert_close(moved.detach(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
+class Counted:
+    """A part of a state that remembers one number."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def state_dict(self):
+        return {"number": self.number}
+
+    def load_state_dict(self, values):
+        self.number = values["number"]
+
+
+def test_a_run_that_continues_another_has_those_of_its_parts_that_the_other_had(state, decoder, settings, tmp_path):
+    identity = IDENTITY | {"model": "m", "optimizer": "o"}
+    state.others = {"window": Counted(3)}
+    folder = CheckpointManager(tmp_path / "first", identity, RecordedProgress()).save(state)
+    others = {"window": Counted(0), "scale": Counted(5)}
+    continued = TrainingState(decoder, build_optimizers(decoder, settings), others)
+    missing = CheckpointManager(tmp_path / "second", identity, RecordedProgress()).load_from(folder, continued)
+    assert missing == {"scale"} and (others["window"].number, others["scale"].number) == (3, 5)
+    others["window"].number = 0
+    del others["scale"]
+    assert CheckpointManager(tmp_path / "first", identity, RecordedProgress()).restore(continued)
+    assert others["window"].number == 3
+
+
 def test_what_an_optimizer_counts_in_its_groups_is_restored(state, decoder, settings, tmp_path):
     checkpoints = CheckpointManager(tmp_path, IDENTITY, RecordedProgress())
     fresh = TrainingState(decoder, build_optimizers(decoder, settings))

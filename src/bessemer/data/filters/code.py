@@ -78,7 +78,7 @@ def measure_code(texts: Texts) -> CodeCounts:
 
 def _longest(characters: np.ndarray, of_text: np.ndarray) -> np.ndarray:
     # every text has a line, so that no group is empty
-    return np.maximum.reduceat(characters, of_text[:-1]) if len(of_text) > 1 else np.zeros(0)
+    return np.maximum.reduceat(characters, of_text[:-1])
 
 
 def _says(array: pa.Array, pattern: str) -> np.ndarray:
