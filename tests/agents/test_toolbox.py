@@ -53,7 +53,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
 
 
 def test_python_runs_in_the_sandbox_and_a_failure_says_how_it_ended():
-    tool = python_tool(open_sandbox(2.0)).tool
+    tool = python_tool(open_sandbox(20.0)).tool
     assert tool.call({"code": "print(6 * 7)"}).text == "42"
     failure = tool.call({"code": "import socket\nsocket.create_connection(('127.0.0.1', 80), 1)"})
     assert failure.is_error and "[ended by exit code 1]" in failure.text
