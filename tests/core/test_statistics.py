@@ -15,7 +15,7 @@ from bessemer.core.statistics import (
     two_sided_quantile,
 )
 
-REPETITIONS = 1_000
+REPETITIONS = 500
 #: Passages with one to thirty questions each.
 SIZES = np.random.default_rng(1).geometric(1 / 6, 60)
 PASSAGES = np.repeat(np.arange(len(SIZES)), SIZES)

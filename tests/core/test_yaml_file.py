@@ -25,7 +25,7 @@ WRONG = {
     "!!int [1]: 2": "x:1: not valid YAML: expected a scalar node, but found sequence",
     'a: "\\UFFFFFFFF"': f"x: not valid YAML: {said_of(0xFFFFFFFF)}",
     "a: " + "[" * 1000: "x: is nested too deeply",
-    "a: " + "[" * 1000 + "]" * 1000: "x: is nested too deeply",
+    "a: " + "[" * 400 + "]" * 400: "x: is nested too deeply",
     "&a [*a]": "x: is nested too deeply",
     "- 1": "x: this must be a mapping of keys to values, it is a list",
     "5": "x: this must be a mapping of keys to values, it is a int",

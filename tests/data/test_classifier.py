@@ -80,7 +80,7 @@ def buckets_in_plain_python(text, features):
     return found
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.text(alphabet="aBc1é .,\n的\x00", max_size=20), max_size=3),
     st.sampled_from([Features(1, 3, 0, 8), Features(2, 3, 0, 18), Features(3, 2, 4, 10), Features(2, 1, 2, 20)]),

@@ -83,7 +83,7 @@ def test_words_are_what_a_regular_expression_leaves(text):
     assert words_of(text) == (words if len(words) >= 20 else text)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.lists(any_text, min_size=1, max_size=4))
 def test_the_verdict_is_the_librarys_alone_and_in_a_batch(texts):
     found = language(Texts.of(texts))

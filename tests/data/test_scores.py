@@ -36,7 +36,7 @@ def test_columns_are_as_promised_each_with_its_meaning_and_limits(function):
 
 
 @pytest.mark.parametrize("function", SCORERS)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(texts=st.lists(st.text(max_size=60) | st.sampled_from(["free money now", "you idiot", "http://x.porn/a"]), max_size=4))
 def test_any_text_scores_between_0_and_1_alone_as_in_a_batch(function, texts):
     together = scores(function, *texts)

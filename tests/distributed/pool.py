@@ -26,7 +26,7 @@ _PATIENCE = 5
 def quick_processes():
     """A server imports what costs seconds once, and every process starts as a copy of it."""
     context = multiprocessing.get_context("forkserver")
-    trained = ["bessemer.training.trainer", "bessemer.training.checkpoint.export"]
+    trained = ["bessemer.training.trainer", "bessemer.training.checkpoint.export", "pyarrow.parquet", "pandas"]
     called = [f"tests.distributed.{name}" for name in ("methods", "test_adapters", "test_picture_stages", "test_rl")]
     context.set_forkserver_preload([*trained, *called, "bessemer.inference.collective", "torch.testing", "pytest"])
     return context

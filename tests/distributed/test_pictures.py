@@ -114,7 +114,7 @@ def logits(folder, out, parallel=None):
         return model.logits(model.hidden(**batch.rows(slice(0, 1)).inputs))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(["smolvlm", "qwen2_5_vl"], FORMS))
 def test_logits_of_a_model_cut_by_tensor_parallelism_are_those_of_the_whole(two, folder_of, tmp_path, form):
     expected = logits(folder_of(form), tmp_path)
     for found in two.run(logits, folder=folder_of(form), out=tmp_path, parallel={"tensor": 2}):

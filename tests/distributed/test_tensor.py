@@ -96,7 +96,7 @@ CASES = {
     "recomputed in part": (EXPERTS, {"activation_checkpointing": "selective", "micro_batch_size": 4}),
 }
 #: Tested on every run; the others with the slow ones.
-USUAL = {"gpt2", "experts"}
+USUAL = {"experts"}
 
 
 @pytest.mark.parametrize("name", slow_but(USUAL, CASES))

@@ -31,7 +31,7 @@ def reference(train, text, order):
     return [probability(symbols[at], tuple(symbols[at - order + 1 : at])) for at in range(order - 1, len(symbols))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(train=documents, validation=documents, order=st.integers(1, 7))
 def test_probabilities_are_those_of_the_definition(train, validation, order):
     *_, found = witten_bell(train, validation, order)

@@ -33,7 +33,7 @@ LOGITS_V = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -
     st.one_of(st.just(0.0), st.floats(0, 1)),
     st.one_of(st.just(1.0), st.floats(1e-6, 1)),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_truncation_is_that_of_transformers(rows, temperature, top_k, top_p, min_p, typical_p):
     logits_BV = torch.tensor(rows)
     expected_BV = TemperatureLogitsWarper(temperature)(None, logits_BV)

@@ -59,7 +59,7 @@ def situations(draw):
     return queries, keys, mask, Scores(0.3, draw(st.sampled_from([None, 1.5])), sinks_H)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(situation=situations(), tile=st.integers(1, 9))
 def test_every_backend_gives_what_the_definition_gives(situation, tile):
     queries, keys, mask, scores = situation
@@ -79,7 +79,7 @@ def test_the_definition_worked_by_hand():
     assert sunk.flatten()[0].item() == pytest.approx(5.0)  # half of the attention goes to the sink
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(situation=situations())
 def test_blocks_of_queries_give_what_the_definition_gives_with_its_gradients(situation):
     queries, keys, mask, scores = situation

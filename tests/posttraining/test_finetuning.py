@@ -529,7 +529,8 @@ def test_the_plan_is_what_the_command_then_does(short, model_folder, tmp_path, c
     assert sum(plan["memory_parts"].values()) >= plan["memory_bytes"]["lora"] and plan["seconds"] > 0
     assert plan["memory_bytes"]["full"] > plan["memory_bytes"]["lora"] and 0 < plan["learnt_tokens"] < plan["tokens"]
     _, printed, _ = bessemer(capsys, "plan", "--finetune", model_folder, table, *asked)
-    assert "tuned on tickets.csv" in printed and "chosen" in printed
+    # lines are broken where the model's path is long
+    assert "tuned on tickets.csv" in " ".join(printed.split()) and "chosen" in printed
     assert sorted(tmp_path.iterdir()) == before and {path.name for path in table.parent.iterdir()} == {table.name, out.name}
     metrics = read_json(out / "finetune.json")["result"]["metrics"]
     assert [metrics[name] for name in ("steps", "rows", "held_out")] == [plan[name] for name in ("steps", "rows", "held_out")]

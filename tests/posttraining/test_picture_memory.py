@@ -28,7 +28,7 @@ from bessemer.training.optim.optimizers import build_optimizers, freeze_paramete
 from bessemer.training.runtime import Runtime
 from bessemer.training.step_timing import _with_pictures
 from bessemer.training.trainer import Trainer
-from tests.cases import slow_but
+from tests.cases import slow, slow_but
 from tests.scaling.live_memory import LiveMemory, storage_bytes
 
 from . import test_picture_preferences as preferences
@@ -142,7 +142,7 @@ def test_the_memory_that_is_said_is_that_of_a_step(form, way, dtype):
 
 @pytest.mark.usefixtures("one_thread")
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_memory_of_reading_a_picture_is_that_of_the_encoder(form, dtype):
     config = config_of(form)

@@ -21,6 +21,7 @@ from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batch import IGNORE_INDEX
 from bessemer.training.head import target_log_probs
+from tests.cases import slow
 from tests.model.picture_files import drawn, encoded, write_colours, write_gemma3_model, write_picture_model, write_qwen_model
 from tests.model.tokenizers import write_small_tokenizer
 
@@ -76,7 +77,9 @@ def log_probs(folder, model, batch):
     return batch.sequence_sums(values_BT * (batch.targets_BT != IGNORE_INDEX))
 
 
-@pytest.mark.parametrize(("model", "shares"), [("smolvlm", True), ("smolvlm", False), ("gemma3", False), ("qwen", True)])
+@pytest.mark.parametrize(
+    ("model", "shares"), [("smolvlm", True), slow("smolvlm", False), ("gemma3", False), slow("qwen", True)]
+)
 def test_packed_pairs_have_the_log_probabilities_of_each_answer_alone(folder, tmp_path, model, shares):
     tokenizer = load_tokenizer(folder / model)
     pictures = open_picture_encoder(folder / model, tokenizer, tmp_path / "pictures.bin")

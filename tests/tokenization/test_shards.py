@@ -26,7 +26,7 @@ def write(folder, lengths, *, batch=3, shard_tokens=10, vocab_size=100, seed=0):
     return ids
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 25), min_size=1, max_size=12),
     batch=st.integers(1, 5),
@@ -53,7 +53,7 @@ def test_the_stream_is_begin_document_begin_document_begin(tmp_path_factory, len
         position += length
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(start=st.integers(0, 200), length=st.integers(0, 200))
 def test_reading_crosses_files_and_stops_at_the_end(tmp_path_factory, start, length):
     folder = tmp_path_factory.getbasetemp() / "read-across"

@@ -381,7 +381,7 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     ("text", "said"),
     [
         ("two words", "The answer has fewer than four words: too few to look for."),
-        ("four words of it", "No four words of the answer in a row stand in 86 training documents."),
+        slow("four words of it", "No four words of the answer in a row stand in 86 training documents."),
     ],
 )
 def test_of_an_answer_without_spans_it_is_said_why(page, url, text, said):
@@ -395,7 +395,7 @@ def test_of_an_answer_without_spans_it_is_said_why(page, url, text, said):
     assert page.inner_text(".origins .soft") == said
 
 
-@pytest.mark.parametrize("path", [slow("runs"), "runs?run=small", "data?run=small"])
+@pytest.mark.parametrize("path", [slow("runs"), "runs?run=small", slow("data?run=small")])
 def test_these_pages_have_no_serious_fault_for_those_who_do_not_see_them(page, url, path):
     page.goto(f"{url}/{path}")
     page.wait_for_load_state("networkidle")

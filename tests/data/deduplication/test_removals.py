@@ -218,7 +218,7 @@ WORDY = st.lists(
 ).map(lambda parts: " ".join(word for part in parts for word in part))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(WORDY, max_size=5), st.integers(2, 8), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_substrings_are_cut_as_by_brute_force(tmp_path_factory, texts, length, batch_rows, shuffled):
     order = list(range(len(texts)))

@@ -21,13 +21,13 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.binary(max_size=400))
 def test_any_bytes_give_text(data):
     assert isinstance(extract(data), str)
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.lists(PIECES | st.text(max_size=5), max_size=60).map("".join))
 def test_any_mixture_of_markup_gives_text(source):
     extract(source).encode()

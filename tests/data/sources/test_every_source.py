@@ -70,7 +70,7 @@ SLOW_TO_START = ("pdf", "mediawiki", "latex")  # a helper process each: damaged 
     [e for e in EXAMPLES if e[0] not in SLOW_TO_START],
     ids=[n for n in NAMES if n.split("-")[0] not in SLOW_TO_START],
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_ends_the_run(tmp_path, kind, name, content, data):
     hurt(tmp_path, kind, name, content, data)
