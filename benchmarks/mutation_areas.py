@@ -1,6 +1,6 @@
 """What the nearest tests notice: operators are changed in nine areas whose faults would be silent, one at a time.
 
-    python benchmarks/mutation_areas.py --seed 50     # 100 changes, some minutes; with --journal FILE a stopped run goes on
+    python benchmarks/mutation_areas.py --seed 2026   # 100 changes, some minutes; with --journal FILE a stopped run goes on
     python benchmarks/mutation_areas.py --again       # the recorded changes once more, in the code as it is now
     python benchmarks/mutation_areas.py --survivors   # of those the ones alone that no test noticed when they were drawn
     python benchmarks/mutation_areas.py --control     # the nearest tests with nothing changed, and their seconds
@@ -46,9 +46,14 @@ AREAS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "masks": {
         "model/layers/attention_mask.py": ("model/test_positions.py", "model/test_attention_backends.py"),
-        "posttraining/data/encoding.py": ("posttraining/test_encoding.py", "posttraining/test_turns.py"),
-        "posttraining/data/packing.py": ("posttraining/test_packing.py",),
-        "training/data/packing.py": ("training/test_packing.py",),
+        "posttraining/data/encoding.py": (
+            *("posttraining/test_encoding.py", "posttraining/test_turns.py", "posttraining/test_packing.py"),
+        ),
+        "posttraining/data/packing.py": (
+            *("posttraining/test_packing.py", "posttraining/test_preference_objective.py", "posttraining/test_kto.py"),
+            "posttraining/test_unlearning.py",
+        ),
+        "training/data/packing.py": ("training/test_packing.py", "training/test_document_batches.py"),
     },
     "scheduler": {
         "inference/scheduling/scheduler.py": _SCHEDULER,
@@ -84,7 +89,10 @@ AREAS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "tokenization/bpe.py": ("tokenization/test_bpe.py",),
         "tokenization/split.py": ("tokenization/test_split.py",),
         "tokenization/control_tokens.py": ("tokenization/test_control_tokens.py",),
-        "tokenization/tokenizer.py": ("tokenization/test_tokenizer.py", "tokenization/test_offsets.py"),
+        "tokenization/tokenizer.py": (
+            *("tokenization/test_tokenizer.py", "tokenization/test_offsets.py", "tokenization/test_chat.py"),
+            "tokenization/test_continuations.py",
+        ),
         "tokenization/shards.py": ("tokenization/test_shards.py",),
     },
     "limits": {
@@ -202,25 +210,29 @@ def found_again(recorded: list[dict[str, Any]]) -> dict[Mutant, tuple[str, Place
 
 
 def tables(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Of every area how many mutants were drawn, how many noticed at once, and how many of the survivors by tests of later."""
+    """Of every area how many mutants were drawn, how many noticed at once, and, once they were tried again, how many of the
+    survivors tests notice since."""
     first = figures["first"]["mutants"]
-    later = next((figures[name]["mutants"] for name in ("survivors", "again") if name in figures), [])
-    survived = {mutant_of(each) for each in first if each["outcome"] != "noticed"}
     counts = [
         Counter(each["area"] for each in first),
         Counter(each["area"] for each in first if each["outcome"] == "noticed"),
-        Counter(each["area"] for each in later if each["outcome"] == "noticed" and mutant_of(each) in survived),
     ]
+    columns = [("area", ""), ("changed", ",.0f"), ("noticed", ",.0f")]
+    later = next((figures[name]["mutants"] for name in ("survivors", "again") if name in figures), None)
+    if later is not None:
+        survived = {mutant_of(each) for each in first if each["outcome"] != "noticed"}
+        noticed_since = (each["area"] for each in later if each["outcome"] == "noticed" and mutant_of(each) in survived)
+        counts.append(Counter(noticed_since))
+        columns.append(("survivors that tests notice since", ",.0f"))
     rows = [(area, *(count[area] for count in counts)) for area in AREAS]
     rows.append(("all", *(count.total() for count in counts)))
-    columns = [("area", ""), ("changed", ",.0f"), ("noticed", ",.0f"), ("survivors that tests notice since", ",.0f")]
     return {"areas": recording.table(columns, rows)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="mutants")
-    parser.add_argument("--seed", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--again", action="store_true", help="those that are recorded, in the code as it is now")
     parser.add_argument("--survivors", action="store_true", help="of these alone those that no test noticed when drawn")
     parser.add_argument("--journal", type=Path, help="a file from which a run that was stopped goes on")

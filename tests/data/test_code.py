@@ -117,3 +117,9 @@ def test_a_text_scores_the_same_alone_and_in_a_batch():
 
 def test_every_promised_column_is_there():
     assert {name: column.type for name, column in code(Texts.of(["a"])).items()} == arrow_types(filter_plugin("code").columns)
+
+
+def test_no_texts_have_no_scores_and_a_share_at_the_limit_is_enough():
+    assert {name: len(column) for name, column in code(Texts.of([])).items()} == dict.fromkeys(code(Texts.of(["a"])), 0)
+    for spaces, is_minified in ((15, False), (14, True)):
+        assert scores_of("x" * (125 - spaces) + " " * spaces)["minified"] == is_minified

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bessemer.data.filters import measures
 from bessemer.data.filters.registry import filter_plugin
-from bessemer.data.filters.rules import fineweb
+from bessemer.data.filters.rules import fineweb, ratio
 from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 from tests.data import plain_python
@@ -59,3 +61,13 @@ def test_a_text_scores_the_same_alone_and_in_a_batch(batch):
 def test_every_promised_column_is_there():
     found = fineweb(Texts.of(["a"]))
     assert {name: column.type for name, column in found.items()} == arrow_types(filter_plugin("fineweb").columns)
+
+
+def test_no_score_is_a_negative_zero_and_a_table_is_at_most_half_full():
+    assert str(measures.rounded(np.array([-0.0, -1e-9, 1.23456789])).to_pylist()) == "[0.0, 0.0, 1.234568]"
+    sizes = [measures.table_size(entries) for entries in (0, 1, 8, 9, 16, 17, 64, 65)]
+    assert sizes == [16, 16, 16, 32, 32, 64, 128, 256]
+
+
+def test_a_share_of_nothing_is_zero():
+    assert ratio(np.array([0, 1, 2]), np.array([0, 0, 1])).tolist() == [0, 0, 2]

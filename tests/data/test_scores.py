@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bessemer.core.errors import ConfigError
 from bessemer.data.config import SelectConfig
 from bessemer.data.filters.registry import HAZARD_CATEGORIES, filter_plugin
-from bessemer.data.filters.urls import read_blocklist, urls
+from bessemer.data.filters.urls import Blocklist, read_blocklist, urls
 from bessemer.data.filters.word_list_scores import _variety, hazards, model_written, spam, surface, toxicity, words_scorer
 from bessemer.data.plugins import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE, arrow_types, limits_of
 from bessemer.data.text.texts import Texts
@@ -189,6 +189,38 @@ def test_own_blocklists_are_text_folders_or_yaml(tmp_path):
     for name in ("absent.txt", "lists/ads"):
         with pytest.raises(ConfigError):
             read_blocklist(tmp_path / name)
+
+
+def test_of_several_categories_each_has_its_own_words_and_the_first_its_domain(tmp_path):
+    (tmp_path / "own.yml").write_text(
+        "ore:\n  meaning: of ore\n  domains: [.Ore.org., both.org]\n  hard: [slag]\n  soft: [rust]\n"
+        "tin:\n  domains: [tin.org, both.org]\n  soft: [foil, can]\n"
+        "none:\n  domains:\n",
+        encoding="utf-8",
+    )
+    blocklist = read_blocklist(tmp_path / "own.yml")
+    addresses = [
+        "http://ORE.org",
+        "x.tin.org/slag",
+        "both.org",
+        "a.org/slag",
+        "a.org/rust",
+        "a.org/foil/can",
+        "a.org",
+        "tin.or",
+    ]
+    found = urls(Texts.of(addresses), blocklist)
+    assert found["urls_category"].to_pylist() == ["ore", "tin", "ore", "ore", "ore", "tin", "", ""]
+    assert found["urls_score"].to_pylist() == [1, 1, 1, 1, 0.5, 1, 0, 0]
+    empty = urls(Texts.of(["http://ore.org"]), Blocklist.of({}))
+    assert (empty["urls_score"].to_pylist(), empty["urls_category"].to_pylist()) == ([0], [""])
+
+
+@pytest.mark.parametrize("text", ["[ore]", "ore: [ore.org]", "ore:\n  domain: [ore.org]", "ore: {"])
+def test_yaml_of_another_shape_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"a blocklist maps categories to|this is not YAML"):
+        read_blocklist(tmp_path / "own.yaml")
 
 
 def test_own_words_give_columns_by_category(tmp_path):

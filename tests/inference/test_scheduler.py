@@ -1,7 +1,9 @@
+import sys
+
 import pytest
 
 from bessemer.core.errors import ConfigError, RequestError
-from bessemer.inference.scheduling.block_tables import BlockPool
+from bessemer.inference.scheduling.block_tables import BlockPool, root_hash
 from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler, SchedulerOutput
 from bessemer.inference.scheduling.sequence import TokenSequence
 
@@ -267,6 +269,99 @@ def test_one_whose_beginning_is_found_waits_for_half_of_what_it_still_lacks():
     assert shape(step(scheduler)) == [(1, 28, 1, 0), (2, 16, 7, 0)]
 
 
+@pytest.mark.parametrize(("lacks", "waits"), [(16, True), (17, False)])
+def test_exactly_half_of_what_is_lacking_is_waited_for(lacks, waits):
+    scheduler = scheduler_of(64)
+    run(scheduler, sequence_of(8, answer=1))
+    scheduler.enqueue(sequence_of([*range(28)], identity=1))
+    scheduler.enqueue(sequence_of([*range(16), *range(50, 42 + lacks)], identity=2))
+    assert len(step(scheduler).chunks) == (1 if waits else 2)
+
+
+@pytest.mark.parametrize(("common", "waits"), [(4, True), (3, False)])
+def test_a_single_block_is_waited_for_too_and_a_part_of_one_never(common, waits):
+    scheduler = scheduler_of(64)
+    for identity in (1, 2):
+        scheduler.enqueue(sequence_of([*range(common), *[90 + identity] * (7 - common)], identity=identity))
+    assert len(step(scheduler).chunks) == (1 if waits else 2)
+
+
+def test_a_step_ahead_has_a_placeholder_only_where_a_token_is_coming():
+    scheduler = scheduler_of(8, max_num_seqs=1, max_num_batched_tokens=4)
+    sequence = sequence_of(6, answer=2)
+    scheduler.enqueue(sequence)
+    (chunk,) = scheduler.schedule().chunks
+    scheduler.commit_ahead(chunk)
+    assert (sequence.ahead, len(sequence.tokens), sequence.computed) == (False, 6, 4)
+    scheduler.take_back(sequence)
+    assert len(sequence.tokens) == 6
+    (chunk,) = scheduler.schedule().chunks
+    scheduler.commit_ahead(chunk)
+    assert (sequence.ahead, sequence.tokens[6:], sequence.computed) == (True, [0], 6)
+    # the next step reads the token that is coming
+    (ahead,) = scheduler.schedule().chunks
+    assert (ahead.start, ahead.count, ahead.num_logits) == (6, 1, 1)
+    scheduler.take_back(sequence)
+    scheduler.commit_token(sequence, 7)
+    assert (sequence.ahead, sequence.tokens[6:]) == (False, [7])
+    scheduler.commit_ahead(ahead)
+    # its last token is coming: there is nothing to compute behind it
+    assert sequence.ahead and len(sequence.tokens) == sequence.limit
+    assert scheduler.schedule().chunks == []
+    scheduler.take_back(sequence)
+    scheduler.commit_token(sequence, 8)
+    scheduler.finish(sequence)
+    assert sequence.tokens[6:] == [7, 8] and not scheduler.has_work
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # nobody can begin, so that drafts have what there is
+        ({"max_num_seqs": 1, "max_num_batched_tokens": 11}, [(1, 4, 11, 10)]),
+        # a prompt's least chunk goes before drafts
+        ({"max_num_seqs": 2, "max_num_batched_tokens": 6, "align": 4}, [(1, 4, 2, 1), (2, 0, 4, 0)]),
+        ({"max_num_seqs": 2, "max_num_batched_tokens": 5, "align": 4}, [(1, 4, 1, 0), (2, 0, 4, 0)]),
+        ({"max_num_seqs": 2, "max_num_batched_tokens": 12, "least_chunk": 8}, [(1, 4, 4, 3), (2, 0, 8, 0)]),
+    ],
+)
+def test_drafts_beside_a_prompt_that_waits(settings, expected):
+    scheduler = scheduler_of(64, **settings)
+    first = sequence_of(4, answer=60, identity=1)
+    scheduler.enqueue(first)
+    step(scheduler)
+    scheduler.enqueue(sequence_of(30, identity=2))
+    first.draft = [1] * 20
+    assert shape(scheduler.schedule()) == expected
+
+
+def test_the_longest_sequence_that_the_memory_holds_is_told_for_any_context():
+    scheduler = scheduler_of(4)
+    assert [scheduler.longest(most) for most in (1, 10, 17, 18, 10**30)] == [1, 10, 17, 17, 17]
+    scheduler.check(17)
+    with pytest.raises(RequestError):
+        scheduler.check(18)
+    assert scheduler_of(3, windows=(8,)).longest(10**30) == sys.maxsize - 1
+
+
+def test_a_preempted_sequence_waits_at_its_place_and_a_shifted_one_is_shorter():
+    scheduler = scheduler_of(64)
+    first, second = sequence_of(6, identity=1), sequence_of(6, identity=2, overflow=9, keep=2)
+    for sequence in (first, second):
+        scheduler.enqueue(sequence)
+    step(scheduler)
+    first.draft = [1]
+    scheduler.preempt(first)
+    assert (first.status, first.draft, scheduler.running, scheduler.waiting, scheduler.preemptions) == ("waiting", [], 1, 1, 1)
+    scheduler.shift(second)
+    assert (second.status, second.shifts, scheduler.waiting, scheduler.preemptions) == ("waiting", 1, 2, 1)
+    scheduler.shift(second)
+    assert (second.shifts, scheduler.waiting) == (2, 2)
+    assert [chunk.sequence for chunk in step(scheduler).chunks] == [first, second]
+    scheduler.preempt_all()
+    assert (scheduler.running, scheduler.waiting, scheduler.preemptions) == (0, 2, 3)
+
+
 def test_a_fork_that_finds_no_place_waits_and_finds_its_parents_blocks():
     scheduler = scheduler_of(64, max_num_seqs=1)
     parent, child, late = sequence_of(10, identity=1), sequence_of(10, identity=2), sequence_of(10, identity=3)
@@ -490,7 +585,7 @@ def test_after_the_weights_change_nothing_is_found():
     again = sequence_of(12)
     scheduler.enqueue(again)
     step(scheduler)
-    assert again.cached == 0
+    assert again.cached == 0 and again.chain[0] == root_hash(None, 1)
 
 
 def test_with_states_and_no_room_to_keep_them_no_prefix_is_found():
@@ -500,6 +595,16 @@ def test_with_states_and_no_room_to_keep_them_no_prefix_is_found():
     scheduler.enqueue(again)
     step(scheduler)
     assert again.cached == 0
+
+
+def test_with_states_that_are_kept_as_much_is_found_as_there_is_a_state_for():
+    scheduler = scheduler_of(64, state_slots=2, snapshots=4)
+    scheduler.enqueue(sequence_of(10, answer=1))
+    assert shape(step(scheduler)) == [(0, 0, 10, 0)]
+    again = sequence_of(10, answer=1)
+    scheduler.enqueue(again)
+    output = step(scheduler)
+    assert shape(output) == [(0, 8, 2, 0)] and len(output.restored) == 1 and again.cached == 8
 
 
 def test_a_model_without_pages_is_scheduled_by_its_states():

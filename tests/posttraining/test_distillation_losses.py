@@ -1,6 +1,7 @@
 """Losses and objectives of distillation beside plain formulas over whole logits, one token or one sequence at a time."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -10,6 +11,7 @@ import torch
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
+from bessemer.posttraining.distillation import losses
 from bessemer.posttraining.distillation.config import DISTILLATION_LOSSES, DistillationConfig
 from bessemer.posttraining.distillation.losses import DivergenceSettings, HeadStates
 from bessemer.posttraining.distillation.objective import (
@@ -99,6 +101,41 @@ def test_a_rest_of_no_probability_costs_nothing_and_has_no_gradient_that_is_not_
     loss = DISTILLATION_LOSSES["top_k"].load()(HeadStates(hidden, weight), certain, torch.tensor([True]), settings)
     (gradient,) = torch.autograd.grad(loss.sum(), weight)
     assert loss.item() == 0 and gradient.abs().max() == 0
+
+
+def test_as_many_likeliest_tokens_as_there_are_leave_no_rest_and_what_makes_no_sense_is_refused(monkeypatch):
+    hidden, weight, teacher, teacher_weight, mask = made_pair(6, (4, 4), 10)
+    mask = torch.ones(6, dtype=torch.bool)
+    arguments = (hidden, weight, teacher, teacher_weight)
+    whole = [losses.top_k_divergence(*arguments, k, mask_N=mask) for k in (10, 11)]
+    torch.testing.assert_close(*whole)
+    forward = DISTILLATION_LOSSES["forward_kl"].load()(
+        HeadStates(hidden, weight), HeadStates(teacher, teacher_weight), mask, DivergenceSettings()
+    )
+    torch.testing.assert_close(whole[0], forward)
+    assert losses.top_k_divergence(*arguments, 1, mask_N=mask).isfinite().all()
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        losses.top_k_divergence(*arguments, 0, mask_N=mask)
+    with pytest.raises(ValueError, match="the student has 10 tokens and the teacher 9"):
+        losses.top_k_divergence(hidden, weight, teacher, teacher_weight[:9], 1, mask_N=mask)
+    of = losses.Head.of
+    for sharded in (0, 1):
+        made = []
+
+        def with_group(*given, sharded=sharded, made=made):
+            head, *others = of(*given)
+            made.append(head)
+            return replace(head, group="shards" if len(made) - 1 == sharded else None), *others
+
+        monkeypatch.setattr(losses.Head, "of", with_group)
+        with pytest.raises(ValueError, match="not in shards of it"):
+            losses.top_k_divergence(*arguments, 1, mask_N=mask)
+
+
+def test_heads_of_one_tokenizer_are_compared_over_the_ids_that_both_have():
+    short, long = (HeadStates(torch.ones(1, 2), torch.ones(size, 2)) for size in (3, 5))
+    for pair in ((short, long), (long, short)):
+        assert [len(one.weight_VD) for one in losses.of_one_vocabulary(*pair)] == [3, 3]
 
 
 def test_the_likeliest_tokens_are_found_without_the_logits_of_a_whole_batch():

@@ -5,8 +5,17 @@ import numpy as np
 import pytest
 import tokenizers
 
-from bessemer.core.errors import RequestError
-from bessemer.posttraining.data.encoding import Encoded, encode_answer, encode_prompt
+from bessemer.core.errors import RequestError, SourceError
+from bessemer.posttraining.data.encoding import (
+    Encoded,
+    RowCounts,
+    RowFitter,
+    Unrendered,
+    encode_answer,
+    encode_prompt,
+    encode_turns,
+)
+from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.posttraining.test_formats import said
 
@@ -46,6 +55,7 @@ def test_of_texts_the_continuation_and_the_end_are_learnt(tokenizer):
 def test_windows_hold_every_target_once():
     encoded = Encoded(np.arange(10, 15), np.ones(5, dtype=bool))
     assert [window.ids.tolist() for window in encoded.windows(2)] == [[10, 11, 12], [12, 13, 14]]
+    assert [window.is_learnt.tolist() for window in encoded.windows(3)] == [[True] * 4, [True] * 2]
     alone = Encoded(np.array([10]), np.array([True]))
     assert [window.ids.tolist() for window in alone.windows(1)] == [[10]]
 
@@ -117,8 +127,10 @@ def test_an_example_fits_to_the_token_and_is_never_cut_at_its_end(tokenizer):
 
 
 def test_texts_and_messages_are_not_mixed(tokenizer):
-    with pytest.raises(TypeError, match="both be texts or both messages"):
-        encode_answer("Who?", (said("assistant", "Me."),), tokenizer)
+    for encode in (encode_answer, encode_turns):
+        for mixed in (("Who?", (said("assistant", "Me."),)), ((said("user", "Who?"),), "Me.")):
+            with pytest.raises(TypeError, match="both be texts or both messages"):
+                encode(*mixed, tokenizer)
 
 
 def test_a_call_is_found_in_the_answer_and_not_in_what_is_said_beside_it(tokenizer, tmp_path):
@@ -127,3 +139,83 @@ def test_a_call_is_found_in_the_answer_and_not_in_what_is_said_beside_it(tokeniz
     assert "find_order" in learnt(encode_answer((), messages, tokenizer), tokenizer)
     other = with_template(tokenizer, tmp_path, "<|im_end|>\n")
     assert '{"name": "find_order", "arguments": {}}' in learnt(encode_answer((), messages, other), other)
+
+
+def test_a_whole_answer_is_scored_at_its_end_and_a_cut_one_never():
+    encoded = Encoded(np.arange(10, 16), np.array([False, False, True, True, False, False]))
+    ids, targets = encoded.scored(4)
+    assert (ids.tolist(), targets.tolist()) == ([10, 11, 12, 13], [-100, -100, -100, 13])
+    assert encoded.scored(3) is None and encoded.inputs == 3
+    assert Encoded(np.arange(3), np.zeros(3, dtype=bool)).inputs == 0
+
+
+def encoded_of(inputs, learnt=1):
+    return Encoded(np.arange(inputs + 1), np.arange(inputs + 1) > inputs - learnt)
+
+
+def failing(error):
+    def encode():
+        raise error
+
+    return encode
+
+
+def test_rows_that_fit_are_counted_apart_from_those_that_do_not():
+    fitter = RowFitter(4, "left")
+    assert len(fitter.fit(lambda: encoded_of(4), lambda: encoded_of(3))) == 2
+    assert len(fitter.fit(lambda: encoded_of(5), lambda: encoded_of(3))) == 2
+    assert fitter.fit(lambda: encoded_of(4), lambda: encoded_of(9, learnt=7)) is None
+    assert fitter.fit(lambda: Encoded(np.arange(3), np.zeros(3, dtype=bool))) is None
+    assert fitter.fit(failing(NothingLearntError("no"))) is None
+    assert fitter.fit_turns(failing(RowError("bad")), place="a:1") == []
+    assert len(fitter.fit_turns(lambda: [encoded_of(4), encoded_of(9, learnt=7)])) == 1
+    assert len(fitter.fit_turns(lambda: [encoded_of(4), encoded_of(6)])) == 2
+    assert fitter.fit_turns(lambda: [encoded_of(9, learnt=7)]) == []
+    counts = fitter.counts("pairs")
+    assert counts == RowCounts(4, 2, 2, 2, 1, (Unrendered("a:1", "bad"),), 9)
+    assert counts.left_out == 5
+    assert counts.figures == {"too_long": 2, "nothing_learnt": 2, "cut": 2, "turns_left_out": 1, "unrendered": 1}
+    assert counts.sentences("9 pairs") == [
+        "  2 of 9 pairs are left out: longer than 4 tokens (truncate: drop)",
+        "  2 of 9 pairs are left out: the assistant says nothing in them that is learnt",
+        "  2 of 9 pairs are longer than 4 tokens, and their beginning is cut off (truncate: left)",
+        "  1 turns of others are left out: longer than 4 tokens with their context",
+        "  1 of 9 pairs are left out: a:1: bad",
+    ]
+    assert RowCounts(4) == RowCounts(4, 0, 0, 0, 0, (), 0) and RowCounts(4).sentences("0 pairs") == []
+    assert RowCounts(4).figures == {"too_long": 0, "nothing_learnt": 0, "cut": 0}
+    strict = RowFitter(4, "refuse")
+    for inputs in (4, 5, 7):
+        strict.fit(lambda inputs=inputs: encoded_of(inputs))
+    with pytest.raises(SourceError, match="2 pairs have more than 4 tokens, the longest 7; raise"):
+        strict.counts("pairs")
+
+
+@pytest.mark.parametrize(
+    ("unrendered", "total", "is_refused"),
+    [(2, 3, False), (3, 3, True), (3, 59, True), (3, 60, False), (2, 2, True), (5, 100, False), (6, 100, True)],
+)
+def test_a_few_rows_that_cannot_be_rendered_are_left_out_and_many_are_refused(unrendered, total, is_refused):
+    rows = tuple(Unrendered(f"a:{number}" if number % 4 else "", "bad") for number in range(unrendered))
+    counts = RowCounts(4, unrendered=rows, total=total)
+    if is_refused:
+        with pytest.raises(SourceError, match=f"{unrendered} of {total} rows cannot be written"):
+            counts.check("rows")
+    else:
+        counts.check("rows")
+
+
+def test_the_first_row_that_cannot_be_rendered_is_told_with_the_places_of_some_others():
+    rows = tuple(Unrendered(f"a:{number}", "bad") for number in range(8))
+    told = [RowCounts(4, unrendered=rows[:number])._reasons() for number in (1, 2, 6, 7)]
+    assert told == [
+        "a:0: bad",
+        "a:0: bad; 1 more (a:1)",
+        "a:0: bad; 5 more (a:1, a:2, a:3, a:4, a:5)",
+        "a:0: bad; 6 more (a:1, a:2, a:3, a:4, a:5, …)",
+    ]
+    assert RowCounts(4, unrendered=(Unrendered("", "bad"),) * 2)._reasons() == "bad; 1 more"
+    for learnt, total in ((2, 3), (0, 0)):
+        RowCounts(4, nothing_learnt=learnt, total=total).check("rows")
+    with pytest.raises(SourceError, match="nothing would be learnt of any of the 3 rows"):
+        RowCounts(4, nothing_learnt=3, total=3).check("rows")

@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,13 +8,16 @@ from torch.nn.functional import cross_entropy
 
 from bessemer.core.errors import SourceError
 from bessemer.model.storage.folder import load_model
+from bessemer.posttraining.data import packing
+from bessemer.posttraining.data.encoding import RowCounts, encode_answer
 from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.formats import Answered, Labelled
+from bessemer.posttraining.data.formats import Answered, Labelled, Pair
 from bessemer.posttraining.data.packing import (
     HeldOutBatches,
     PackedBatches,
     PairExample,
     encode_conversation,
+    others_before,
     pack_answers,
     pack_conversations,
 )
@@ -228,3 +232,111 @@ def test_what_two_answers_share_is_read_once(rejected, targets, shared):
     shorter, removed = pair.without_shared()
     assert removed == shared and shorter.chosen is chosen
     assert [part.tolist() for part in shorter.rejected] == [rejected[shared:], targets[shared:]]
+
+
+def row(*tokens, first=1):
+    """Inputs, and targets from the place `first` on."""
+    tokens = np.array(tokens)
+    return tokens, np.where(np.arange(len(tokens)) < first, IGNORE_INDEX, tokens + 100)
+
+
+def test_pairs_lie_side_by_side_in_their_rows_with_what_is_known_of_them():
+    pairs = [
+        PairExample(row(1, 2, 3), row(1, 4), margin=0.5, weight=2.0),
+        PairExample(row(5, 6), row(7, 8), confidence=0.75),
+        PairExample(row(1, 2), row(9)),
+    ]
+    batch = packing.pack_pair_examples(pairs, 8, 77)
+    assert batch.tokens_BT.tolist() == [[1, 2, 3, 1, 4, 1, 2, 9], [5, 6, 7, 8, 77, 77, 77, 77]]
+    assert batch.document_ids_BT.tolist() == [[1, 1, 1, 2, 2, 3, 3, 4], [1, 1, 2, 2, 0, 0, 0, 0]]
+    assert (batch.sequences, batch.together, batch.visible_to_BT) == (4, 2, None)
+    of = {name: values.tolist() for name, values in batch.per_sequence.items()}
+    assert of == {
+        "pair_weight": [[2, 2, 1, 1], [1, 1, 0, 0]],
+        "margin": [[0.5, 0.5, 0, 0], [0, 0, 0, 0]],
+        "confidence": [[1, 1, 1, 1], [0.75, 0.75, 0, 0]],
+    }
+    shared = packing.pack_pair_examples(pairs[:1] + pairs[2:], 8, 77, lambda rows: rows + 1, shares_prompts=True)
+    assert shared.tokens_BT.tolist() == [[1, 2, 3, 4, 1, 2, 9, 77], [77] * 8] and "confidence" not in shared.per_sequence
+    assert shared.positions_BT[0].tolist() == [0, 1, 2, 1, 0, 1, 0, 0]
+    assert shared.visible_to_BT[0].tolist() == [2, 1, 1, 2, 3, 3, 4, 0]
+    empty = packing.pack_pair_examples([], 8, 77)
+    assert (empty.tokens_BT.shape, empty.per_sequence["margin"].shape, empty.sequences) == ((0, 8), (0, 2), 2)
+
+
+def test_an_answer_of_a_pair_has_half_a_row_and_two_equal_ones_teach_nothing(tokenizer):
+    pair = Pair("Who is it?", "It is me, and you.", "No.")
+    whole = encode_answer(pair.prompt, pair.chosen, tokenizer).inputs
+    for length, kept in ((2 * whole, 1), (2 * whole + 1, 1), (2 * whole - 1, 0)):
+        rows = packing.pack_pairs([pair, Pair("a", "b", "b")], tokenizer, length)
+        assert (rows.pairs, rows.counts.too_long, rows.equal, rows.rows) == (kept, 1 - kept, 1, kept)
+    assert rows.figures == {"too_long": 1, "nothing_learnt": 0, "cut": 0, "equal": 1}
+    assert rows.sentences("2 pairs")[-1] == "  1 of 2 pairs are left out: their two answers are the same"
+    assert packing.pack_pairs([], tokenizer, 8).sentences("0 pairs") == []
+
+
+def test_a_label_stands_at_each_answer_and_nothing_where_there_is_none():
+    batch = packing._labelled_batch([[row(1, 2)], [row(3), row(4, 5)]], [[False], [True, False]], 4, 77)
+    assert batch.tokens_BT.tolist() == [[1, 2, 77, 77], [3, 4, 5, 77]] and batch.sequences == 2
+    assert batch.per_sequence["is_answer"].tolist() == [[1, 0], [1, 1]]
+    assert batch.per_sequence["is_desirable"].tolist() == [[0, 0], [1, 0]]
+    assert packing._labelled_batch([], [], 4, 77).sequences == 1
+    last = HeldOutBatches(batch, 3).batch(0)
+    assert last.per_sequence["is_answer"].tolist() == [[1, 0], [1, 1], [0, 0]]
+    assert HeldOutBatches(batch, 2).steps == 1 and HeldOutBatches(batch, 1).steps == 2
+    assert packing.PackedConversations(batch, RowCounts(4)).filled == 5 / 8
+    assert not packing.has_mismatched(batch) and packing.placed(batch, None) is batch
+
+
+def test_what_is_forgotten_and_what_is_kept_take_turns_and_an_end_is_not_forgotten(tokenizer):
+    forget, keep = (
+        [Labelled(Answered(f"{name} {number} is", f" {number}."), name == "keep") for number in range(count)]
+        for name, count in (("forget", 2), ("keep", 4))
+    )
+    sizes = [encode_answer(one.answered.prompt, one.answered.answer, tokenizer).inputs for one in (forget[0], keep[0])]
+    rows = packing.pack_forgetting(forget, keep, tokenizer, sizes[0] + 2 * sizes[1])
+    # at 1/4 and 3/4, and at 1/8, 3/8, 5/8 and 7/8
+    assert rows.batch.per_sequence["is_desirable"].tolist() == [[1, 0, 1], [1, 0, 1]]
+    assert rows.batch.per_sequence["is_answer"].tolist() == [[1, 1, 1], [1, 1, 1]] and (rows.answers, rows.rows) == (6, 2)
+    targets = rows.batch.targets_BT[0]
+    assert (targets == tokenizer.eos_ids[0]).sum() == 2
+    nothing = [Labelled(Answered("a", ""), False)]
+    assert packing.pack_forgetting(nothing, [], tokenizer, 64).answers == 0
+    one_less = packing.pack_forgetting(forget, keep, tokenizer, sizes[0] + 2 * sizes[1] - 1)
+    assert one_less.batch.per_sequence["is_desirable"].tolist()[0] == [1, 0]
+
+
+def test_prompts_are_shared_where_the_model_can_and_a_row_is_on_one_rank(monkeypatch):
+    for ranks, shares in ((1, True), (1, False), (2, True), (2, False)):
+        monkeypatch.setattr(packing, "read_decoder_config", lambda _, shares=shares: SimpleNamespace(shares_prefixes=shares))
+        config = SimpleNamespace(parallel=SimpleNamespace(context=ranks))
+        assert packing.can_share_prompts(config, None) is (ranks == 1 and shares)
+
+
+def test_held_out_rows_are_validated_at_the_steps_that_are_named_and_none_never(conversations, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "validation_metrics", lambda trainer, source, steps: {"steps": steps})
+    config = SimpleNamespace(batch_size=2, validated_steps={3})
+    rows = pack_conversations(conversations, tokenizer, 128)
+    validate = packing.validation_on(rows.batch, config)
+    assert [validate(step, None) for step in (2, 3)] == [{}, {"steps": -(-rows.rows // 2)}]
+    assert packing.validation_on(pack_conversations([], tokenizer, 128).batch, config)(3, None) == {}
+
+
+def test_the_nearest_answer_before_with_another_prompt_is_taken():
+    assert [others_before(list(keys)) for keys in ("aabbc", "abca", "")] == [[4, 4, 1, 1, 3], [2, 0, 1, 2], []]
+    with pytest.raises(SourceError, match="all of these have the same prompt"):
+        others_before(list("aaa"))
+
+
+def test_the_twin_of_an_answer_is_its_prompt_with_anothers_answer(tokenizer):
+    examples = [Labelled(Answered(f"{name} is", f" {name}{name}."), name == "a") for name in "abc"]
+    rows = pack_answers(examples, tokenizer, 16)
+    twins = packing.mismatched(rows.batch)
+    said_by = [tokenizer.decode(ids.tolist()) for ids in twins.tokens_BT]
+    assert packing.has_mismatched(rows.batch) and rows.batch.per_sequence["is_answer"].sum() == 3
+    assert all(text in "".join(said_by) for text in ("a is cc.", "b is aa.", "c is bb."))
+    for mixed in ("texts", "messages"):
+        other = Labelled(Answered((said("user", "c"),), (said("assistant", "d"),)), False)
+        given = [examples[0], other] if mixed == "texts" else [other, examples[0]]
+        with pytest.raises(SourceError, match="some rows are texts and some messages"):
+            pack_answers(given, tokenizer, 64)

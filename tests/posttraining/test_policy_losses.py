@@ -228,6 +228,18 @@ def test_an_aggregation_is_its_mean_over_packed_answers_however_they_are_cut(nam
     assert (total / denominator.value).item() == pytest.approx(expected)
 
 
+def test_a_single_token_counts_whole_however_it_is_aggregated():
+    tokens_BT = torch.zeros(2, 3, dtype=torch.int64)
+    mask_BT = torch.tensor([[0, 1, 0], [0, 0, 0]], dtype=torch.float64)
+    values = {name: torch.tensor([[1], [0]]) for name in ("group_tokens", "group_answers")}
+    sequences = Sequences(Batch(tokens_BT, tokens_BT, per_sequence=values), mask_BT)
+    for name in AGGREGATIONS:
+        aggregation = AGGREGATIONS[name].load()
+        assert torch.equal(aggregation.weights(sequences), mask_BT)
+        assert aggregation.denominator(sequences, 2, 3).value == (6 if name == "constant" else 1)
+    assert sequences.lengths.tolist() == [[1], [1]]
+
+
 def test_divergences_estimate_the_divergence_of_two_distributions():
     random = torch.Generator().manual_seed(1)
     policy_V, reference_V = (torch.randn(6, generator=random, dtype=torch.float64).log_softmax(0) for _ in range(2))

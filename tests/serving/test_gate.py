@@ -15,6 +15,7 @@ from queue import SimpleQueue
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
 
 from bessemer.assistant.conversation import LOCAL
 from bessemer.model.adapters.folder import ADAPTER_CONFIG, read_adapter, write_adapter
@@ -22,7 +23,8 @@ from bessemer.serving import server as connections
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.runtime import gate
-from bessemer.serving.runtime.clients import Client, KeyRecord, hash_key, write_keys
+from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.clients import SCOPE, Client, KeyRecord, Keys, hash_key, write_keys
 from bessemer.serving.runtime.gate import PUBLIC, Gate
 from bessemer.serving.runtime.served import CLAMPED, DROPPED, SUMMARISED
 from bessemer.serving.server import open_many_files
@@ -119,6 +121,126 @@ def test_a_message_that_promises_no_more_ends_the_body_and_its_time():
 
     body, end = asyncio.run(read())
     assert (body["body"], end["type"]) == (b"all", "http.disconnect")
+
+
+async def sent_by(app, kind="http", host=b"localhost", path="/v1/models", keys=None, **more):
+    """What the gate sends to a client, and the scopes that reach the app."""
+    sent, reached = [], []
+
+    async def inner(scope, receive, send):
+        reached.append(scope)
+        await app(send)
+
+    async def receive():
+        return {"type": "http.request"}
+
+    async def send(message):
+        sent.append(message)
+
+    outer = Gate(inner, ServingConfig(request_log=True), keys, lambda path, error: error.body())
+    await outer({"type": kind, "method": "GET", "path": path, "headers": [(b"host", host)], **more}, receive, send)
+    return sent, reached
+
+
+async def silent(send):
+    pass
+
+
+def test_a_socket_is_opened_as_a_page_is_asked_for():
+    def opened(**more):
+        return asyncio.run(sent_by(silent, "websocket", **more))
+
+    sent, (scope,) = opened()
+    assert sent == [] and scope[SCOPE].client.id == ""
+    assert opened(host=b"evil.example") == ([{"type": "websocket.close", "code": 1008}], [])
+    (begin, body), reached = opened(keys=Keys(single="secret"), extensions={"websocket.http.response": {}})
+    assert (begin["type"], begin["status"], reached) == ("websocket.http.response.start", 401, [])
+    assert body["type"] == "websocket.http.response.body" and b"invalid_api_key" in body["body"]
+
+
+def test_what_is_no_request_passes_and_an_answer_that_has_begun_is_not_begun_again(monkeypatch, caplog):
+    async def begun(send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ApiError("too late")
+
+    async def refused(send):
+        raise ApiError("no")
+
+    sent, (scope,) = asyncio.run(sent_by(silent, "lifespan"))
+    assert sent == [] and SCOPE not in scope
+    assert [message.get("status") for message in asyncio.run(sent_by(begun))[0]] == [200]
+    times = iter([7.0, 7.12345])
+    monkeypatch.setattr(gate.time, "perf_counter", lambda: next(times))
+    with caplog.at_level("INFO", logger=gate.REQUEST_LOG):
+        assert [message.get("status") for message in asyncio.run(sent_by(refused))[0]] == [400, None]
+    line = json.loads(caplog.records[-1].message)
+    assert (line["seconds"], line["status"], line["key"]) == (0.123, 400, None)
+
+
+def test_bodies_are_counted_to_the_byte(monkeypatch):
+    monkeypatch.setattr(gate, "UNCOUNTED", 4)
+
+    async def read(parts, left=10, most=20):
+        waiting = [{"type": "http.request", "body": bytes(size), "more_body": True} for size in parts]
+        bodies = gate._Bodies(left)
+
+        async def receive():
+            await asyncio.sleep(0)
+            return waiting.pop(0)
+
+        reader = gate._BodyReader(receive, Client(LOCAL), most, 10.0, bodies)
+        seen = []
+        for _ in parts:
+            await reader.receive()
+            seen.append(bodies.left)
+        for _ in range(2):
+            reader.close()
+        assert bodies.left == left
+        return seen
+
+    assert asyncio.run(read([3, 1, 1, 4, 5])) == [10, 10, 9, 5, 0]
+    assert asyncio.run(read([20], left=16)) == [0]
+    for parts, left, status in (([20, 1], 100, 413), ([15], 10, 503)):
+        with pytest.raises(ApiError) as refused:
+            asyncio.run(read(parts, left))
+        assert refused.value.status == status
+
+
+@pytest.mark.parametrize(("announced", "is_refused"), [("10", False), ("11", True), ("", False), ("x", False)])
+def test_a_body_is_refused_by_the_size_that_it_announces(announced, is_refused):
+    async def check():
+        reader = gate._BodyReader(None, Client(LOCAL), 10, 1.0, gate._Bodies(10))
+        try:
+            reader.check_announced(Headers({"content-length": announced}))
+        except ApiError as error:
+            return error.status == 413
+        return False
+
+    assert asyncio.run(check()) is is_refused
+
+
+def test_a_revoked_key_ends_the_wait_for_a_client_that_stays():
+    async def wait():
+        calls = []
+
+        async def receive():
+            calls.append(1)
+            if len(calls) == 1:
+                return {"type": "http.request"}
+            await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
+
+        client = Client(LOCAL)
+        reader = gate._BodyReader(receive, client, 10, 1.0, gate._Bodies(10))
+        await reader.receive()
+        client.revoked.set()
+        ends = [(await reader.receive())["type"] for _ in range(2)]
+        waiting = reader._waiting
+        reader.close()
+        await asyncio.sleep(0)
+        return ends, len(calls), waiting.cancelled()
+
+    assert asyncio.run(wait()) == (["http.disconnect"] * 2, 2, True)
 
 
 def test_only_pages_of_this_server_and_of_origins_that_are_let_in_may_use_it(start):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
+import threading
 
 import pytest
 from hypothesis import given
@@ -10,9 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bessemer.inference.sampling.sampler import SamplingParams
-from bessemer.serving.config import METADATA
+from bessemer.serving.config import FIELDS, METADATA, PARSED_AT_ONCE
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
 from bessemer.serving.responses.protocol import ResponsesRequest
+from bessemer.serving.runtime import bodies
 from bessemer.serving.runtime.bodies import ApiError, few_pairs, read_request
 
 TOOL = {"type": "function", "function": {"name": "add"}}
@@ -298,6 +302,90 @@ def test_as_many_pairs_of_metadata_as_are_kept_are_taken():
     assert few_pairs(pairs) == pairs
     with pytest.raises(ValueError, match=f"it has {METADATA.most + 1} pairs"):
         few_pairs(pairs | {"more": "x"})
+
+
+@pytest.mark.parametrize(
+    "body",
+    ['{"a": [1, 2, "x,[{"]}', '["a,b", {}, {"c": "\\"[,"}, []]', "[[], [[]], 1, 2]", '{"a": ",", "b": {"c": [3]}, "d": "]"}'],
+)
+def test_as_many_values_as_are_read_are_taken_whatever_texts_hold(body, monkeypatch):
+    bare = re.sub(r'"(\\.|[^"\\])*"', "", body)
+    containers = bare.count("[") + bare.count("{")
+    values = containers + bare.count(",")
+    for fewer_values, fewer_containers in ((0, 0), (1, 0), (0, 1)):
+        monkeypatch.setattr(bodies, "VALUES", bodies.VALUES._replace(most=values - fewer_values))
+        monkeypatch.setattr(bodies, "CONTAINERS", bodies.CONTAINERS._replace(most=containers - fewer_containers))
+        if not fewer_values + fewer_containers:
+            assert bodies.read_json(body.encode()) == json.loads(body)
+            continue
+        named = f"{values - 1} values" if fewer_values else f"{containers - 1} lists and objects"
+        with pytest.raises(ApiError, match=f"more than {named}, the most"):
+            bodies.read_json(body.encode())
+
+
+def test_as_many_names_as_are_read_are_looked_at():
+    names = {"model": "m", "prompt": "a"} | {f"x{place}": 1 for place in range(FIELDS.most - 2)}
+    for more, code in ({}, "unknown_parameter"), ({"y": 1}, "invalid_value"):
+        with pytest.raises(ApiError) as refused:
+            read_request(CompletionRequest, json.dumps(names | more).encode())
+        assert refused.value.code == code and (code == "unknown_parameter" or "1,001 names" in str(refused.value))
+
+
+def test_a_body_is_parsed_at_once_up_to_its_size(monkeypatch):
+    class Asked:
+        def __init__(self, size):
+            self.size = size
+
+        async def body(self):
+            return b'{"model": "m", "prompt": "a"}'.ljust(self.size)
+
+    places = []
+    monkeypatch.setattr(bodies, "read_request", lambda kind, body: places.append(threading.current_thread()))
+    for size in (PARSED_AT_ONCE, PARSED_AT_ONCE + 1):
+        asyncio.run(bodies.read_body(CompletionRequest, Asked(size)))
+    assert [place is threading.main_thread() for place in places] == [True, False]
+
+
+def test_half_a_character_is_refused_and_both_halves_are_one():
+    assert bodies.read_json(rb'"\ud83d\ude00"') == "\U0001f600"
+    with pytest.raises(ApiError, match=r"has \\ude00 alone, half of a character"):
+        bodies.read_json(rb'["a", "\ude00"]')
+    for body, said in ((b"[1", "is not JSON"), (b"\xff", "is not JSON"), (b"[" * 40_000, "nested too deep")):
+        with pytest.raises(ApiError, match=said):
+            bodies.read_json(body)
+    with pytest.raises(ApiError, match="must be a JSON object"):
+        read_request(CompletionRequest, b"[]")
+
+
+def test_a_body_cannot_be_changed_and_an_error_says_what_it_is():
+    with pytest.raises(ValidationError, match="frozen"):
+        complete().prompt = ["b"]
+    error = bodies.overloaded("busy", headers={"X": "y"})
+    assert (error.status, error.headers) == (503, {"Retry-After": "1", "X": "y"})
+    assert error.body() == {"error": {"message": "busy", "type": "server_error", "param": None, "code": "server_overloaded"}}
+    assert bodies.withdrawn("rude").status == 500
+
+
+def test_a_text_names_no_folder_of_this_machine():
+    assert bodies.without_places("no /usr/lib/x/y.py here") == "no y.py here"
+    for kept in ("no /v1/chat/completions here", "see http://a.b/usr/lib", "one /usr alone"):
+        assert bodies.without_places(kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "parameter"),
+    [
+        ({"prompt": 5}, "invalid 'prompt'", "prompt"),
+        ({"prompt": "a", "functions": [1]}, "'functions' is not supported by this server (only [])", "functions"),
+        ({"prompt": "a", "x" * 2000: 5}, "unrecognized request argument: 'xxx", "x" * 1000),
+        ({"prompt": "a", "stop": [1]}, "invalid 'stop[0]'", "stop[0]"),
+    ],
+)
+def test_an_error_names_the_parameter_and_is_short(given, message, parameter):
+    with pytest.raises(ApiError) as refused:
+        read_request(CompletionRequest, json.dumps({"model": "m"} | given).encode())
+    assert refused.value.parameter == parameter and str(refused.value).startswith(message)
+    assert len(str(refused.value)) <= 1000
 
 
 def test_a_completion_of_no_token_is_asked_for_with_its_echo():

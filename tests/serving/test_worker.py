@@ -13,7 +13,7 @@ from bessemer.core.errors import LostProcessError, RequestError
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.runtime.admission import QueueLimits
+from bessemer.serving.runtime.admission import Admission, QueueLimits, _Waiting
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller, Client
 from bessemer.serving.runtime.worker import Worker
@@ -276,6 +276,87 @@ def test_a_wait_ends_with_its_time_with_its_client_and_with_the_server():
 
     asyncio.run(asked())
     assert (worker.requests, worker.completions) == (0, 0)
+
+
+def test_places_are_given_up_to_the_last_and_nothing_waits_without_a_queue():
+    admission = Admission(places=3, most_at_once=2)
+    assert (admission.requests, admission.completions, admission.failure, admission.is_draining) == (0, 0, None, False)
+    assert QueueLimits() == (0, 0.0)
+
+    async def asked():
+        with await admission.place(2, Caller(Client(LOCAL))), await admission.place(1, Caller(Client(LOCAL))):
+            assert (admission.requests, admission.completions) == (2, 3)
+            with pytest.raises(ApiError, match="busy with 2 requests") as refused:
+                with await admission.place(1, Caller(Client(LOCAL))):
+                    pass
+            assert refused.value.headers["Retry-After"] == "1"
+            with pytest.raises(ApiError, match="asks for 3 completions, and this server computes at most 2"):
+                await admission.place(3, Caller(Client(LOCAL)))
+
+    asyncio.run(asked())
+    assert (admission.requests, admission.completions) == (0, 0)
+    admission.is_draining = False
+    assert admission.is_draining is False
+
+
+def test_a_wait_that_was_given_up_takes_no_place_and_keeps_nobody_from_one():
+    admission = Admission(places=2, most_at_once=2, queue=QueueLimits(2, 10))
+
+    async def asked():
+        first = admission.admit(2)
+        first.__enter__()
+        waits = [asyncio.create_task(admission.place(number, Caller(Client(LOCAL)))) for number in (2, 1)]
+        await asyncio.sleep(0)
+        assert admission.requests == 3
+        with pytest.raises(ApiError, match="busy with 3 requests"):
+            with await admission.place(1, Caller(Client(LOCAL))):
+                pass
+        waits[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waits[0]
+        # one place is free, and it is the second's whose turn has come
+        assert (admission.requests, admission.completions, len(admission._queue)) == (2, 2, 1)
+        first.__exit__(None, None, None)
+        with await waits[1]:
+            assert (admission.requests, admission.completions) == (1, 1)
+            # handed on, and given up before it was told
+            waiting = _Waiting(1, asyncio.get_running_loop().create_future())
+            admission._queue.append(waiting)
+            admission.requests += 1
+            admission._hand_on()
+            assert admission.completions == 2 and waiting.turn.result() and not admission._queue
+            admission._leave(waiting)
+            assert (admission.requests, admission.completions) == (1, 1)
+            # the server stops before its turn
+            refused = _Waiting(1, asyncio.get_running_loop().create_future())
+            gone = _Waiting(1, asyncio.get_running_loop().create_future())
+            gone.turn.cancel()
+            admission._queue += [refused, gone]
+            admission.requests += 2
+            admission.is_draining = True
+            assert refused.turn.result() is False and not admission._queue
+            for each in (refused, gone):
+                admission._leave(each)
+            assert (admission.requests, admission.completions) == (1, 1)
+
+    asyncio.run(asked())
+    assert (admission.requests, admission.completions) == (0, 0)
+
+
+def test_what_waits_in_the_queue_stays_there_where_the_server_does_not_stop():
+    admission = Admission(places=1, most_at_once=1, queue=QueueLimits(1, 10))
+
+    async def asked():
+        with admission.admit(1):
+            waiting = asyncio.create_task(admission.place(1, Caller(Client(LOCAL))))
+            await asyncio.sleep(0)
+            admission.is_draining = False
+            assert len(admission._queue) == 1
+        with await waiting:
+            pass
+
+    asyncio.run(asked())
+    assert (admission.requests, admission.completions) == (0, 0)
 
 
 def test_places_handed_on_to_one_that_the_stopping_server_refuses_are_given_back():

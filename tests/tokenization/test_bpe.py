@@ -163,3 +163,9 @@ def test_training_holds_one_batch_of_texts_and_not_the_corpus(monkeypatch):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_same_texts_give_the_same_tokens(corpus, trainer):
     assert train_bpe(iter(corpus), MERGES, QWEN2, trainer=trainer) == train_bpe(corpus, MERGES, QWEN2, trainer=trainer)
+
+
+def test_a_regex_is_grouped_before_its_lookahead_where_it_is_one_of_ours():
+    assert bpe.without_lookahead_first(r"a|\s+(?!\S)|\s+") == r"a|\s+(?!\S)|\s+"
+    before, after = SPLIT_REGEXES["gpt-2"].split(r"|\s+(?!")
+    assert bpe.without_lookahead_first(SPLIT_REGEXES["gpt-2"]) == rf"(?:{before})|\s+(?!{after}"

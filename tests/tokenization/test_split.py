@@ -171,3 +171,49 @@ def test_what_we_write_has_the_name_it_was_written_for(name):
 def test_every_other_name_is_of_a_split_we_have():
     assert set(OTHER_NAMES.values()) <= set(KNOWN)
     assert not set(OTHER_NAMES) & set(KNOWN)
+
+
+def test_the_section_of_a_split_adds_and_trims_nothing():
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    assert pre_tokenizer("gpt-2") == byte_level | {"use_regex": True}
+    isolated = {"type": "Split", "pattern": {"Regex": KNOWN["smollm"]}, "behavior": "Isolated", "invert": False}
+    assert pre_tokenizer("smollm") == {"type": "Sequence", "pretokenizers": [isolated, byte_level | {"use_regex": False}]}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+CUT = {"type": "Split", "pattern": {"Regex": KNOWN["smollm"]}, "behavior": "Isolated", "invert": False}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([], None),
+        ([CUT], None),
+        ([CUT, BYTES], "smollm"),
+        ([CUT, BYTES | {"add_prefix_space": True}], None),
+        ([CUT, {"type": "ByteLevel", "use_regex": False}], None),
+        ([BYTES | {"use_regex": True}], "gpt-2"),
+        ([{"type": "ByteLevel", "add_prefix_space": False}], "gpt-2"),
+        ([BYTES], None),
+        ([DIGITS, BYTES | {"use_regex": True}], "smollm"),
+        ([DIGITS | {"individual_digits": False}, BYTES | {"use_regex": True}], None),
+        ([CUT | {"behavior": "Removed", "invert": True}, BYTES], "smollm"),
+        ([CUT | {"behavior": "Removed"}, BYTES], None),
+        ([CUT | {"behavior": "MergedWithPrevious", "invert": True}, BYTES], None),
+        ([CUT | {"pattern": {"String": " "}}, BYTES], None),
+        ([CUT | {"type": "Punctuation"}, BYTES], None),
+        (
+            [
+                CUT | {"pattern": {"Regex": r"\p{N}"}, "behavior": "Removed", "invert": True},
+                BYTES | {"use_regex": True},
+            ],
+            None,
+        ),
+    ],
+)
+def test_only_steps_that_cut_as_a_known_split_have_its_name(steps, name):
+    assert split_name({"type": "Sequence", "pretokenizers": steps}) == name
+    if len(steps) == 1:
+        assert split_name(steps[0]) == name
+    assert split_name(None) is None

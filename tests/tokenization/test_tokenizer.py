@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.tokenization import fast
 from bessemer.tokenization.bpe import byte_level_bpe
+from bessemer.tokenization.chat import Segment
 from bessemer.tokenization.control_tokens import SPECIAL_TOKENS
 from bessemer.tokenization.fast import HOSTILE_TEXTS
 from bessemer.tokenization.folder import write_folder
@@ -144,6 +145,25 @@ def test_a_lone_surrogate_is_refused_in_one_line_wherever_it_comes_in(tokenizer)
 def test_an_id_outside_the_vocabulary_is_refused(tokenizer, id):
     with pytest.raises(RequestError, match="outside the vocabulary of 600"):
         tokenizer.decode([id])
+
+
+@pytest.mark.parametrize("ids", [[5, 600], [600, 5], [5, -1], [-1, 5]])
+def test_one_id_outside_the_vocabulary_among_others_is_refused(tokenizer, ids):
+    with pytest.raises(RequestError, match="outside the vocabulary of 600"):
+        tokenizer.decode(ids)
+    assert tokenizer.token_bytes(599) is not None and tokenizer.decode([]) == ""
+    with pytest.raises(RequestError, match="outside the vocabulary of 600"):
+        tokenizer.token_bytes(600)
+
+
+def test_what_is_a_control_token_is_known_by_its_id_and_by_its_text(tokenizer):
+    end = tokenizer.eos_ids[1]
+    assert tokenizer.control_id("<|im_end|>") == end and tokenizer.control_id("ab") is None
+    (letter,) = tokenizer.encode("a", add_bos=False)
+    assert [(tokenizer.is_special(id), tokenizer.is_end(id)) for id in (end, letter)] == [(True, True), (False, False)]
+    assert tokenizer.end_tokens == {"<|endoftext|>", "<|im_end|>"}
+    assert tokenizer._any_end == Segment("<|endoftext|>", is_control=True, is_assistant=False)
+    assert tokenizer.lossless and tokenizer.tool_format == "" and tokenizer.template_hash is not None
 
 
 def test_numpy_ids_decode(tokenizer):

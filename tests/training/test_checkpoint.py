@@ -19,7 +19,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint import manager as checkpoint
 from bessemer.training.checkpoint.manager import INDEX, CheckpointManager, checkpoint_weights
-from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, TrainingState
+from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, TrainingState, _random_states
 from bessemer.training.checkpoint.storage import _MetadataUnpickler
 from bessemer.training.optim.muon import orthogonalised
 from bessemer.training.optim.optimizers import build_optimizers, role_of, scale_learning_rates
@@ -116,6 +116,33 @@ def test_a_run_that_continues_another_moves_by_its_own_settings(state, decoder, 
         torch.testing.assert_close(moved.detach(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
+class Counted:
+    """A part of a state that remembers one number."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def state_dict(self):
+        return {"number": self.number}
+
+    def load_state_dict(self, values):
+        self.number = values["number"]
+
+
+def test_a_run_that_continues_another_has_those_of_its_parts_that_the_other_had(state, decoder, settings, tmp_path):
+    identity = IDENTITY | {"model": "m", "optimizer": "o"}
+    state.others = {"window": Counted(3)}
+    folder = CheckpointManager(tmp_path / "first", identity, RecordedProgress()).save(state)
+    others = {"window": Counted(0), "scale": Counted(5)}
+    continued = TrainingState(decoder, build_optimizers(decoder, settings), others)
+    missing = CheckpointManager(tmp_path / "second", identity, RecordedProgress()).load_from(folder, continued)
+    assert missing == {"scale"} and (others["window"].number, others["scale"].number) == (3, 5)
+    others["window"].number = 0
+    del others["scale"]
+    assert CheckpointManager(tmp_path / "first", identity, RecordedProgress()).restore(continued)
+    assert others["window"].number == 3
+
+
 def test_what_an_optimizer_counts_in_its_groups_is_restored(state, decoder, settings, tmp_path):
     checkpoints = CheckpointManager(tmp_path, IDENTITY, RecordedProgress())
     fresh = TrainingState(decoder, build_optimizers(decoder, settings))
@@ -159,6 +186,16 @@ def test_the_newest_two_are_kept(state, tmp_path):
         checkpoints.save(state)
     assert {path.name for path in tmp_path.iterdir()} == {"step-000010", "step-1000000"}
     assert checkpoints.newest() == tmp_path / "step-1000000"
+
+
+def test_the_first_the_best_and_those_at_multiples_are_kept_where_asked_for(tmp_path):
+    manager = CheckpointManager(tmp_path, {}, RecordedProgress(), keep_every=4)
+    for best, left in ((None, {1, 4, 8, 9}), (6, {1, 4, 6, 8, 9})):
+        for step in range(1, 10):
+            (tmp_path / f"step-{step:06d}").mkdir(exist_ok=True)
+        manager.kept_step = best
+        manager._prune()
+        assert set(checkpoint.steps_of(tmp_path)) == left
 
 
 @pytest.mark.parametrize("damage", ["spoiled data", slow("cut data"), slow("no data"), slow("spoiled index"), "no index"])
@@ -284,6 +321,17 @@ def test_a_path_is_read_whichever_version_of_python_has_named_its_class(module):
     # Python 3.13 alone keeps it in a module of its own
     written = f"c{module}\nPosixPath\n(Vmodel\ntR.".encode()
     assert _MetadataUnpickler(io.BytesIO(written)).load() == Path("model")
+
+
+def test_copies_of_codes_are_not_changed_by_training_and_a_process_alone_is_the_first():
+    class Codes(torch.Tensor):
+        pass
+
+    codes = torch.ones(3).as_subclass(Codes)
+    copies = HostCopies().copy({"codes": codes})
+    codes.zero_()
+    assert isinstance(copies["codes"], Codes) and copies["codes"].tolist() == [1.0] * 3
+    assert set(_random_states(torch.nn.Linear(1, 1))) == {"cpu-0"}
 
 
 def test_copies_for_a_checkpoint_are_not_changed_by_training_and_lie_where_the_last_ones_lay():

@@ -135,6 +135,54 @@ def test_a_file_that_grows_is_waited_for(parts_of, monkeypatch, tmp_path):
     assert len(parts_of(0).gathered({})) == 3
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The times of pauses, which alone let time pass."""
+    times = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: times[-1])
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: times.append(times[-1] + seconds))
+    return times
+
+
+def test_pauses_double_up_to_the_longest_and_what_is_waited_for_is_said_and_measured_at_its_times(parts_of, clock, monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.125)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE", 0.5)
+    monkeypatch.setattr(module, "_PATIENCE", 600)
+    monkeypatch.setattr(module, "_SAY_EVERY", 100)
+    notes, measured, said = parts_of(0), [], []
+    monkeypatch.setattr(notes, "_size", lambda: measured.append(clock[-1]) or 0)
+    monkeypatch.setattr(notes._progress, "say", lambda line: said.append(clock[-1]))
+    with pytest.raises(CheckpointError, match="no file of this checkpoint grows any more"):
+        notes.gathered({})
+    assert clock[:5] == [0.0, 0.125, 0.375, 0.875, 1.375]
+    # at the next to last measurement no file has grown for exactly as long as is waited
+    assert measured == [10.375 + 10 * n for n in range(62)]
+    assert said == [100.375 + 100 * n for n in range(6)]
+
+
+def test_the_first_process_waits_for_readers_of_a_failure_as_long_as_is_said_and_no_longer(
+    parts_of, clock, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(module, "_READING", 1.0)
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.25)
+    folder = tmp_path / ".step-000007.partial"
+    note(tmp_path, 2, failure="no")
+    parts_of(0).give_up(ValueError())
+    assert clock == [0.0, 0.25, 0.5, 0.75, 1.0] and not folder.exists()
+    folder.mkdir()
+    for number in (1, 2):
+        note(tmp_path, number, failure="no")
+    parts_of(0).give_up(ValueError())
+    assert len(clock) == 5 and not folder.exists()
+
+
+def test_of_a_folder_that_is_published_all_notes_are_gone(parts_of, tmp_path):
+    for number in (1, 2):
+        note(tmp_path, number)
+    parts_of(0).remove_notes()
+    assert not list((tmp_path / ".step-000007.partial").iterdir())
+
+
 class Counted:
     """A source of batches that remembers one number."""
 

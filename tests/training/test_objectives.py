@@ -7,12 +7,16 @@ from torch.nn.functional import cross_entropy
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
+from bessemer.training import objectives
 from bessemer.training.data.batch import IGNORE_INDEX, Batch
 from bessemer.training.objectives import (
     MTP_LOSS_WEIGHT,
     LossContext,
+    NextTokenObjective,
+    as_objective,
     build_objective,
     mean_by_source,
+    mtp_targets,
     next_token_loss,
     sums_by_source,
     token_losses,
@@ -110,3 +114,36 @@ def test_module_k_of_multi_token_prediction_is_asked_for_the_token_k_further():
         expected += cross_entropy(logits.flatten(0, 1), tokens[:, 1 + step :].flatten(), reduction="sum")
     # the mean over the modules, weighed
     assert sums["mtp"].item() == pytest.approx(expected.item() * MTP_LOSS_WEIGHT / 2, rel=1e-5)
+
+
+def test_targets_further_on_are_of_the_same_document_and_of_tokens_with_a_target():
+    targets_BT = torch.tensor([[1, 2, 3, 4, IGNORE_INDEX, 6]])
+    documents_BT = torch.tensor([[1, 1, 1, 2, 2, 2]])
+    none = IGNORE_INDEX
+    assert mtp_targets(targets_BT, documents_BT, 1).tolist() == [[2, 3, none, none, none, none]]
+    assert mtp_targets(targets_BT, documents_BT, 2).tolist() == [[3, none, none, 6, none, none]]
+    assert mtp_targets(targets_BT, None, 2).tolist() == [[3, 4, none, 6, none, none]]
+
+
+def test_a_loss_of_ones_own_is_minimised_and_validation_is_the_cross_entropy(decoder, sourced):
+    def constant(model, hidden_BTD, targets_BT, z_loss):
+        return hidden_BTD.sum() * 0 + 7
+
+    objective = NextTokenObjective(decoder.config, training_loss=constant)
+    assert objective(decoder.train(), sourced, LossContext()).sums["next_token"].item() == 7
+    validated = objective(decoder.eval(), sourced, LossContext()).sums["next_token"]
+    assert validated.item() == pytest.approx(token_losses(decoder, sourced).sum().item(), rel=1e-5)
+    assert objective.denominators(sourced)["next_token"].value == sourced.targets
+    own = as_objective(lambda model, batch: torch.tensor(0.5))
+    assert own(decoder, sourced, LossContext()).sums["loss"].item() == 0.5 * sourced.targets
+    assert own.denominators(sourced)["loss"].value == sourced.targets and as_objective(own) is own
+
+
+def test_losses_of_tokens_are_the_same_however_few_logits_are_held_and_zero_without_a_target(decoder, sourced, monkeypatch):
+    whole = token_losses(decoder.eval(), sourced)
+    assert (whole == 0).tolist() == (sourced.targets_BT == IGNORE_INDEX).tolist()
+    for elements in (1, 97 * 3):
+        monkeypatch.setattr(objectives, "_SCORING_CHUNK_ELEMENTS", elements)
+        torch.testing.assert_close(token_losses(decoder, sourced), whole)
+    silent = replace(sourced, targets_BT=torch.full_like(sourced.targets_BT, IGNORE_INDEX))
+    assert next_token_loss(decoder, silent).item() == 0

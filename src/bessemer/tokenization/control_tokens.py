@@ -154,12 +154,12 @@ class ControlTokens:
         inner = (len(text) - len(text.lstrip()), len(text.rstrip()))
         for start, end in {(0, len(text)), inner}:
             length = end - start
-            for part in range(1, min(self._longest - 1, length) + 1):
+            for part in range(1, min(self._longest, length + 1)):
                 if text[end - part : end].lower() in self._beginnings:
                     places.add(end - part)
                 if text[start : start + part].lower() in self._endings:
                     places.add(start + part - 1)
-            if 0 < length < self._longest and text[start:end].lower() in self._insides:
+            if length < self._longest and text[start:end].lower() in self._insides:
                 places.add(start)
         return places
 

@@ -1,11 +1,24 @@
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.deduplication.words import count_words, fold_table, hash_words, most_words, run_hash, run_hashes
+from bessemer.data.deduplication.words import (
+    ALONE,
+    LIMIT,
+    _folded,
+    count_words,
+    fold_table,
+    hash_words,
+    most_words,
+    run_hash,
+    run_hashes,
+)
+from bessemer.data.text.word_rules import WITHOUT_SPACES
 from tests.data.deduplication import reference
 
 FOLDINGS = ["similar", "words", "exact"]
@@ -108,3 +121,17 @@ def test_a_words_hash_is_fnv_over_code_points_and_mixed():
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & mask
     value = (value ^ value >> 27) * 0x94D049BB133111EB & mask
     assert hashed("caté", "exact")[0] == [value ^ value >> 31]
+
+
+@pytest.mark.parametrize("folding", FOLDINGS)
+def test_scripts_without_spaces_are_words_character_by_character_up_to_their_ends(folding):
+    table = fold_table(folding)
+    assert not table.flags.writeable
+    ends = {code for first, last in WITHOUT_SPACES for code in (first, last) if code < LIMIT}
+    inside = lambda code: any(first <= code <= last for first, last in WITHOUT_SPACES)  # noqa: E731
+    for code in {*ends, *(code - 1 for code in ends), *(code + 1 for code in ends if code + 1 < LIMIT)}:
+        folded = _folded(chr(code), folding)
+        alone = inside(code) and folded > 0 and unicodedata.category(chr(code)) != "Nd"
+        assert table[code] == folded + (ALONE if alone else 0), hex(code)
+    # a digit of Thai, a separator among them, and an accent that is a word of its own nowhere
+    assert not table[0x0E50] & ALONE and table[0x0E01] & ALONE and fold_table("similar")[0x3000] == 0

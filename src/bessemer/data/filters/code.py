@@ -34,7 +34,7 @@ _SHORTEST_BASE64 = 64
 _FEWEST_NUMBERS = 8
 _ZERO, _NINE, _SMALL_A, _SMALL_F, _SMALL_Z, _SMALL_X, _SMALL_U, _CASE = (*b"09afzxu", 0x20)
 _PLUS, _SLASH, _EQUALS, _BACKSLASH, _COMMA = b"+/=\\,"
-_ALPHANUMERIC, _LETTERS, _SPACES, _ENCODED = range(4)
+_COUNTED = _ALPHANUMERIC, _LETTERS, _SPACES, _ENCODED = range(4)
 
 
 class CodeCounts(NamedTuple):
@@ -59,7 +59,7 @@ class CodeCounts(NamedTuple):
 def measure_code(texts: Texts) -> CodeCounts:
     """The counts for `code`."""
     lines, characters = texts.lines, texts.characters
-    counted = np.zeros((len(texts), 4), np.int64)
+    counted = np.zeros((len(texts), len(_COUNTED)), np.int64)
     _measure(texts.data, texts.offsets, character_classes(), counted)
     mean_line = ratio(characters - (lines.counts - 1), lines.counts)
     return CodeCounts(
@@ -78,7 +78,7 @@ def measure_code(texts: Texts) -> CodeCounts:
 
 def _longest(characters: np.ndarray, of_text: np.ndarray) -> np.ndarray:
     # every text has a line, so that no group is empty
-    return np.maximum.reduceat(characters, of_text[:-1]) if len(of_text) > 1 else np.zeros(0)
+    return np.maximum.reduceat(characters, of_text[:-1])
 
 
 def _says(array: pa.Array, pattern: str) -> np.ndarray:

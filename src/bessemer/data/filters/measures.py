@@ -87,7 +87,7 @@ def _count_repeated(
 
 
 #: What `_measure_quality` counts in a text.
-_WORDS, _CHARACTERS, _WITH_LETTER, _STOP_WORDS, _HASHES, _ELLIPSES, _MORE_WORDS = range(7)
+_COUNTED = _WORDS, _CHARACTERS, _WITH_LETTER, _STOP_WORDS, _HASHES, _ELLIPSES, _MORE_WORDS = range(7)
 
 _HASH, _DOT, _ELLIPSIS = ord("#"), ord("."), np.frombuffer("…".encode(), np.uint8)
 
@@ -115,7 +115,7 @@ class QualityCounts(NamedTuple):
 def measure_quality(texts: Texts) -> QualityCounts:
     """The counts for `gopher_quality`."""
     words, lines = texts.words, texts.unicode_lines
-    counted = np.zeros((len(texts), 7), np.int64)
+    counted = np.zeros((len(texts), len(_COUNTED)), np.int64)
     _measure_quality(words.hashes, words.characters, words.traits, words.of_text, _stop_words(), counted)
     _count_marks(texts.data, texts.offsets, counted)
     _count_unspaced(texts.data, words.starts, words.ends, words.traits, words.of_text, counted)

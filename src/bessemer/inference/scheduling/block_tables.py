@@ -288,8 +288,6 @@ class BlockTables:
         sequence.passed = []
         sequence.chain = []
         sequence.computed = 0
-        sequence.sealed = 0
-        sequence.reserved = 0
 
     def branch(self, parent: TokenSequence, child: TokenSequence, computed: int) -> bool:
         """Let the child share the blocks of the first `computed` tokens, which the parent has computed.

@@ -315,5 +315,4 @@ def _first_wanted(sequence: TokenSequence, start: int) -> int:
 
 def _chunk(sequence: TokenSequence, start: int, count: int, drafts: int = 0) -> ScheduledChunk:
     """A chunk; logits are wanted of its last known token and of its drafts, unless more known tokens follow."""
-    known_end = start + count - drafts
-    return ScheduledChunk(sequence, start, count, drafts, 0 if known_end < len(sequence.tokens) else 1 + drafts)
+    return ScheduledChunk(sequence, start, count, drafts, 0 if start + count < len(sequence.tokens) else 1 + drafts)

@@ -185,7 +185,8 @@ class ProcessNotes:
 
     def _wait(self, look: Callable[[], bool], waiting: Callable[[], str]) -> None:
         """Until `look`, or until no file has grown for long."""
-        pause, size = _FIRST_PAUSE, -1
+        pause = _FIRST_PAUSE
+        size: int | None = None
         said = grown = measured = time.monotonic()
         while not look():
             now = time.monotonic()
