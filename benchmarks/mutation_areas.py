@@ -1,6 +1,6 @@
 """What the nearest tests notice: operators are changed in nine areas whose faults would be silent, one at a time.
 
-    python benchmarks/mutation_areas.py --seed 2026   # 100 changes, some minutes; with --journal FILE a stopped run goes on
+    python benchmarks/mutation_areas.py --seed 2027   # 100 changes, some minutes; with --journal FILE a stopped run goes on
     python benchmarks/mutation_areas.py --again       # the recorded changes once more, in the code as it is now
     python benchmarks/mutation_areas.py --survivors   # of those the ones alone that no test noticed when they were drawn
     python benchmarks/mutation_areas.py --control     # the nearest tests with nothing changed, and their seconds
@@ -232,7 +232,7 @@ def tables(figures: Mapping[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="mutants")
-    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--seed", type=int, default=2027)
     parser.add_argument("--again", action="store_true", help="those that are recorded, in the code as it is now")
     parser.add_argument("--survivors", action="store_true", help="of these alone those that no test noticed when drawn")
     parser.add_argument("--journal", type=Path, help="a file from which a run that was stopped goes on")
