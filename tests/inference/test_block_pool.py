@@ -1,7 +1,7 @@
 import pytest
 
 from bessemer.inference.scheduling.block_tables import BlockGroup, BlockPool, BlockTables, chain_hash, root_hash
-from bessemer.inference.scheduling.sequence import TokenSequence
+from bessemer.inference.scheduling.sequence import ImageMark, TokenSequence
 
 
 def test_a_released_block_without_a_seal_is_blank():
@@ -114,6 +114,20 @@ def test_a_hash_tells_apart_tokens_their_order_their_past_their_adapter_and_the_
     ]
     assert len(set(hashes)) == len(hashes)
     assert chain_hash(root_hash(None), [1, 2]) == hashes[4]
+
+
+def test_the_chain_of_a_text_with_pictures_differs_from_the_block_on_that_shows_another():
+    def chain_of(*marks):
+        sequence = TokenSequence(0, list(range(20)), 20, 100, images=list(marks))
+        return tables_of(8).extend_chain(sequence, 5)
+
+    plain, one, other = chain_of(), chain_of(ImageMark(9, 15, b"one")), chain_of(ImageMark(9, 15, b"another"))
+    # blocks of four tokens, the root first: the picture lies in the third and the fourth, and what follows knows of it
+    assert plain[:3] == one[:3] == other[:3]
+    assert all(len({*hashes}) == 3 for hashes in zip(plain[3:], one[3:], other[3:], strict=True))
+    after_it = chain_of(ImageMark(16, 17, b"one"))
+    assert after_it[:5] == plain[:5] and after_it[5] != plain[5]
+    assert chain_of(ImageMark(10, 15, b"one"))[3] != one[3]
 
 
 def tables_of(*blocks, windows=(None,), size=4):

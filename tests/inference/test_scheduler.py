@@ -597,6 +597,15 @@ def test_with_states_and_no_room_to_keep_them_no_prefix_is_found():
     assert again.cached == 0
 
 
+def test_where_prefixes_are_not_shared_none_is_found():
+    scheduler = scheduler_of(64, share_prefixes=False)
+    run(scheduler, sequence_of(12))
+    again = sequence_of(12)
+    scheduler.enqueue(again)
+    step(scheduler)
+    assert again.cached == 0
+
+
 def test_with_states_that_are_kept_as_much_is_found_as_there_is_a_state_for():
     scheduler = scheduler_of(64, state_slots=2, snapshots=4)
     scheduler.enqueue(sequence_of(10, answer=1))

@@ -82,6 +82,24 @@ def test_a_loss_and_its_gradients_are_those_of_the_whole_distributions(name, tem
     assert mask.any() and not mask.all() and teacher.grad is None
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gradient_is_of_what_is_trained_alone(name):
+    hidden, weight, teacher, teacher_weight, mask = made_pair(6, (4, 3), 11)
+    settings = DivergenceSettings(top_k=4)
+
+    def gradients(*trained):
+        student = [one.detach().requires_grad_(index in trained) for index, one in enumerate((hidden, weight))]
+        loss = DISTILLATION_LOSSES[name].load()(HeadStates(*student), HeadStates(teacher, teacher_weight), mask, settings)
+        loss.sum().backward()
+        return [one.grad for one in student]
+
+    both = gradients(0, 1)
+    for trained in (0, 1):
+        found = gradients(trained)
+        assert found[1 - trained] is None
+        torch.testing.assert_close(found[trained], both[trained])
+
+
 def test_the_likeliest_tokens_and_the_rest_bound_the_divergence_from_below():
     hidden, weight, teacher, teacher_weight, _ = made_pair(20, (4, 3), 13)
     everywhere = torch.ones(20, dtype=torch.bool)

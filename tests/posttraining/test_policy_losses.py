@@ -209,6 +209,20 @@ def test_corrections_have_the_bounds_of_their_sources():
     assert CORRECTIONS["reject"].load().settings(0.9, None) == CorrectionSettings(0.9, 1.001)
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("truncate", [0.25, 0.5, 1.0, 2.0, 2.0]),
+        ("mask_sequence", [0.25, 0.5, 1.0, 2.0, 0.0]),
+        ("icepop", [0.0, 0.5, 1.0, 2.0, 0.0]),
+        ("reject", [0.0, 1.0, 1.0, 1.0, 0.0]),
+    ],
+)
+def test_a_weight_on_a_bound_is_within_it(name, kept):
+    weights_BT = torch.tensor([[0.25, 0.5, 1.0, 2.0, 4.0]])
+    assert CORRECTIONS[name].load().function(weights_BT, CorrectionSettings(0.5, 2.0)).tolist() == [kept]
+
+
 @pytest.mark.parametrize("name", list(AGGREGATIONS))
 def test_an_aggregation_is_its_mean_over_packed_answers_however_they_are_cut(name):
     batch, mask_BT = packed()

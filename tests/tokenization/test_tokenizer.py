@@ -15,7 +15,7 @@ from bessemer.tokenization import fast
 from bessemer.tokenization.bpe import byte_level_bpe
 from bessemer.tokenization.chat import Segment
 from bessemer.tokenization.control_tokens import SPECIAL_TOKENS
-from bessemer.tokenization.fast import HOSTILE_TEXTS
+from bessemer.tokenization.fast import HOSTILE_TEXTS, LONG_TEXT
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.prompts import StreamingDecoder
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -357,6 +357,12 @@ def test_an_encoder_that_differs_on_a_sample_of_the_corpus_is_left_aside(corpus,
     assert tokenizer.bulk.name == "fastokens"
     tokenizer.check_bulk(corpus)
     assert tokenizer.bulk.name == "tokenizers"
+
+
+def test_a_long_text_has_the_ids_of_its_parts(tokenizer):
+    part = "a text of some words\n"
+    repeated = LONG_TEXT // len(part) + 1
+    assert tokenizer.encode(part * repeated, add_bos=False) == tokenizer.encode(part, add_bos=False) * repeated
 
 
 def test_a_text_that_has_more_tokens_than_a_limit_for_sure_has_them(any_tokenizer, corpus, monkeypatch):

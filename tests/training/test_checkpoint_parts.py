@@ -10,6 +10,7 @@ from bessemer.core.errors import CheckpointError, StorageError
 from bessemer.core.store import write_json
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.training.checkpoint import state
 from bessemer.training.checkpoint import storage as module
 from bessemer.training.checkpoint.state import SourceState
 from bessemer.training.checkpoint.storage import ProcessNotes
@@ -206,3 +207,17 @@ def test_a_source_goes_on_alone_and_is_refused_what_several_ranks_had_under_way(
     with pytest.raises(CheckpointError, match="of 2 data-parallel ranks, and this run has 1; resume with as many"):
         SourceState(source, ALONE).load_state_dict({"states": stream.getvalue()})
     assert source.step == 5
+
+
+def test_of_ranks_that_read_the_same_rows_the_first_tells_their_place(monkeypatch):
+    layout = Layout(data_shard=2, tensor=2)
+    monkeypatch.setattr(state.dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(slice(None), gathered(own)))
+
+    def gathered(own):
+        return [own | {"step": 10 * rank} for rank in range(layout.world_size)]
+
+    kept = SourceState(Counted(), Mesh(layout, 0)).state_dict()
+    for rank, expected in enumerate((0, 0, 20, 20)):
+        source = Counted()
+        SourceState(source, Mesh(layout, rank)).load_state_dict(kept)
+        assert source.step == expected

@@ -142,8 +142,11 @@ def test_a_loss_of_ones_own_is_minimised_and_validation_is_the_cross_entropy(dec
 def test_losses_of_tokens_are_the_same_however_few_logits_are_held_and_zero_without_a_target(decoder, sourced, monkeypatch):
     whole = token_losses(decoder.eval(), sourced)
     assert (whole == 0).tolist() == (sourced.targets_BT == IGNORE_INDEX).tolist()
-    for elements in (1, 97 * 3):
+    logits, rows = decoder.logits, set()
+    monkeypatch.setattr(decoder, "logits", lambda hidden_ND: rows.add(len(hidden_ND)) or logits(hidden_ND))
+    for elements, most in ((1, 1), (97 * 3, 3)):
         monkeypatch.setattr(objectives, "_SCORING_CHUNK_ELEMENTS", elements)
         torch.testing.assert_close(token_losses(decoder, sourced), whole)
+        assert max(rows) == most
     silent = replace(sourced, targets_BT=torch.full_like(sourced.targets_BT, IGNORE_INDEX))
     assert next_token_loss(decoder, silent).item() == 0

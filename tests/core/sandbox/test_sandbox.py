@@ -230,3 +230,6 @@ def test_a_folders_bytes_are_counted_until_they_are_more_than_asked_for(tmp_path
     assert folder_bytes(tmp_path, most=first) == first + second
     assert folder_bytes(tmp_path, most=first - 1) == first
     assert folder_bytes(tmp_path / "gone", most=first) == 0
+    link = tmp_path / "the folder again"
+    link.symlink_to(tmp_path)
+    assert folder_bytes(tmp_path, most=100 * second) == first + second + link.lstat().st_blocks * 512

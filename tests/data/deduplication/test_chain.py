@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -65,6 +66,18 @@ def test_a_finding_that_reads_texts_drops_in_a_chain_too(tmp_path):
     left = after(corpus, Contamination.of([Item("arc", "1", question)]))
     assert len(left) == 2
     assert len(after(left, exact_duplicates(left))) == 1
+
+
+def test_texts_are_read_where_a_finding_needs_them_and_rows_without_changes_are_handed_on_as_they_are():
+    corpus = corpus_of({1: "a b c d e f", 2: "something else", 3: "something else"})
+    asked = set()
+    spied = replace(corpus, documents=lambda columns: asked.update(columns) or corpus.documents(columns))
+    list(after(spied, exact_duplicates(corpus)).documents(["text_hash"]))
+    assert asked == {"id", "text_hash"}
+    list(after(spied, Contamination.of([Item("arc", "1", "nothing of this is in the corpus")])).documents(["text_hash"]))
+    assert asked == {"id", "text_hash", "text"}
+    rows = rows_of(corpus)
+    assert apply([exact_duplicates(corpus)], rows)[0] is rows
 
 
 def test_the_first_reason_counts():

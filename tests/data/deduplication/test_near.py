@@ -190,6 +190,28 @@ def test_documents_of_an_earlier_corpus_survive_and_are_not_judged(tmp_path):
     }
 
 
+def test_sets_are_compared_a_few_at_a_time(tmp_path, monkeypatch):
+    held = []
+
+    def counted(sets, starts, sizes, left, right):
+        held.append((sizes[left] + sizes[right]).tolist())
+        return jaccard(sets, starts, sizes, left, right)
+
+    monkeypatch.setattr(near, "jaccard", counted)
+    monkeypatch.setattr(near, "_SHINGLES_MAPPED", 500)
+    text = " ".join(spelled(range(44)))
+    texts = [f"{text} {word}" for word in spelled(range(100, 130))]
+    assert len(near_duplicates(corpus_of(texts), tmp_path).duplicates) == 29
+    # 41 shingles each
+    assert max(map(len, held)) > 1 and all(sum(sizes) <= 500 + 82 for sizes in held)
+
+
+def test_memory_for_shingles_is_that_of_the_chosen_texts():
+    texts = Texts.of(["a long text that nobody chose " * 100, "of these words two shingles are made"])
+    sets, _ = shingle_sets(texts, np.array([1]), 6)
+    assert len(sets) == 2 and sets.base.size == 36 // 2 + 1
+
+
 def test_short_texts_compare_as_wholes_and_empty_ones_are_like_nothing(tmp_path):
     texts = ["Yes, it is.", "yes it IS", "", "…", "no", "?!"]
     found = dropped(near_duplicates(corpus_of(texts), tmp_path).duplicates, texts)
