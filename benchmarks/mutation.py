@@ -1,15 +1,17 @@
-"""What the suite notices: operators of core files are changed, one at a time, and the tests that reach them are run.
+"""What the nearest tests notice: operators are changed in nine areas whose faults would be silent, one at a time.
 
-    python benchmarks/mutation.py --count 300     # once: `pip install coverage`; about an hour on two cores
-    python benchmarks/mutation.py --again         # the recorded changes once more, wherever their code has moved to
+    python benchmarks/mutation.py --seed 2028   # 100 changes, some minutes; with --journal FILE a stopped run goes on
+    python benchmarks/mutation.py --again       # the recorded changes once more, in the code as it is now
+    python benchmarks/mutation.py --control     # the nearest tests with nothing changed, and their seconds
 
-A mutant is one changed operator, comparison, constant or `min` and `max`, drawn by a seed from `FILES`. First the default suite
-runs once under coverage, which tells for every line the tests that reach it. Of each mutant up to `MOST_TESTS` of them are run,
-the fastest first, those within `MOST_SECONDS`. A mutant that no test notices survives: either it changes nothing that can be
-seen, or a test is missing. A line that no test reaches counts as surviving too.
+A mutant is one changed operator, comparison, constant or `min` and `max`; loops that Numba compiles are left out, since each
+would be compiled anew. `AREAS` names source files and beside each the test files of that code, chosen before anything is drawn:
+what guards a loss are the tests of that loss. Every area has about the same number of mutants, and of an area every file. A
+mutant that its nearest tests do not notice survives: either it changes nothing that can be seen, or a test is missing. The
+tests of a file pass with nothing changed before its first mutant.
 
-A mutant is named by its function, the statement and what is changed in it, not by file and line, so that `--again` finds it
-after the code was moved; what is not found again is listed as gone. Result: `mutation.json`.
+A mutant is named by its function, the statement and what is changed in it, so that `--again` finds it after lines moved; what
+is not found again is listed as gone. Result: `mutation.json`.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ import ast
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -41,44 +43,73 @@ MEASURES = ("src/bessemer", "tests")
 
 ROOT = Path(__file__).parents[1]
 NAME = "mutation"
-SEED = 7
-#: What decides results: of each package the files whose faults would be silent.
-FILES = (
-    *("core/statistics.py", "core/store.py", "core/records.py", "core/stage.py"),
-    *("data/corpus/reader.py", "data/filters/urls.py", "data/stages/collect.py"),
-    *(
-        "tokenization/bpe.py",
-        "tokenization/tokenizer.py",
-        "tokenization/split.py",
-        "tokenization/shards.py",
-        "tokenization/chat.py",
-    ),
-    *(
-        "model/layers/attention_backends.py",
-        "model/layers/cache.py",
-        "model/decoder.py",
-        "model/layers/feed_forward.py",
-        "model/costs.py",
-    ),
-    *("model/quantisation/integers.py", "model/adapters/__init__.py", "model/layers/delta_net.py"),
-    *("training/loop.py", "training/trainer.py", "training/chunked_head.py", "training/data/packing.py"),
-    *(
-        "training/data/batch.py",
-        "training/data/batches.py",
-        "training/optim/muon.py",
-        "training/checkpoint/manager.py",
-        "training/objectives.py",
-    ),
-    *("posttraining/data/packing.py", "posttraining/data/encoding.py", "posttraining/data/splitting.py"),
-    *("inference/scheduling/scheduler.py", "inference/scheduling/block_tables.py"),
-    *("inference/sampling/distribution.py", "inference/sampling/penalties.py", "inference/sampling/sampler.py"),
-    *("inference/speculation/verification.py", "inference/request.py", "inference/engine_core.py"),
-    *("evaluation/baselines.py", "evaluation/comparison.py", "evaluation/quantisation.py", "evaluation/contamination.py"),
-    *("serving/runtime/bodies.py", "serving/runtime/gate.py", "serving/runtime/models.py"),
-)
-_OUTCOMES = ("noticed", "survived", "not reached", "no control", "gone")
-MOST_TESTS = 60
-MOST_SECONDS = 15.0
+_SCHEDULER = ("inference/test_scheduler.py", "inference/test_block_pool.py", "inference/test_scheduler_states.py")
+_CHECKPOINTS = ("training/test_checkpoint_parts.py", "training/test_checkpoint.py")
+#: Of each area its files under `src/bessemer`, and of each file its nearest tests under `tests`.
+AREAS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "losses": {
+        "posttraining/preference/losses.py": ("posttraining/test_pair_losses.py", "posttraining/test_kto.py"),
+        "posttraining/rl/losses.py": ("posttraining/test_policy_losses.py", "posttraining/test_policy_objective.py"),
+        "posttraining/distillation/losses.py": ("posttraining/test_distillation_losses.py",),
+        "training/objectives.py": ("training/test_objectives.py", "training/test_moe_losses.py"),
+    },
+    "masks": {
+        "model/layers/attention_mask.py": ("model/test_positions.py", "model/test_attention_backends.py"),
+        "posttraining/data/encoding.py": (
+            *("posttraining/test_encoding.py", "posttraining/test_turns.py", "posttraining/test_packing.py"),
+        ),
+        "posttraining/data/packing.py": (
+            *("posttraining/test_packing.py", "posttraining/test_preference_objective.py", "posttraining/test_kto.py"),
+            "posttraining/test_unlearning.py",
+        ),
+        "training/data/packing.py": ("training/test_packing.py", "training/test_document_batches.py"),
+    },
+    "scheduler": {
+        "inference/scheduling/scheduler.py": _SCHEDULER,
+        "inference/scheduling/queues.py": _SCHEDULER,
+        "inference/scheduling/block_tables.py": _SCHEDULER,
+    },
+    "auth": {
+        "serving/runtime/gate.py": ("serving/test_gate.py", "serving/test_keys.py"),
+        "serving/runtime/clients.py": ("serving/test_keys.py",),
+    },
+    "resume": {
+        "training/checkpoint/manager.py": _CHECKPOINTS,
+        "training/checkpoint/state.py": _CHECKPOINTS,
+        "training/checkpoint/storage.py": _CHECKPOINTS,
+    },
+    "deduplication": {
+        "data/deduplication/minhash.py": ("data/deduplication/test_near.py",),
+        "data/deduplication/near.py": ("data/deduplication/test_near.py", "data/deduplication/test_chain.py"),
+        "data/deduplication/removals.py": ("data/deduplication/test_removals.py", "data/deduplication/test_chain.py"),
+        "data/deduplication/words.py": ("data/deduplication/test_words.py", "data/deduplication/test_exact.py"),
+    },
+    "filters": {
+        "data/filters/measures.py": (
+            *("data/test_gopher.py", "data/test_gopher_repetition.py", "data/test_c4.py", "data/test_fineweb.py"),
+        ),
+        "data/filters/rules.py": (
+            *("data/test_gopher.py", "data/test_gopher_repetition.py", "data/test_c4.py", "data/test_fineweb.py"),
+        ),
+        "data/filters/code.py": ("data/test_code.py",),
+        "data/filters/urls.py": ("data/test_scores.py",),
+    },
+    "tokenizers": {
+        "tokenization/bpe.py": ("tokenization/test_bpe.py",),
+        "tokenization/split.py": ("tokenization/test_split.py",),
+        "tokenization/control_tokens.py": ("tokenization/test_control_tokens.py",),
+        "tokenization/tokenizer.py": (
+            *("tokenization/test_tokenizer.py", "tokenization/test_offsets.py", "tokenization/test_chat.py"),
+            "tokenization/test_continuations.py",
+        ),
+        "tokenization/shards.py": ("tokenization/test_shards.py",),
+    },
+    "limits": {
+        "serving/runtime/admission.py": ("serving/test_worker.py", "serving/test_model_pool.py"),
+        "serving/runtime/bodies.py": ("serving/test_protocol.py", "serving/test_limits.py"),
+        "core/sandbox/resources.py": ("core/sandbox/test_cgroup.py", "core/sandbox/test_sandbox.py"),
+    },
+}
 _SWAPPED: Mapping[type[ast.AST], tuple[str, str]] = {
     ast.Lt: ("<", "<="),
     ast.LtE: ("<=", "<"),
@@ -174,7 +205,7 @@ def mutants(file: str, root: Path = ROOT) -> Iterator[tuple[Mutant, Place]]:
     def visit(node: ast.AST, function: str, statement: ast.stmt | None) -> Iterator[tuple[Mutant, Place]]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             if any(isinstance(each, ast.Name) and each.id.startswith("compiled") for each in node.decorator_list):
-                # coverage sees no line of a loop that Numba compiles
+                # Numba would compile the loop once more
                 return
             inner = f"{function}.{node.name}".lstrip(".")
             for child in node.body:
@@ -195,77 +226,38 @@ def mutants(file: str, root: Path = ROOT) -> Iterator[tuple[Mutant, Place]]:
             if name in ("annotation", "returns", "decorator_list"):
                 continue
             for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST):
+                # as an assertion, `strict` of `zip` says what always holds
+                if isinstance(child, ast.AST) and not (isinstance(child, ast.keyword) and child.arg == "strict"):
                     yield from visit(child, function, statement)
 
     for child in ast.parse(source).body:
         yield from visit(child, "", None)
 
 
-def drawn(count: int, seed: int) -> dict[Mutant, Place]:
-    """As many mutants of `FILES`, of every file about the same number."""
+def drawn(count: int, seed: int) -> dict[Mutant, tuple[str, Place]]:
+    """So many mutants with their areas: in turns one of each area, of an area in turns one of each of its files."""
     rng = random.Random(seed)
-    of_files = [list(mutants(file)) for file in FILES]
-    for found in of_files:
-        rng.shuffle(found)
-    chosen: list[tuple[Mutant, Place]] = []
-    while len(chosen) < count and any(of_files):
-        chosen += [found.pop() for found in of_files if found]
-    return dict(sorted(chosen[:count], key=lambda each: (each[1].file, each[1].start)))
-
-
-def found_again(wanted: Sequence[Mutant]) -> dict[Mutant, Place]:
-    """Where mutants stand now, in any file of the package."""
-    files = [path.relative_to(ROOT / "src" / "bessemer").as_posix() for path in (ROOT / "src" / "bessemer").rglob("*.py")]
-    # of equal code in two modules that of `FILES` is meant
-    files.sort(key=lambda file: (file not in FILES, file))
-    now: dict[Mutant, Place] = {}
-    for file in files:
-        for mutant, place in mutants(file):
-            now.setdefault(mutant, place)
-    return {mutant: now[mutant] for mutant in wanted if mutant in now}
-
-
-def reached(files: set[str], tree: Path) -> dict[tuple[str, int], list[str]]:
-    """The tests that reach each line of the files, the fastest first, from one run of the default suite in `tree`."""
-    sources = ",".join(f"{tree}/src/bessemer/{file}" for file in sorted(files))
-    settings = tree / "mutation.coveragerc"
-    settings.write_text(
-        f"[run]\ndynamic_context = test_function\nsource =\ninclude = {sources}\ndata_file = {tree}/.coverage\n",
-        encoding="utf-8",
-    )
-    plugin = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(tree / "src"), "COVERAGE_CORE": "ctrace"}
-    subprocess.run([*plugin, f"--junitxml={tree}/results.xml"], cwd=tree, env=environment, check=False)
-    import coverage
-
-    from suite import read_results
-
-    seconds = {name: taken for name, (outcome, taken) in read_results(tree / "results.xml").items() if outcome == "passed"}
-    # a context is a function; its parametrised cases share it
-    cases: dict[str, list[str]] = defaultdict(list)
-    for name in seconds:
-        cases[name.partition("[")[0].replace("/", ".").replace("::", ".")].append(name)
-    data = coverage.CoverageData(str(tree / ".coverage"))
-    data.read()
-    found: dict[tuple[str, int], list[str]] = {}
-    for file in files:
-        for line, contexts in data.contexts_by_lineno(f"{tree}/src/bessemer/{file}").items():
-            names = {name for context in contexts for name in cases.get(context.removeprefix("tests."), ())}
-            found[file, line] = sorted(names, key=lambda name: seconds[name])
-    (tree / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
-    return found
-
-
-def of_a_mutant(tests: Sequence[str], seconds: Mapping[str, float]) -> list[str]:
-    """Those of the tests that are run: the fastest, within the limits, at least three."""
-    chosen, total = [], 0.0
-    for test in tests[:MOST_TESTS]:
-        total += seconds[test]
-        if total > MOST_SECONDS and len(chosen) >= 3:
-            break
-        chosen.append(test)
+    queues: dict[str, Iterator[tuple[Mutant, Place]]] = {}
+    for area, files in AREAS.items():
+        of_files = [list(mutants(file)) for file in files]
+        for found in of_files:
+            rng.shuffle(found)
+        queues[area] = _in_turns(of_files)
+    chosen: dict[Mutant, tuple[str, Place]] = {}
+    while len(chosen) < count:
+        before = len(chosen)
+        for area, queue in queues.items():
+            if len(chosen) < count and (each := next(queue, None)) is not None:
+                chosen[each[0]] = (area, each[1])
+        assert len(chosen) > before, "fewer mutants than asked for"
     return chosen
+
+
+def _in_turns(lists: list[list[Any]]) -> Iterator[Any]:
+    while any(lists):
+        for each in lists:
+            if each:
+                yield each.pop()
 
 
 def noticed(tree: Path, tests: Sequence[str], limit: float) -> bool:
@@ -299,50 +291,98 @@ def noticed(tree: Path, tests: Sequence[str], limit: float) -> bool:
     return True
 
 
-def judged(places: Mapping[Mutant, Place], processes: int) -> dict[Mutant, str]:
-    """Of every mutant: `noticed`, `survived`, `not reached` by a test, or `no control`: its tests fail with nothing changed."""
-    with tempfile.TemporaryDirectory() as folder:
-        trees = [Path(folder) / str(n) / "bessemer" for n in range(processes)]
-        for tree in trees:
-            subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tree)], check=True)
-            if (ROOT.parent / "shared").exists():
-                (tree.parent / "shared").symlink_to(ROOT.parent / "shared")
-        by_line = reached({place.file for place in places.values()}, trees[0])
-        seconds = json.loads((trees[0] / "seconds.json").read_text(encoding="utf-8"))
+def judged(places: Mapping[Mutant, tuple[str, Place]], journal: Path, processes: int) -> dict[Mutant, str]:
+    """Of every mutant: `noticed`, `survived`, or `no control`: its tests fail with nothing changed.
+
+    journal: a line a mutant, from which a run that was stopped goes on at the same commit. processes: clones of the last commit
+    in which tests run at the same time, beside the large files that they read.
+    """
+    commit = recording.when()["commit"]
+    outcomes: dict[Mutant, str] = {}
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+        kept = json.loads(line)
+        if kept["commit"] == commit:
+            outcomes[mutant_of(kept)] = kept["outcome"]
+    with ExitStack() as stack:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for _ in range(processes):
+            trees.put(_clone(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+        written = stack.enter_context(journal.open("a", encoding="utf-8"))
         load_libraries()
-        free: SimpleQueue[Path] = SimpleQueue()
-        for tree in trees:
-            free.put(tree)
 
-        def judge(each: tuple[int, tuple[Mutant, Place]]) -> tuple[Mutant, str]:
-            number, (mutant, place) = each
-            tests = of_a_mutant(by_line.get((place.file, place.line), []), seconds)
-            if not tests:
-                return mutant, "not reached"
-            tree = free.get()
-            path = tree / "src" / "bessemer" / place.file
-            whole = path.read_bytes()
-            named = ["tests/" + test.replace("::", ".py::", 1) for test in tests]
-            limit = 60 + 5 * sum(seconds[test] for test in tests)
+        def judge(each: tuple[int, tuple[Mutant, str, Place]]) -> None:
+            number, (mutant, area, place) = each
+            tree = trees.get()
             try:
-                if noticed(tree, named, limit):
-                    # what fails with nothing changed says nothing
-                    outcome = "no control"
-                else:
-                    path.write_bytes(whole[: place.start] + place.new + whole[place.end :])
-                    # a compiled module is told by the second and the size of its source
-                    os.utime(path, (1e9 + number, 1e9 + number))
-                    outcome = "noticed" if noticed(tree, named, limit) else "survived"
+                tests = [f"tests/{test}" for test in AREAS[area][place.file]]
+                seconds = _control(tree, tests)
+                outcome = "no control"
+                if seconds is not None:
+                    outcome = "noticed" if _changed(tree, place, number, tests, 60 + 5 * seconds) else "survived"
             finally:
-                path.write_bytes(whole)
-                shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
-                free.put(tree)
+                trees.put(tree)
+            outcomes[mutant] = outcome
+            what = f"{place.file}:{place.line} {mutant.function}: {mutant.statement} [{mutant.change}]"
             with _ALONE:
-                print(f"{number + 1}/{len(places)} {outcome:10} {place.file}:{place.line} {mutant.change}", flush=True)
-            return mutant, outcome
+                written.write(json.dumps(asdict(mutant) | {"outcome": outcome, "commit": commit}) + "\n")
+                written.flush()
+                print(f"{number}/{len(places)} {outcome:10} {what}", flush=True)
 
+        numbered = enumerate(((mutant, *place) for mutant, place in places.items()), 1)
         with ThreadPoolExecutor(processes) as pool:
-            return dict(pool.map(judge, enumerate(places.items())))
+            list(pool.map(judge, [each for each in numbered if each[1][0] not in outcomes]))
+    return outcomes
+
+
+def _clone(folder: Path) -> Path:
+    """The last commit in a folder of its own, beside the large files that tests read."""
+    tree = folder / "bessemer"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tree)], check=True)
+    if (ROOT.parent / "shared").exists():
+        (tree.parent / "shared").symlink_to(ROOT.parent / "shared")
+    return tree
+
+
+#: By the tests the seconds that they took with nothing changed; None where one of them failed.
+_CONTROLS: dict[tuple[str, ...], float | None] = {}
+
+
+def _control(tree: Path, tests: list[str]) -> float | None:
+    """Seconds that the tests take with nothing changed, measured once; None where one of them fails."""
+    named = (*tests, str(tree))
+    if named not in _CONTROLS:
+        start = time.monotonic()
+        _CONTROLS[named] = None if noticed(tree, tests, 1200) else time.monotonic() - start
+    return _CONTROLS[named]
+
+
+def _changed(tree: Path, place: Place, number: int, tests: list[str], limit: float) -> bool:
+    path = tree / "src" / "bessemer" / place.file
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[: place.start] + place.new + whole[place.end :])
+        # a compiled module is told by the second and the size of its source
+        os.utime(path, (1e9 + number, 1e9 + number))
+        return noticed(tree, tests, limit)
+    finally:
+        path.write_bytes(whole)
+        os.utime(path, (1e9, 1e9))
+
+
+def mutant_of(recorded: Mapping[str, Any]) -> Mutant:
+    """The mutant that a line of a journal or of a result names."""
+    return Mutant(**{key: recorded[key] for key in Mutant.__annotations__})
+
+
+def found_again(recorded: list[dict[str, Any]]) -> dict[Mutant, tuple[str, Place]]:
+    """Where recorded mutants stand now, in the same files."""
+    now = {file: dict(mutants(file)) for file in dict.fromkeys(each["file"] for each in recorded)}
+    places = {}
+    for each in recorded:
+        mutant = mutant_of(each)
+        if mutant in now[each["file"]]:
+            places[mutant] = (each["area"], now[each["file"]][mutant])
+    return places
 
 
 def load_libraries() -> None:
@@ -368,48 +408,56 @@ def load_libraries() -> None:
 
 
 def tables(figures: Mapping[str, Any]) -> dict[str, Any]:
-    rows = []
-    for name in ("first", "again"):
-        if name in figures:
-            counts = Counter(each["outcome"] for each in figures[name]["mutants"])
-            rows.append((figures[name]["commit"], *(counts[outcome] for outcome in _OUTCOMES)))
-    columns = [("commit", ""), *((outcome, ",.0f") for outcome in _OUTCOMES)]
-    return {"outcomes": recording.table(columns, rows)}
+    """Of every area how many mutants were drawn, how many noticed, and how many of those survive once they were tried again."""
+    first = figures["first"]["mutants"]
+    noticed_first = [each for each in first if each["outcome"] == "noticed"]
+    counts = [Counter(each["area"] for each in first), Counter(each["area"] for each in noticed_first)]
+    columns = [("area", ""), ("changed", ",.0f"), ("noticed", ",.0f")]
+    if "again" in figures:
+        survive = {mutant_of(each) for each in figures["again"]["mutants"] if each["outcome"] == "survived"}
+        counts.append(Counter(each["area"] for each in noticed_first if mutant_of(each) in survive))
+        columns.append(("noticed no longer", ",.0f"))
+    rows = [(area, *(count[area] for count in counts)) for area in AREAS]
+    rows.append(("all", *(count.total() for count in counts)))
+    return {"areas": recording.table(columns, rows)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=300, help="mutants")
+    parser.add_argument("--count", type=int, default=100, help="mutants")
+    parser.add_argument("--seed", type=int, default=2028)
     parser.add_argument("--again", action="store_true", help="those that are recorded, in the code as it is now")
+    parser.add_argument("--journal", type=Path, help="a file from which a run that was stopped goes on")
+    parser.add_argument("--control", action="store_true", help="run every file's tests with nothing changed")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    recording.needs("coverage", install="pip install coverage")
     if subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "src", "tests"], capture_output=True).stdout:
         parser.error("src or tests have uncommitted changes; the mutants are made in clones of the last commit")
+    if arguments.control:
+        with tempfile.TemporaryDirectory() as folder:
+            tree = _clone(Path(folder))
+            load_libraries()
+            for tests in dict.fromkeys(tests for files in AREAS.values() for tests in files.values()):
+                seconds = _control(tree, [f"tests/{test}" for test in tests])
+                print("fails" if seconds is None else f"{seconds:5.1f} s", *tests, flush=True)
+        return
     if arguments.again:
         figures = dict(recording.load(NAME)["figures"])
-        before = {
-            Mutant(**{key: each[key] for key in Mutant.__annotations__}): each["outcome"]
-            for each in figures["first"]["mutants"]
-        }
-        places = found_again(list(before))
+        every, seed = figures["first"]["mutants"], figures["first"]["seed"]
+        places = found_again(every)
     else:
-        figures, before, places = {}, {}, drawn(arguments.count, SEED)
-    outcomes = judged(places, arguments.processes)
-    every = list(before) or list(places)
-    listed = [
-        asdict(mutant)
-        | {"outcome": outcomes.get(mutant, "gone")}
-        | ({"file": places[mutant].file, "line": places[mutant].line} if mutant in places else {})
-        for mutant in every
-    ]
-    figures["again" if arguments.again else "first"] = {"mutants": listed, "seed": SEED} | recording.when()
+        figures, places, seed = {}, drawn(arguments.count, arguments.seed), arguments.seed
+        every = [asdict(mutant) | {"area": area, "file": place.file} for mutant, (area, place) in places.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = judged(places, arguments.journal or Path(folder) / "journal.jsonl", arguments.processes)
+    listed = []
+    for each in every:
+        mutant = mutant_of(each)
+        line = {"line": places[mutant][1].line} if mutant in places else {}
+        listed.append(each | {"outcome": outcomes.get(mutant, "gone")} | line)
+    figures["again" if arguments.again else "first"] = {"mutants": listed, "seed": seed} | recording.when()
     print(recording.save(NAME, figures, tables=tables(figures)))
     print(Counter(each["outcome"] for each in listed))
-    for mutant, outcome in outcomes.items():
-        if outcome != "noticed" and before.get(mutant, "noticed") == "noticed":
-            place = places[mutant]
-            print(f"{outcome}: {place.file}:{place.line} {mutant.function}: {mutant.statement} [{mutant.change}]")
 
 
 if __name__ == "__main__":

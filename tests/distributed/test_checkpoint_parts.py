@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bessemer.core.errors import CheckpointError, StorageError
+from bessemer.distributed import mesh
 from bessemer.training.checkpoint import manager
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights
 from tests.cases import slow
@@ -32,7 +33,7 @@ def hindered(out, rank, hinder=None, check=None, **options):
     """`run` in which a rank's disk hinders the first file that is synchronised, or a check refuses its values; type and text of
     the error that it raises."""
     here = torch.distributed.get_rank() == rank
-    synchronise, timeout, check_plain = os.fsync, manager.job_timeout, manager.check_plain
+    synchronise, timeout, check_plain = os.fsync, mesh.job_timeout, manager.check_plain
     calls = []
 
     def fsync(handle):
@@ -41,7 +42,7 @@ def hindered(out, rank, hinder=None, check=None, **options):
             hinder()
         synchronise(handle)
 
-    os.fsync, manager.job_timeout = fsync, lambda: timedelta(seconds=TIMEOUT)
+    os.fsync, mesh.job_timeout = fsync, lambda: timedelta(seconds=TIMEOUT)
     if here and check is not None:
         manager.check_plain = check
     try:
@@ -49,7 +50,7 @@ def hindered(out, rank, hinder=None, check=None, **options):
     except (CheckpointError, StorageError) as error:
         return type(error), str(error)
     finally:
-        os.fsync, manager.job_timeout, manager.check_plain = synchronise, timeout, check_plain
+        os.fsync, mesh.job_timeout, manager.check_plain = synchronise, timeout, check_plain
 
 
 @pytest.mark.slow

@@ -175,6 +175,17 @@ def test_a_fork_shares_the_prompt_and_copies_the_block_that_it_writes():
     assert parent.tables[0][0] == child.tables[0][0]
 
 
+@pytest.mark.parametrize(("text", "computed"), [(6, 4), (7, 6), (8, 6)])
+def test_a_fork_computes_the_last_piece_of_a_prompt_whole_and_none_behind_the_prompt(text, computed):
+    scheduler = scheduler_of(16, align=4)
+    parent, child = sequence_of(6, identity=1), sequence_of(6, identity=2)
+    scheduler.enqueue(parent)
+    step(scheduler)
+    child.tokens = [*parent.tokens, 8, 9][:text]
+    scheduler.fork(parent, child)
+    assert (parent.computed, child.computed) == (6, computed)
+
+
 def test_where_no_block_is_left_for_the_copy_the_fork_gives_way():
     scheduler = scheduler_of(3)
     parent, child = sequence_of(7, answer=2, identity=1), sequence_of(7, answer=2, identity=2)
@@ -614,6 +625,15 @@ def test_with_states_that_are_kept_as_much_is_found_as_there_is_a_state_for():
     scheduler.enqueue(again)
     output = step(scheduler)
     assert shape(output) == [(0, 8, 2, 0)] and len(output.restored) == 1 and again.cached == 8
+
+
+def test_a_state_after_a_single_block_is_found():
+    scheduler = scheduler_of(64, state_slots=2, snapshots=4)
+    run(scheduler, sequence_of(6, answer=1))
+    again = sequence_of(6, answer=1)
+    scheduler.enqueue(again)
+    step(scheduler)
+    assert again.cached == 4
 
 
 def test_a_model_without_pages_is_scheduled_by_its_states():

@@ -170,17 +170,18 @@ def test_rows_that_fit_are_counted_apart_from_those_that_do_not():
     assert fitter.fit_turns(failing(RowError("bad")), place="a:1") == []
     assert len(fitter.fit_turns(lambda: [encoded_of(4), encoded_of(9, learnt=7)])) == 1
     assert len(fitter.fit_turns(lambda: [encoded_of(4), encoded_of(6)])) == 2
+    assert len(fitter.fit_turns(lambda: [encoded_of(4), encoded_of(3)])) == 2
     assert fitter.fit_turns(lambda: [encoded_of(9, learnt=7)]) == []
     counts = fitter.counts("pairs")
-    assert counts == RowCounts(4, 2, 2, 2, 1, (Unrendered("a:1", "bad"),), 9)
+    assert counts == RowCounts(4, 2, 2, 2, 1, (Unrendered("a:1", "bad"),), 10)
     assert counts.left_out == 5
     assert counts.figures == {"too_long": 2, "nothing_learnt": 2, "cut": 2, "turns_left_out": 1, "unrendered": 1}
-    assert counts.sentences("9 pairs") == [
-        "  2 of 9 pairs are left out: longer than 4 tokens (truncate: drop)",
-        "  2 of 9 pairs are left out: the assistant says nothing in them that is learnt",
-        "  2 of 9 pairs are longer than 4 tokens, and their beginning is cut off (truncate: left)",
+    assert counts.sentences("10 pairs") == [
+        "  2 of 10 pairs are left out: longer than 4 tokens (truncate: drop)",
+        "  2 of 10 pairs are left out: the assistant says nothing in them that is learnt",
+        "  2 of 10 pairs are longer than 4 tokens, and their beginning is cut off (truncate: left)",
         "  1 turns of others are left out: longer than 4 tokens with their context",
-        "  1 of 9 pairs are left out: a:1: bad",
+        "  1 of 10 pairs are left out: a:1: bad",
     ]
     assert RowCounts(4) == RowCounts(4, 0, 0, 0, 0, (), 0) and RowCounts(4).sentences("0 pairs") == []
     assert RowCounts(4).figures == {"too_long": 0, "nothing_learnt": 0, "cut": 0}

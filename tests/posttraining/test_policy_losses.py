@@ -199,6 +199,10 @@ def test_what_is_clipped_is_told_by_each_bound_on_its_own_side():
     assert clipped_tokens(ratios_BT, advantages_BT, wide_above).tolist() == [[False, True, True, True, False, False]]
     wide_below = PolicyLossSettings(clip_low=0.3, clip_high=0.2)
     assert clipped_tokens(ratios_BT, advantages_BT, wide_below).tolist() == [[True, True, False, True, False, False]]
+    on_bounds = clipped_tokens(
+        torch.tensor([0.5, 1.5]), torch.tensor([-1.0, 1.0]), PolicyLossSettings(clip_low=0.5, clip_high=0.5)
+    )
+    assert not on_bounds.any()
 
 
 def test_corrections_have_the_bounds_of_their_sources():

@@ -16,10 +16,12 @@ from torch.distributed.tensor import DTensor, Shard
 from bessemer.core.errors import CheckpointError, StorageError
 from bessemer.core.hashing import hash_files
 from bessemer.core.store import read_json, write_json
+from bessemer.model.adapters import is_of_adapter
+from bessemer.model.adapters.trained import add_adapters, train_whole
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint import manager as checkpoint
 from bessemer.training.checkpoint.manager import INDEX, CheckpointManager, checkpoint_weights
-from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, TrainingState, _random_states
+from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, TrainingState, _random_states, model_state
 from bessemer.training.checkpoint.storage import _MetadataUnpickler
 from bessemer.training.optim.muon import orthogonalised
 from bessemer.training.optim.optimizers import build_optimizers, role_of, scale_learning_rates
@@ -323,6 +325,14 @@ def test_a_path_is_read_whichever_version_of_python_has_named_its_class(module):
     assert _MetadataUnpickler(io.BytesIO(written)).load() == Path("model")
 
 
+def test_beside_an_adapter_what_is_trained_is_kept_and_nothing_else(decoder, settings):
+    add_adapters(decoder, rank=2, scale=1.0, patterns=["q_proj"])
+    train_whole(decoder, ["embed_tokens"])
+    trained = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+    assert {is_of_adapter(name) for name in trained} == {True, False}
+    assert set(model_state(decoder, build_optimizers(decoder, settings))["model"]) == trained
+
+
 def test_copies_of_codes_are_not_changed_by_training_and_a_process_alone_is_the_first():
     class Codes(torch.Tensor):
         pass
@@ -346,7 +356,12 @@ def test_copies_for_a_checkpoint_are_not_changed_by_training_and_lie_where_the_l
         copies.wait()
         assert first["step"] == 3 and bool((first["model"]["weight"] == 1).all()) and bool((first["parts"][0] == 1).all())
         kept = first["model"]["sharded"]
-        assert isinstance(kept, DTensor) and kept.placements == sharded.placements and bool((kept.to_local() == 1).all())
+        assert (
+            isinstance(kept, DTensor)
+            and not kept.requires_grad
+            and kept.placements == sharded.placements
+            and bool((kept.to_local() == 1).all())
+        )
         second = copies.copy(values)
         assert second["model"]["weight"].data_ptr() == first["model"]["weight"].data_ptr()
         assert not second["model"]["weight"].any() and not second["model"]["sharded"].to_local().any()

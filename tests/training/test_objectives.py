@@ -116,6 +116,17 @@ def test_module_k_of_multi_token_prediction_is_asked_for_the_token_k_further():
     assert sums["mtp"].item() == pytest.approx(expected.item() * MTP_LOSS_WEIGHT / 2, rel=1e-5)
 
 
+def test_of_a_model_that_predicts_more_tokens_validation_is_the_next_ones_loss_alone():
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 40, "num_nextn_predict_layers": 2}
+    model = initial_decoder(ModelConfig(vocab_size=50, **shape), seed=1)
+    batch = Batch(torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
+    objective = build_objective(PretrainConfig(steps=1), model.config)
+    assert {mode: set(objective(model.train(mode), batch, LossContext()).sums) for mode in (True, False)} == {
+        True: {"next_token", "mtp"},
+        False: {"next_token"},
+    }
+
+
 def test_targets_further_on_are_of_the_same_document_and_of_tokens_with_a_target():
     targets_BT = torch.tensor([[1, 2, 3, 4, IGNORE_INDEX, 6]])
     documents_BT = torch.tensor([[1, 1, 1, 2, 2, 2]])

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -196,6 +196,11 @@ def job_timeout() -> timedelta | None:
     assert world is not None
     options = getattr(world._get_backend(torch.device("cpu")), "options", None)
     return None if options is None else options._timeout
+
+
+def new_group(ranks: Sequence[int] | None = None, **settings: Any) -> dist.ProcessGroup:
+    """`dist.new_group` with the timeout of the job. Processes that are not among its ranks may make it, and must not use it."""
+    return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=job_timeout(), **settings))
 
 
 def agree(value: Any) -> Any:

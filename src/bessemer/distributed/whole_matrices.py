@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bessemer.distributed.mesh import job_timeout
+from bessemer.distributed.mesh import new_group
 
 #: Most elements of a stack's matrices that a rank computes at once; a single matrix may have more.
 _LARGEST_STACK = 1 << 24
@@ -106,7 +106,7 @@ class WholeMatrices:
             group = next((each for each in known if tuple(dist.get_process_group_ranks(each)) == ranks), None)
             if group is None:
                 # a group over several axes; other ranks do not take part
-                group = dist.new_group(list(ranks), timeout=job_timeout(), use_local_synchronization=True)
+                group = new_group(list(ranks), use_local_synchronization=True)
             self._groups[ranks] = group
         return self._groups[ranks]
 

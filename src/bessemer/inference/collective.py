@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from bessemer.core.errors import BessemerError, ConfigError, LostProcessError
 from bessemer.distributed.collectives import redistributed
 from bessemer.distributed.layout import Layout
-from bessemer.distributed.mesh import ALONE, Mesh, agree, job_timeout, local
+from bessemer.distributed.mesh import ALONE, Mesh, agree, local, new_group
 from bessemer.distributed.parallelize import parallelize_for_inference
 from bessemer.distributed.sharding import release_gathered
 from bessemer.inference.build import worker_runners
@@ -187,7 +187,7 @@ def tensor_group_mesh(mesh: Mesh) -> Mesh:
     # the tensor axis is the innermost: its groups are neighbours
     for first in range(0, mesh.layout.world_size, ranks):
         members = list(range(first, first + ranks))
-        group = dist.new_group(members, timeout=job_timeout())
+        group = new_group(members)
         if mesh.rank in members:
             own = DeviceMesh.from_group(group, mesh.tensor.device_type, mesh_dim_names=("tensor",))
     return Mesh(Layout(tensor=ranks), mesh.place.tensor, own, processes_here=mesh.processes_here)

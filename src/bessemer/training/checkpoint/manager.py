@@ -23,7 +23,7 @@ from bessemer.core.errors import ArtefactError, CheckpointError, as_storage_erro
 from bessemer.core.hashing import hash_files
 from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
-from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
+from bessemer.distributed.mesh import ALONE, Mesh, new_group
 from bessemer.training.checkpoint.state import RANDOM_STATES, HostCopies, TrainingState
 from bessemer.training.checkpoint.storage import CheckpointReader, ProcessNotes, ShardWriter, check_plain, read_checkpoint
 
@@ -61,7 +61,7 @@ class CheckpointManager:
         #: The best step, whose checkpoint is kept too.
         self.kept_step: int | None = None
         # a group of its own, so that collectives of the writing thread do not mix with those of training
-        self._group = None if mesh.alone else dist.new_group(backend="gloo", timeout=job_timeout())
+        self._group = None if mesh.alone else new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._writing: Future[Path] | None = None
         self._copies = HostCopies()
