@@ -222,12 +222,13 @@ def mutants(file: str, root: Path = ROOT) -> Iterator[tuple[Mutant, Place]]:
                 ordinal = seen[function, text, change]
                 seen[function, text, change] += 1
                 yield Mutant(function, text, change, ordinal), Place(file, getattr(node, "lineno", 0), start, end, new)
+        # `strict` of `zip` is an assertion as well
+        is_zip = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip"
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list"):
                 continue
             for child in value if isinstance(value, list) else [value]:
-                # as an assertion, `strict` of `zip` says what always holds
-                if isinstance(child, ast.AST) and not (isinstance(child, ast.keyword) and child.arg == "strict"):
+                if isinstance(child, ast.AST) and not (is_zip and isinstance(child, ast.keyword)):
                     yield from visit(child, function, statement)
 
     for child in ast.parse(source).body:
