@@ -141,6 +141,7 @@ def test_long_texts_are_cut_to_the_length_and_whole_again():
     assert "".join(cut) == "".join(texts)
     assert max(map(len, cut)) == 8
     assert cut[:2] == ["word", " word"]
+    assert list(cut_texts(["a word-without-an-end"], 8)) == ["a", " word-wi", "thout-an", "-end"]
 
 
 def test_training_holds_one_batch_of_texts_and_not_the_corpus(monkeypatch):

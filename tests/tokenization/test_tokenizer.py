@@ -166,6 +166,17 @@ def test_what_is_a_control_token_is_known_by_its_id_and_by_its_text(tokenizer):
     assert tokenizer.lossless and tokenizer.tool_format == "" and tokenizer.template_hash is not None
 
 
+def test_parts_of_a_conversation_have_the_ids_of_the_whole_where_control_tokens_part_them(tokenizer):
+    parts = [
+        [Segment("<|im_start|>", True, False), Segment("user\nadd 1\n", False, False)],
+        [Segment("<|im_end|>", True, False), Segment("\n\n", False, False)],
+        [Segment("<|im_start|>", True, False), Segment("assistant\n2", False, True)],
+    ]
+    together, apart = tokenizer.encode_together(parts), tokenizer.encode_apart(parts)
+    assert apart == together and all(together)
+    assert tokenizer.decode([id for ids in apart for id in ids], skip_special=False).startswith("<|im_start|>user\nadd 1")
+
+
 def test_numpy_ids_decode(tokenizer):
     assert tokenizer.decode(np.array(tokenizer.encode("abc"), np.uint16)) == "abc"
 

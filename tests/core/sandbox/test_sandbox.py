@@ -230,6 +230,8 @@ def test_a_folders_bytes_are_counted_until_they_are_more_than_asked_for(tmp_path
     assert folder_bytes(tmp_path, most=first) == first + second
     assert folder_bytes(tmp_path, most=first - 1) == first
     assert folder_bytes(tmp_path / "gone", most=first) == 0
-    link = tmp_path / "the folder again"
-    link.symlink_to(tmp_path)
-    assert folder_bytes(tmp_path, most=100 * second) == first + second + link.lstat().st_blocks * 512
+    links = [tmp_path / "the folder again", tmp_path / "the file again"]
+    for link, target in zip(links, (tmp_path, tmp_path / "first"), strict=True):
+        link.symlink_to(target)
+    of_links = sum(link.lstat().st_blocks * 512 for link in links)
+    assert folder_bytes(tmp_path, most=100 * second) == first + second + of_links
