@@ -40,6 +40,14 @@ FORMULAS = {
 }
 
 
+def test_what_a_loss_takes_is_that_of_its_paper():
+    losses = {name: PAIR_LOSSES[name].load() for name in PAIR_LOSSES}
+    assert {name for name, loss in losses.items() if loss.per_token} == {"sigmoid_norm", "ipo", "simpo", "orpo"}
+    assert {name for name, loss in losses.items() if not loss.needs_reference} == {"simpo", "orpo"}
+    assert {name for name, loss in losses.items() if loss.soft_labels} == {"sigmoid", "sigmoid_norm", "simpo"}
+    assert {name: loss.next_token for name, loss in losses.items() if loss.next_token} == {"orpo": 1.0}
+
+
 @pytest.mark.parametrize("name", list(PAIR_LOSSES))
 def test_a_loss_of_pairs_is_its_formula_in_value_and_gradient(name):
     random = torch.Generator().manual_seed(7)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
 from bessemer.tokenization import bpe
-from bessemer.tokenization.bpe import cut_runs, cut_texts, encode_piece, merges_from_ranks, train_bpe
+from bessemer.tokenization.bpe import _may_have_run, cut_runs, cut_texts, encode_piece, merges_from_ranks, train_bpe
 from bessemer.tokenization.split import SPLIT_REGEXES
 
 MERGES = 250
@@ -133,6 +133,12 @@ gaps = st.sampled_from(["  ", "\n ", " \n", "\u3000 ", " "])
 def test_a_long_text_is_cut_where_the_regex_cuts_too(text, split):
     pieces = [piece for part in cut_texts([text], 20) for piece in regex.findall(SPLIT_REGEXES[split], part)]
     assert pieces == regex.findall(SPLIT_REGEXES[split], text)
+
+
+def test_a_run_is_looked_for_where_half_of_its_length_has_no_space_and_in_no_text_of_short_words():
+    words = "some words and more of them, all short"
+    assert not any(_may_have_run(words[:length], 16) for length in range(len(words) + 1))
+    assert all(_may_have_run(f"{words[:before]} {'x' * 16} {words}", 16) for before in range(len(words)))
 
 
 def test_long_texts_are_cut_to_the_length_and_whole_again():

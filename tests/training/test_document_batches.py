@@ -62,7 +62,7 @@ def test_targets_follow_and_positions_restart_in_every_piece(batches):
 def test_padding_is_nobodys_document_and_has_no_targets(shards):
     batch = DocumentBatches(shards, batch_size=200, context_length=LENGTH, seed=1).batch(0)
     padding = batch.document_ids_BT == 0
-    assert padding.any()
+    assert padding.any() and (batch.tokens_BT[padding] == BEGIN).all()
     assert (batch.targets_BT[padding] == IGNORE_INDEX).all() and (batch.targets_BT[~padding] != IGNORE_INDEX).all()
 
 
