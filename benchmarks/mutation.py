@@ -376,12 +376,13 @@ def mutant_of(recorded: Mapping[str, Any]) -> Mutant:
 
 
 def found_again(recorded: list[dict[str, Any]]) -> dict[Mutant, tuple[str, Place]]:
-    """Where recorded mutants stand now, in the same files."""
-    now = {file: dict(mutants(file)) for file in dict.fromkeys(each["file"] for each in recorded)}
+    """Where recorded mutants stand now, in the same files of `AREAS`, as far as there still are such."""
+    files = {each["file"] for each in recorded} & {file for area in AREAS.values() for file in area}
+    now = {file: dict(mutants(file)) for file in files if (ROOT / "src" / "bessemer" / file).exists()}
     places = {}
     for each in recorded:
         mutant = mutant_of(each)
-        if mutant in now[each["file"]]:
+        if mutant in now.get(each["file"], {}):
             places[mutant] = (each["area"], now[each["file"]][mutant])
     return places
 
@@ -409,14 +410,14 @@ def load_libraries() -> None:
 
 
 def tables(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Of every area how many mutants were drawn, how many noticed, and how many of those survive once they were tried again."""
+    """Of every area how many mutants were drawn, how many noticed, and of how many that was lost when they were tried again."""
     first = figures["first"]["mutants"]
     noticed_first = [each for each in first if each["outcome"] == "noticed"]
     counts = [Counter(each["area"] for each in first), Counter(each["area"] for each in noticed_first)]
     columns = [("area", ""), ("changed", ",.0f"), ("noticed", ",.0f")]
     if "again" in figures:
-        survive = {mutant_of(each) for each in figures["again"]["mutants"] if each["outcome"] == "survived"}
-        counts.append(Counter(each["area"] for each in noticed_first if mutant_of(each) in survive))
+        lost = {mutant_of(each) for each in figures["again"]["mutants"] if each["outcome"] not in ("noticed", "gone")}
+        counts.append(Counter(each["area"] for each in noticed_first if mutant_of(each) in lost))
         columns.append(("noticed no longer", ",.0f"))
     rows = [(area, *(count[area] for count in counts)) for area in AREAS]
     rows.append(("all", *(count.total() for count in counts)))
