@@ -35,6 +35,10 @@ PEERS = re.search(r"^PEERS := (.*)$", (ROOT / "Makefile").read_text(encoding="ut
 #: A line of output that sums a step up, the last of which the page shows.
 _SUMMARY = re.compile(r"\b(passed|failed|whole rounds|mutants noticed|commands|Success|components|kept|built)\b")
 _LINES = 15
+#: A test that failed, as pytest tells it at once where it names every test.
+_FAILED_TEST = re.compile(r"(FAILED|ERROR) \S+::|::.* (FAILED|ERROR)")
+#: pytest names every test as it ends, so that a step which is ended before its summary still tells what failed.
+_NAMES = {"PYTEST_ADDOPTS": "-vv"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def steps() -> list[Step]:
     module = [sys.executable, "-m"]
     return [
         Step("lint", 5, ["make", "lint"]),
-        Step("tests", 100, ["make", "test-slow"]),
+        Step("tests", 140, ["make", "test-slow"]),
         *(Step(f"peer {name}", 7, ["make", f"test-peer-{name}"]) for name in PEERS[1].split()),
         Step("docs", 5, ["make", "docs"]),
         Step("wheels", 15, [*module, "tests.nightly", "--wheels"]),
@@ -86,7 +90,9 @@ def run(step: Step, log: Path, commit: str) -> Outcome:
     """A step, with its output in a file. What it started ends with it."""
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen(step.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | _NAMES
+        )
         try:
             code: int | None = process.wait(timeout=60 * step.minutes)
         except subprocess.TimeoutExpired:
@@ -96,7 +102,8 @@ def run(step: Step, log: Path, commit: str) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return Outcome(step, code, time.monotonic() - started, lines[-_LINES:], commit)
+    failed = [line for line in lines if _FAILED_TEST.search(line)] if code is None else []
+    return Outcome(step, code, time.monotonic() - started, failed + lines[-_LINES:], commit)
 
 
 def kept(file: Path) -> dict[str, Outcome]:

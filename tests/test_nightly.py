@@ -39,6 +39,14 @@ def test_a_step_that_fails_and_one_that_hangs_are_told_with_their_ends(tmp_path)
     assert "all 1 steps passed" in page(outcomes[:1], datetime.date(2026, 12, 1))
 
 
+def test_a_step_of_tests_that_is_ended_tells_which_failed_before(tmp_path):
+    lines = ["[gw1] [  3%] FAILED tests/test_two.py::test_wrong", *["[gw0] [  4%] PASSED tests/test_one.py::test_right"] * 50]
+    code = f"import os, time; print(os.environ['PYTEST_ADDOPTS'], *{lines}, sep='\\n', flush=True); time.sleep(60)"
+    ended = run(Step("tests", 0.02, [sys.executable, "-c", code]), tmp_path / "log", "abc")
+    assert ended.end[0] == lines[0] and ended.end[1:] == lines[-15:]
+    assert (tmp_path / "log").read_text(encoding="utf-8").startswith("-vv\n")  # which is what makes pytest write such lines
+
+
 @pytest.fixture
 def night(tmp_path, monkeypatch):
     """A function that runs steps "one" and "two" at a commit, of which those named fail, and returns (exit code, steps run)."""
