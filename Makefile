@@ -39,7 +39,7 @@ test: $(VENV)/.installed-dev
 	$(AS)$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -vv -m "" $(SIDE_BY_SIDE)
 
 test-peers: $(PEERS:%=test-peer-%)
 

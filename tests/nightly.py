@@ -35,10 +35,8 @@ PEERS = re.search(r"^PEERS := (.*)$", (ROOT / "Makefile").read_text(encoding="ut
 #: A line of output that sums a step up, the last of which the page shows.
 _SUMMARY = re.compile(r"\b(passed|failed|whole rounds|mutants noticed|commands|Success|components|kept|built)\b")
 _LINES = 15
-#: A test that failed, as pytest tells it at once where it names every test.
-_FAILED_TEST = re.compile(r"(FAILED|ERROR) \S+::|::.* (FAILED|ERROR)")
-#: pytest names every test as it ends, so that a step which is ended before its summary still tells what failed.
-_NAMES = {"PYTEST_ADDOPTS": "-vv"}
+#: A test that failed, as `make test-slow` tells it when it ends, so also in a step that is ended before pytest's summary.
+_FAILED_TEST = re.compile(r"(FAILED|ERROR) \S+::")
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,7 @@ def run(step: Step, log: Path, commit: str) -> Outcome:
     """A step, with its output in a file. What it started ends with it."""
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen(
-            step.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | _NAMES
-        )
+        process = subprocess.Popen(step.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code: int | None = process.wait(timeout=60 * step.minutes)
         except subprocess.TimeoutExpired:

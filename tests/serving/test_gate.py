@@ -597,7 +597,7 @@ def test_large_bodies_that_are_held_keep_no_ordinary_request_away(start, monkeyp
     answer = None
     while answer is None or answer.status_code != 503:
         assert time.monotonic() < until
-        # where the server reads the other body first, it is this one that it refuses: then it is held anew
+        # the server refuses the body that it reads second: where that is the unfinished one, it is sent anew
         with socket.create_connection((address.host, address.port)) as held:
             held.sendall(part)
             answer = httpx.post(url + "/v1/chat/completions", content=large)
