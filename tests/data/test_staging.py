@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import mmap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,10 @@ def test_only_so_many_segments_are_mapped_at_a_time(paths, monkeypatch):
         assert np.array_equal(in_order_of_ids(rows), orders[bucket])
         assert rows.take(orders[bucket]).to_pylist() == expected[bucket]
         if Path("/proc/self/maps").exists():
-            assert mapped(paths[0].parent) <= 3
+            # a thread of Arrow's lets go of what it has read some milliseconds after the call
+            until = time.monotonic() + 10
+            while mapped(paths[0].parent) > 3:
+                assert time.monotonic() < until
         del rows
     ids = [row["id"] for part in expected for row in part]
     assert len(set(ids)) == len(ids) == 75
