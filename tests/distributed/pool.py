@@ -114,7 +114,7 @@ def pool_of(size, scope):
 
 def _work(rank, size, folder, pipe):
     torch.set_num_threads(1)
-    _remember_propagation()
+    known = _remember_propagation()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     for number in count():
         function, arguments = pipe.recv()
@@ -128,13 +128,14 @@ def _work(rank, size, folder, pipe):
         except Exception:
             answer = (False, f"rank {rank}: {traceback.format_exc()}")
         dist.destroy_process_group()
-        _forget_meshes()
+        _forget_meshes(known)
         pipe.send(answer)
 
 
 def _remember_propagation():
     """Remember what DTensor concludes of placements, which is most of the time of a small model's step, from job to job: it
-    depends on the layout of a mesh alone. The conclusion then gets the mesh of this job in place of the equal one before."""
+    depends on the layout of a mesh alone. The conclusion then gets the mesh of this job in place of the equal one before.
+    Gives what is remembered."""
     propagator = DTensor._op_dispatcher.sharding_propagator
     conclude = propagator.propagate_op_sharding_non_cached
     known = {}
@@ -150,6 +151,7 @@ def _remember_propagation():
         return copy.deepcopy(conclusion, {id(old): new for old, new in meshes})
 
     propagator.propagate_op_sharding_non_cached = propagate
+    return known
 
 
 def _meshes(schema):
@@ -158,8 +160,14 @@ def _meshes(schema):
     return [leaf.mesh for leaf in leaves if isinstance(leaf, DTensorSpec)]
 
 
-def _forget_meshes():
-    """What DTensor keeps by mesh, and would find again under the equal mesh of the next job: its groups are gone."""
+def _forget_meshes(known):
+    """What DTensor keeps by mesh, and would find again under the equal mesh of the next job: its groups are gone.
+
+    A mesh that is remembered keeps no group either: each has three threads until nothing holds it any more.
+    """
+    for mesh in {id(mesh): mesh for schema in known for mesh in _meshes(schema)}.values():
+        for held in (mesh, mesh._get_root_mesh()):
+            getattr(held, "_pg_registry", {}).clear()
     _clear_sharding_prop_cache()
     _redistribute.clear_redistribute_planner_cache()
     _redistribute._gen_transform_infos.cache_clear()

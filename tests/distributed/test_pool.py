@@ -1,9 +1,13 @@
 """The processes that tests of several ranks share: a test that fails takes no other with it."""
 
 import os
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from tests.distributed.pool import Pool
 
@@ -35,3 +39,17 @@ def test_answers_of_a_test_that_was_stopped_are_not_the_next_ones(pool, monkeypa
         patch.setattr("tests.distributed.pool.wait", stop)
         pool.run(rank_behind, first=0)
     assert pool.run(rank_behind, first=5) == [5, 6]
+
+
+def threads_before_a_mesh_is_used(size: int) -> int:
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    sharded = distribute_tensor(torch.ones(size), init_device_mesh("cpu", (2,)))
+    assert (sharded + sharded).full_tensor().sum() == 2 * size
+    return threads
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads of a process are listed elsewhere")
+def test_the_threads_of_a_job_end_with_it(pool):
+    # a group of gloo has three, which look for news all the time
+    _, first, second = (pool.run(threads_before_a_mesh_is_used, size=size) for size in (4, 6, 8))
+    assert first == second
