@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pytest
@@ -169,6 +170,22 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_harms_nothing(folder_o
     assert found.cached_tokens == COMMON
     assert len(said) == 1 and "only read from now on" in said[0]
     assert "prefix_store" not in capsys.readouterr().err
+
+
+def test_a_write_that_fails_behind_the_last_request_is_said_too(folder_of, tmp_path, capsys, monkeypatch):
+    last = threading.Event()
+
+    def full(*_, **__):
+        last.wait(60)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prefix_store, "save_file", full)
+    config = EngineConfig(block_size=BLOCK, prefix_store=str(tmp_path / "store"))
+    with Engine(folder_of(), device="cpu", config=config) as engine:
+        for prompt in (FIRST, SECOND):
+            engine.generate([prompt], PARAMS)
+        last.set()
+    assert "only read from now on" in capsys.readouterr().err
 
 
 def test_what_it_cannot_do_is_refused_at_the_start(folder_of, tmp_path):

@@ -72,6 +72,8 @@ def test_visits_are_those_of_all_micro_batches_of_a_step():
         trainer.gradients(batch())
         assert torch.equal(trainer.visits_LE.float(), expected_LE)
     assert expected_LE.sum(1).tolist() == [2 * 2 * 16] * 2
+    # with a routing the autograd graph of its logits would stay, which holds FSDP's state of the model
+    assert all(block.mlp.router.last is None for block in model.blocks)
 
 
 def test_router_losses_of_a_batch_are_those_of_its_rows_weighed_by_their_targets():

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
+from torch.distributed import _functional_collectives as functional_collectives
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
@@ -29,6 +29,12 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import AttentionBackend, Scores, blocked, capped, sdpa
 from bessemer.model.layers.attention_mask import AttentionMask, attention_mask, bias
+
+#: PyTorch 2.15 has renamed these functions.
+_ALL_GATHER: Any = getattr(functional_collectives, "all_gather_single", None) or functional_collectives.all_gather_tensor
+_ALL_GATHER_AUTOGRAD: Any = (
+    getattr(functional_collectives, "all_gather_single_autograd", None) or functional_collectives.all_gather_tensor_autograd
+)
 
 #: Queries and keys of a tile; the scores of a tile are in memory at once.
 _TILE = 512
@@ -226,7 +232,7 @@ class ContextParallelRows:
         whole = queries * self.ranks
         plain = documents_BT is None and slopes_H is None and (window is None or window >= whole)
         if documents_BT is not None:
-            documents_BT = in_order(all_gather_tensor(documents_BT.contiguous(), 0, self.group), self.ranks, dim=1)
+            documents_BT = in_order(_ALL_GATHER(documents_BT.contiguous(), 0, self.group), self.ranks, dim=1)
         return attention_mask(
             queries,
             whole,
@@ -263,7 +269,7 @@ class ContextParallelRows:
         """
         query_BHTC, key_BKTC, value_BKTC = map(to_autocast_dtype, (query_BHTC, key_BKTC, value_BKTC))
         width, local_rows = key_BKTC.shape[-1], self.local_rows(query_BHTC.shape[2])
-        stacked = all_gather_tensor_autograd(torch.cat((key_BKTC, value_BKTC), dim=-1), 0, self.group)
+        stacked = _ALL_GATHER_AUTOGRAD(torch.cat((key_BKTC, value_BKTC), dim=-1), 0, self.group)
         key_value_BKSC = in_order(stacked, self.ranks, dim=2)
         attended = []
         for piece in local_rows.tiles(local_rows.each):
@@ -310,4 +316,4 @@ def in_order(stacked: Tensor, ranks: int, dim: int) -> Tensor:
 
 def whole_rows(values_BT: Tensor, mesh: Mesh) -> Tensor:
     """Whole rows, (B, S), of values of this rank's tokens, in the order of `Layout.columns`; without gradients."""
-    return in_order(all_gather_tensor(values_BT.contiguous(), 0, mesh.context.get_group()), mesh.context.size(), dim=1)
+    return in_order(_ALL_GATHER(values_BT.contiguous(), 0, mesh.context.get_group()), mesh.context.size(), dim=1)

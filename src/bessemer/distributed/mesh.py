@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _abort_process_group, _set_pg_timeout
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from bessemer.distributed.layout import Layout, ParallelConfig, RankCoordinates
 from bessemer.model.device import widest_float
@@ -27,6 +27,9 @@ from bessemer.model.device import widest_float
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+
+#: PyTorch 2.15 has renamed this function.
+_SET_TIMEOUT: Any = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 _MODULE = "torch.distributed.tensor"
 
@@ -82,7 +85,7 @@ class Mesh:
             made = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
             if timeout is not None:
                 for group in made.get_all_groups():
-                    _set_pg_timeout(timeout, group)
+                    _SET_TIMEOUT(timeout, group)
             return made
 
         outer = {"pipeline": layout.pipeline, "data_replicate": layout.data_replicate}

@@ -80,8 +80,8 @@ class Pipeline:
         """Add the gradients of Σ loss over the micro-batches to those of the parameters.
 
         micro_batches: `self.micro_batches` of one shape. loss: called on the rank of the last stage with the number of the
-        micro-batch. after_forward: called after every forward pass of a stage; the first step runs number 0 once more than the
-        others, to infer the shapes.
+        micro-batch. after_forward: called after every forward pass of a stage and its losses; the first step runs number 0 once
+        more than the others, to infer the shapes.
         """
         assert len(micro_batches) == self.micro_batches, (len(micro_batches), self.micro_batches)
         self._refresh_embedding_copy()
@@ -157,10 +157,10 @@ class Pipeline:
             with self._autocast():
                 stage.begin(micro_batches[number], received)
                 output = finish(stage, number) if stage.is_last else stage.hidden_states()
+                if not stage.is_last and auxiliary is not None:
+                    output = output, torch.as_tensor(auxiliary(stage, micro_batches[number]), device=output.device)
                 after_forward(stage, number)
-                if stage.is_last or auxiliary is None:
-                    return output
-                return output, torch.as_tensor(auxiliary(stage, micro_batches[number]), device=output.device)
+                return output
 
         for stage in self.stages:
             stage.compute = compute

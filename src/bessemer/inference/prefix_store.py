@@ -132,8 +132,9 @@ class PrefixStore:
 
     def close(self) -> None:
         """Wait until what is being written is on disk; nothing is written afterwards."""
-        self._writes = False
         self._writer.shutdown(wait=True)
+        self._settle()
+        self._writes = False
 
     # -- inside
 

@@ -83,6 +83,15 @@ def visits_by_layer(model: Decoder) -> Tensor:
     return visits_LE
 
 
+def forget_routings(model: Decoder) -> None:
+    """Forget the routings of the last forward pass, once its losses and metrics are made.
+
+    Their autograd graph holds what FSDP knows of the model, and the model holds them: neither would ever be freed.
+    """
+    for router in routers(model).values():
+        router.last = None
+
+
 @torch.no_grad()
 def balance_experts(model: Decoder, visits_LE: Tensor) -> None:
     """Move the correction biases of routers that are trained towards an even load after an optimizer step, where the model's

@@ -42,7 +42,7 @@ from bessemer.training.objectives import (
 )
 from bessemer.training.optim.optimizers import step_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
-from bessemer.training.routing import balance_experts, routing_metrics, visits_by_layer
+from bessemer.training.routing import balance_experts, forget_routings, routing_metrics, visits_by_layer
 from bessemer.training.runtime import Runtime
 from bessemer.training.validation import summed_loss
 
@@ -331,6 +331,7 @@ class Trainer:
         def after_forward(model: Decoder, number: int) -> None:
             if model.config.num_experts and prepared.model is self.model:
                 visits[getattr(model, "number", 0), number] = visits_by_layer(model)
+            forget_routings(model)
 
         if prepared.pipeline is not None:
             prepared.pipeline.gradients(micro_batches, loss, after_forward)
