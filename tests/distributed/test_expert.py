@@ -1,5 +1,7 @@
 """Ranks that share the experts of every layer compute what one process computes."""
 
+import gc
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -8,6 +10,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.distributed.expert import dispatch_visits
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
 from bessemer.model.layers.feed_forward import ExpertWeights, one_by_one
 from tests.cases import slow
 
@@ -63,6 +66,16 @@ def test_two_ranks_are_one(two, alone, options):
 )
 def test_four_ranks_are_one(four, alone, parallel):
     assert_equal(four.run(trained, parallel=parallel, model=SPARSE)[0], alone(model=SPARSE), EXACT)
+
+
+def decoders_here() -> int:
+    return sum(isinstance(each, Decoder) for each in gc.get_objects())
+
+
+def test_a_sharded_model_is_freed_after_its_training(four):
+    # a routing or an output that is kept would hold it by the autograd graph, where Python sees no cycle
+    four.run(trained, parallel={"data_shard": 2, "pipeline": 2}, model=SPARSE)
+    assert four.run(decoders_here) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", slow("muon")])

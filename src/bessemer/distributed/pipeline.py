@@ -87,6 +87,7 @@ class Pipeline:
         self._refresh_embedding_copy()
         self._set_forward(micro_batches, loss, self._auxiliary, after_forward)
         self.schedule.step(target=torch.arange(len(micro_batches)), return_outputs=False)
+        self._forget_forward()
         self._reduce_embedding_gradient()
         # the optimizer is about to change the embedding
         self._stale = True
@@ -125,6 +126,7 @@ class Pipeline:
             work.wait()
         for stage in self.stages:
             release_gathered(stage)
+        self._forget_forward()
         return list(hidden) if self.stages[-1].is_last else []
 
     def from_last_stage(self, values: Tensor) -> Tensor:
@@ -164,6 +166,12 @@ class Pipeline:
 
         for stage in self.stages:
             stage.compute = compute
+
+    def _forget_forward(self) -> None:
+        """Forget what the stages computed, which holds the batch and, through the autograd graph of the outputs that PyTorch
+        keeps, the stages themselves."""
+        for stage in self.stages:
+            stage.compute = None
 
     def _refresh_embedding_copy(self) -> None:
         """Copy the first stage's embedding to the last stage, where that has a copy that may be stale."""
