@@ -74,7 +74,7 @@ def steps() -> list[Step]:
     module = [sys.executable, "-m"]
     return [
         Step("lint", 5, ["make", "lint"]),
-        Step("tests", 140, ["make", "test-slow"]),
+        Step("tests", 100, ["make", "test-slow"]),
         *(Step(f"peer {name}", 7, ["make", f"test-peer-{name}"]) for name in PEERS[1].split()),
         Step("docs", 5, ["make", "docs"]),
         Step("wheels", 15, [*module, "tests.nightly", "--wheels"]),
