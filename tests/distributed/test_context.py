@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed import context as ring
@@ -122,6 +123,10 @@ def test_a_part_in_which_nothing_was_seen_changes_nothing():
         assert torch.equal(merged[0], out) and torch.equal(merged[1], log_sum)
 
 
+def all_ranks() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 def attention(method=None, tile=3):
     """Attention over random tokens and its gradients: by the definition alone, or on this rank's part of the rows."""
     generator, length = torch.Generator().manual_seed(2), 48
@@ -136,7 +141,7 @@ def attention(method=None, tile=3):
         mask = attention_mask(length, length, torch.float64, torch.device("cpu"), documents_BT=documents_BT, **options)
     else:
         ring._TILE = tile
-        rows = ContextParallelRows(dist.group.WORLD, masks=method == "all_gather")
+        rows = ContextParallelRows(all_ranks(), masks=method == "all_gather")
         columns = rows.local_rows(length // rows.ranks).places(torch.device("cpu"))
         count = len(columns)
         mask = rows.attention_mask(
@@ -171,10 +176,10 @@ def fused(ranks):
     )
     columns, calls = slice(None), []
     if ranks:
-        columns = ContextParallelRows(dist.group.WORLD).local_rows(length // ranks).places(torch.device("cpu"))
+        rows = ContextParallelRows(all_ranks(), masks=False)
+        columns = rows.local_rows(length // ranks).places(torch.device("cpu"))
     tensors = [tensor[:, :, columns].clone().requires_grad_() for tensor in (query, key, value)]
     if ranks:
-        rows = ContextParallelRows(dist.group.WORLD, masks=False)
         mask = rows.attention_mask(len(columns), len(columns), torch.float64, torch.device("cpu"))
         with patch.object(fused_ring, "_FUSED_DEVICES", ("cpu",)), patch.object(ring, "ring_attention", calls.append):
             out = rows.ring(*tensors, mask, Scores(0.4))

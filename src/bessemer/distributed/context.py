@@ -18,23 +18,17 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as functional_collectives
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from bessemer.distributed.collectives import to_autocast_dtype
+from bessemer.distributed.collectives import all_gather, to_autocast_dtype
 from bessemer.distributed.fused_ring import Passing, RowShard, Tile, can_fuse, fused_ring_attention, merged
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import AttentionBackend, Scores, blocked, capped, sdpa
 from bessemer.model.layers.attention_mask import AttentionMask, attention_mask, bias
-
-#: PyTorch 2.15 has renamed these functions.
-_ALL_GATHER: Any = getattr(functional_collectives, "all_gather_single", None) or functional_collectives.all_gather_tensor
-_ALL_GATHER_AUTOGRAD: Any = (
-    getattr(functional_collectives, "all_gather_single_autograd", None) or functional_collectives.all_gather_tensor_autograd
-)
 
 #: Queries and keys of a tile; the scores of a tile are in memory at once.
 _TILE = 512
@@ -185,7 +179,7 @@ class _LocalQueries:
 
 def apply_context_parallel(model: nn.Module, mesh: Mesh, method: Literal["all_gather", "ring"]) -> None:
     """Make a model, or a stage of it, compute on this rank's part of every row; the other parts are on the context axis."""
-    rows = ContextParallelRows(mesh.context.get_group(), masks=method == "all_gather")
+    rows = ContextParallelRows(mesh.context, masks=method == "all_gather")
     for module in model.modules():
         if isinstance(module, Decoder):
             module.rows = rows
@@ -196,15 +190,16 @@ def apply_context_parallel(model: nn.Module, mesh: Mesh, method: Literal["all_ga
 
 
 class ContextParallelRows:
-    """Rows whose tokens are sharded over the ranks of a group; implements the model's protocol `Rows`.
+    """Rows whose tokens are sharded over the ranks of an axis; implements the model's protocol `Rows`.
 
     masks: whether attention may need them; without, ring attention masks tile by tile.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, masks: bool = True) -> None:
-        self.group = group
-        self.ranks = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
+    def __init__(self, axis: DeviceMesh, *, masks: bool = True) -> None:
+        self.axis = axis
+        self.group = axis.get_group()
+        self.ranks = axis.size()
+        self.rank = axis.get_local_rank()
         self._masks = masks
 
     def local_rows(self, length: int) -> RowShard:
@@ -232,7 +227,7 @@ class ContextParallelRows:
         whole = queries * self.ranks
         plain = documents_BT is None and slopes_H is None and (window is None or window >= whole)
         if documents_BT is not None:
-            documents_BT = in_order(_ALL_GATHER(documents_BT.contiguous(), 0, self.group), self.ranks, dim=1)
+            documents_BT = in_order(all_gather(documents_BT, self.axis, 0, gradient="partial"), self.ranks, dim=1)
         return attention_mask(
             queries,
             whole,
@@ -269,7 +264,7 @@ class ContextParallelRows:
         """
         query_BHTC, key_BKTC, value_BKTC = map(to_autocast_dtype, (query_BHTC, key_BKTC, value_BKTC))
         width, local_rows = key_BKTC.shape[-1], self.local_rows(query_BHTC.shape[2])
-        stacked = _ALL_GATHER_AUTOGRAD(torch.cat((key_BKTC, value_BKTC), dim=-1), 0, self.group)
+        stacked = all_gather(torch.cat((key_BKTC, value_BKTC), dim=-1), self.axis, 0, gradient="partial")
         key_value_BKSC = in_order(stacked, self.ranks, dim=2)
         attended = []
         for piece in local_rows.tiles(local_rows.each):
@@ -316,4 +311,4 @@ def in_order(stacked: Tensor, ranks: int, dim: int) -> Tensor:
 
 def whole_rows(values_BT: Tensor, mesh: Mesh) -> Tensor:
     """Whole rows, (B, S), of values of this rank's tokens, in the order of `Layout.columns`; without gradients."""
-    return in_order(_ALL_GATHER(values_BT.contiguous(), 0, mesh.context.get_group()), mesh.context.size(), dim=1)
+    return in_order(all_gather(values_BT, mesh.context, 0, gradient="partial"), mesh.context.size(), dim=1)

@@ -171,8 +171,8 @@ def _contexts_keeping_routings(
 def _restored(routers: Sequence[Router], inside: AbstractContextManager[Any]) -> Iterator[None]:
     """Restore the routings of the forward pass after the recomputation.
 
-    A router keeps its last logits, and with them their autograd graph; that of the recomputation would stay until the next
-    step.
+    A router keeps its last logits, and with them their autograd graph. The trainer has forgotten those of the forward pass by
+    then; those of the recomputation would stay until the next step.
     """
     first = [router.last for router in routers]
     try:
