@@ -171,7 +171,7 @@ def wheels() -> int:
         version = wheel.name.split("-")[1]
         python = Path(folder) / "environment" / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
-        wanted = [f"bessemer[serve]=={version}", f"bessemer-kernels=={version}"]
+        wanted = [f"bessemer[all]=={version}", f"bessemer-kernels=={version}"]
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--find-links", str(index), *wanted], cwd=work, check=True)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CXX": "/bin/false"}
         for words in (["--version"], ["doctor"], ["recipes"], ["run", "quickstart", "--dry-run"]):
