@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from bessemer.model import device
-from bessemer.model.device import _chain_seconds, is_fast, product_cost, served_dtype, slower_than_processor
+from bessemer.model.device import (
+    _chain_seconds,
+    is_fast,
+    product_cost,
+    product_flops,
+    served_dtype,
+    slower_than_processor,
+    with_threads,
+)
 
 CPU = torch.device("cpu")
 
@@ -12,7 +20,7 @@ def timed(monkeypatch):
     """A processor on which products take some seconds by dtype."""
 
     def set_seconds(**seconds):
-        monkeypatch.setattr(device, "_product_seconds", lambda dtype: seconds[str(dtype).removeprefix("torch.")])
+        monkeypatch.setattr(device, "_product_seconds", lambda dtype, threads: seconds[str(dtype).removeprefix("torch.")])
 
     return set_seconds
 
@@ -67,6 +75,18 @@ def test_a_measurement_takes_a_moment_and_is_made_once(monkeypatch):
         assert len(calls) == 2
     finally:
         device._product_seconds.cache_clear()
+
+
+def test_dtypes_are_compared_on_one_thread(monkeypatch):
+    # several threads wait for each other on a busy processor, for up to a hundred times as long as they compute
+    product, threads = torch.mm, []
+    monkeypatch.setattr(device.torch, "mm", lambda left, right: threads.append(torch.get_num_threads()) or product(left, right))
+    device._product_seconds.cache_clear()
+    with with_threads(2):
+        assert product_cost(torch.bfloat16, CPU) > 0 and product_flops(torch.bfloat16) > 0
+        assert torch.get_num_threads() == 2
+    compared = threads.index(2)
+    assert set(threads[:compared]) == {1} and set(threads[compared:]) == {2}
 
 
 def test_a_gpu_computes_in_16_bits_where_its_generation_does(monkeypatch):

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from bessemer.model.device import with_threads
 from bessemer.training import runtime as threads
 from bessemer.training.config import LoopConfig
 from bessemer.training.runtime import Runtime, ThreadChoices, _work_per_second, faster_threads, thread_candidates
@@ -90,9 +91,9 @@ def test_steps_that_become_slow_are_a_reason_to_choose_again(tmp_path, clock):
 
 def test_the_threads_of_a_moment_are_given_back():
     torch.set_num_threads(2)
-    with threads.with_threads(1):
+    with with_threads(1):
         assert torch.get_num_threads() == 1
-    with threads.with_threads(None):
+    with with_threads(None):
         assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == 2
 

@@ -43,13 +43,13 @@ from bessemer.evaluation.docs_questions import (
 )
 from bessemer.evaluation.task_answerers import TaskForms, answers_in_better_form
 from bessemer.inference.engine import Engine
-from bessemer.model.device import check_dtype, is_fast
+from bessemer.model.device import check_dtype, is_fast, with_threads
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask, Outcome
 from bessemer.tasks.registry import find_tasks, placed_task
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.trained_template import extended_tokenizers
-from bessemer.training.runtime import faster_threads, keep_freed_memory, thread_candidates, with_threads
+from bessemer.training.runtime import faster_threads, keep_freed_memory, thread_candidates
 from bessemer.training.validation import whole_documents
 
 #: Shares of the tokens and questions that one model is timed with; the time of the whole is extrapolated linearly.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -42,7 +43,8 @@ def product_cost(dtype: torch.dtype, device: torch.device) -> float:
         return 0.5 if fast else 2.0
     if device.type != "cpu":
         return 2.0
-    return _product_seconds(dtype) / _product_seconds(torch.float32)
+    # on one thread: on a busy processor several wait for each other, for up to a hundred times as long as they compute
+    return _product_seconds(dtype, 1) / _product_seconds(torch.float32, 1)
 
 
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
@@ -73,8 +75,19 @@ def check_dtype(dtype: str, device: torch.device) -> None:
 
 
 def product_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of matrix products in `dtype` on the processor, as they were measured for `product_cost`."""
+    """FLOP/s of matrix products in `dtype` on the processor, with PyTorch's threads."""
     return 2 * _SIDE**3 / _product_seconds(dtype)
+
+
+@contextmanager
+def with_threads(number: int | None) -> Iterator[None]:
+    """While entered, PyTorch computes with a number of threads in this process; None: as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 #: A configured dtype is refused whose matmul takes more than this many times as long as that of float32.
@@ -84,15 +97,16 @@ _SIDE, _REPETITIONS, _ENOUGH_SECONDS = 256, 7, 0.05
 
 
 @cache
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Seconds of the fastest of several products of square matrices on the processor."""
+def _product_seconds(dtype: torch.dtype, threads: int | None = None) -> float:
+    """Seconds of the fastest of several products of square matrices on the processor. threads: None, PyTorch's."""
     left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype) for _ in range(2))
     times: list[float] = []
-    # warm-up: allocates, and starts the threads
-    while len(times) < 2 or (len(times) <= _REPETITIONS and sum(times) < _ENOUGH_SECONDS):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        times.append(time.perf_counter() - start)
+    with with_threads(threads):
+        # warm-up: allocates, and starts the threads
+        while len(times) < 2 or (len(times) <= _REPETITIONS and sum(times) < _ENOUGH_SECONDS):
+            start = time.perf_counter()
+            torch.mm(left, right)
+            times.append(time.perf_counter() - start)
     return min(times[1:])
 
 

@@ -264,17 +264,6 @@ def _work_per_second(threads: int, seconds: float) -> float:
     return count / max(elapsed, 1e-9)
 
 
-@contextmanager
-def with_threads(number: int | None) -> Iterator[None]:
-    """While entered, PyTorch computes with a number of threads; None: as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class ThreadChoices:
     """The numbers of threads of a run by step, as they are chosen, or as they were before it was interrupted.
 

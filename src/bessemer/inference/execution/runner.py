@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
@@ -29,6 +29,7 @@ from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.adapters.fingerprints import WeightSample
 from bessemer.model.batch_invariance import keeping_packed_weights
 from bessemer.model.decoder import Decoder
+from bessemer.model.device import with_threads
 from bessemer.model.layers.attention_backends import capped
 from bessemer.model.layers.block import MtpModule
 from bessemer.model.quantisation.quantised_layers import QuantisedLinear, using_packed_matmuls
@@ -113,7 +114,7 @@ class Runner:
 
     def limited_torch_threads(self) -> AbstractContextManager[None]:
         """Limits PyTorch to one thread where the kernels have their own: spinning threads would slow down the next step."""
-        return one_thread() if self.own_threads else nullcontext()
+        return with_threads(1) if self.own_threads else nullcontext()
 
     @on_every_rank
     @torch.inference_mode()
@@ -315,7 +316,7 @@ class Runner:
 
     def _by_modules(self, batch: Batch, context: StepContext) -> Tensor:
         few = self.backend.linear.is_soon_done(len(batch.tokens), invariant=self._batch_invariant)
-        with one_thread() if few else nullcontext():
+        with with_threads(1) if few else nullcontext():
             if self._batch_invariant:
                 return self._alone(batch, context._replace(rows=None))
             return self._logits(self._hidden(batch, context))
@@ -371,17 +372,6 @@ class Runner:
     def _logits(self, hidden_RD: Tensor) -> Tensor:
         with using_packed_matmuls(self.backend.linear.matmuls), keeping_packed_weights(self._packed_weights):
             return self.model.logits(hidden_RD).float()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch on the calling thread alone, in this process: for few rows its other threads cost more than they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run_worker(runner: Runner, messages: Iterable[bytes], draft: Runner | None = None) -> None:
