@@ -8,7 +8,8 @@ A step is a command. It ends early at its share of the time, which counts as a f
 exit code is 1 where any failed. `make` makes the environments that a step needs.
 
 What a step came to is kept beside the page, so that a night may be spread over several: a step that passed at this commit is
-not run again (`--anew`: it is), and the page shows all that are kept, each with the commit that it was run at.
+not run again (`--anew`: it is), and the page shows all that are kept, each with the commit that it was run at. A peer's
+environment, of some gigabytes, is removed after its step, unless it was there before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,23 +31,29 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.environment import git_commit
+from tests.follow import guides
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = re.search(r"^PEERS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 #: A line of output that sums a step up, the last of which the page shows.
 _SUMMARY = re.compile(r"\b(passed|failed|whole rounds|mutants noticed|commands|Success|components|kept|built)\b")
 _LINES = 15
+#: Minutes of what takes longer than the others of its kind.
+_PEER_MINUTES = {"smollm2": 12}
+_GUIDE_MINUTES = {"README.md": 40}
 #: A test that failed, as `make test-slow` tells it when it ends, so also in a step that is ended before pytest's summary.
 _FAILED_TEST = re.compile(r"(FAILED|ERROR) \S+::")
 
 
 @dataclass(frozen=True)
 class Step:
-    """minutes: after which it is ended. command: from the checkout's folder."""
+    """minutes: after which it is ended. command: from the checkout's folder. makes: a folder in the checkout that is removed
+    after it, unless it was there before."""
 
     name: str
     minutes: float
     command: Sequence[str]
+    makes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,16 @@ def steps() -> list[Step]:
     return [
         Step("lint", 5, ["make", "lint"]),
         Step("tests", 100, ["make", "test-slow"]),
-        *(Step(f"peer {name}", 7, ["make", f"test-peer-{name}"]) for name in PEERS[1].split()),
+        *(
+            Step(f"peer {name}", _PEER_MINUTES.get(name, 5), ["make", f"test-peer-{name}"], f".venv-{name}")
+            for name in PEERS[1].split()
+        ),
         Step("docs", 5, ["make", "docs"]),
         Step("wheels", 15, [*module, "tests.nightly", "--wheels"]),
-        Step("commands of the pages", 75, ["make", "follow"]),
+        *(
+            Step(f"commands of {guide.name}", _GUIDE_MINUTES.get(guide.name, 3), ["make", "follow", f"GUIDES={guide.name}"])
+            for guide in guides()
+        ),
         Step("mutations", 20, [*module, "tests.nightly", "--mutations"]),
         Step("new inputs", 12, ["make", "fuzz", "MINUTES=10"]),
     ]
@@ -87,6 +101,7 @@ def steps() -> list[Step]:
 def run(step: Step, log: Path, commit: str) -> Outcome:
     """A step, with its output in a file. What it started ends with it."""
     started = time.monotonic()
+    made = ROOT / step.makes if step.makes and not (ROOT / step.makes).exists() else None
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(step.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -97,6 +112,8 @@ def run(step: Step, log: Path, commit: str) -> Outcome:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            if made:
+                shutil.rmtree(made, ignore_errors=True)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     failed = [line for line in lines if _FAILED_TEST.search(line)] if code is None else []
     return Outcome(step, code, time.monotonic() - started, failed + lines[-_LINES:], commit)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import nightly
+from tests.follow import guides
 from tests.nightly import Step, page, run, steps
 
 MAKEFILE = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
@@ -19,6 +20,8 @@ def test_the_steps_are_targets_that_exist_and_take_less_than_six_hours():
     used = {step.command[1] for step in steps() if step.command[0] == "make"}
     assert used - {f"test-peer-{peer}" for peer in peers} <= targets
     assert {f"test-peer-{peer}" for peer in peers} | {"lint", "test-slow", "follow", "fuzz", "docs"} <= used
+    followed = [step.command[2] for step in steps() if step.command[1] == "follow"]
+    assert followed == [f"GUIDES={guide.name}" for guide in guides()] and "GUIDES=README.md" in followed
     assert sum(step.minutes for step in steps()) < 360
     assert "test-nightly" in targets
 
@@ -37,6 +40,19 @@ def test_a_step_that_fails_and_one_that_hangs_are_told_with_their_ends(tmp_path)
     assert "Commit abc; 2 of 3 steps failed" in text and "| 3 passed in 1 s |" in text
     assert "## badly\n\n```\na | b\n1 failed, 2 passed\n```" in text and "## hangs\n\n```\nbegun\n```" in text
     assert "all 1 steps passed" in page(outcomes[:1], datetime.date(2026, 12, 1))
+
+
+@pytest.mark.parametrize("code", ["", "raise SystemExit(1)", "import time; time.sleep(60)"], ids=["passes", "fails", "hangs"])
+@pytest.mark.parametrize("was_there", [False, True])
+def test_an_environment_that_a_step_made_is_removed_after_it(tmp_path, monkeypatch, code, was_there):
+    monkeypatch.setattr(nightly, "ROOT", tmp_path)
+    made = tmp_path / ".venv-peer" / "bin"
+    if was_there:
+        made.mkdir(parents=True)
+    program = f"import os; os.makedirs({str(made)!r}, exist_ok=True); {code}"
+    minutes = 0.05 if "sleep" in code else 1.0
+    run(Step("peer", minutes, [sys.executable, "-c", program], ".venv-peer"), tmp_path / "log", "abc")
+    assert made.exists() == was_there
 
 
 def test_a_step_of_tests_that_is_ended_tells_which_failed_before(tmp_path):
