@@ -96,7 +96,7 @@ def steps() -> list[Step]:
     module = [sys.executable, "-m"]
     return [
         Step("lint", 5, ["make", "lint"]),
-        Step("tests", 100, ["make", "test-slow"]),
+        Step("tests", 90, ["make", "test-slow"]),
         *(
             Step(f"peer {name}", _PEER_MINUTES.get(name, 5), ["make", f"test-peer-{name}"], f".venv-{name}")
             for name in PEERS[1].split()
