@@ -69,6 +69,11 @@ class Step:
     command: Sequence[str]
     makes: str | None = None
 
+    @property
+    def log(self) -> str:
+        """The name of the file that keeps what it writes."""
+        return re.sub(r"\W+", "-", self.name) + ".txt"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -248,7 +253,7 @@ def main() -> int:
             print(f"{step.name}: not begun, as it may take {step.minutes:g} minutes; another night goes on with it", flush=True)
             continue
         print(f"{step.name} …", flush=True)
-        outcomes[step.name] = now = run(step, logs / f"{step.name.replace(' ', '-')}.txt", commit)
+        outcomes[step.name] = now = run(step, logs / step.log, commit)
         print(f"  {now.word}, {now.seconds / 60:.1f} minutes: {now.summary}", flush=True)
         # after every step, so that a machine that is taken away leaves what was done
         rows = sorted(outcomes.values(), key=lambda outcome: order.index(outcome.step.name))

@@ -116,3 +116,16 @@ def test_a_step_that_would_end_too_late_is_left_to_another_night(night, tmp_path
     assert "two: not begun" in capsys.readouterr().out
     assert "Not run: two." in (tmp_path / "night.md").read_text(encoding="utf-8")
     assert night("abc") == (0, [("two", True)])
+
+
+def test_what_a_step_writes_is_kept_whatever_its_name(tmp_path, monkeypatch):
+    step = Step("commands of docs/a page.md", 1, [sys.executable, "-c", "print('3 of 3 commands')"])
+    monkeypatch.setattr(nightly, "steps", lambda: [step])
+    monkeypatch.setattr(sys, "argv", ["nightly", "--out", str(tmp_path / "night.md")])
+    assert nightly.main() == 0
+    assert (tmp_path / "night" / step.log).read_text(encoding="utf-8") == "3 of 3 commands\n"
+
+
+def test_no_two_steps_write_to_one_file():
+    logs = [step.log for step in steps()]
+    assert len(set(logs)) == len(logs)
