@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.serving.responses import api as responses
+from bessemer.serving.responses import replies
 from tests.serving.running import servers
 
 pytestmark = [pytest.mark.peer(name="smollm2"), pytest.mark.slow]
@@ -59,7 +59,7 @@ def test_messages_begin_at_once_and_ping_until_the_prompt_is_read(served):
 
 
 def test_responses_repeat_that_they_are_in_progress_until_the_prompt_is_read(served, monkeypatch):
-    monkeypatch.setattr(responses, "_EVENT_EVERY", 1)
+    monkeypatch.setattr(replies, "_EVENT_EVERY", 1)
     url, text = served
     asked = {"model": "tiny", "max_output_tokens": 8, "input": f"Again. {text}"}
     names, last, dropped = events_of(url + "/v1/responses", asked)
