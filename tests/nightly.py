@@ -40,7 +40,7 @@ PEERS = re.search(r"^PEERS := (.*)$", (ROOT / "Makefile").read_text(encoding="ut
 _SUMMARY = re.compile(r"\b(passed|failed|whole rounds|mutants noticed|commands|Success|components|kept|built)\b")
 _LINES = 15
 #: Minutes of what takes longer than the others of its kind.
-_PEER_MINUTES = {"smollm2": 20}
+_PEER_MINUTES = {"smollm2": 20, "clients": 8}
 _GUIDE_MINUTES = {
     "README.md": 35,
     "docs/tutorials/model-from-text.md": 30,
