@@ -133,7 +133,8 @@ def run(step: Step, log: Path, commit: str) -> Outcome:
                 process.wait()
             if made:
                 shutil.rmtree(made, ignore_errors=True)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    # without the folder of the checkout, so that the record can be kept on another machine
+    lines = log.read_text(encoding="utf-8", errors="replace").replace(f"{ROOT}{os.sep}", "").splitlines()
     end = lines[-_LINES:]
     # what libraries say while Python ends may be longer than that
     sums = [] if any(map(_SUMMARY.search, end)) else [line for line in lines if _SUMMARY.search(line)][-1:]
@@ -147,8 +148,7 @@ def kept(file: Path) -> dict[str, Outcome]:
         return {}
     rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
     found = {step.name: step for step in steps()}
-    of_steps = [(row["step"]["name"], row) for row in rows]
-    return {name: Outcome(**row | {"step": found[name]}) for name, row in of_steps if name in found}
+    return {row["step"]: Outcome(**row | {"step": found[row["step"]]}) for row in rows if row["step"] in found}
 
 
 def page(outcomes: Sequence[Outcome], when: datetime.date) -> str:
@@ -257,7 +257,8 @@ def main() -> int:
         print(f"  {now.word}, {now.seconds / 60:.1f} minutes: {now.summary}", flush=True)
         # after every step, so that a machine that is taken away leaves what was done
         rows = sorted(outcomes.values(), key=lambda outcome: order.index(outcome.step.name))
-        file.write_text(json.dumps([asdict(outcome) for outcome in rows], indent=1), encoding="utf-8")
+        record = [asdict(outcome) | {"step": outcome.step.name} for outcome in rows]
+        file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         arguments.out.write_text(page(rows, datetime.date.today()), encoding="utf-8")
     return int(any(outcomes[step.name].code != 0 for step in chosen if step.name in outcomes))
 

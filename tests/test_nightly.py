@@ -126,6 +126,21 @@ def test_what_a_step_writes_is_kept_whatever_its_name(tmp_path, monkeypatch):
     assert (tmp_path / "night" / step.log).read_text(encoding="utf-8") == "3 of 3 commands\n"
 
 
+def test_the_record_can_be_kept_on_another_machine(tmp_path, monkeypatch):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    step = Step("one", 1, [sys.executable, "-c", f"print('1 passed, one in', {str(checkout / 'tests')!r})"])
+    monkeypatch.setattr(nightly, "ROOT", checkout)
+    monkeypatch.setattr(nightly, "steps", lambda: [step])
+    monkeypatch.setattr(sys, "argv", ["nightly", "--out", str(tmp_path / "night.md")])
+    assert nightly.main() == 0
+    record = tmp_path / "night" / "outcomes.json"
+    assert "1 passed, one in tests" in record.read_text(encoding="utf-8")
+    assert str(checkout) not in record.read_text(encoding="utf-8") and sys.executable not in record.read_text(encoding="utf-8")
+    (kept,) = nightly.kept(record).values()
+    assert (kept.step, kept.code, kept.summary) == (step, 0, "1 passed, one in tests")
+
+
 def test_no_two_steps_write_to_one_file():
     logs = [step.log for step in steps()]
     assert len(set(logs)) == len(logs)
