@@ -98,6 +98,30 @@ def test_answers_come_from_the_servers_index_until_another_choice_is_made(page, 
     assert "Sources:" in engine.prompts[0] and "Sources:" not in engine.prompts[1].rpartition("[1].")[2]
 
 
+def test_what_a_closed_connection_kept_from_the_server_is_deleted_all_the_same(page, start, tokenizer):  # noqa: F811
+    url = start(served=ScriptedEngine(tokenizer))
+    opened(page, url)
+    drop(page, "metals.md", IRON)
+    page.wait_for_selector("#attached li.completed")
+    failed = []
+
+    def once(route):
+        if route.request.method == "DELETE" and not failed:
+            failed.append(route.request.url)
+            route.abort("connectionreset")
+        else:
+            route.continue_()
+
+    page.route("**/v1/vector_stores/*", once)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.hover("#conversations li")
+    page.get_by_role("button", name="Delete").click()
+    page.wait_for_function("fetch('v1/files').then((answer) => answer.json()).then((list) => !list.data.length)")
+    assert failed and httpx.get(url + "/v1/vector_stores").json()["data"] == []
+    # Chromium tells of it
+    page.wrong[:] = [said for said in page.wrong if "ERR_CONNECTION_RESET" not in said]
+
+
 def test_what_cannot_be_read_says_why_and_a_deleted_conversation_leaves_nothing(page, start, tokenizer):  # noqa: F811
     url = start(served=ScriptedEngine(tokenizer))
     opened(page, url)

@@ -78,12 +78,14 @@ def sdpa(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Attenti
     """PyTorch's fused kernels (flash attention where the device has it); what they cannot do is done explicitly."""
     if scores.softcap is not None or scores.sinks_H is not None:
         return explicit(query_BHTC, key_BKSC, value_BKSV, mask, scores)
+    # compiled for rows of any length, the comparison would be a symbol, which the kernels do not take
+    causal = True if mask.dense is None and query_BHTC.shape[2] > 1 else False  # noqa: SIM210
     return functional.scaled_dot_product_attention(
         query_BHTC,
         key_BKSC,
         value_BKSV,
         attn_mask=mask.dense,
-        is_causal=mask.dense is None and query_BHTC.shape[2] > 1,
+        is_causal=causal,
         scale=scores.scale,
         enable_gqa=query_BHTC.shape[1] != key_BKSC.shape[1],
     )

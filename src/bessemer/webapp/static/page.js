@@ -54,6 +54,8 @@ export class Refused extends Error {
 
 /** A request of the API, of JSON or of a form; asks for a key where the server wants one, until it is right. Raises Refused, or an error in plain words. */
 export async function request(path, { body, method = body === undefined ? "GET" : "POST", signal } = {}) {
+  // a connection that was kept for the next request may have been closed by the server just now
+  let mayRepeat = method === "GET" || method === "DELETE";
   for (;;) {
     const key = sessionStorage.getItem(KEY);
     const isForm = body instanceof FormData;
@@ -63,6 +65,7 @@ export async function request(path, { body, method = body === undefined ? "GET" 
       response = await fetch(path, { method, headers, body: body === undefined || isForm ? body : JSON.stringify(body), signal });
     } catch (error) {
       if (error.name === "AbortError") throw error;
+      if (mayRepeat) { mayRepeat = false; continue; }
       throw new Error("the server does not answer");
     }
     if (response.ok) return response;
