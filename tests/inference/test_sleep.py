@@ -38,7 +38,7 @@ def test_it_generates_after_waking_as_before_it_slept(architecture, kernels, tok
 
 def test_it_does_not_sleep_while_a_request_is_in_flight(tokenizer):
     engine = Engine(small_decoder("dense"), tokenizer)
-    stream = engine.stream(PROMPTS[0], SamplingParams(max_tokens=8))
+    stream = engine.stream(PROMPTS[0], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
     next(stream)
     with pytest.raises(RequestError, match="requests in flight"):
         engine.sleep()

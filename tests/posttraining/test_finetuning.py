@@ -133,7 +133,8 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
     engine = Engine(model_folder)
     engine.load_adapter("tickets", out / "adapter")
     messages = [{"role": "user", "content": "Where is order 7?"}]
-    plain, tuned = (engine.chat(messages, SamplingParams(max_tokens=12), adapter=name).text for name in (None, "tickets"))
+    greedily = SamplingParams(max_tokens=12, temperature=0)
+    plain, tuned = (engine.chat(messages, greedily, adapter=name).text for name in (None, "tickets"))
     assert tuned != plain
 
     forgotten = record["forgetting"]

@@ -282,9 +282,12 @@ def test_an_xray_shows_the_attention_of_its_sentence_and_is_saved_as_one_file(pa
     page.goto(start() + "/xray?text=the+end+in+the+thin")
     page.wait_for_selector("#attention .pictures i")
     assert page.evaluate("getComputedStyle(document.querySelector('#attention .pictures i')).backgroundImage").startswith("url")
+    # all of it is drawn, and nothing moves under the pointer any more
+    page.wait_for_function("!document.getElementById('state').textContent")
     page.locator("#attention .pictures label").last.click()
     page.locator("#silence button").click()
-    page.wait_for_selector("#answers .column >> nth=1")
+    page.wait_for_selector("#answers .column, #answers .failure")
+    assert page.locator("#answers .column").count() == 2, page.inner_text("#answers")
     with page.expect_download() as download:
         page.click("#export-page")
     download.value.save_as(tmp_path / "saved.html")
