@@ -283,7 +283,7 @@ def test_an_xray_shows_the_attention_of_its_sentence_and_is_saved_as_one_file(pa
     page.wait_for_selector("#attention .pictures i")
     assert page.evaluate("getComputedStyle(document.querySelector('#attention .pictures i')).backgroundImage").startswith("url")
     # all of it is drawn, and nothing moves under the pointer any more
-    page.wait_for_function("!document.getElementById('state').textContent")
+    page.wait_for_selector("#state:empty", state="attached")
     page.locator("#attention .pictures label").last.click()
     page.locator("#silence button").click()
     page.wait_for_selector("#answers .column, #answers .failure")
