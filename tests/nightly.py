@@ -57,8 +57,8 @@ _GUIDE_MINUTES = {
 }
 #: A test that failed, as `make test-slow` tells it when it ends, so also in a step that is ended before pytest's summary.
 _FAILED_TEST = re.compile(r"(FAILED|ERROR) \S+::")
-#: The folder in which pytest makes those of its tests.
-_PYTEST_FOLDER = re.compile(re.escape(tempfile.gettempdir()) + r"/pytest-of-[^/\s]+/pytest-\d+/")
+#: A temporary folder, of a clone or of a test.
+_TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r"/(pytest-of-[^/\s]+/)?[^/\s]+/")
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,9 @@ def run(step: Step, log: Path, commit: str) -> Outcome:
                 process.wait()
             if made:
                 shutil.rmtree(made, ignore_errors=True)
-    # without the folders of the checkout and of tests, so that the record can be kept on another machine
-    lines = _PYTEST_FOLDER.sub(
-        "", log.read_text(encoding="utf-8", errors="replace").replace(f"{ROOT}{os.sep}", "")
-    ).splitlines()
+    # without temporary folders and that of the checkout, so that the record can be kept on another machine
+    text = log.read_text(encoding="utf-8", errors="replace").replace(f"{ROOT}{os.sep}", "")
+    lines = _TEMPORARY.sub("", text).splitlines()
     end = lines[-_LINES:]
     # what libraries say while Python ends may be longer than that
     sums = [] if any(map(_SUMMARY.search, end)) else [line for line in lines if _SUMMARY.search(line)][-1:]
