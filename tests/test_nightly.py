@@ -3,6 +3,7 @@
 import datetime
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,13 @@ def test_the_summary_is_found_before_what_libraries_say_as_they_end(tmp_path):
     code = "print('1 passed', '3 passed in 2 s', *map(str, range(40)), sep='\\n')"
     outcome = run(Step("peer", 1, [sys.executable, "-c", code]), tmp_path / "log", "abc")
     assert outcome.summary == "3 passed in 2 s" and outcome.end[1:] == [str(number) for number in range(25, 40)]
+
+
+def test_the_record_names_no_folder_of_the_machine(tmp_path):
+    temporary = Path(tempfile.gettempdir())
+    files = [nightly.ROOT / "site", temporary / "tmp1" / "results.json", temporary / "pytest-of-me" / "pytest-1" / "test_one0"]
+    outcome = run(Step("docs", 1, [sys.executable, "-c", f"print(*{list(map(str, files))})"]), tmp_path / "log", "abc")
+    assert outcome.end == ["site results.json test_one0"]
 
 
 def test_a_step_of_tests_that_is_ended_tells_which_failed_before(tmp_path):
