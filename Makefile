@@ -35,6 +35,8 @@ run: $(VENV)/.installed-all
 	@$(AS)$(BIN)/bessemer run quickstart
 	@$(AS)$(BIN)/bessemer serve quickstart --port 0 --ask "17 + 25 =" --ask "What does numpy.zeros return?"
 
+# a worker has less than a core to itself: PyTorch's threads would keep each other waiting. `make test-slow` has them all
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-dev
 	$(AS)$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 

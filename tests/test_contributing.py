@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cases import slow_but
 from tests.literate import Block, blocks
 
 ROOT = Path(__file__).parents[1]
@@ -79,11 +78,8 @@ def copy(tmp_path_factory) -> Path:
     return root
 
 
-#: The quickest of them; an installed package that adds a filter is another test's.
-USUAL = "Add a sampling parameter"
-
-
-@pytest.mark.parametrize("heading", slow_but([USUAL], RECIPES))
+@pytest.mark.slow
+@pytest.mark.parametrize("heading", RECIPES)
 def test_the_recipe_works(copy, heading):
     path = os.pathsep.join([str(copy / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *RECIPES[heading]]

@@ -48,6 +48,8 @@ LONG = {
         "corpus.md",
         "data.md",
         "distillation.md",
+        "filters.md",
+        "guard.md",
         "index.md",
         "quantisation.md",
         "reasoning.md",

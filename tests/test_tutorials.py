@@ -11,7 +11,7 @@ from tests.literate import follow_page, free_port
 TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
 
 
-@pytest.mark.parametrize("name", ["clean-warc", slow("model-from-text")])
+@pytest.mark.parametrize("name", [slow("clean-warc"), slow("model-from-text")])
 def test_the_tutorial_can_be_followed(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     follow_page(TUTORIALS / f"{name}.md", capsys)
