@@ -47,7 +47,7 @@ _GUIDE_MINUTES = {
     "examples/tiny_model.py": 8,
     "examples/engine.py": 9,
     "examples/quantise_and_serve.py": 8,
-    "examples/tickets.csv": 8,
+    "examples/tickets.csv": 12,
     "examples/support_bot": 45,
     "examples/arithmetic": 60,
     "examples/reasoning": 60,
