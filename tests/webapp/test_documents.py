@@ -37,6 +37,12 @@ def drop(page, name, content):
     )
 
 
+def all_files_gone(page):
+    """Wait until the server has no file. `wait_for_function` takes a promise for an answer."""
+    while page.evaluate("fetch('v1/files').then((answer) => answer.json()).then((list) => list.data.length)"):
+        page.wait_for_timeout(20)
+
+
 def test_a_dropped_file_is_answered_from_and_a_citation_opens_it_at_its_sentence(page, start, tokenizer):  # noqa: F811
     engine = ScriptedEngine(tokenizer, SAID)
     url = start(served=engine)
@@ -75,7 +81,7 @@ def test_a_dropped_file_is_answered_from_and_a_citation_opens_it_at_its_sentence
     page.get_by_role("button", name="Close", exact=True).click()
     page.get_by_role("button", name="Remove metals.md").click()
     page.wait_for_selector("#attached", state="hidden")
-    page.wait_for_function("fetch('v1/files').then((answer) => answer.json()).then((list) => !list.data.length)")
+    all_files_gone(page)
     page.locator("article.assistant .cite").first.click()
     page.wait_for_selector("#side >> text=Only the passage is here")
     assert page.inner_text("#side mark") == "Iron rusts in water."
@@ -116,7 +122,7 @@ def test_what_a_closed_connection_kept_from_the_server_is_deleted_all_the_same(p
     page.once("dialog", lambda dialog: dialog.accept())
     page.hover("#conversations li")
     page.get_by_role("button", name="Delete").click()
-    page.wait_for_function("fetch('v1/files').then((answer) => answer.json()).then((list) => !list.data.length)")
+    all_files_gone(page)
     assert failed and httpx.get(url + "/v1/vector_stores").json()["data"] == []
     # Chromium tells of it
     page.wrong[:] = [said for said in page.wrong if "ERR_CONNECTION_RESET" not in said]
@@ -132,5 +138,5 @@ def test_what_cannot_be_read_says_why_and_a_deleted_conversation_leaves_nothing(
     page.once("dialog", lambda dialog: dialog.accept())
     page.hover("#conversations li")
     page.get_by_role("button", name="Delete").click()
-    page.wait_for_function("fetch('v1/files').then((answer) => answer.json()).then((list) => !list.data.length)")
+    all_files_gone(page)
     assert httpx.get(url + "/v1/vector_stores").json()["data"] == []
