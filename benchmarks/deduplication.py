@@ -132,22 +132,24 @@ def minhash() -> Path:
     found: dict[str, dict[str, str]] = {}
 
     def side(function: Any, path: Path) -> dict[str, float]:
-        figures = measured(function, path, **QUIET)
+        figures = measured(function, path, **QUIET, NUMBA_CACHE_DIR=str(path.parent / "compiled"))
         found[function.__name__] = figures.pop("gone")
         return figures
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "texts.json"
         megabytes = write_texts(path, texts)
+        # nothing is compiled yet: the first process compiles all loops, the second loads them
+        first, verified = (measured(ours, path, "verify", NUMBA_CACHE_DIR=f"{folder}/compiled") for _ in range(2))
         mine, theirs = alternated(lambda: side(ours, path), lambda: side(datatrove, path))
-        verified = measured(ours, path, "verify")
     speeds = beside(speed(megabytes, mine["seconds"]), speed(megabytes, theirs["seconds"]), "datatrove")
+    compiling = first["compiling"] + first["seconds"] - verified["compiling"] - verified["seconds"]
     figures = {
         "texts": len(texts),
         "megabytes": megabytes,
         "speed": speeds,
         "seconds": {"bessemer": mine["seconds"], "datatrove": theirs["seconds"], "verified": verified["seconds"]},
-        "compiling_seconds": mine["compiling"]["median"],
+        "compiling_seconds": compiling,
         "verified": {"gone": len(verified["gone"]), "compared": verified["compared"]},
         **compare(texts, found["ours"], found["datatrove"]),
     }
@@ -155,7 +157,7 @@ def minhash() -> Path:
     print(f"{'':<28} {'bessemer':>10} {'datatrove':>10}")
     print(f"{'CPU-seconds':<28} {mine['seconds']['median']:>10.3f} {theirs['seconds']['median']:>10.3f}")
     print(f"{'MB per CPU-second':<28} {speeds['bessemer']['median']:>10.2f} {speeds['datatrove']['median']:>10.2f}")
-    print(f"{'compiling, first time':<28} {mine['compiling']['median']:>10.2f}")
+    print(f"{'compiling, first time':<28} {compiling:>10.2f}")
     print(f"{'with verification':<28} {verified['seconds']:>10.3f}", end="   ")
     print(f"{len(verified['gone']):,} go, {verified['compared']:,} compared")
     for name in ("gone", "in_both", "equal_verdicts", "alone"):
