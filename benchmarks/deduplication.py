@@ -28,6 +28,7 @@ import numpy as np
 
 import recording
 from data_common import (
+    REPEATS,
     alternated,
     beside,
     docstrings_of_packages,
@@ -37,6 +38,7 @@ from data_common import (
     speed,
     write_texts,
 )
+from rounds import summaries, summary
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/data/deduplication", "src/bessemer/data/engine.py")
@@ -130,36 +132,38 @@ def minhash() -> Path:
     sources = ((documentation(), 0.6), (docstrings_of_packages(), 0.4))
     texts = [text for source, share in sources for text in first_megabytes(source, MEGABYTES * share)]
     found: dict[str, dict[str, str]] = {}
-
-    def side(function: Any, path: Path) -> dict[str, float]:
-        figures = measured(function, path, **QUIET, NUMBA_CACHE_DIR=str(path.parent / "compiled"))
-        found[function.__name__] = figures.pop("gone")
-        return figures
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "texts.json"
         megabytes = write_texts(path, texts)
-        # nothing is compiled yet: the first process compiles all loops, the second loads them
-        first, verified = (measured(ours, path, "verify", NUMBA_CACHE_DIR=f"{folder}/compiled") for _ in range(2))
-        mine, theirs = alternated(lambda: side(ours, path), lambda: side(datatrove, path))
+
+        def side(name: str, function: Any, *arguments: str) -> dict[str, float]:
+            figures = measured(function, path, *arguments, **QUIET, NUMBA_CACHE_DIR=f"{folder}/compiled")
+            found[name] = figures.pop("gone")
+            return figures
+
+        # nothing is compiled yet: the first process compiles all loops, the others load them
+        first, *warm = (side("verified", ours, "verify") for _ in range(1 + REPEATS))
+        mine, theirs = alternated(lambda: side("bessemer", ours), lambda: side("datatrove", datatrove))
+    verified = summaries(warm)
     speeds = beside(speed(megabytes, mine["seconds"]), speed(megabytes, theirs["seconds"]), "datatrove")
-    compiling = first["compiling"] + first["seconds"] - verified["compiling"] - verified["seconds"]
+    loaded = summary(one["compiling"] + one["seconds"] for one in warm)
+    compiling = first["compiling"] + first["seconds"] - loaded["median"]
     figures = {
         "texts": len(texts),
         "megabytes": megabytes,
         "speed": speeds,
         "seconds": {"bessemer": mine["seconds"], "datatrove": theirs["seconds"], "verified": verified["seconds"]},
         "compiling_seconds": compiling,
-        "verified": {"gone": len(verified["gone"]), "compared": verified["compared"]},
-        **compare(texts, found["ours"], found["datatrove"]),
+        "verified": {"gone": len(found["verified"]), "compared": int(verified["compared"]["median"])},
+        **compare(texts, found["bessemer"], found["datatrove"]),
     }
     print(f"{len(texts):,} texts, {megabytes:.1f} MB")
     print(f"{'':<28} {'bessemer':>10} {'datatrove':>10}")
     print(f"{'CPU-seconds':<28} {mine['seconds']['median']:>10.3f} {theirs['seconds']['median']:>10.3f}")
     print(f"{'MB per CPU-second':<28} {speeds['bessemer']['median']:>10.2f} {speeds['datatrove']['median']:>10.2f}")
     print(f"{'compiling, first time':<28} {compiling:>10.2f}")
-    print(f"{'with verification':<28} {verified['seconds']:>10.3f}", end="   ")
-    print(f"{len(verified['gone']):,} go, {verified['compared']:,} compared")
+    print(f"{'with verification':<28} {verified['seconds']['median']:>10.3f}", end="   ")
+    print(f"{figures['verified']['gone']:,} go, {figures['verified']['compared']:,} compared")
     for name in ("gone", "in_both", "equal_verdicts", "alone"):
         print(f"{name:<28} {figures[name]}")
     return recording.save("data_minhash", figures, tables=minhash_tables(figures), peers=("datatrove", "spacy"))
@@ -171,8 +175,8 @@ def minhash_tables(figures: dict[str, Any]) -> dict[str, Any]:
         ("Bessemer", speeds["bessemer"]["median"], seconds["bessemer"]["median"], gone["bessemer"]),
         (
             "Bessemer, with verification",
-            figures["megabytes"] / seconds["verified"],
-            seconds["verified"],
+            figures["megabytes"] / seconds["verified"]["median"],
+            seconds["verified"]["median"],
             figures["verified"]["gone"],
         ),
         ("datatrove", speeds["datatrove"]["median"], seconds["datatrove"]["median"], gone["datatrove"]),

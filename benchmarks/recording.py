@@ -114,16 +114,26 @@ def defects(result: Mapping[str, Any]) -> list[str]:
         found.append(f"no benchmark writes it: {result['command']}")
     if not machine.get("python") or not machine.get("memory_bytes"):
         found.append("its machine is not named with memory and version of Python")
-    parts = {name: part["commit"] for name, part in result["figures"].items() if isinstance(part, Mapping) and "commit" in part}
+    parts = part_commits(result)
     found += [f"{name} was measured at {commit}" for name, commit in parts.items() if not commit or "+" in commit]
     found += [f"{path} is a median without its rounds" for path in _without_rounds(result["figures"])]
     return found
 
 
-def commits_since(result: Mapping[str, Any], paths: Iterable[str], repository: Path = _ROOT) -> int:
-    """How many commits since the result's own changed any of these paths, relative to the repository; 0 outside one."""
-    listed = _git("rev-list", f"{result['commit']}..HEAD", "--", *paths, repository=repository)
-    return len(listed.split()) if listed else 0
+def part_commits(result: Mapping[str, Any]) -> dict[str, str]:
+    """The commit of each part that a run of its own measured (`when`), by the part's name."""
+    return {name: part["commit"] for name, part in result["figures"].items() if isinstance(part, Mapping) and "commit" in part}
+
+
+def commits_since(result: Mapping[str, Any], paths: Iterable[str], repository: Path = _ROOT) -> tuple[str, int]:
+    """The commit of the result's oldest part, and how many since it changed any of these paths, which are relative to the
+    repository; none outside one."""
+    listed = {
+        commit: _git("rev-list", f"{commit}..HEAD", "--", *paths, repository=repository) or ""
+        for commit in (result["commit"], *part_commits(result).values())
+    }
+    oldest = max(listed, key=lambda commit: len(listed[commit].split()))
+    return oldest, len(listed[oldest].split())
 
 
 def original(name: str) -> dict[str, Any] | None:

@@ -117,14 +117,14 @@ def measured_paths(script: Path) -> tuple[str, ...]:
 
 
 def stale() -> list[str]:
-    """A line for each result of which others changed what was measured, since its commit."""
+    """A line for each result of which others changed what was measured, since the commit of its oldest part."""
     lines = []
     for path in sorted(recording.RESULTS.glob("*.json")):
         result = recording.load(path.stem)
         paths = measured_paths(ROOT / result["command"].split()[1])
-        count = recording.commits_since(result, paths)
+        commit, count = recording.commits_since(result, paths)
         if count:
-            lines.append(f"stale: {path.stem}, of {result['commit']}: {count} later commits changed what it measures")
+            lines.append(f"stale: {path.stem}, of {commit}: {count} later commits changed what it measures")
     return lines
 
 

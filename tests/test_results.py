@@ -203,12 +203,13 @@ def test_a_result_is_stale_where_a_later_commit_changed_what_was_measured(tmp_pa
         return git("rev-parse", "HEAD")
 
     git("init", "-q")
-    result = {"commit": committed("first")}
-    committed("measured")
-    committed("other")
-    assert recording.commits_since(result, ["measured"], tmp_path) == 1
-    assert recording.commits_since(result, ["measured", "other"], tmp_path) == 2
-    assert recording.commits_since(result, ["first"], tmp_path) == 0
+    first, measured, other = map(committed, ("first", "measured", "other"))
+    result = {"commit": first, "figures": {}}
+    assert recording.commits_since(result, ["measured"], tmp_path) == (first, 1)
+    assert recording.commits_since(result, ["measured", "other"], tmp_path) == (first, 2)
+    assert recording.commits_since(result, ["first"], tmp_path) == (first, 0)
+    of_parts = {"commit": other, "figures": {"avx2": {"commit": measured}, "native": {"commit": other}, "rounds": 3}}
+    assert recording.commits_since(of_parts, ["measured", "other"], tmp_path) == (measured, 1)
 
 
 def test_the_peer_s_best_of_any_round_or_trial_counts():
