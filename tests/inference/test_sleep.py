@@ -6,6 +6,7 @@ import pytest
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.model.cpu_kernels import library, unavailable
 from tests.inference.models import small_decoder, small_tokenizer
 
 PROMPTS = [[1, 2, 3] * 8, [4, 5, 6, 7] * 6]
@@ -21,6 +22,8 @@ def tokenizer(tmp_path_factory):
 def test_it_generates_after_waking_as_before_it_slept(architecture, kernels, tokenizer):
     if architecture == "linear" and kernels == "on":
         pytest.skip("linear attention has no compiled kernels")
+    if kernels == "on" and library() is None:
+        pytest.skip(str(unavailable()))
     engine = Engine(small_decoder(architecture), tokenizer, config=EngineConfig(cpu_kernels=kernels))
     params = SamplingParams(max_tokens=12, temperature=0)
     before = engine.generate(PROMPTS, params)

@@ -157,7 +157,8 @@ def test_a_real_engine_is_listed_shown_embeds_and_gives_log_probabilities(connec
     assert "completion" in shown.capabilities and client.ps().models[0].context_length == engine.context_length
     vectors = client.embed("tiny", ["iron", "steel"]).embeddings
     assert [round(sum(value * value for value in vector), 4) for vector in vectors] == [1, 1]
-    assert client.embeddings("tiny", "iron").embedding == vectors[0]
+    # without compiled kernels a text beside another has other last digits than alone
+    assert client.embeddings("tiny", "iron").embedding == pytest.approx(vectors[0], abs=1e-6)
     short = client.embed("tiny", "iron", dimensions=4).embeddings[0]
     assert len(short) == 4 and round(sum(value * value for value in short), 4) == 1
     made = client.generate("tiny", "iron", raw=True, options={"num_predict": 4}, logprobs=True, top_logprobs=2)

@@ -24,6 +24,7 @@ from bessemer.model.activations import Recompute, block_activations, final_norm_
 from bessemer.model.adapters.folder import adaptable_layers
 from bessemer.model.adapters.trained import matching_layers, modules_of
 from bessemer.model.config import ModelConfig
+from bessemer.model.cpu_kernels import library
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.parts import Numerics
@@ -286,7 +287,7 @@ def _head_bytes(model: ModelConfig, shape: TuningShape, numbers: _Numbers) -> tu
     chunk = model.vocab_size * min(tokens, size.tokens(model.vocab_size))
     block = model.vocab_size * min(tokens, size.block_tokens(model.vocab_size))
     blocks = _FLOAT32 * block * (is_half + 1 + (model.final_logit_softcapping is not None))
-    if shape.device == "cpu" and is_half and model.final_logit_softcapping is None:
+    if shape.device == "cpu" and is_half and model.final_logit_softcapping is None and library() is not None:
         # compiled kernels compute the gradient of the logits in place
         blocks = 0.0
     gradient = _FLOAT32 * numbers.head
