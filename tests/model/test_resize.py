@@ -14,15 +14,19 @@ from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("init", ["mean", "subtokens"])
-def test_old_ids_keep_their_logits_to_the_bit(config, init):
+def test_old_ids_keep_their_rows_to_the_bit_and_so_their_logits(config, init):
     model = random_decoder(config)
     tokens_BT = random_tokens(config, 2, 20)
+    tables = [model.embed_tokens.weight.clone(), model.head_weight.clone()]
     with torch.no_grad():
         before_BTV = model(tokens_BT)
         resize_embeddings(model, config.vocab_size + 7, init=init, subtokens={config.vocab_size: [1, 2]})
         after_BTV = model(tokens_BT)
     assert after_BTV.shape[-1] == model.config.vocab_size == config.vocab_size + 7
-    assert torch.equal(after_BTV[..., : config.vocab_size], before_BTV)
+    for old_VD, new_VD in zip(tables, [model.embed_tokens.weight, model.head_weight], strict=True):
+        assert torch.equal(new_VD[: config.vocab_size], old_VD)
+    # on some processors a product with a larger matrix sums in another order
+    torch.testing.assert_close(after_BTV[..., : config.vocab_size], before_BTV, rtol=1e-5, atol=1e-5)
     assert model.head_weight.requires_grad
 
 
@@ -78,7 +82,7 @@ def test_an_extended_model_is_one_folder_that_fits_together_and_transformers_ope
         logits_BTV = load_model(out)(tokens_BT)
         assert (logits_BTV - theirs(tokens_BT).logits).abs().max() <= 1e-4
         old_BT = tokens_BT[:, :4]
-        assert torch.equal(load_model(out)(old_BT)[..., :263], load_model(source)(old_BT))
+        torch.testing.assert_close(load_model(out)(old_BT)[..., :263], load_model(source)(old_BT), rtol=1e-5, atol=1e-5)
 
 
 def test_padding_rows_of_a_longer_table_are_used_first(tmp_path):
